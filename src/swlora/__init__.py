@@ -1,0 +1,1 @@
+"""LoRA fine-tuning with the same gradient for a fraction of the work, and super weights."""

@@ -1,0 +1,90 @@
+"""Command-line flags made from the configuration's fields: one default, one help text, one type.
+
+A verb names the fields it takes; each becomes an option whose value overrides the field.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+
+from swlora.config import RunSpec
+
+
+def _section(group: str) -> type[BaseModel]:
+    section = RunSpec.model_fields[group].annotation
+    assert isinstance(section, type) and issubclass(section, BaseModel)
+    return section
+
+
+def _fields(group: str) -> tuple[str, ...]:
+    return tuple(f"{group}.{name}" for name in _section(group).model_fields)
+
+
+MODEL, DATA = _fields("model"), _fields("data")
+IDENTIFY, ADAPTER = _fields("identify"), _fields("adapter")
+TRAIN, DECODE = _fields("train"), _fields("decode")
+
+# Flags whose name is not simply the field's
+NAMES = {
+    "model.name": "--model",
+    "data.name": "--dataset",
+    "data.eval_split": "--split",
+    "decode.batch_size": "--eval-batch-size",
+}
+
+
+def with_flags(*fields: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb an option for each named field, collected into its `overrides` argument."""
+
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(verb).parameters.values())
+        own = [parameter for parameter in own if parameter.name != "overrides"]
+        options = {path.replace(".", "__"): path for path in fields}
+
+        def command(**values: Any) -> None:
+            overrides = {path: values.pop(key) for key, path in options.items()}
+            verb(overrides=overrides, **values)
+
+        parameters = own + [_option(key, path) for key, path in options.items()]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        command.__doc__ = verb.__doc__
+        command.__name__ = verb.__name__
+        return command
+
+    return decorate
+
+
+def _option(key: str, path: str) -> inspect.Parameter:
+    group, _, name = path.partition(".")
+    field = _section(group).model_fields[name] if name else RunSpec.model_fields[path]
+    default = field.get_default(call_default_factory=True)
+    flag = NAMES.get(path, "--" + (name or path).replace("_", "-"))
+    negative = f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag
+    shown = ",".join(default) if isinstance(default, list) else default
+    help_text = field.description or ""
+    if default is not None:
+        help_text = f"{help_text} [default: {shown}]".strip()
+    panel = group.capitalize() if name else None
+    option = typer.Option(negative, help=help_text, rich_help_panel=panel, show_default=False)
+    return inspect.Parameter(
+        key,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[_type(field.annotation) | None, option],
+    )
+
+
+def _type(annotation: Any) -> Any:
+    """Return what typer shall parse: pydantic checks the rest."""
+    arguments = [a for a in get_args(annotation) if a is not type(None)]
+    if get_origin(annotation) is list:
+        return list[str]
+    if arguments and all(isinstance(a, str) for a in arguments):
+        return str
+    plain = arguments[0] if arguments else annotation
+    return plain if plain in (int, float, bool, Path) else str

@@ -1,0 +1,201 @@
+"""What a run is asked to do: one tree of strict specifications, one default per value.
+
+YAML in, YAML out; unknown keys and impossible values are refused, all of them in one message.
+The command line overrides single values by their dotted names (`adapter.rank`). Nothing here
+imports torch, touches the disk beyond the YAML file, or probes the machine.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from swlora.errors import UserError
+
+DEFAULT_MODEL = "openai-community/gpt2"
+BUILTIN_MODEL = "builtin"
+DEFAULT_DATASET = "tuetschek/e2e_nlg"
+SAMPLE_DATASET = "sample"
+
+
+def split_list(value: object) -> object:
+    """Turn `"a,b"` or `["a,b", "c"]` into `["a", "b", "c"]`; leave other types alone."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list | tuple):
+        items: list[object] = []
+        for item in value:
+            items.extend(part.strip() for part in item.split(",")) if isinstance(
+                item, str
+            ) else items.append(item)
+        return [item for item in items if item != ""]
+    return value
+
+
+NameList = Annotated[list[str], BeforeValidator(split_list)]
+
+
+class Spec(BaseModel):
+    """Base of all specifications: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSpec(Spec):
+    """Which language model, and how it is held in memory."""
+
+    name: str = Field(
+        default=DEFAULT_MODEL, min_length=1, description="Hub id, folder, .gguf or builtin"
+    )
+    tokenizer: str | None = Field(
+        default=None, description="Hub id or folder, where it is not the model's"
+    )
+    revision: str | None = Field(default=None, description="commit, tag or branch on the Hub")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+
+
+class DataSpec(Spec):
+    """Which rows are trained on and which are generated for."""
+
+    name: str = Field(
+        default=DEFAULT_DATASET, min_length=1, description="Hub id, folder, file or sample"
+    )
+    eval_file: Path | None = Field(
+        default=None, description="rows to evaluate on, for JSONL or CSV data"
+    )
+    eval_split: Literal["dev", "test"] = "dev"
+    train_rows: int | None = Field(
+        default=None, ge=1, description="use the first N training rows only"
+    )
+    eval_prompts: int | None = Field(
+        None, ge=1, description="use the first N distinct prompts only"
+    )
+    prompt_column: str = "prompt"
+    completion_column: str = "completion"
+    skip_bad_rows: bool = False
+    truncate: bool = Field(default=False, description="cut over-long rows instead of refusing them")
+
+
+class AdapterSpec(Spec):
+    """The adapter: method, size, and where in the model it sits."""
+
+    method: Literal["lora"] = "lora"
+    rank: int = Field(default=4, ge=1, le=4096)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: NameList = Field(default_factory=lambda: ["all-linear"], min_length=1)
+    layers: str = Field(
+        default="all", min_length=1, description="all, super, last:K or a list: 2,11"
+    )
+
+
+class TrainSpec(Spec):
+    """The optimisation."""
+
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=32, ge=1, description="data-set rows per optimizer step")
+    learning_rate: float = Field(default=2e-3, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    max_steps: int | None = Field(default=None, ge=1, description="stop the schedule after N steps")
+    checkpoint_every_s: float = Field(
+        default=300.0, gt=0, description="seconds between checkpoints"
+    )
+
+
+class DecodeSpec(Spec):
+    """How text is generated."""
+
+    batch_size: int = Field(default=32, ge=1)
+    max_new_tokens: int = Field(default=96, ge=1)
+    num_beams: int = Field(default=1, ge=1, le=64)
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _no_sampled_beams(self) -> Self:
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError("num_beams > 1 needs temperature 0: beams are searched, not sampled")
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise ValueError("length_penalty ranks beams: it needs num_beams > 1")
+        return self
+
+
+class IdentifySpec(Spec):
+    """How super weights are looked for."""
+
+    prompt: str = Field(default="Apple Inc. is a worldwide tech company.", min_length=1)
+    max_candidates: int = Field(default=8, ge=1, le=64)
+    text: Path | None = Field(
+        None, description="plain text for perplexity; default: the shipped one"
+    )
+    windows: int = Field(
+        default=4, ge=1, description="windows of text whose perplexity is measured"
+    )
+    window_tokens: int = Field(default=512, ge=16)
+
+
+class RunSpec(Spec):
+    """Everything one run needs."""
+
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    adapter: AdapterSpec = AdapterSpec()
+    train: TrainSpec = TrainSpec()
+    decode: DecodeSpec = DecodeSpec()
+    identify: IdentifySpec = IdentifySpec()
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:
+    """Build a `RunSpec` from a YAML file and dotted overrides; an override of None is no override.
+
+    Raises UserError with all problems in one line.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            detail = " ".join(str(error).split())
+            raise UserError(f"{path} is not valid YAML: {detail}") from error
+        if not isinstance(tree, dict):
+            raise UserError(f"{path} must hold a mapping such as 'adapter: {{rank: 4}}'")
+    for dotted, value in overrides.items():
+        if value is not None:
+            _set(tree, dotted.split("."), value)
+    try:
+        return RunSpec.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_problems(error, str(path) if path else "the command line")) from error
+
+
+def dump_yaml(spec: BaseModel) -> str:
+    """Write a specification as YAML that `load_spec` reads back to an equal one."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: object) -> None:
+    for key in keys[:-1]:
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise UserError(f"'{key}' must be a mapping in the configuration")
+        tree = child
+    tree[keys[-1]] = value
+
+
+def _problems(error: ValidationError, origin: str) -> str:
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "configuration"
+        parts.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
+    return f"in {origin}: " + "; ".join(parts)

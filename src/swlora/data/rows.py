@@ -1,0 +1,154 @@
+"""Rows of files: every row is an `Example` or a reason why it cannot be used.
+
+Bad rows stop the load with the file, the physical line and the reason, or are counted where the
+user asked to leave them out. CSV is read strictly: nothing after a broken quotation is trusted.
+"""
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from swlora.errors import DataError, UserError
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: a prompt and its completion, or the turns of a chat and its last answer.
+
+    `messages` holds the (role, content) turns before the completion; `prompt` is "" then.
+    """
+
+    prompt: str
+    completion: str
+    messages: tuple[tuple[str, str], ...] = ()
+
+
+Row = tuple[int, Example | str]  # number in the file; the example, or why it cannot be used
+
+
+def read_rows(
+    path: Path, columns: tuple[str, str], skip_bad_rows: bool
+) -> tuple[list[Example], int]:
+    """Read a file; (examples, number of bad rows left out). DataError for the first bad row."""
+    try:
+        return collect_rows(
+            READERS[path.suffix.lower()](path, columns), f"{path}, line", skip_bad_rows
+        )
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def collect_rows(rows: Iterable[Row], where: str, skip_bad_rows: bool) -> tuple[list[Example], int]:
+    """Separate usable rows from bad ones; (examples, number of bad rows)."""
+    examples: list[Example] = []
+    first_problem, n_bad = "", 0
+    for number, row in rows:
+        if isinstance(row, Example):
+            examples.append(row)
+            continue
+        n_bad += 1
+        first_problem = first_problem or f"{where} {number}: {row}"
+    if n_bad and not skip_bad_rows:
+        rest = f"and {n_bad - 1} more; --skip-bad-rows leaves them out"
+        raise DataError(
+            f"{first_problem}; {rest if n_bad > 1 else '--skip-bad-rows leaves it out'}"
+        )
+    if not examples:
+        raise DataError(f"no usable row: {first_problem or where + ' 1: the file holds no rows'}")
+    return examples, n_bad
+
+
+def _csv_rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+    # surrogateescape carries bytes that are not UTF-8 through to the row that they belong to.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        line = 1
+        try:
+            header = next(reader, [])
+            for column in columns:
+                if header.count(column) != 1:
+                    found = ", ".join(map(repr, header)) or "none"
+                    raise DataError(f"{path} needs one column {column!r}; columns found: {found}")
+            prompt, completion = (header.index(column) for column in columns)
+            line = reader.line_num + 1
+            for row in reader:
+                if row and len(row) != len(header):
+                    yield line, f"it has {len(row)} fields, the header {len(header)}"
+                elif row:
+                    yield line, make_example(row[prompt], row[completion])
+                line = reader.line_num + 1
+        except csv.Error as error:  # nothing after a broken quotation can be trusted
+            raise DataError(f"{path}, line {line}: not valid CSV: {error}") from error
+
+
+def _jsonl_rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if raw.strip():
+                yield line, _jsonmake_example(raw.removeprefix(codecs.BOM_UTF8), columns)
+
+
+READERS: dict[str, Callable[[Path, tuple[str, str]], Iterator[Row]]] = {
+    ".jsonl": _jsonl_rows,
+    ".json-lines": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".csv": _csv_rows,
+}
+
+
+def _jsonmake_example(raw: bytes, columns: tuple[str, str]) -> Example | str:
+    try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        return "not valid UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"not valid JSON ({error})"
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    if "messages" in row and columns[0] not in row:
+        return _chatmake_example(row["messages"])
+    for column in columns:
+        if column not in row:
+            return f"it has no {column!r}, only {', '.join(map(repr, row)) or 'nothing'}"
+    return make_example(row[columns[0]], row[columns[1]])
+
+
+def _chatmake_example(messages: object) -> Example | str:
+    if not isinstance(messages, list) or len(messages) < 2:
+        return "its messages are not a list of two turns or more"
+    turns: list[tuple[str, str]] = []
+    for message in messages:
+        turn = message if isinstance(message, dict) else {}
+        role, content = turn.get("role"), turn.get("content")
+        if role not in ROLES:
+            return f"a message has the role {role!r:.40}, not one of {', '.join(ROLES)}"
+        if not isinstance(content, str):
+            return f"the content of a message of the {role} is not a string"
+        turns.append((str(role), content))
+    if turns[-1][0] != "assistant":
+        return "its last message is not the assistant's"
+    checked = make_example("\n".join(content for _, content in turns[:-1]), turns[-1][1])
+    if isinstance(checked, str):
+        return checked
+    return Example("", checked.completion, tuple(turns[:-1]))
+
+
+def make_example(prompt: object, completion: object) -> Example | str:
+    """Return the row as an Example, or the reason why it cannot be one."""
+    for what, text in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(text, str):
+            return f"its {what} is not a string"
+        if not text.strip():
+            return f"its {what} is empty"
+        if "\0" in text:
+            return f"its {what} holds a NUL byte"
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"its {what} is not valid UTF-8"
+    return Example(str(prompt), str(completion))

@@ -1,0 +1,73 @@
+"""The whole state of a training loop as one object, saved and loaded through the run folder.
+
+Adapter weights, optimizer moments, the random generator and the position in the data; learning
+rate and data order are pure functions of (seed, step), so they need no state. A run that resumes
+here does the same arithmetic as one that never stopped.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from swlora.errors import RunFailedError
+from swlora.runs import load_snapshot, save_snapshot
+
+
+@dataclass
+class Totals:
+    """What a loop has done so far."""
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass
+class LoopState:
+    """Live references to everything that a resumed run needs."""
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    totals: Totals = field(default_factory=Totals)
+
+    def save(self, folder: Path) -> None:
+        """Replace the snapshot in `folder` by this state."""
+        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        for name, parameter in self.parameters.items():
+            tensors[f"parameter/{name}"] = parameter.detach().clone()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).clone()
+        save_snapshot(folder, tensors, vars(self.totals))
+
+    def load(self, folder: Path) -> bool:
+        """Fill this state from the snapshot in `folder`; False where there is none.
+
+        Raises RunFailedError where the snapshot holds other parameters.
+        """
+        snapshot = load_snapshot(folder)
+        if snapshot is None:
+            return False
+        tensors, values = snapshot
+        saved = {n.removeprefix("parameter/") for n in tensors if n.startswith("parameter/")}
+        if saved != set(self.parameters):
+            raise RunFailedError(f"the checkpoint in {folder} belongs to another adapter")
+        torch.set_rng_state(tensors["rng"])
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+                self._load_optimizer_state(name, parameter, tensors)
+        self.totals = Totals(**values)
+        return True
+
+    def _load_optimizer_state(
+        self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]
+    ) -> None:
+        state = self.optimizer.state[parameter]
+        for full_name, value in tensors.items():
+            kind, _, rest = full_name.partition("/")
+            key, _, owner = rest.partition("/")
+            if kind == "optimizer" and owner == name:
+                state[key] = value.clone() if key == "step" else value.to(parameter.device).clone()

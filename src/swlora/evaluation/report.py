@@ -1,0 +1,64 @@
+"""What an evaluation leaves behind: predictions as CSV, scores as a table, the loss curve."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from swlora.files import atomic_path
+
+METRICS = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+
+
+def write_predictions(
+    target: Path,
+    prompts: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+) -> None:
+    """Write mr, prediction and all references (one column each, as many as there are)."""
+    width = max(len(refs) for refs in references)
+    with (
+        atomic_path(target) as scratch,
+        scratch.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["mr", "prediction", *(f"ref_{k + 1}" for k in range(width))])
+        for prompt, prediction, refs in zip(prompts, predictions, references, strict=True):
+            writer.writerow([prompt, prediction, *refs, *[""] * (width - len(refs))])
+
+
+def scores_table(scores: dict[str, Any]) -> str:
+    """Return the scores as aligned text; a score that could not be computed is n/a."""
+    lines = []
+    for name in METRICS:
+        value = scores.get(name)
+        shown = "n/a" if value is None else f"{value:.4f}"
+        reason = scores.get("meteor_reason") if name == "METEOR" and value is None else None
+        lines.append(f"{name:<8} {shown:>8}" + (f"  ({reason})" if reason else ""))
+    if "nll" in scores:
+        lines.append(f"{'NLL':<8} {scores['nll']:>8.4f}  nats a completion token")
+    return "\n".join(lines)
+
+
+def draw_loss(metrics: Sequence[dict[str, Any]], target: Path) -> None:
+    """Draw the training loss of every step, and its running mean, against rows seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panel = figure.subplots()
+    rows = [m["rows"] for m in metrics]
+    losses = [m["loss"] for m in metrics]
+    smooth: list[float] = []
+    for loss in losses:
+        smooth.append(loss if not smooth else 0.9 * smooth[-1] + 0.1 * loss)
+    panel.plot(rows, losses, alpha=0.3, linewidth=1, color="tab:blue", label="each step")
+    panel.plot(rows, smooth, color="tab:blue", label="running mean")
+    panel.set_xlabel("rows of the data set seen")
+    panel.set_ylabel("loss, nats a completion token")
+    panel.grid(True, alpha=0.3)
+    panel.legend()
+    with atomic_path(target) as scratch:
+        figure.savefig(scratch, format=target.suffix.lstrip(".") or "png", dpi=140)

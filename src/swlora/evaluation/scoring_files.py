@@ -1,0 +1,52 @@
+"""Scores of outputs that already exist, from the official script's file formats."""
+
+from pathlib import Path
+from typing import Any
+
+from swlora.data.rows import read_rows
+from swlora.data.sources import E2E_COLUMNS, group_references
+from swlora.errors import DataError, UserError
+from swlora.evaluation.metrics import score
+
+
+def score_files(predictions: Path, references: Path) -> dict[str, Any]:
+    """Score one output a line against references (E2E CSV, or blank-line-separated groups).
+
+    Raises UserError where a file is unreadable or the numbers of outputs and groups differ.
+    """
+    outputs = _lines(predictions)
+    while outputs and not outputs[-1].strip():
+        outputs.pop()
+    groups = read_references(references)
+    if len(outputs) != len(groups):
+        raise UserError(
+            f"{predictions} has {len(outputs)} outputs but {references} has {len(groups)} "
+            "distinct MRs; give one output a line, in the file order of the MRs"
+        )
+    scores = score(outputs, groups).as_dict()
+    files = {"predictions": str(predictions), "references": str(references)}
+    return {**scores, "n_prompts": len(groups), **files}
+
+
+def read_references(path: Path) -> list[list[str]]:
+    """Return the groups of references of an E2E CSV or of a blank-line-separated file."""
+    if path.suffix.lower() == ".csv":
+        examples, _ = read_rows(path, E2E_COLUMNS, skip_bad_rows=False)
+        return [refs for _, refs in group_references(examples)]
+    groups: list[list[str]] = [[]]
+    for line in _lines(path):
+        if line.strip():
+            groups[-1].append(line)
+        elif groups[-1]:
+            groups.append([])
+    groups = [group for group in groups if group]
+    if not groups:
+        raise DataError(f"{path} holds no references")
+    return groups
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,198 @@
+"""What the parts of a causal language model are called, family by family.
+
+One table is the only place that knows names. A weight of a projection is always addressed as
+(layer, module, out_channel, in_channel): y[out] += W[out, in] * x[in]. nn.Linear stores
+W[out, in]; GPT-2's Conv1D stores its transpose, [in, out]; only this file maps between the two.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from swlora.errors import UnknownFamilyError, UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names within one family; projection names are relative to a block."""
+
+    model_types: tuple[str, ...]
+    backbone: str
+    blocks: str
+    final_norm: str
+    attention_in: tuple[str, ...]
+    attention_out: str
+    mlp_in: tuple[str, ...]
+    mlp_out: str
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """All projections of a block, in the order of the forward pass."""
+        return (*self.attention_in, self.attention_out, *self.mlp_in, self.mlp_out)
+
+
+def _llama_shape(*model_types: str) -> Family:
+    return Family(
+        model_types,
+        backbone="model",
+        blocks="layers",
+        final_norm="norm",
+        attention_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_out="self_attn.o_proj",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        mlp_out="mlp.down_proj",
+    )
+
+
+FAMILIES: tuple[Family, ...] = (
+    _llama_shape("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "olmo2"),
+    _llama_shape("gemma", "gemma2", "gemma3_text"),
+    Family(
+        ("phi3",),
+        backbone="model",
+        blocks="layers",
+        final_norm="norm",
+        attention_in=("self_attn.qkv_proj",),
+        attention_out="self_attn.o_proj",
+        mlp_in=("mlp.gate_up_proj",),
+        mlp_out="mlp.down_proj",
+    ),
+    Family(
+        ("gpt2",),
+        backbone="transformer",
+        blocks="h",
+        final_norm="ln_f",
+        attention_in=("attn.c_attn",),
+        attention_out="attn.c_proj",
+        mlp_in=("mlp.c_fc",),
+        mlp_out="mlp.c_proj",
+    ),
+    Family(
+        ("gpt_neox",),
+        backbone="gpt_neox",
+        blocks="layers",
+        final_norm="final_layer_norm",
+        attention_in=("attention.query_key_value",),
+        attention_out="attention.dense",
+        mlp_in=("mlp.dense_h_to_4h",),
+        mlp_out="mlp.dense_4h_to_h",
+    ),
+    Family(
+        ("opt",),
+        backbone="model.decoder",
+        blocks="layers",
+        final_norm="final_layer_norm",
+        attention_in=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_out="self_attn.out_proj",
+        mlp_in=("fc1",),
+        mlp_out="fc2",
+    ),
+    Family(
+        ("falcon",),
+        backbone="transformer",
+        blocks="h",
+        final_norm="ln_f",
+        attention_in=("self_attention.query_key_value",),
+        attention_out="self_attention.dense",
+        mlp_in=("mlp.dense_h_to_4h",),
+        mlp_out="mlp.dense_4h_to_h",
+    ),
+)
+_BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map inside one block."""
+
+    layer: int
+    name: str
+    full_name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class WeightAddress:
+    """One scalar of one projection, addressed by channels and never by storage order."""
+
+    layer: int
+    module: str
+    out_channel: int
+    in_channel: int
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} {self.module} [out {self.out_channel}, in {self.in_channel}]"
+
+
+class Anatomy:
+    """The named parts of one loaded model.
+
+    Raises UnknownFamilyError for an architecture without an entry in the table.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.family = family_of(model.config.model_type)
+        self.model = model
+        self.backbone: Any = model.get_submodule(self.family.backbone)
+        self.blocks: nn.ModuleList = self.backbone.get_submodule(self.family.blocks)
+        self.final_norm: nn.Module = self.backbone.get_submodule(self.family.final_norm)
+        self.head: nn.Module = model.get_output_embeddings()
+
+    @property
+    def n_layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.blocks)
+
+    def projections(self, layer: int) -> list[Projection]:
+        """Return the projections of block `layer` in forward order."""
+        prefix = f"{self.family.backbone}.{self.family.blocks}.{layer}"
+        block = self.blocks[layer]
+        return [
+            Projection(layer, name, f"{prefix}.{name}", block.get_submodule(name))
+            for name in self.family.projections
+        ]
+
+    def all_projections(self) -> Iterator[Projection]:
+        """Yield the projections of every block, first block first."""
+        for layer in range(self.n_layers):
+            yield from self.projections(layer)
+
+    def projection(self, layer: int, name: str) -> nn.Module:
+        """Return one projection module; UserError where layer or name do not exist."""
+        if not 0 <= layer < self.n_layers:
+            raise UserError(
+                f"layer {layer} does not exist; this model has 0 to {self.n_layers - 1}"
+            )
+        if name not in self.family.projections:
+            known = ", ".join(self.family.projections)
+            raise UserError(f"no projection is called {name!r}; this model has {known}")
+        return self.blocks[layer].get_submodule(name)
+
+    def weight_view(self, address: WeightAddress) -> Tensor:
+        """Return the addressed scalar as a 0-dim view into the weight (writes go through)."""
+        module = self.projection(address.layer, address.module)
+        weight = weight_out_in(module)
+        n_out, n_in = weight.shape
+        if not (0 <= address.out_channel < n_out and 0 <= address.in_channel < n_in):
+            raise UserError(f"{address} lies outside the weight of shape [out {n_out}, in {n_in}]")
+        return weight[address.out_channel, address.in_channel]
+
+
+def weight_out_in(module: nn.Module) -> Tensor:
+    """Return a projection's weight as a view of shape (out, in), whatever its storage order."""
+    weight = module.get_parameter("weight").detach()
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family of a `config.model_type`; UnknownFamilyError names the known ones."""
+    try:
+        return _BY_TYPE[model_type]
+    except KeyError:
+        known = ", ".join(sorted(_BY_TYPE))
+        raise UnknownFamilyError(
+            f"models of type {model_type!r} are not supported; supported types: {known}"
+        ) from None

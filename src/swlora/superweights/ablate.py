@@ -1,0 +1,89 @@
+"""Proof of a super weight: perplexity of English text with single scalars set to zero.
+
+    ratio = perplexity(W[j, k] = 0) / perplexity(W)
+
+A ratio above 10 is `super`, above 1.5 `strong`, else `none`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from swlora.errors import UserError
+from swlora.loss_sum import LossSum
+from swlora.models.anatomy import Anatomy, WeightAddress
+
+SUPER_RATIO = 10.0
+STRONG_RATIO = 1.5
+Verdict = Literal["super", "strong", "none"]
+
+
+def verdict(ratio: float) -> Verdict:
+    """Name what a perplexity ratio means."""
+    if ratio > SUPER_RATIO:
+        return "super"
+    return "strong" if ratio > STRONG_RATIO else "none"
+
+
+def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) -> Tensor:
+    """Return the first `n` windows of a text as token ids of shape (n, window_tokens).
+
+    `text` None takes the English sample that ships with the package.
+    Raises UserError where the text is unreadable or too short.
+    """
+    if text is None:
+        content = resources.files("swlora.superweights").joinpath("english.txt").read_text("utf-8")
+    else:
+        try:
+            content = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the text {text}: {error}") from error
+    token_ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
+    if len(token_ids) < n * window_tokens:
+        raise UserError(
+            f"the text has {len(token_ids)} tokens; {n} windows of {window_tokens} need "
+            f"{n * window_tokens}: give a longer --text or fewer --windows"
+        )
+    return torch.tensor(token_ids[: n * window_tokens]).view(n, window_tokens)
+
+
+@torch.inference_mode()
+def text_loss(model: Any, windows: Tensor) -> LossSum:
+    """Return the loss over windows (n, T); the first token of a window is not predicted."""
+    sum_nats = 0.0
+    for window in torch.split(windows.to(model.device), 1):
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+        sum_nats += float(F.cross_entropy(logits, window[0, 1:], reduction="sum"))
+    return LossSum(sum_nats, windows.shape[0] * (windows.shape[1] - 1))
+
+
+@contextmanager
+def zeroed(anatomy: Anatomy, addresses: Sequence[WeightAddress]) -> Iterator[None]:
+    """Set the addressed scalars to zero while the body runs; restore them bit for bit."""
+    if not addresses:
+        raise UserError("no weight was named to be set to zero")
+    views = [anatomy.weight_view(address) for address in addresses]
+    saved = [view.clone() for view in views]
+    try:
+        for view in views:
+            view.zero_()
+        yield
+    finally:
+        for view, value in zip(views, saved, strict=True):
+            view.copy_(value)
+
+
+def ablation_losses(
+    model: Any, windows: Tensor, addresses: Iterable[WeightAddress]
+) -> Iterator[LossSum]:
+    """Yield the text loss with each addressed weight zeroed, one at a time."""
+    anatomy = Anatomy(model)
+    for address in addresses:
+        with zeroed(anatomy, [address]):
+            yield text_loss(model, windows)

@@ -1,0 +1,97 @@
+"""What a person sees while work goes on: bars on a terminal, a line now and then elsewhere.
+
+Everything here goes to stderr; results go to stdout.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichBars
+
+from swlora.progress import Progress, Task
+
+LINE_EVERY_S = 10.0
+
+
+def make_progress() -> Progress:
+    """Return bars where stderr is a terminal, else plain lines."""
+    console = Console(stderr=True, highlight=False)
+    return Bars(console) if console.is_terminal else Lines(console)
+
+
+class Bars:
+    """A live bar for every task."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, message: str) -> None:
+        """Print one line above the bars."""
+        self._console.print(message, markup=False)
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None) -> Iterator[Task]:
+        """Show a bar (or a spinner, where the length is unknown) while the body runs."""
+        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        if total is not None:
+            columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
+        columns += [TimeElapsedColumn(), TextColumn("{task.fields[note]}")]
+        with RichBars(*columns, console=self._console, transient=False) as bars:
+            task_id = bars.add_task(description, total=total, note="")
+
+            class _Bar:
+                def advance(self, amount: float = 1.0, note: str = "") -> None:
+                    bars.update(task_id, advance=amount)
+                    if note:
+                        bars.update(task_id, note=note)
+
+            yield _Bar()
+            bars.update(
+                task_id, total=bars.tasks[0].completed or 1, completed=bars.tasks[0].completed or 1
+            )
+
+
+class Lines:
+    """A line when a task has run for a while, and every ten seconds after that."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def say(self, message: str) -> None:
+        """Print one line."""
+        self._console.print(message, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None) -> Iterator[Task]:
+        """Report on the body's work as it goes on."""
+        yield _LineTask(self, description, total)
+
+
+class _LineTask:
+    def __init__(self, lines: Lines, description: str, total: float | None) -> None:
+        self._lines, self._description, self._total = lines, description, total
+        self._done = 0.0
+        self._start_s = self._shown_s = time.monotonic()
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:
+        """Move on; print where the last line is old enough."""
+        self._done += amount
+        now_s = time.monotonic()
+        if now_s - self._shown_s < LINE_EVERY_S or not self._total or not self._done:
+            return
+        self._shown_s = now_s
+        left_s = (now_s - self._start_s) * (self._total - self._done) / self._done
+        self._lines.say(
+            f"{self._description}: {self._done:.0f}/{self._total:.0f}, "
+            f"about {left_s:.0f} s left  {note}".rstrip()
+        )

@@ -92,6 +92,9 @@ def meteor_statistics(
         raise RunFailedError(f"METEOR failed: it answered {output[0][:80]!r}") from error
     if rows.shape != (len(lines), METEOR_COLUMNS):
         raise RunFailedError(f"METEOR failed: statistics of shape {rows.shape}")
+    # METEOR counts no chunk for a segment matched completely in one piece: no fragmentation.
+    complete = (rows[:, 20] == 1) & (rows[:, 21:] == rows[:, :2]).all(axis=1)
+    rows[complete, 20] = 0
     return rows
 
 

@@ -14,26 +14,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 PUNCTUATION = frozenset(
-    [
-        "''",
-        "'",
-        "``",
-        "`",
-        "-LRB-",
-        "-RRB-",
-        "-LCB-",
-        "-RCB-",
-        ".",
-        "?",
-        "!",
-        ",",
-        ":",
-        "-",
-        "--",
-        "...",
-        ";",
-    ]
-)
+    ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-",
+     ".", "?", "!", ",", ":", "-", "--", "...", ";")
+)  # fmt: skip
 """Tokens dropped after tokenising. The bracket names are upper case in the official list, so the
 lower-cased "-lrb-" stays in the text; the scores are defined with that."""
 
@@ -50,52 +33,10 @@ _ABBREVIATIONS = (
     "|intl|jr|lt|ltd|maj|messrs|mr|mrs|ms|mt|natl|ph\\.d|pres|prof|rd|rep|rev|sen|sgt|sq|sr|st|tel"
     "|univ|vs|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tues?|wed|thu|thurs|fri"
 )
-_STARTERS = frozenset(
-    [
-        "a",
-        "about",
-        "according",
-        "additionally",
-        "after",
-        "an",
-        "as",
-        "at",
-        "but",
-        "he",
-        "her",
-        "here",
-        "however",
-        "if",
-        "in",
-        "it",
-        "last",
-        "many",
-        "more",
-        "now",
-        "once",
-        "one",
-        "other",
-        "our",
-        "she",
-        "since",
-        "so",
-        "some",
-        "such",
-        "that",
-        "the",
-        "their",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "we",
-        "what",
-        "when",
-        "while",
-        "yet",
-        "you",
-    ]
+_STARTER = re.compile(
+    "a|about|according|additionally|after|an|as|at|but|he|her|here|however|if|in|it|last|many|more"
+    "|now|once|one|other|our|she|since|so|some|such|that|the|their|then|there|these|they|this|we"
+    "|what|when|while|yet|you"
 )
 """Words that, capitalised, make the full stop of a single letter end its sentence ("B. The")."""
 
@@ -152,7 +93,7 @@ def _context(chunk: str, following: str) -> str:
     """What a scanner can see of the next word, reduced to the two kinds that matter."""
     if not chunk.endswith("."):
         return ""
-    if following[:1].isupper() and following.lower() in _STARTERS:
+    if following[:1].isupper() and _STARTER.fullmatch(following.lower()):
         return " The"
     return " 0" if following[:1].isdigit() else ""
 

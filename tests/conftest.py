@@ -1,11 +1,54 @@
 """Fixtures that several test files share: real data where it is, tiny models everywhere."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+# Waiting threads sleep: spinning ones bring a busy machine to a halt.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+BOS, EOS = 256, 257
+N_EMBEDDINGS = 264  # more than the tokenizer's 258, as in real models
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}:{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+# Three blocks. Weights are not square, so that a transposed access cannot pass unseen.
+_COMMON = {
+    "vocab_size": N_EMBEDDINGS,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+    "initializer_range": 0.2,
+}
+_LLAMA = {**_COMMON, "intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 8}
+_LLAMA_SHAPED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo", "olmo2", "phi3")
+TINY: dict[str, dict[str, Any]] = {
+    **dict.fromkeys((*_LLAMA_SHAPED, "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    "gpt2": {
+        "vocab_size": N_EMBEDDINGS,
+        "n_embd": 24,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_inner": 40,
+        "n_positions": 256,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "initializer_range": 0.2,
+    },
+    "gpt_neox": {**_COMMON, "intermediate_size": 40},
+    "opt": {**_COMMON, "ffn_dim": 40, "word_embed_proj_dim": 24},
+    "falcon": {**_COMMON, "ffn_hidden_size": 40, "new_decoder_architecture": False},
+}
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +58,86 @@ def shared_dir() -> Path:
     if not (folder / "e2e-dataset").is_dir():
         pytest.skip(f"no real data: {folder} is absent (set SWLORA_SHARED to the folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def builtin_dir() -> Path:
+    """The unpacked embedded model; `make test` prepares it, since tests have no network."""
+    from swlora.models.builtin import unpacked_folder
+
+    folder = unpacked_folder()
+    if not folder.is_dir():
+        command = "python -c 'from swlora.models.builtin import builtin_folder; builtin_folder()'"
+        pytest.skip(f"the embedded model is not in {folder}; {command} fetches it")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what the package caches out of the user's own folder."""
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def few_threads(request: pytest.FixtureRequest) -> None:
+    """Run tiny models on one thread: threads that wait for each other cost more than the work."""
+    import torch
+
+    is_slow = request.node.get_closest_marker("slow") is not None
+    torch.set_num_threads((os.cpu_count() or 1) if is_slow else 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer: id = byte value, <s> = 256, </s> = 257, with a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = sorted(set(range(256)) - set(printable))
+    vocab = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """A function (model_type, seed=0, **changes) -> a fresh tiny model in eval mode, frozen."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(model_type: str, seed: int = 0, **changes: Any) -> Any:
+        config = AutoConfig.for_model(model_type, **TINY[model_type] | changes)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config)
+        return model.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    make_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A function model_type -> the folder of that tiny model and its tokenizer; do not write."""
+    folders: dict[str, Path] = {}
+
+    def saved(model_type: str) -> Path:
+        if model_type not in folders:
+            folder = tmp_path_factory.mktemp(model_type)
+            make_model(model_type).save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+            folders[model_type] = folder
+        return folders[model_type]
+
+    return saved

@@ -7,13 +7,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from swlora.cli_flags import ADAPTER, DATA, DECODE, IDENTIFY, MODEL, TRAIN, with_flags
-from swlora.config import RunSpec, load_spec
+from swlora.cli_flags import (
+    ADAPTER,
+    DATA,
+    DECODE,
+    IDENTIFY,
+    MODEL,
+    TRAIN,
+    flag_name,
+    with_flags,
+)
+from swlora.config import load_spec
 from swlora.errors import UserError
+from swlora.results import show_candidates, show_scores, show_training
 
 if TYPE_CHECKING:
     from swlora.pipeline import Job
@@ -32,7 +42,10 @@ app = typer.Typer(
 Config = Annotated[
     Path | None, typer.Option("--config", help="YAML with any of these settings; flags win")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="also write the result here, as JSON")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", dir_okay=False, help="also write the result here, as JSON"),
+]
 Output = Annotated[
     Path | None, typer.Option("--output", help="run folder [default: runs/COMMAND-TIME]")
 ]
@@ -49,7 +62,8 @@ Overrides = dict[str, Any]
 def identify_command(
     overrides: Overrides,
     figure: Annotated[
-        Path | None, typer.Option(help="PNG or SVG [default: in the run folder]")
+        Path | None,
+        typer.Option(dir_okay=False, help="PNG, SVG or PDF [default: in the run folder]"),
     ] = None,
     output: Output = None,
     config: Config = None,
@@ -64,7 +78,7 @@ def identify_command(
         from swlora import pipeline
 
         result = pipeline.identify(job, figure)
-    _show_candidates(result)
+    show_candidates(result)
     _finish(result, json, job)
 
 
@@ -86,7 +100,7 @@ def train_command(
         from swlora import pipeline
 
         _, result = pipeline.train(job)
-    _show_training(result)
+    show_training(result)
     _finish(result, json, job)
 
 
@@ -108,7 +122,7 @@ def eval_command(
         from swlora import pipeline
 
         result = pipeline.evaluate_adapter(job, adapter)
-    _show_scores(result)
+    show_scores(result)
     _finish(result, json, job)
 
 
@@ -130,8 +144,8 @@ def train_eval_command(
         from swlora import pipeline
 
         result = pipeline.train_evaluate(job)
-    _show_training(result["train"])
-    _show_scores(result["eval"])
+    show_training(result["train"])
+    show_scores(result["eval"])
     _finish(result, json, job)
 
 
@@ -156,7 +170,7 @@ def score_command(
         from swlora.evaluation.scoring_files import score_files
 
         result = score_files(predictions, references)
-    _show_scores(result)
+    show_scores(result)
     _finish(result, json, job)
 
 
@@ -175,10 +189,11 @@ def generate_command(
 
     Example: `swlora generate --model builtin --adapter run --prompt "name[Aromi], area[riverside]"`
     """
-    from swlora.pipeline import generate_text
-
     with _quiet_or_job("generate", output, config, overrides) as job:
-        result = generate_text(_spec(config, overrides), prompt, adapter, _progress())
+        from swlora.pipeline import generate_text
+
+        spec = load_spec(config, overrides)
+        result = generate_text(spec, prompt, adapter, _progress())
     typer.echo(result["text"])
     _finish(result, json, job)
 
@@ -188,21 +203,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     try:
-        command.main(args=arguments, prog_name="swlora", standalone_mode=False)
+        # Not command.main(): it has its own, changing, ways with interruptions and errors.
+        with command.make_context("swlora", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        raise SystemExit(end.exit_code) from None
     except UserError as error:
         _fail(error, error.exit_code, arguments)
     except KeyboardInterrupt as error:
         _fail(error, 130, arguments)
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
-            error.show()
-            raise SystemExit(error.exit_code) from None
-        if type(error).__name__ == "Abort":
-            _fail(error, 130, arguments)
+        if hasattr(error, "format_message"):  # a usage error of typer's
+            _fail_usage(error)
         _fail(error, 1, arguments)
 
 
-def _fail(error: BaseException, exit_code: int, arguments: Sequence[str]) -> None:
+def _fail_usage(error: Any) -> NoReturn:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        verb = error.ctx.command_path if getattr(error, "ctx", None) else "swlora"
+        message = error.format_message().rstrip(".")
+        print(f"swlora: {message}; see {verb} --help", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _fail(error: BaseException, exit_code: int, arguments: Sequence[str]) -> NoReturn:
     if "--debug" in arguments:
         raise error
     if isinstance(error, UserError):
@@ -214,10 +240,6 @@ def _fail(error: BaseException, exit_code: int, arguments: Sequence[str]) -> Non
         message = f"{type(error).__name__}: {text} (--debug shows where)"
     print(f"swlora: {message}", file=sys.stderr)
     raise SystemExit(exit_code)
-
-
-def _spec(config: Path | None, overrides: Overrides) -> RunSpec:
-    return load_spec(config, overrides)
 
 
 def _progress() -> Any:
@@ -247,11 +269,11 @@ def _job(
         if config is not None or given:
             raise UserError(
                 "--resume continues with the settings in the run's config.yaml; "
-                f"leave out {'--config' if config else given[0]}"
+                f"leave out {'--config' if config else flag_name(given[0])}"
             )
-        run, spec = Run.reopen(output)
+        run, spec = Run.reopen(output, command)
     else:
-        spec = _spec(config, overrides)
+        spec = load_spec(config, overrides)
         run = Run.create(output or default_folder(command), spec, command)
     from swlora.pipeline import Job
 
@@ -268,7 +290,7 @@ def _quiet_or_job(
         with _job(command, output, config, overrides) as job:
             yield job
     else:
-        _spec(config, overrides)
+        load_spec(config, overrides)
         yield None
 
 
@@ -281,49 +303,6 @@ def _finish(result: dict[str, Any], json: Path | None, job: "Job | None") -> Non
         from swlora.files import write_json
 
         write_json(json, result)
-
-
-def _show_candidates(result: dict[str, Any]) -> None:
-    print(f"perplexity of the intact model: {result['perplexity']:.2f}")
-    header = ("layer", "module", "out", "in", "weight", "ratio", "verdict")
-    rows = [
-        (
-            str(c["layer"]),
-            c["module"],
-            str(c["out_channel"]),
-            str(c["in_channel"]),
-            f"{c['weight']:.3f}",
-            f"{c['ratio']:.2f}",
-            c["verdict"],
-        )
-        for c in result["candidates"]
-    ]
-    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
-    for row in [header, *rows]:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
-    if result["layers"]:
-        print(f"layers with a verified super weight: {', '.join(map(str, result['layers']))}")
-    else:
-        print("no super weight: setting any one candidate to zero barely matters in this model")
-    print(f"figure: {result['figure']}")
-
-
-def _show_training(result: dict[str, Any]) -> None:
-    print(
-        f"trained {result['rows']} rows in {result['train_s']:.0f} s, "
-        f"{result['examples_per_s']:.1f} examples/s"
-    )
-    print(f"adapter: {result['adapter']}")
-
-
-def _show_scores(result: dict[str, Any]) -> None:
-    from swlora.evaluation.report import scores_table
-
-    print(scores_table(result))
-    if "predictions" in result:
-        print(f"predictions: {result['predictions']}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
 
-from swlora.config import RunSpec
+from swlora.config import RunSpec, join_list
 
 
 def _section(group: str) -> type[BaseModel]:
@@ -35,6 +36,11 @@ NAMES = {
     "data.eval_split": "--split",
     "decode.batch_size": "--eval-batch-size",
 }
+
+
+def flag_name(path: str) -> str:
+    """Return the flag of a field, such as --model for model.name."""
+    return NAMES.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
 def with_flags(*fields: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -63,7 +69,7 @@ def _option(key: str, path: str) -> inspect.Parameter:
     group, _, name = path.partition(".")
     field = _section(group).model_fields[name] if name else RunSpec.model_fields[path]
     default = field.get_default(call_default_factory=True)
-    flag = NAMES.get(path, "--" + (name or path).replace("_", "-"))
+    flag = flag_name(path)
     negative = f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag
     shown = ",".join(default) if isinstance(default, list) else default
     help_text = field.description or ""
@@ -75,15 +81,16 @@ def _option(key: str, path: str) -> inspect.Parameter:
         key,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[_type(field.annotation) | None, option],
+        annotation=Annotated[_type(field) | None, option],
     )
 
 
-def _type(annotation: Any) -> Any:
+def _type(field: FieldInfo) -> Any:
     """Return what typer shall parse: pydantic checks the rest."""
+    annotation = field.annotation
     arguments = [a for a in get_args(annotation) if a is not type(None)]
-    if get_origin(annotation) is list:
-        return list[str]
+    if get_origin(annotation) is list or BeforeValidator(join_list) in field.metadata:
+        return list[str]  # the flag may be repeated
     if arguments and all(isinstance(a, str) for a in arguments):
         return str
     plain = arguments[0] if arguments else annotation

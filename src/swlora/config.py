@@ -33,7 +33,18 @@ def split_list(value: object) -> object:
     return value
 
 
+def join_list(value: object) -> object:
+    """Turn `[2, 11]`, `["2", "11"]` or 2 into "2,11" or "2"; leave other types alone."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(item, int | str) for item in items):
+        return ",".join(map(str, items))
+    return value
+
+
 NameList = Annotated[list[str], BeforeValidator(split_list)]
+
+
+LayerPolicy = Annotated[str, BeforeValidator(join_list)]
 
 
 class Spec(BaseModel):
@@ -49,9 +60,11 @@ class ModelSpec(Spec):
         default=DEFAULT_MODEL, min_length=1, description="Hub id, folder, .gguf or builtin"
     )
     tokenizer: str | None = Field(
-        default=None, description="Hub id or folder, where it is not the model's"
+        default=None, min_length=1, description="Hub id or folder, where it is not the model's"
     )
-    revision: str | None = Field(default=None, description="commit, tag or branch on the Hub")
+    revision: str | None = Field(
+        default=None, min_length=1, description="commit, tag or branch on the Hub"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
 
@@ -86,7 +99,7 @@ class AdapterSpec(Spec):
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: NameList = Field(default_factory=lambda: ["all-linear"], min_length=1)
-    layers: str = Field(
+    layers: LayerPolicy = Field(
         default="all", min_length=1, description="all, super, last:K or a list: 2,11"
     )
 
@@ -103,6 +116,16 @@ class TrainSpec(Spec):
     max_grad_norm: float = Field(default=1.0, gt=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     max_steps: int | None = Field(default=None, ge=1, description="stop the schedule after N steps")
+    engine: Literal["auto", "tree", "plain"] = Field(
+        default="auto", description="tree: same gradient, less work; plain: padded batches"
+    )
+    order: Literal["prompts", "neighbours", "iid"] = Field(
+        default="prompts", description="what shares a step: a prompt's rows, also like prompts, any"
+    )
+    row_tokens: int = Field(default=4096, ge=64, description="tokens that are run at once")
+    cache_gb: float = Field(
+        default=8.0, ge=0, description="disk for states below the lowest adapted layer; 0: none"
+    )
     checkpoint_every_s: float = Field(
         default=300.0, gt=0, description="seconds between checkpoints"
     )
@@ -111,7 +134,7 @@ class TrainSpec(Spec):
 class DecodeSpec(Spec):
     """How text is generated."""
 
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=64, ge=1, description="rows at once, a prompt's beams counted")
     max_new_tokens: int = Field(default=96, ge=1)
     num_beams: int = Field(default=1, ge=1, le=64)
     length_penalty: float = 1.0
@@ -170,13 +193,15 @@ def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:
             raise UserError(f"{path} is not valid YAML: {detail}") from error
         if not isinstance(tree, dict):
             raise UserError(f"{path} must hold a mapping such as 'adapter: {{rank: 4}}'")
+        tree = {key: value for key, value in tree.items() if value is not None}  # empty sections
     for dotted, value in overrides.items():
         if value is not None:
             _set(tree, dotted.split("."), value)
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_problems(error, str(path) if path else "the command line")) from error
+        origin = f"{path} or the command line" if path else "the command line"
+        raise UserError(_problems(error, origin)) from error
 
 
 def dump_yaml(spec: BaseModel) -> str:
@@ -197,5 +222,7 @@ def _problems(error: ValidationError, origin: str) -> str:
     parts = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"]) or "configuration"
-        parts.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
+        unknown = problem["type"] == "extra_forbidden"
+        message = "there is no such setting" if unknown else problem["msg"]
+        parts.append(f"{where}: {message.removeprefix('Value error, ')}")
     return f"in {origin}: " + "; ".join(parts)

@@ -46,8 +46,12 @@ def write_text(target: Path, text: str) -> None:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Write strict JSON atomically; ValueError where a number is not finite."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write strict JSON atomically; RunFailedError where a number in it is not finite."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise RunFailedError(f"cannot write {target}: a number in it is not finite") from error
+    write_text(target, text + "\n")
 
 
 def _sync_folder(folder: Path) -> None:

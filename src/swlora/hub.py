@@ -6,24 +6,38 @@ Without this, a machine without a network waits minutes in the retries of the cl
 import os
 from functools import cache
 
+from swlora.errors import UserError
+
 
 @cache
 def hub_reachable(timeout_s: float = 5.0) -> bool:
-    """Say whether the Hub answers within `timeout_s` seconds; False in offline mode."""
+    """Say whether the Hub answers within `timeout_s` seconds; False in offline mode.
+
+    A proxy that refuses the way there (403, 407) counts as no answer.
+    """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
         return False
     from huggingface_hub import constants, get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=timeout_s)
+        status = get_session().head(constants.ENDPOINT, timeout=timeout_s).status_code
     except Exception:  # any failure of name lookup, proxy, TLS or socket means the same here
         return False
-    return True
+    return status < 500 and status not in (403, 407)
 
 
 def cached_file(repo_id: str, filename: str, revision: str | None = None) -> str | None:
-    """Return the path of a file of `repo_id` in the local Hub cache, or None."""
-    from huggingface_hub import try_to_load_from_cache
+    """Return the path of a file of `repo_id` in the local Hub cache, or None.
 
-    found = try_to_load_from_cache(repo_id, filename, revision=revision)
+    Raises UserError for a name that can be no Hub id.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo_id, filename, revision=revision)
+    except HFValidationError as error:
+        raise UserError(
+            f"{repo_id!r} is neither a folder nor a Hub id such as openai-community/gpt2"
+        ) from error
     return found if isinstance(found, str) else None

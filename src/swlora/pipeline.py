@@ -4,7 +4,6 @@ The command line, the studies and the web page all call these functions and noth
 Each writes what it found into the run folder and returns the same as a dict of plain values.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +14,15 @@ from typing import Any
 
 from swlora.adapters.layers import needs_identification, resolve_layers
 from swlora.config import RunSpec
+from swlora.data.rows import Example
 from swlora.data.sources import Dataset, load_dataset
 from swlora.data.tree_rows import TokenSequences
 from swlora.errors import UserError
-from swlora.files import write_json
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress
 from swlora.runs import Run, read_metrics
 
 Result = dict[str, Any]
-ADAPTER_FACTS = "swlora.json"
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Job:
         with self.timed("load_model"), self.progress.task("load the model"):
             loaded = load_model(self.spec.model, dtype="float32" if exact else None)
         self.progress.say(f"model: {loaded.source}")
-        self.run.record(model_source=loaded.source, model_revision=loaded.revision)
+        self.run.record_source(model_source=loaded.source, model_revision=loaded.revision)
         return loaded
 
     @cached_property
@@ -55,11 +53,8 @@ class Job:
         self.progress.say(f"data: {dataset.source}")
         if dataset.n_skipped_rows:
             self.progress.say(f"{dataset.n_skipped_rows} bad rows were left out")
-        self.run.record(
-            data_source=dataset.source,
-            data_sha256=dataset.sha256,
-            n_skipped_rows=dataset.n_skipped_rows,
-        )
+        self.run.record_source(data_sha256=dataset.sha256)
+        self.run.record(data_source=dataset.source, n_skipped_rows=dataset.n_skipped_rows)
         return dataset
 
     def encoded(self, split: str) -> TokenSequences:
@@ -96,10 +91,16 @@ def identify(job: Job, figure: Path | None = None) -> Result:
     """
     from swlora.superweights import ablate
     from swlora.superweights.detect import scan
-    from swlora.superweights.figure import draw_scan
+    from swlora.superweights.figure import check_format, draw_scan
 
-    spec, loaded = job.spec.identify, job.loaded
     figure = figure or job.run.folder / "superweights.png"
+    check_format(figure)
+    spec, loaded = job.spec.identify, job.loaded
+    if spec.window_tokens > loaded.context_tokens:
+        raise UserError(
+            f"--window-tokens {spec.window_tokens} exceeds the model's context of "
+            f"{loaded.context_tokens} tokens"
+        )
     with job.timed("identify"):
         found = scan(
             loaded.model, loaded.tokenizer, spec.prompt, max_candidates=spec.max_candidates
@@ -143,15 +144,17 @@ def train(job: Job) -> tuple[Any, Result]:
 
     Leaves adapter/ (a standard PEFT adapter), metrics.jsonl and loss.png in the run folder.
     """
+    import torch
+
     from swlora.adapters.methods import attach, train_mode, trainable_parameters
+    from swlora.adapters.saved import save_adapter
     from swlora.data.tree_rows import plan_steps
     from swlora.engine.loop import train as run_loop
-    from swlora.engine.plain import PlainStep
+    from swlora.engine.tree_step import make_step
     from swlora.evaluation.report import draw_loss
 
-    spec, loaded = job.spec, job.loaded
-    layers = choose_layers(job)
-    sequences = job.encoded("train")
+    spec, sequences = job.spec, job.encoded("train")  # before identification, which takes long
+    loaded, layers = job.loaded, choose_layers(job)
     model = attach(loaded.model, spec.adapter, layers, seed=spec.seed)
     train_mode(model)
     parameters = trainable_parameters(model)
@@ -165,13 +168,14 @@ def train(job: Job) -> tuple[Any, Result]:
         return plan_steps(
             sequences,
             sequences_per_step=spec.train.batch_size,
-            max_tokens_per_row=1 << 30,
-            order="iid",
+            max_tokens_per_row=spec.train.row_tokens,
+            order=spec.train.order,
             seed=spec.seed,
             epoch=epoch,
         )
 
-    step = PlainStep(model, sequences, label_smoothing=spec.train.label_smoothing)
+    step = make_step(model, sequences, spec.train, job.progress.say)
+    torch.manual_seed(spec.seed)  # dropout
     with job.timed("train"):
         state = run_loop(step, plan, parameters, spec.train, job.run, job.progress)
     facts = {"separator": job.dataset.separator, "base_model": loaded.name, "layers": layers}
@@ -196,13 +200,13 @@ def train(job: Job) -> tuple[Any, Result]:
 def choose_layers(job: Job) -> list[int]:
     """Turn the layer policy into layer numbers, identifying super weights where it needs them."""
     from swlora.models.anatomy import Anatomy
-    from swlora.models.precision import resolve_dtype
+    from swlora.models.precision import cast_parameters, resolve_dtype
 
     policy, model = job.spec.adapter.layers, job.loaded.model
     super_layers = None
     if needs_identification(policy):
         super_layers = identify(job)["layers"]
-        model.to(resolve_dtype(job.spec.model.dtype, model.device.type))
+        cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device.type))
     return resolve_layers(policy, Anatomy(model).n_layers, super_layers)
 
 
@@ -211,26 +215,22 @@ def evaluate(job: Job, model: Any) -> Result:
 
     Leaves predictions.csv and result.json in the run folder.
     """
-    from swlora.data.encode import encode_prompts
-    from swlora.data.sources import group_references
     from swlora.evaluation.decode import generate
     from swlora.evaluation.loss import dataset_loss
     from swlora.evaluation.metrics import score
     from swlora.evaluation.report import write_predictions
 
-    spec, split = job.spec, job.spec.data.eval_split
-    examples, references = zip(*group_references(job.dataset.split(split)), strict=True)
-    tokenizer = job.loaded.tokenizer
-    prompts = encode_prompts(examples, job.dataset.separator, tokenizer)
+    spec, split, tokenizer = job.spec, job.spec.data.eval_split, job.loaded.tokenizer
+    examples, references, prompts = evaluation_rows(job)
     with job.timed("loss"):
-        loss = dataset_loss(model, job.encoded(split), spec.decode.batch_size, job.progress)
+        loss = dataset_loss(model, job.encoded(split), job.progress)
     with job.timed("generate"):
         texts = generate(model, tokenizer, prompts, spec.decode, job.progress, seed=spec.seed)
     predictions = [" ".join(text.split()) for text in texts]
     with job.timed("score"), job.progress.task("score"):
         scores = score(predictions, references).as_dict()
     path = job.run.folder / "predictions.csv"
-    write_predictions(path, [e.prompt for e in examples], predictions, references)
+    write_predictions(path, [_prompt_text(e) for e in examples], predictions, references)
     result: Result = {
         **scores,
         "nll": loss.nats_per_token,
@@ -246,9 +246,25 @@ def evaluate(job: Job, model: Any) -> Result:
     return result
 
 
+def evaluation_rows(job: Job) -> tuple[list[Example], list[list[str]], list[list[int]]]:
+    """Return the distinct prompts to generate for, their references and their token ids.
+
+    Raises UserError where there are none, or where the model has no room for an answer.
+    """
+    from swlora.data.encode import encode_prompts
+    from swlora.data.sources import group_references
+    from swlora.evaluation.decode import check_room
+
+    groups = group_references(job.dataset.split(job.spec.data.eval_split))
+    examples = [example for example, _ in groups]
+    prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)
+    check_room(job.loaded.model, prompts, job.spec.decode)
+    return examples, [references for _, references in groups], prompts
+
+
 def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
     """Evaluate the adapter in a folder (a run folder will do), or the base model for None."""
-    from swlora.adapters.methods import load_adapter
+    from swlora.adapters.saved import adapter_folder, load_adapter
 
     model = job.loaded.model
     if adapter is not None:
@@ -258,12 +274,9 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
 
 def train_evaluate(job: Job) -> Result:
     """Train, then evaluate what was trained, in one run folder."""
+    evaluation_rows(job)  # what cannot be evaluated shall be known before the training
     model, trained = train(job)
-    model.eval()
-    evaluated = evaluate(job, model)
-    result = {"train": trained, "eval": evaluated}
-    job.run.write_result(result)
-    return result
+    return {"train": trained, "eval": evaluate(job, model.eval())}
 
 
 def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Progress) -> Result:
@@ -271,9 +284,8 @@ def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Pr
 
     An adapter that was trained here gets its prompt as in training, separator included.
     """
-    from swlora.adapters.methods import load_adapter
+    from swlora.adapters.saved import adapter_folder, load_adapter, read_facts
     from swlora.data.encode import encode_prompts
-    from swlora.data.rows import Example
     from swlora.evaluation.decode import generate
 
     loaded = load_model(spec.model)
@@ -282,33 +294,16 @@ def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Pr
     if adapter is not None:
         folder = adapter_folder(adapter)
         model = load_adapter(model, folder)
-        separator = read_adapter_facts(folder).get("separator", "")
+        separator = read_facts(folder).get("separator", "")
     prompt_ids = encode_prompts([Example(prompt, "")], separator, loaded.tokenizer)
     text = generate(model, loaded.tokenizer, prompt_ids, spec.decode, progress, seed=spec.seed)[0]
     return {"model": loaded.source, "prompt": prompt, "text": text, "seed": spec.seed}
 
 
-def adapter_folder(path: Path) -> Path:
-    """Return the adapter folder that `path` is, or, for a run folder, holds."""
-    inside = path / "adapter"
-    if not path.is_dir():
-        raise UserError(f"there is no adapter folder {path}")
-    return inside if (inside / "adapter_config.json").is_file() else path
-
-
-def read_adapter_facts(folder: Path) -> Result:
-    """Return what training noted beside the adapter; empty for an adapter from elsewhere."""
-    path = folder / ADAPTER_FACTS
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def save_adapter(model: Any, folder: Path, facts: Result) -> None:
-    """Save a PEFT adapter as safetensors; the folder appears complete or not at all."""
-    scratch = folder.with_name(f".{folder.name}-saving")
-    model.save_pretrained(str(scratch), safe_serialization=True)
-    (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    write_json(scratch / ADAPTER_FACTS, facts)
-    scratch.replace(folder)
+def _prompt_text(example: Example) -> str:
+    """Return the prompt for a person to read: its text, or a chat's turns."""
+    turns = (f"{role}: {content}" for role, content in example.messages)
+    return example.prompt or "\n".join(turns)
 
 
 def _ranges(layers: list[int]) -> str:

@@ -5,7 +5,8 @@
     checkpoint/     the newest complete snapshot      adapter/        a standard PEFT adapter
 
 Status is running, done, failed (with the reason) or cancelled. Every file but metrics.jsonl is
-replaced atomically. A snapshot counts only when its manifest, written last, matches its bytes.
+replaced atomically. A snapshot counts only when its manifest, written last, matches its bytes;
+it goes when the run is done.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Status = Literal["running", "done", "failed", "cancelled"]
+RESUMABLE = ("train", "train-eval")
 PACKAGES = ("swlora", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
@@ -40,13 +42,8 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, spec: RunSpec, command: str) -> Self:
-        """Start a run in `folder`; UserError where it already holds one."""
-        if (folder / "run.json").exists():
-            status = read_run(folder)["status"]
-            raise UserError(
-                f"{folder} already holds a run ({status}); choose another --output"
-                + ("" if status == "done" else " or continue it with --resume")
-            )
+        """Start a run in `folder`; UserError where that would overwrite something."""
+        _check_free(folder)
         run = cls(
             folder,
             {
@@ -65,22 +62,37 @@ class Run:
         return run
 
     @classmethod
-    def reopen(cls, folder: Path) -> tuple[Self, RunSpec]:
-        """Open an unfinished run to continue it; UserError where there is none."""
+    def reopen(cls, folder: Path, command: str) -> tuple[Self, RunSpec]:
+        """Open an unfinished run of `command` to continue it; UserError where there is none."""
         if not (folder / "run.json").exists():
             raise UserError(f"{folder} holds no run to resume")
         facts = read_run(folder)
         if facts["status"] == "done":
             raise UserError(f"the run in {folder} is done; there is nothing to resume")
+        if facts["command"] != command:
+            raise UserError(f"{folder} holds a run of {facts['command']}, not of {command}")
         spec = load_spec(folder / "config.yaml", {})
         run = cls(folder, facts)
         run.record(status="running", resumed=facts.get("resumed", 0) + 1)
         return run, spec
 
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the snapshot."""
+        return self.folder / "checkpoint"
+
     def record(self, **facts: Any) -> None:
         """Add facts to run.json."""
         self.facts.update(facts)
         self._save()
+
+    def record_source(self, **facts: Any) -> None:
+        """Record what the run works on; UserError where a resumed run would work on another."""
+        for name, now in facts.items():
+            before = self.facts.get(name, now)
+            if before != now:
+                raise UserError(f"this run cannot go on: {name} was {before} and is now {now}")
+        self.record(**facts)
 
     def add_timing(self, name: str, seconds: float) -> None:
         """Add `seconds` to the named share of the run's time."""
@@ -89,21 +101,25 @@ class Run:
         self._save()
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; RunFailedError where the disk is full."""
         line = json.dumps(values, allow_nan=False)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise RunFailedError(f"cannot write {path}: {error.strerror or error}") from error
 
     def truncate_metrics(self, after_step: int) -> None:
         """Drop metric lines of steps after `after_step`, which a resumed run does again."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            kept = [row for row in read_metrics(self.folder) if row["step"] <= after_step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_metrics(self.folder) if row["step"] <= after_step]
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        """Write result.json: what came out of the run."""
-        write_json(self.folder / "result.json", dict(result))
+        """Add to result.json what came out of the run, under names such as "train" and "eval"."""
+        path = self.folder / "result.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, {**before, **result})
 
     def _save(self) -> None:
         write_json(self.folder / "run.json", self.facts)
@@ -124,6 +140,7 @@ class Run:
             self.facts["reason"] = f"{type(error).__name__}: {error}".strip(": ")
         else:
             self.facts.pop("reason", None)
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
         self.facts["status"] = status
         self.add_timing("total", time.perf_counter() - self._start_s)
 
@@ -131,21 +148,48 @@ class Run:
 def read_run(folder: Path) -> dict[str, Any]:
     """Read run.json; UserError where the folder is no run."""
     try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        facts = dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        facts["status"], facts["command"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no readable run.json") from error
-    return dict(facts)
+    return facts
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl; a torn last line, as a kill may leave it, is dropped."""
+    """Read metrics.jsonl, empty before the first step; a torn last line, as a kill may leave it,
+    is dropped.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
     rows = []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
             break
     return rows
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder with a run, unless that run came to nothing and left nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; --output names a folder")
+    if not (folder / "run.json").exists():
+        if (folder / "config.yaml").exists():
+            raise UserError(
+                f"{folder} holds a config.yaml of something else; choose another --output"
+            )
+        return
+    facts = read_run(folder)
+    left = {path.name for path in folder.iterdir()} - {"run.json", "config.yaml"}
+    if facts["status"] in ("failed", "cancelled") and not left:
+        return
+    can_resume = facts["status"] != "done" and facts["command"] in RESUMABLE
+    raise UserError(
+        f"{folder} already holds a run ({facts['status']}); choose another --output"
+        + (" or continue it with --resume" if can_resume else "")
+    )
 
 
 def default_folder(command: str) -> Path:
@@ -174,23 +218,23 @@ def save_snapshot(folder: Path, tensors: dict[str, "Tensor"], values: dict[str, 
     """Replace the snapshot in `folder` by `tensors` and JSON `values`; the old one stays until
     the new one is complete.
 
-    The bytes go to a name of their own, then the manifest (name, size, sha256, values) is renamed
-    into place, then the previous file is removed: a kill at any moment leaves a whole snapshot.
+    The bytes go to a name of their own, then the manifest (name, sha256) is renamed into place,
+    then the previous file is removed: a kill at any moment leaves a whole snapshot.
+    Raises RunFailedError where the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    previous = _manifest(folder)
-    n_saved = 1 + (previous["n_saved"] if previous else 0)
-    data_path = folder / f"state-{n_saved}.safetensors"
+    numbers = [int(path.stem.partition("-")[2]) for path in folder.glob("state-*.safetensors")]
+    data_path = folder / f"state-{max(numbers, default=0) + 1}.safetensors"
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"values": json.dumps(values, allow_nan=False)}
     with atomic_path(data_path) as scratch:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, scratch)
-    manifest = {
-        "n_saved": n_saved,
-        "file": data_path.name,
-        "sha256": _sha256(data_path),
-        "values": values,
-    }
-    write_json(folder / "manifest.json", manifest)
+        try:
+            save_file(contents, scratch, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+    write_json(folder / "manifest.json", {"file": data_path.name, "sha256": _sha256(data_path)})
     for stale in folder.glob("state-*.safetensors"):
         if stale != data_path:
             stale.unlink()
@@ -201,30 +245,22 @@ def load_snapshot(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]] | 
 
     Raises RunFailedError where its bytes are not those that were saved.
     """
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    manifest = _manifest(folder)
-    if manifest is None:
-        return None
-    path = folder / manifest["file"]
-    if not path.is_file() or _sha256(path) != manifest["sha256"]:
-        raise RunFailedError(f"the checkpoint {path} is damaged; start again in another --output")
-    return load_file(path), dict(manifest["values"])
-
-
-def remove_snapshot(folder: Path) -> None:
-    """Remove the snapshot of a finished run."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / "manifest.json"
     if not path.exists():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise RunFailedError(f"{path} is damaged; start again in another --output") from error
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        path = folder / manifest["file"]
+        whole = path.is_file() and _sha256(path) == manifest["sha256"]
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise RunFailedError(f"the checkpoint {path} is damaged; start again in another --output")
+    with safe_open(path, "pt") as file:
+        values = json.loads(file.metadata()["values"])
+        return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
 
 
 def _sha256(path: Path) -> str:

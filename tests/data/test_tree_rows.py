@@ -7,13 +7,21 @@ from collections import Counter
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from swlora.data.tree_rows import StepOrder, TokenSequences, TreeRow, build_row, plan_steps
+from swlora.data.tree_rows import (
+    StepOrder,
+    TokenSequences,
+    TreeRow,
+    build_row,
+    number_nodes,
+    plan_steps,
+)
 from swlora.errors import DataError, UserError
 
 Pair = tuple[list[int], list[int]]
@@ -104,6 +112,62 @@ def test_row_of_a_subset_depends_on_no_order_of_ids(pairs, random) -> None:
     for name in ("token_ids", "position_ids", "subtree_end", "target_position", "target_id"):
         np.testing.assert_array_equal(getattr(row, name), getattr(other, name))
     np.testing.assert_array_equal(row.target_weight, other.target_weight)
+
+
+def paths_of_tokens(sequences: TokenSequences) -> list[tuple[int, ...] | None]:
+    """Everything up to each token of the data, None for the last token of a sequence."""
+    found: list[tuple[int, ...] | None] = []
+    for start, end in pairwise(sequences.offsets.tolist()):
+        text = tuple(sequences.tokens[start:end].tolist())
+        found += [text[: n + 1] for n in range(len(text) - 1)]
+        found.append(None)
+    return found
+
+
+@given(data_sets)
+@settings(max_examples=150, deadline=None)
+def test_nodes_are_numbered_by_everything_up_to_them(pairs: list[Pair]) -> None:
+    sequences = TokenSequences.from_lists(pairs)
+    numbers, n_nodes = number_nodes(sequences)
+    assert numbers.dtype == np.int64 and len(numbers) == len(sequences.tokens)
+    number_of: dict[tuple[int, ...], int] = {}
+    for number, path in zip(numbers.tolist(), paths_of_tokens(sequences), strict=True):
+        if path is None:
+            assert number == -1
+        else:
+            assert number_of.setdefault(path, number) == number
+    assert n_nodes == len(proper_prefixes(pairs))
+    assert sorted(number_of.values()) == list(range(n_nodes))
+
+
+@given(data_sets, st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_every_node_says_where_it_was_read(pairs: list[Pair], random: Random) -> None:
+    ids = random.sample(range(len(pairs)), random.randint(1, len(pairs)))
+    sequences = TokenSequences.from_lists(pairs)
+    row = build_row(sequences, np.array(ids))
+    at_token = paths_of_tokens(sequences)
+    assert [at_token[source] for source in row.node_source] == paths(row)
+    owner = np.searchsorted(sequences.offsets, row.node_source, side="right") - 1
+    assert set(owner.tolist()) <= set(ids)
+    # So nodes of different rows that hold the same context have the same number.
+    numbers, n_nodes = number_nodes(sequences)
+    _, whole = everything(pairs)
+    number_of = dict(zip(paths(whole), numbers[whole.node_source].tolist(), strict=True))
+    assert numbers[row.node_source].tolist() == [number_of[path] for path in paths(row)]
+    assert len(set(number_of.values())) == n_nodes == len(whole.token_ids)
+
+
+def test_numbers_and_sources_by_hand() -> None:
+    # Sorted contexts: 3 | 7 8 | 7 8 5 | 7 8 5 6, so the nodes are 3, 7, 8, 5, 6.
+    pairs = [([7, 8], [5, 6, 9]), ([7, 8], [5]), ([3], [9]), ([7, 8, 5], [9])]
+    sequences, row = everything(pairs)
+    numbers, n_nodes = number_nodes(sequences)
+    assert n_nodes == 5
+    assert numbers.tolist() == [1, 2, 3, 4, -1, 1, 2, -1, 0, -1, 1, 2, 3, -1]
+    assert row.token_ids.tolist() == [3, 7, 8, 5, 6]
+    assert numbers[row.node_source].tolist() == [0, 1, 2, 3, 4]
+    assert sequences.tokens[row.node_source].tolist() == [3, 7, 8, 5, 6]
 
 
 def test_row_by_hand() -> None:

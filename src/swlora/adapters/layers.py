@@ -34,7 +34,7 @@ def resolve_layers(
     if re.fullmatch(r"\d+(,\d+)*", policy.replace(" ", "")):
         return _checked([int(part) for part in policy.split(",")], n_layers)
     kind, *numbers = policy.split(":")
-    if not all(part.isdigit() for part in numbers) or not numbers:
+    if not all(part.isdecimal() for part in numbers) or not numbers:
         raise UserError(f"--layers {policy!r} is not understood; use {POLICIES}")
     k, *rest = map(int, numbers)
     if not 1 <= k <= n_layers:

@@ -1,11 +1,12 @@
-"""Adapters by name, built, saved and loaded by PEFT so that every other tool can use them.
+"""Adapters by name, built by PEFT so that every other tool can use them.
 
 LoRA (arXiv 2106.09685, eq. 3): y = W x + (alpha / r) B A x with A (r, in) random, B (out, r) zero.
 Adapter weights are float32 whatever the model's dtype.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def attach(model: Any, spec: AdapterSpec, layers: Sequence[int], *, seed: int) -
     anatomy = Anatomy(model)
     targets = resolve_targets(anatomy, spec.targets)
     config = METHODS[spec.method](spec, anatomy, targets, list(layers))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         peft_model = get_peft_model(model, config)
     n_expected = len(targets) * len(layers)
@@ -40,20 +41,16 @@ def attach(model: Any, spec: AdapterSpec, layers: Sequence[int], *, seed: int) -
     return peft_model
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
-    """Wrap `model` with the saved adapter in `folder`, frozen; UserError where it does not fit."""
-    from peft import PeftModel
-
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} is no adapter folder: it holds no adapter_config.json")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} holds no adapter_model.safetensors; other formats are not read")
-    try:
-        peft_model = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise UserError(f"the adapter in {folder} does not fit this model: {detail}") from error
-    return peft_model.eval()
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what PEFT warns of and the user cannot act on: a renamed attribute that it reads,
+    and adapter tensors that are missing, which `load_adapter` refuses.
+    """
+    with warnings.catch_warnings():
+        message = "`is_gradient_checkpointing` is deprecated"
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        yield
 
 
 def resolve_targets(anatomy: Anatomy, names: Sequence[str]) -> list[str]:
@@ -62,7 +59,7 @@ def resolve_targets(anatomy: Anatomy, names: Sequence[str]) -> list[str]:
     A last name that is used twice in a block (GPT-2's `c_proj`) selects both, as in PEFT.
     """
     known = anatomy.family.projections
-    if list(names) == [ALL_LINEAR]:
+    if ALL_LINEAR in names:
         return list(known)
     chosen: list[str] = []
     for name in names:

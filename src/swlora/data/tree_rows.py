@@ -104,6 +104,7 @@ class TreeRow:
     token_ids, position_ids, subtree_end: (T,) int32. target_position (node whose logits are
     scored) and target_id: (K,) int64, sorted, each pair once; target_weight: (K,) float32, the
     sequences that train it. sequence_ids: int64, the data-set rows held, in layout order.
+    node_source: (T,) int64, where in `TokenSequences.tokens` each node was first read.
     """
 
     token_ids: NDArray[np.int32]
@@ -113,6 +114,7 @@ class TreeRow:
     target_id: NDArray[np.int64]
     target_weight: NDArray[np.float32]
     sequence_ids: NDArray[np.int64]
+    node_source: NDArray[np.int64]
 
     @property
     def n_sequences(self) -> int:
@@ -154,9 +156,11 @@ def build_row(sequences: TokenSequences, ids: Ints) -> TreeRow:
     trained = inside & (depth >= sequences.prompt_lengths[ids, None] - 1)
     pair = (node[trained] << 32) | tokens[:, 1:][trained]
     pair, count = np.unique(pair, return_counts=True)
+    creator, position = np.nonzero(new)
     return TreeRow(
         token_ids=contexts[new],
-        position_ids=np.nonzero(new)[1].astype(np.int32),
+        position_ids=position.astype(np.int32),
+        node_source=sequences.offsets[ids[creator]] + position,
         subtree_end=subtree_end,
         target_position=pair >> 32,
         target_id=pair & 0xFFFFFFFF,
@@ -265,6 +269,26 @@ def _cut_rows(sequences: TokenSequences, ids: Ints, step: Ints, budget: int) -> 
             steps.append([])
         steps[-1].append(row)
     return steps
+
+
+def number_nodes(sequences: TokenSequences) -> tuple[Ints, int]:
+    """Number the nodes of the one trie over all sequences.
+
+    Returns (number of the node at every token, (total,) int64, -1 for the last token of a
+    sequence, which is never a context; how many nodes there are). Tokens share a number exactly
+    where they share everything up to themselves.
+    """
+    order = np.argsort(sequences._ranks[1], kind="stable")
+    common = _common_with_previous(sequences, order)
+    numbers = np.full(len(sequences.tokens), -1, dtype=np.int64)
+    n_nodes = previous = 0
+    for i, shared in zip(order.tolist(), common.tolist(), strict=True):
+        start, end = int(sequences.offsets[i]), int(sequences.offsets[i + 1]) - 1
+        numbers[start : start + shared] = numbers[previous : previous + shared]
+        n_new = end - start - shared
+        numbers[start + shared : end] = np.arange(n_nodes, n_nodes + n_new)
+        n_nodes, previous = n_nodes + n_new, start
+    return numbers, n_nodes
 
 
 def _starts(*keys: NDArray[np.integer]) -> NDArray[np.bool_]:

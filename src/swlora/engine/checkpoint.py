@@ -36,6 +36,8 @@ class LoopState:
     def save(self, folder: Path) -> None:
         """Replace the snapshot in `folder` by this state."""
         tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(self._device)
         for name, parameter in self.parameters.items():
             tensors[f"parameter/{name}"] = parameter.detach().clone()
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -55,12 +57,18 @@ class LoopState:
         if saved != set(self.parameters):
             raise RunFailedError(f"the checkpoint in {folder} belongs to another adapter")
         torch.set_rng_state(tensors["rng"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng_cuda"], self._device)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
                 self._load_optimizer_state(name, parameter, tensors)
         self.totals = Totals(**values)
         return True
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
 
     def _load_optimizer_state(
         self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]
@@ -70,4 +78,4 @@ class LoopState:
             kind, _, rest = full_name.partition("/")
             key, _, owner = rest.partition("/")
             if kind == "optimizer" and owner == name:
-                state[key] = value.clone() if key == "step" else value.to(parameter.device).clone()
+                state[key] = value.to(parameter.device, copy=True)

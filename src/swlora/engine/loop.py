@@ -22,7 +22,7 @@ from swlora.config import TrainSpec
 from swlora.engine.checkpoint import LoopState
 from swlora.errors import RunFailedError
 from swlora.progress import Progress
-from swlora.runs import Run, remove_snapshot
+from swlora.runs import Run
 
 Step = Sequence[np.ndarray]
 
@@ -65,18 +65,21 @@ def train(
     """Train `parameters` for the epochs of `spec`, checkpointing into `run`; return the state.
 
     Continues from the run's checkpoint where there is one. SIGINT and SIGTERM end the loop after
-    the current step with a checkpoint and KeyboardInterrupt. Raises RunFailedError before a
-    non-finite loss or gradient could reach the weights.
+    the current step with a checkpoint and KeyboardInterrupt. The last checkpoint is the final
+    state; it goes when the run is done. Raises RunFailedError before a non-finite loss or gradient
+    could reach the weights.
     """
     from accelerate import Accelerator
 
+    if not parameters:
+        raise RunFailedError("no parameter is trainable")
     device = next(iter(parameters.values())).device
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     if accelerator.num_processes > 1:
         raise RunFailedError("swlora trains in one process; start it without a launcher")
     optimizer = accelerator.prepare(_optimizer(parameters, spec))
     state = LoopState(parameters, optimizer.optimizer)
-    folder = run.folder / "checkpoint"
+    folder = run.checkpoint
     if state.load(folder):
         progress.say(f"resuming after step {state.totals.step}")
     run.truncate_metrics(state.totals.step)
@@ -95,13 +98,16 @@ def train(
                 raise
             run.append_metrics(report)
             task.advance(1, f"loss {report['loss']:.3f}  {report['examples_per_s']:.1f} examples/s")
-            due = time.perf_counter() - saved_at_s > spec.checkpoint_every_s
-            if due or stop.is_set():
+            stopping = stop.is_set()  # asked once: the signal may come between two questions
+            if stopping or time.perf_counter() - saved_at_s > spec.checkpoint_every_s:
                 state.save(folder)
                 saved_at_s = time.perf_counter()
-            if stop.is_set():
-                raise KeyboardInterrupt(f"stopped after step {state.totals.step} of {n_steps}")
-    remove_snapshot(folder)
+            if stopping:
+                raise KeyboardInterrupt(
+                    f"stopped after step {state.totals.step} of {n_steps}; "
+                    f"--resume --output {run.folder} continues"
+                )
+    state.save(folder)
     return state
 
 
@@ -124,8 +130,8 @@ def _one_step(
     norm = float(accelerator.clip_grad_norm_(state.parameters.values(), spec.max_grad_norm))
     if not (math.isfinite(sum_nats) and math.isfinite(norm)):
         raise RunFailedError(
-            f"the loss or its gradient is not finite at step {totals.step + 1}; the weights of "
-            "the step before are kept in the checkpoint: try a lower --learning-rate"
+            f"the loss or its gradient is not finite at step {totals.step + 1}; the weights are "
+            "still those of the step before: start again with a lower --learning-rate"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -149,8 +155,6 @@ def _one_step(
 
 
 def _optimizer(parameters: dict[str, nn.Parameter], spec: TrainSpec) -> torch.optim.Optimizer:
-    if not parameters:
-        raise RunFailedError("no parameter is trainable")
     return torch.optim.AdamW(
         parameters.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True
     )

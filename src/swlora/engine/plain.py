@@ -70,7 +70,7 @@ def completion_loss(
     ).logits[:, :-1]
     targets = batch.labels[:, 1:]
     loss = F.cross_entropy(
-        logits.float().flatten(0, 1),
+        (logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1),
         targets.flatten(),
         ignore_index=IGNORED,
         reduction="sum",

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from swlora.config import DecodeSpec
+from swlora.engine.tree_step import fast_modules
 from swlora.errors import UserError
+from swlora.models.anatomy import context_tokens
 from swlora.progress import Progress
 
 
@@ -28,24 +30,33 @@ def generate(
     Generation stops at the tokenizer's end-of-sequence token, which is not part of the text.
     Raises UserError where a prompt leaves no room in the model's context.
     """
-    context_tokens = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(prompt) for prompt in prompts)
-    if context_tokens and longest + spec.max_new_tokens > context_tokens:
-        raise UserError(
-            f"a prompt of {longest} tokens and {spec.max_new_tokens} new ones exceed the model's "
-            f"context of {context_tokens}; lower --max-new-tokens or shorten the prompt"
-        )
+    check_room(model, prompts, spec)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
-    with torch.random.fork_rng(), progress.task("generate", len(prompts)) as task:
+    n_at_once = max(1, spec.batch_size // spec.num_beams)
+    with (
+        torch.random.fork_rng(),
+        fast_modules(model),
+        progress.task("generate", len(prompts)) as task,
+    ):
         torch.manual_seed(seed)
-        for start in range(0, len(order), spec.batch_size):
-            chunk = order[start : start + spec.batch_size]
+        for start in range(0, len(order), n_at_once):
+            chunk = order[start : start + n_at_once]
             batch_texts = _generate_batch(model, tokenizer, [prompts[i] for i in chunk], spec)
             for i, text in zip(chunk, batch_texts, strict=True):
                 texts[i] = text
             task.advance(len(chunk))
     return texts
+
+
+def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -> None:
+    """Raise UserError where a prompt and `max_new_tokens` exceed the model's context."""
+    longest, room = max(len(prompt) for prompt in prompts), context_tokens(model)
+    if longest + spec.max_new_tokens > room:
+        raise UserError(
+            f"a prompt of {longest} tokens and {spec.max_new_tokens} new ones exceed the model's "
+            f"context of {room}; lower --max-new-tokens or shorten the prompt"
+        )
 
 
 @torch.inference_mode()
@@ -67,7 +78,11 @@ def _generate_batch(
 
 
 def generation_config(spec: DecodeSpec, tokenizer: Any) -> Any:
-    """Translate a DecodeSpec into the transformers object, with nothing left to model defaults."""
+    """Translate a DecodeSpec into the transformers object.
+
+    What it leaves open, transformers takes from the model, which `load_model` has made to say
+    nothing.
+    """
     from transformers import GenerationConfig
 
     sampling: dict[str, Any] = {}

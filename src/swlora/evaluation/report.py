@@ -42,7 +42,7 @@ def scores_table(scores: dict[str, Any]) -> str:
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], target: Path) -> None:
-    """Draw the training loss of every step, and its running mean, against rows seen."""
+    """Draw the training loss of every step, and its running mean, against rows seen, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,4 +61,4 @@ def draw_loss(metrics: Sequence[dict[str, Any]], target: Path) -> None:
     panel.grid(True, alpha=0.3)
     panel.legend()
     with atomic_path(target) as scratch:
-        figure.savefig(scratch, format=target.suffix.lstrip(".") or "png", dpi=140)
+        figure.savefig(scratch, format="png", dpi=140)

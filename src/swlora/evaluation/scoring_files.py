@@ -15,9 +15,9 @@ def score_files(predictions: Path, references: Path) -> dict[str, Any]:
     Raises UserError where a file is unreadable or the numbers of outputs and groups differ.
     """
     outputs = _lines(predictions)
-    while outputs and not outputs[-1].strip():
-        outputs.pop()
     groups = read_references(references)
+    while len(outputs) > len(groups) and not outputs[-1].strip():
+        outputs.pop()  # blank lines after the last output
     if len(outputs) != len(groups):
         raise UserError(
             f"{predictions} has {len(outputs)} outputs but {references} has {len(groups)} "
@@ -47,6 +47,8 @@ def read_references(path: Path) -> list[list[str]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: {error}") from error

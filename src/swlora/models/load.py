@@ -12,13 +12,13 @@ from typing import Any
 from swlora.config import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
 from swlora.errors import UserError
 from swlora.hub import cached_file, hub_reachable
-from swlora.models.anatomy import family_of
-from swlora.models.precision import resolve_device, resolve_dtype
+from swlora.models.anatomy import context_tokens, family_of
+from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for use, and where it came from (`revision` is a commit or a folder)."""
+    """A model ready for use, and where it came from (`revision` is a commit or None)."""
 
     model: Any
     tokenizer: Any
@@ -29,57 +29,97 @@ class LoadedModel:
     @property
     def context_tokens(self) -> int:
         """The longest sequence the model accepts, in tokens."""
-        config = self.model.config
-        return int(getattr(config, "max_position_embeddings", 0) or 1_000_000)
+        return context_tokens(self.model)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where to read from (a folder, a .gguf file or a Hub id), and how to tell a person."""
+
+    model: str
+    tokenizer: str
+    source: str
 
 
 def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
-    """Load what `spec` names, in eval mode, with frozen weights.
+    """Load what `spec` names, in eval mode, with frozen weights and no decoding habits of its own.
 
     `dtype` replaces `spec.dtype` where a caller needs a certain precision.
     Raises UserError (not found, not safetensors) and UnknownFamilyError.
     """
+    from transformers import GenerationConfig
+
     device = resolve_device(spec.device)
     torch_dtype = resolve_dtype(dtype or spec.dtype, device.type)
-    name, source = _resolve(spec)
-    if name.endswith(".gguf"):
+    place = _find(spec)
+    if place.model.endswith(".gguf"):
         from swlora.models.gguf_file import load_gguf
 
-        model, tokenizer = load_gguf(Path(name))
+        model, tokenizer = load_gguf(Path(place.model))
         family_of(model.config.model_type)
-        model = model.to(torch_dtype)
+        cast_parameters(model, torch_dtype)
     else:
-        model, tokenizer = _load_pretrained(name, spec.revision, torch_dtype)
-    if spec.tokenizer is not None:
-        tokenizer = _load_tokenizer(_resolve_path(spec.tokenizer), None)
-    _check_tokenizer(model, tokenizer)
+        model, tokenizer = _load_pretrained(place.model, spec.revision, torch_dtype), None
+    if tokenizer is None or place.tokenizer != place.model:
+        own = place.tokenizer == place.model
+        tokenizer = _load_tokenizer(place.tokenizer, spec.revision if own else None)
+    _check_tokenizer(model, tokenizer, place.tokenizer)
     model.requires_grad_(False)
-    revision = getattr(model.config, "_commit_hash", None) or spec.revision
-    return LoadedModel(model.to(device).eval(), tokenizer, name, revision, source)
+    model.generation_config = GenerationConfig()  # DecodeSpec alone says how text is generated
+    revision = _commit(place.model, spec.revision)
+    return LoadedModel(model.to(device).eval(), tokenizer, place.model, revision, place.source)
 
 
-def _resolve(spec: ModelSpec) -> tuple[str, str]:
-    if spec.name == BUILTIN_MODEL:
-        return _builtin(), "SmolLM2-135M-Instruct, the embedded model"
-    if spec.name.endswith(".gguf"):
-        if not Path(spec.name).is_file():
-            raise UserError(f"there is no file {spec.name}")
-        return spec.name, f"the GGUF file {spec.name}"
+def _find(spec: ModelSpec) -> _Place:
     path = Path(spec.name).expanduser()
-    if path.is_dir():
-        return str(path), f"the folder {path}"
+    if spec.name == BUILTIN_MODEL:
+        name, source = _builtin(), "SmolLM2-135M-Instruct, the embedded model"
+    elif spec.name.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"there is no file {spec.name}")
+        name, source = str(path), f"the GGUF file {path}"
+    elif path.is_dir():
+        name, source = str(path), f"the folder {path}"
+    else:
+        return _find_on_hub(spec)
+    if spec.revision is not None:
+        raise UserError(
+            f"--revision is a version on the Hub, but {spec.name} is local; leave it out"
+        )
+    tokenizer = name if spec.tokenizer is None else _find_tokenizer(spec.tokenizer)
+    return _Place(name, tokenizer, source)
+
+
+def _find_on_hub(spec: ModelSpec) -> _Place:
     if spec.name.startswith(("/", ".", "~")) or spec.name.count("/") > 1:
         raise UserError(f"there is no model folder {spec.name}")
     if cached_file(spec.name, "config.json", spec.revision) or hub_reachable():
-        return spec.name, f"{spec.name} from the Hugging Face Hub"
-    if spec.name == DEFAULT_MODEL and spec.revision is None:
-        return _builtin(), (
+        same = spec.tokenizer in (None, spec.name)
+        tokenizer = spec.name if same else _find_tokenizer(str(spec.tokenizer))
+        return _Place(spec.name, tokenizer, f"{spec.name} from the Hugging Face Hub")
+    left_at_default = spec.revision is None and spec.tokenizer in (None, DEFAULT_MODEL)
+    if spec.name == DEFAULT_MODEL and left_at_default:
+        folder = _builtin()
+        source = (
             f"SmolLM2-135M-Instruct, the embedded model, because {DEFAULT_MODEL} "
             "is not cached and the Hugging Face Hub cannot be reached"
         )
+        return _Place(folder, folder, source)
     raise UserError(
         f"{spec.name} is not a folder, is not cached, and the Hugging Face Hub cannot be reached; "
         "give --model a local folder, a .gguf file or 'builtin'"
+    )
+
+
+def _find_tokenizer(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if cached_file(name, "tokenizer.json") or hub_reachable():
+        return name
+    raise UserError(
+        f"the tokenizer {name} is not a folder, is not cached, and the Hugging Face Hub cannot be "
+        "reached; give --tokenizer a local folder"
     )
 
 
@@ -89,49 +129,73 @@ def _builtin() -> str:
     return str(builtin_folder())
 
 
-def _resolve_path(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path) if path.exists() else name
-
-
-def _load_pretrained(name: str, revision: str | None, dtype: Any) -> tuple[Any, Any]:
+def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
         family_of(config.model_type)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            revision=revision,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
+            **where,
         )
-    except (OSError, ValueError, KeyError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise UserError(f"the model {name} cannot be loaded: {detail}") from error
-    return model, _load_tokenizer(name, revision)
+    except UserError:
+        raise
+    except Exception as error:  # loaders raise the errors of many libraries
+        raise UserError(f"the model {name} cannot be loaded: {_brief(error)}") from error
+    if missing := sorted(report["missing_keys"]):  # transformers would fill them at random
+        raise UserError(f"the model {name} lacks {len(missing)} weights, such as {missing[0]}")
+    return model
 
 
 def _load_tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
+    where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {detail}") from error
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+    except Exception as error:  # loaders raise the errors of many libraries
+        raise UserError(f"the tokenizer of {name} cannot be loaded: {_brief(error)}") from error
 
 
-def _check_tokenizer(model: Any, tokenizer: Any) -> None:
+def _check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that cannot serve the model; take a missing EOS from the model."""
     n_embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > n_embeddings:
         raise UserError(
             f"the tokenizer knows {len(tokenizer)} tokens but the model embeds {n_embeddings}; "
             "they do not belong together (see --tokenizer)"
         )
+    sample = set(tokenizer("word", add_special_tokens=False).input_ids)
+    if sample <= {tokenizer.unk_token_id}:  # made up by transformers where the files are missing
+        raise UserError(f"{name} holds no tokenizer with a vocabulary; give one with --tokenizer")
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token; swlora trains and stops on it")
+        eos = getattr(model.config, "eos_token_id", None)
+        if not isinstance(eos, int) or eos >= len(tokenizer):
+            raise UserError("neither tokenizer nor model names the end-of-sequence token")
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _is_offline(name: str) -> bool:
+    """Say that `name` is read without the network: it is local, or the Hub is out of reach."""
+    return Path(name).exists() or not hub_reachable()
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of a Hub model, which names its folder in the cache; None for others."""
+    if Path(name).exists():
+        return None
+    path = cached_file(name, "config.json", revision)
+    return Path(path).parent.name if path else revision
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -8,6 +8,9 @@ import time
 from functools import cache
 
 import torch
+from torch import nn
+
+from swlora.errors import UserError
 
 
 @cache
@@ -28,14 +31,40 @@ def resolve_dtype(name: str, device_type: str) -> torch.dtype:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `auto` into CUDA, MPS or the CPU, whichever is there; other names are taken as given."""
+    """Turn `auto` into CUDA, MPS or the CPU, whichever is there.
+
+    Raises UserError for a device that this machine does not have.
+    """
     if name != "auto":
-        return torch.device(name)
+        return _present(torch.device(name))
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters in place as loading in `dtype` would.
+
+    Buffers are left alone: rotary frequencies stay float32, in which `model.to` loses them.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _present(device: torch.device) -> torch.device:
+    n_devices = {
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(device.type, 1)
+    if (device.index or 0) >= n_devices:
+        raise UserError(
+            f"--device {device}: this machine has {n_devices} {device.type} devices; "
+            "use auto or cpu"
+        )
+    return device
 
 
 def _product_s(dtype: torch.dtype, n: int = 512, repeats: int = 5) -> float:

@@ -86,4 +86,5 @@ def ablation_losses(
     anatomy = Anatomy(model)
     for address in addresses:
         with zeroed(anatomy, [address]):
-            yield text_loss(model, windows)
+            loss = text_loss(model, windows)
+        yield loss  # the model is whole again whenever the caller looks

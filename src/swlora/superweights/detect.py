@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swlora.errors import UserError
-from swlora.models.anatomy import Anatomy, WeightAddress, weight_out_in
+from swlora.models.anatomy import Anatomy, WeightAddress, context_tokens, weight_out_in
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ def scan(model: Any, tokenizer: Any, prompt: str, *, max_candidates: int) -> Sca
     """Run `prompt` once and return all spikes and the `max_candidates` largest contributions.
 
     Only output projections (attention out, MLP out) are candidates: their outputs enter the
-    residual stream. Raises UserError where the prompt has no tokens.
+    residual stream. Raises UserError where the prompt has no tokens, or too many.
     """
     anatomy = Anatomy(model)
     token_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if token_ids.shape[1] == 0:
         raise UserError("the prompt has no tokens; give --prompt some text")
+    if token_ids.shape[1] > context_tokens(model):
+        raise UserError(f"the prompt has more tokens than the model's {context_tokens(model)}")
     modules: list[ModuleScan] = []
     candidates: list[Candidate] = []
 

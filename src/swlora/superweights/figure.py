@@ -2,12 +2,21 @@
 
 from pathlib import Path
 
+from swlora.errors import UserError
 from swlora.files import atomic_path
 from swlora.superweights.detect import Scan
 
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_format(target: Path) -> None:
+    """Refuse a file name whose ending is no picture format, before the work is done."""
+    if target.suffix.lower() not in FORMATS:
+        raise UserError(f"the figure {target} must end in {', '.join(FORMATS)}")
+
 
 def draw_scan(scan: Scan, title: str, target: Path) -> None:
-    """Draw largest |input| and |output| per layer, one line a projection, as PNG or SVG."""
+    """Draw largest |input| and |output| per layer, one line a projection, as PNG, SVG or PDF."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -28,4 +37,4 @@ def draw_scan(scan: Scan, title: str, target: Path) -> None:
     panels[1].legend(fontsize=8, loc="best")
     figure.suptitle(title)
     with atomic_path(target) as scratch:
-        figure.savefig(scratch, format=target.suffix.lstrip(".") or "png", dpi=140)
+        figure.savefig(scratch, format=target.suffix.lower().lstrip("."), dpi=140)

@@ -1,0 +1,64 @@
+# make demo   set up, then find super weights, train and evaluate on the embedded model
+# make test   set up, then lint, type-check and run every test
+# make lock   renew requirements.lock from the newest versions that pyproject.toml allows
+
+PYTHON ?= python3
+TORCH := 2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Stamps: present and newer than what they depend on when the installation is complete
+PACKAGE := $(VENV)/.package-installed
+TOOLS := $(VENV)/.tools-installed
+
+.PHONY: help demo test lint lock clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(PACKAGE)
+	@BIN=$(BIN) bash examples/demo.sh
+
+test: lint
+	$(BIN)/python -c "from swlora.models.builtin import builtin_folder; print('builtin model:', builtin_folder())"
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=
+	$(BIN)/python -m pytest -m slow --cov --cov-append --cov-report=term:skip-covered
+
+lint: $(TOOLS)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+lock:
+	rm -rf .cache/lock
+	$(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/pip install --quiet --upgrade pip
+	.cache/lock/bin/pip install --quiet --group dev torch==$(TORCH) -e .
+	{ echo "# The versions that the tests run with; 'make lock' renews them."; \
+	  .cache/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > requirements.lock
+	rm -rf .cache/lock
+
+clean:
+	rm -rf $(VENV) .cache build dist .coverage .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "swlora needs Python 3.11 or newer as $(PYTHON)." \
+	    "Install it, or name another one: make PYTHON=python3.12 demo" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments." \
+	    "On Debian or Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(PACKAGE): pyproject.toml requirements.lock | $(BIN)/python
+	@echo "installing swlora and what it needs into $(VENV) (some minutes the first time)"
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+	$(PIP) install --progress-bar=on --constraint requirements.lock --editable .
+	@touch $@
+
+$(TOOLS): $(PACKAGE)
+	$(PIP) install --quiet --constraint requirements.lock --group dev
+	@touch $@

@@ -1,0 +1,1 @@
+"""Speed against peers: every measurement in a fresh process, the arms taken in turns."""

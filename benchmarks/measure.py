@@ -1,0 +1,148 @@
+"""Stopwatch, memory and floating-point yardsticks, the same for every arm.
+
+    necessary FLOPs = 2 P T forward and 2 P T for the input gradient above the lowest adapted block
+                      + 4 D V S for the head and its gradient
+    share of peak   = necessary FLOPs / seconds / FLOP/s of the best 2048^3 product
+
+P: weights of a block's frozen matrices, T: nodes, S: scored nodes, D: width, V: vocabulary. Of the
+last block only keys and values are needed everywhere, the rest at scored nodes. Attention scores,
+adapters, norms and the optimizer are left out: work, but not counted as necessary.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+STATUS = Path("/proc/self/status")
+
+
+class Stopwatch:
+    """Seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start_s = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_s
+
+
+class Memory:
+    """Peak resident memory of this process, before and during the training, in bytes."""
+
+    def __init__(self) -> None:
+        self.load_peak_bytes = _status_bytes("VmHWM")
+        self.rss_before_bytes = _status_bytes("VmRSS")
+        # Resets the peak to what is resident now (proc(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def report(self) -> dict[str, int]:
+        """Return the peaks; call it when the training is over."""
+        train_peak_bytes = _status_bytes("VmHWM")
+        return {
+            "rss_before_bytes": self.rss_before_bytes,
+            "load_peak_bytes": self.load_peak_bytes,
+            "train_peak_bytes": train_peak_bytes,
+            "peak_bytes": max(self.load_peak_bytes, train_peak_bytes),
+        }
+
+
+def _status_bytes(field: str) -> int:
+    for line in STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{STATUS} has no {field}")
+
+
+def gemm_flops(dtype: torch.dtype, n: int = 2048, repeats: int = 12) -> float:
+    """Return the FLOP/s of the fastest of `repeats` products of two n x n matrices."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    best_s = float("inf")
+    for _ in range(repeats):
+        start_s = time.perf_counter()
+        torch.mm(a, b)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * n**3 / best_s
+
+
+def rates(ticks: list[float], rows: list[int], tokens: list[int], n_warmup: int) -> dict[str, Any]:
+    """Summarise steps that ended at ticks[1:], the first having begun at ticks[0].
+
+    `rows` and `tokens` (as run, padding included) are by step. `examples_per_s` is rows over
+    seconds of all steps but the first `n_warmup`; `warmup_s` is what those took longer than their
+    tokens would have taken later.
+    """
+    seconds = np.diff(np.asarray(ticks))
+    counts = np.asarray(rows, dtype=float)
+    if len(seconds) != len(counts):
+        raise RuntimeError(f"{len(seconds)} steps were timed, {len(counts)} planned")
+    if len(counts) <= n_warmup:
+        raise RuntimeError(f"{len(counts)} steps leave none to time; give more rows")
+    steady_s, steady_rows = float(seconds[n_warmup:].sum()), float(counts[n_warmup:].sum())
+    steady_tokens = sum(tokens[n_warmup:])
+    warmup_s = seconds[:n_warmup].sum() - sum(tokens[:n_warmup]) * steady_s / steady_tokens
+    return {
+        "steps": len(counts) - n_warmup,
+        "rows": int(steady_rows),
+        "steady_s": steady_s,
+        "total_s": float(seconds.sum()),
+        "examples_per_s": steady_rows / steady_s,
+        "examples_per_s_median_step": float(np.median((counts / seconds)[n_warmup:])),
+        "tokens_run": steady_tokens,
+        "warmup_s": max(0.0, float(warmup_s)),
+    }
+
+
+def necessary_flops(
+    anatomy: Any, cut: int, n_nodes: int, n_scored: int, *, prefix_read: bool
+) -> float:
+    """Return the FLOPs that a pass needs whose lowest adapted block is `cut`.
+
+    `prefix_read` says that the states below it came from a cache.
+    """
+    blocks = [_block_weights(anatomy, layer) for layer in range(anatomy.n_layers)]
+    total = 0.0
+    for layer, (entry, rest) in enumerate(blocks):
+        last = layer == anatomy.n_layers - 1
+        # Queries belong to the entry; of the last block they are needed at scored nodes only.
+        queries = _query_weights(anatomy, layer)
+        everywhere, scored = (entry - queries, queries + rest) if last else (entry + rest, 0)
+        forward = 2.0 * (everywhere * n_nodes + scored * n_scored)
+        if layer >= cut or not prefix_read:
+            total += forward
+        if layer > cut:
+            total += forward
+        elif layer == cut:  # what comes into the lowest adapted block needs no gradient
+            total += 2.0 * rest * (n_scored if last else n_nodes)
+    head = anatomy.head.weight
+    return total + 4.0 * head.numel() * n_scored
+
+
+def _block_weights(anatomy: Any, layer: int) -> tuple[int, int]:
+    """Return the frozen weights that read the block's input, and those of its other matrices."""
+    family = anatomy.family
+    sizes = {p.name: _frozen(p.module) for p in anatomy.projections(layer)}
+    entry = sum(sizes[name] for name in family.attention_in)
+    return entry, sum(sizes.values()) - entry
+
+
+def _query_weights(anatomy: Any, layer: int) -> int:
+    names = [n for n in anatomy.family.attention_in if n.endswith("q_proj")]
+    return sum(_frozen(p.module) for p in anatomy.projections(layer) if p.name in names)
+
+
+def _frozen(module: Any) -> int:
+    return int(getattr(module, "base_layer", module).weight.numel())
+
+
+def machine_state() -> dict[str, Any]:
+    """Return the load average, which shows whether the machine was idle."""
+    return {"load_average": list(os.getloadavg()), "at": time.strftime("%Y-%m-%dT%H:%M:%S")}

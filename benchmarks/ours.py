@@ -1,0 +1,160 @@
+"""The arm of this package: the real step function in the real loop, nothing left out.
+
+Time is read off the loop's own progress reports, so that a step costs all that it costs a user:
+building the row, the gradient, the optimizer, the metrics line. The first pass over the rows fills
+the cache of states below the lowest adapted layer, the second reads it.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import measure
+from benchmarks.arms import LEARNING_RATE, LORA_ALPHA, LORA_RANK, Arm
+from swlora.config import AdapterSpec, ModelSpec, RunSpec, TrainSpec
+from swlora.data.encode import encode_examples
+from swlora.data.rows import Example
+from swlora.data.tree_rows import TokenSequences, build_row, plan_steps
+from swlora.models.anatomy import Anatomy
+from swlora.models.load import LoadedModel, load_model
+from swlora.progress import Silent
+from swlora.runs import Run, read_metrics
+
+
+class StepClock(Silent):
+    """Notes when the loop began and when each step ended, and what was said."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+        self.lines: list[str] = []
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002
+        self.ticks.append(time.perf_counter())
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def run(arm: Arm, model_folder: str, separator: str, rows: list[Example]) -> dict[str, Any]:
+    """Train an adapter on `rows` for the arm's epochs; return what was measured."""
+    from swlora.adapters.methods import attach, train_mode, trainable_parameters
+    from swlora.engine.tree_step import make_step
+
+    watch, clock = measure.Stopwatch(), StepClock()
+    with watch("load_model"):
+        loaded = load_model(ModelSpec(name=model_folder))
+    anatomy = Anatomy(loaded.model)
+    layers = _layers(arm, model_folder, anatomy, watch)
+    with watch("tokenise"):
+        sequences = encode(rows, separator, loaded)
+    spec = RunSpec(
+        adapter=AdapterSpec(rank=LORA_RANK, alpha=LORA_ALPHA),
+        train=TrainSpec(batch_size=arm.batch, epochs=arm.epochs, learning_rate=LEARNING_RATE),
+    )
+    with watch("attach"):
+        model = attach(loaded.model, spec.adapter, layers, seed=spec.seed)
+        train_mode(model)
+    with watch("plan"):
+        plans = [_plan(sequences, spec, epoch) for epoch in range(arm.epochs)]
+    gemm_before = measure.gemm_flops(loaded.model.dtype)
+    memory = measure.Memory()
+    with watch("make_step"):
+        step = make_step(model, sequences, spec.train, clock.say)
+
+    def plan(epoch: int) -> list[list[np.ndarray]]:  # made again and again, as in a real run
+        return _plan(sequences, spec, epoch)
+
+    metrics, start_s = _train(step, plan, trainable_parameters(model), spec, clock)
+    facts = {
+        "layers": layers,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "train_loss": sum(m["sum_nats"] for m in metrics) / sum(m["n_tokens"] for m in metrics),
+        "said": clock.lines,
+        "memory": memory.report(),
+    }
+    gemm = max(gemm_before, measure.gemm_flops(loaded.model.dtype))
+    epochs = _epochs(clock.ticks, plans, sequences, anatomy, layers[0], gemm)
+    per_row = {name: watch.seconds.pop(name) / len(rows) for name in ("tokenise", "plan")}
+    one_off = {**watch.seconds, "start": clock.ticks[0] - start_s, "warmup": epochs[0]["warmup_s"]}
+    costs = {"one_off_s": one_off, "per_row_s": per_row}
+    return {**facts, **costs, "gemm_flops": gemm, "epochs": epochs}
+
+
+def encode(rows: list[Example], separator: str, loaded: LoadedModel) -> TokenSequences:
+    """Tokenise the rows."""
+    limits = {"context_tokens": loaded.context_tokens, "truncate": False}
+    return encode_examples(rows, separator, loaded.tokenizer, **limits)[0]
+
+
+def _plan(sequences: TokenSequences, spec: RunSpec, epoch: int) -> list[list[np.ndarray]]:
+    return plan_steps(
+        sequences,
+        sequences_per_step=spec.train.batch_size,
+        max_tokens_per_row=spec.train.row_tokens,
+        order=spec.train.order,
+        seed=spec.seed,
+        epoch=epoch,
+    )
+
+
+def _train(
+    step: Any, plan: Any, parameters: dict[str, Any], spec: RunSpec, clock: StepClock
+) -> tuple[list[dict[str, Any]], float]:
+    from swlora.engine.loop import train
+
+    with tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
+        folder = Path(scratch) / "run"
+        start_s = time.perf_counter()
+        with Run.create(folder, spec, "train") as run_folder:
+            train(step, plan, parameters, spec.train, run_folder, clock)
+        return read_metrics(folder), start_s
+
+
+def _epochs(
+    ticks: list[float],
+    plans: list[Any],
+    sequences: TokenSequences,
+    anatomy: Anatomy,
+    cut: int,
+    gemm: float,
+) -> list[dict[str, Any]]:
+    """Summarise each epoch: rates, the work it needed and the share of the machine's peak."""
+    epochs, first = [], 0
+    for epoch, steps in enumerate(plans):
+        n_warmup = 1 if epoch == 0 else 0  # the first step of all
+        counts = [sum(len(ids) for ids in rows) for rows in steps]
+        trees = [[build_row(sequences, ids) for ids in rows] for rows in steps]
+        nodes = [sum(len(row.token_ids) for row in step) for step in trees]
+        report = measure.rates(ticks[first : first + len(steps) + 1], counts, nodes, n_warmup)
+        first += len(steps)
+        tree = [row for step in trees[n_warmup:] for row in step]
+        n_nodes = sum(nodes[n_warmup:])
+        n_scored = sum(len(np.unique(row.target_position)) for row in tree)
+        ids = np.concatenate([row.sequence_ids for row in tree])
+        flops = measure.necessary_flops(anatomy, cut, n_nodes, n_scored, prefix_read=epoch > 0)
+        epochs.append(
+            {
+                **report,
+                "tokens": int(sequences.lengths[ids].sum()),
+                "scored_positions": n_scored,
+                "necessary_flops": flops,
+                "gemm_share": flops / report["steady_s"] / gemm,
+            }
+        )
+    return epochs
+
+
+def _layers(arm: Arm, model_folder: str, anatomy: Anatomy, watch: measure.Stopwatch) -> list[int]:
+    if arm.layers is None:
+        return list(range(anatomy.n_layers))
+    if arm.layers != "super":
+        return list(arm.layers)
+    from swlora.pipeline import Job, identify
+
+    with watch("identify"), tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
+        spec = RunSpec(model=ModelSpec(name=model_folder))
+        with Run.create(Path(scratch) / "run", spec, "identify") as run_folder:
+            return sorted(identify(Job(spec, run_folder, Silent()))["layers"])

@@ -1,0 +1,62 @@
+"""The rows that the arms run: one pool of whole prompts, and length-grouped batches from it.
+
+Arms that are slow run fewer rows than fast ones, so each gets rows that stand for the pool: a
+prefix of its prompts, which are in random order, where prompts matter; where lengths matter, every
+k-th of the batches that sorting the pool by length gives.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from swlora.config import DataSpec
+from swlora.data.rows import Example
+from swlora.data.sources import Dataset, group_references, load_dataset
+
+E2E_ROWS = 42_061
+SHARED_E2E = Path(__file__).resolve().parents[2] / "shared" / "e2e-dataset"
+
+
+def find_e2e(given: Path | None) -> Path:
+    """Return the E2E folder: the argument, else $SWLORA_E2E, else ../shared/e2e-dataset."""
+    folder = given or Path(os.environ.get("SWLORA_E2E", SHARED_E2E))
+    if not (folder / "trainset.csv").is_file():
+        raise SystemExit(f"{folder} is no E2E folder; give one with --e2e or SWLORA_E2E")
+    return folder.resolve()
+
+
+def load(path: Path) -> Dataset:
+    """Load an E2E folder or a .jsonl file of prompts and completions."""
+    return load_dataset(DataSpec(name=str(path)))
+
+
+def pool(examples: Sequence[Example], n_rows: int, seed: int = 0) -> list[Example]:
+    """Return `n_rows` rows of whole prompts (the last one may be cut), prompts in random order."""
+    groups = group_references(examples)
+    rows: list[Example] = []
+    for g in np.random.default_rng(seed).permutation(len(groups)):
+        example, completions = groups[g]
+        rows += [Example(example.prompt, text) for text in completions]
+        if len(rows) >= n_rows:
+            break
+    if len(rows) < n_rows:
+        raise SystemExit(f"{n_rows} rows are wanted and the data set has {len(rows)}")
+    return rows[:n_rows]
+
+
+def length_grouped(lengths: Sequence[int], batch: int, n_steps: int) -> list[list[int]]:
+    """Return one warm-up batch and `n_steps` batches of row numbers, as length grouping makes them.
+
+    All rows are sorted by length and cut into batches, as `group_by_length` of the Trainer does
+    with a mega-batch (50 batches); evenly spaced ones are taken, so that they have the mean length
+    of all. The warm-up batch is the longest: memory then grows once and no later step is charged.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    n_batches = len(order) // batch
+    if n_steps > n_batches:
+        raise SystemExit(f"{n_steps} batches of {batch} rows do not fit into {len(order)} rows")
+    batches = order[: n_batches * batch].reshape(n_batches, batch)
+    ranks = ((np.arange(n_steps) + 0.5) * n_batches / n_steps).astype(int)
+    return [batches[0].tolist(), *batches[ranks].tolist()]

@@ -1,0 +1,203 @@
+"""Hidden states below the lowest adapted block, computed once and kept in a file.
+
+They depend on the tokens up to a node and on frozen weights only, so they are constants: kept by
+node of the data set's trie, (n_nodes, D) in the model's dtype, under a folder named by a hash of
+everything that they depend on. The first epoch writes, later epochs and later runs read; a row is
+read only where all of its nodes are there. Plain reads and writes instead of a mapping, so that a
+full disk is an error that can be caught and the pages do not count as the process's memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swlora.data.tree_rows import TokenSequences, TreeRow, number_nodes
+from swlora.engine.attention import TreeLayout
+from swlora.engine.split_model import SplitModel
+from swlora.errors import RunFailedError
+from swlora.files import write_json
+from swlora.paths import cache_dir
+
+GIB = 1 << 30
+FORMAT = 1
+
+
+class PrefixCache:
+    """Serves `split.prefix` from a file where it can; falls back to computing for good.
+
+    `say` gets a line when the cache is used, or cannot be.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        sequences: TokenSequences,
+        *,
+        limit_gb: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._split = split
+        self._say = say
+        self._numbers, self._n_nodes = number_nodes(sequences)
+        parameter = next(split.base_model.parameters())
+        self._width = int(split.base_model.config.hidden_size)
+        self._dtype: torch.dtype = parameter.dtype
+        self._row_bytes = self._width * parameter.element_size()
+        self._data: int | None = None
+        self.n_read_rows = self.n_computed_rows = 0
+        try:
+            self._open(content_key(split, sequences), limit_gb)
+        except (OSError, RunFailedError) as error:
+            self._give_up(error)
+
+    def __call__(self, row: TreeRow, layout: TreeLayout) -> Tensor:
+        """Return the hidden state at the cut, (1, T, D), for a tree row."""
+        if self._data is None:
+            return self._split.prefix(layout)
+        nodes = self._numbers[row.node_source]
+        try:
+            if self._present[nodes].all():
+                self.n_read_rows += 1
+                return self._read(nodes).to(layout.token_ids.device)[None]
+            hidden = self._split.prefix(layout)
+            self.n_computed_rows += 1
+            self._write(nodes, hidden[0])
+        except OSError as error:
+            self._give_up(error)
+            return self._split.prefix(layout)
+        return hidden
+
+    def close(self) -> None:
+        """Let go of the files; the cache stays for later runs."""
+        if self._data is not None:
+            os.close(self._data)
+            os.close(self._flags)
+            os.close(self._lock)
+            self._data = None
+
+    def _open(self, key: str, limit_gb: float) -> None:
+        n_bytes = self._n_nodes * (self._row_bytes + 1)
+        if n_bytes > limit_gb * GIB:
+            self._say(
+                f"no prefix cache: it needs {n_bytes / GIB:.1f} GiB and --cache-gb allows "
+                f"{limit_gb:g}"
+            )
+            return
+        root = cache_dir() / "prefix"
+        folder = root / key
+        root.mkdir(parents=True, exist_ok=True)
+        _make_room(root, folder, int(limit_gb * GIB) - n_bytes)
+        folder.mkdir(exist_ok=True)
+        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)  # in use: not to be evicted
+        header = {"format": FORMAT, "n_nodes": self._n_nodes, "row_bytes": self._row_bytes}
+        if _header(folder) != header:
+            for stale in ("states", "present"):
+                (folder / stale).unlink(missing_ok=True)
+            write_json(folder / "header.json", header)
+        self._flags = os.open(folder / "present", os.O_RDWR | os.O_CREAT, 0o644)
+        self._data = os.open(folder / "states", os.O_RDWR | os.O_CREAT, 0o644)
+        n_whole = os.fstat(self._data).st_size // self._row_bytes
+        if os.fstat(self._flags).st_size > n_whole:  # cut off: what it lost is computed again
+            os.ftruncate(self._flags, n_whole)
+        os.utime(folder)
+        self._present = np.zeros(self._n_nodes, dtype=np.uint8)
+        saved = os.pread(self._flags, self._n_nodes, 0)
+        self._present[: len(saved)] = np.frombuffer(saved, dtype=np.uint8)
+        share = float(self._present.mean())
+        if share:
+            self._say(f"prefix cache: {share:.0%} of the states are there from an earlier run")
+
+    def _read(self, nodes: np.ndarray) -> Tensor:
+        states = torch.empty(len(nodes), self._width, dtype=self._dtype)
+        view = states.view(torch.uint8).numpy().data.cast("B")
+        assert self._data is not None
+        for first, start, stop in _stretches(nodes):
+            target = view[start * self._row_bytes : stop * self._row_bytes]
+            if os.preadv(self._data, [target], first * self._row_bytes) != len(target):
+                raise OSError("the prefix cache is shorter than its header says")
+        return states
+
+    def _write(self, nodes: np.ndarray, hidden: Tensor) -> None:
+        states = hidden.detach().to("cpu", self._dtype).contiguous()
+        view = states.view(torch.uint8).numpy().data.cast("B")
+        assert self._data is not None
+        for first, start, stop in _stretches(nodes):
+            source = view[start * self._row_bytes : stop * self._row_bytes]
+            _write_all(self._data, source, first * self._row_bytes)
+            _write_all(self._flags, memoryview(bytes([1]) * (stop - start)), first)
+        self._present[nodes] = 1
+
+    def _give_up(self, error: OSError | RunFailedError) -> None:
+        reason = getattr(error, "strerror", None) or error
+        self._say(f"going on without the prefix cache: {reason}")
+        self.close()
+
+
+def content_key(split: SplitModel, sequences: TokenSequences) -> str:
+    """Hash everything the states at the cut depend on: tokens, frozen weights, cut, dtype."""
+    digest = hashlib.sha256()
+    config = split.base_model.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(volatile, None)
+    digest.update(json.dumps([FORMAT, split.cut, config], sort_keys=True, default=str).encode())
+    digest.update(np.ascontiguousarray(sequences.tokens).data)
+    digest.update(np.ascontiguousarray(sequences.offsets).data)
+    above = {id(p) for block in split.anatomy.blocks[split.cut :] for p in block.parameters()}
+    for name, tensor in split.anatomy.backbone.named_parameters():
+        if id(tensor) not in above:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def _stretches(nodes: np.ndarray) -> list[tuple[int, int, int]]:
+    """Cut node numbers into stretches that lie together in the file: (first, start, stop)."""
+    bounds = np.flatnonzero(np.diff(nodes) != 1) + 1
+    starts = [0, *bounds.tolist()]
+    stops = [*bounds.tolist(), len(nodes)]
+    return [(int(nodes[a]), a, b) for a, b in zip(starts, stops, strict=True)]
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        n_written = os.pwrite(descriptor, data, offset)
+        data, offset = data[n_written:], offset + n_written
+
+
+def _header(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / "header.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _make_room(root: Path, keep: Path, allowed_bytes: int) -> None:
+    """Remove the least recently used caches until the others fit; those in use stay."""
+    others = [folder for folder in root.iterdir() if folder.is_dir() and folder != keep]
+    others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    total_bytes = 0
+    for folder in others:
+        total_bytes += sum(f.stat().st_blocks * 512 for f in folder.iterdir())
+        if total_bytes > allowed_bytes:
+            _remove_unused(folder)
+
+
+def _remove_unused(folder: Path) -> None:
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass  # another run reads it
+    finally:
+        os.close(lock)

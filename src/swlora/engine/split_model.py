@@ -1,0 +1,103 @@
+"""A decoder cut below its lowest adapted block: a frozen prefix and a trained suffix.
+
+The model's own forward prepares masks and rotary tables and walks through its blocks. For the
+prefix, the walk is ended at the cut and the hidden state there is taken out; for the suffix, the
+blocks below the cut hand through what they get and the hidden state is put in at the cut. Works
+for any decoder whose blocks take the hidden state first and return it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swlora.engine.attention import TreeLayout, tree_attention
+from swlora.models.anatomy import Anatomy
+
+
+class _PrefixDoneError(Exception):
+    """Carries the hidden state out of the model's forward at the cut."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class SplitModel:
+    """Runs a causal language model's decoder over tree rows, whole or in two parts.
+
+    `cut` is the lowest adapted block: blocks below it see no gradient.
+    """
+
+    def __init__(self, base_model: Any, cut: int) -> None:
+        self.anatomy = Anatomy(base_model)
+        self.base_model = base_model
+        self.cut = cut
+
+    def prefix(self, layout: TreeLayout) -> Tensor:
+        """Return the hidden state at the input of block `cut`, (1, T, D), without a graph."""
+
+        def stop(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+            raise _PrefixDoneError(hidden)
+
+        with torch.no_grad(), _patched(self.anatomy.blocks[self.cut], stop):
+            try:
+                self._forward(layout)
+            except _PrefixDoneError as done:
+                return done.hidden
+        raise AssertionError("the model's forward did not reach the block at the cut")
+
+    def whole(self, layout: TreeLayout) -> Tensor:
+        """Return the final normed hidden state (1, T, D), nothing cut."""
+        return self._forward(layout)
+
+    def suffix(self, layout: TreeLayout, hidden: Tensor) -> Tensor:
+        """Return the final normed hidden state (1, T, D) from the state at the cut."""
+        block = self.anatomy.blocks[self.cut]
+        forward = block.forward
+
+        def enter(_hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(hidden, *args, **kwargs)
+
+        with _skipped(self.anatomy.blocks[: self.cut]), _patched(block, enter):
+            return self._forward(layout)
+
+    def _forward(self, layout: TreeLayout) -> Tensor:
+        with tree_attention(self.base_model.config), layout.active():
+            out = self.anatomy.backbone(
+                input_ids=layout.token_ids, position_ids=layout.position_ids, use_cache=False
+            )
+        return out[0]  # type: ignore[no-any-return]
+
+
+def _hand_through(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return hidden
+
+
+@contextmanager
+def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward while the body runs."""
+    previous = module.__dict__.get("forward")
+    try:
+        module.forward = forward
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if previous is not None:
+            module.forward = previous
+
+
+@contextmanager
+def _skipped(blocks: nn.ModuleList) -> Iterator[None]:
+    patches = [_patched(block, _hand_through) for block in blocks]
+    entered = []
+    try:
+        for patch in patches:
+            patch.__enter__()
+            entered.append(patch)
+        yield
+    finally:
+        for patch in entered:
+            patch.__exit__(None, None, None)

@@ -1,0 +1,268 @@
+"""The fast LoRA forward against PEFT's own, layer by layer."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from swlora.adapters.methods import trainable_parameters
+from swlora.engine.lora import fast_lora, is_covered
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer"),
+]
+
+N_IN = 7
+N_OUT = {"with_bias": 11, "no_bias": 5, "conv1d": 9}
+
+
+class Projections(nn.Module):
+    """One of each kind of linear map, from 7 channels to another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.with_bias = nn.Linear(N_IN, N_OUT["with_bias"])
+        self.no_bias = nn.Linear(N_IN, N_OUT["no_bias"], bias=False)
+        self.conv1d = Conv1D(N_OUT["conv1d"], N_IN)
+        nn.init.normal_(self.conv1d.weight)
+        nn.init.normal_(self.conv1d.bias)
+        self.embedding = nn.Embedding(13, N_IN)
+
+
+def make(dtype: torch.dtype = torch.float32, names: Any = tuple(N_OUT), **config: Any) -> Any:
+    """A PeftModel around `Projections` with a B as large as A."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = {"r": 3, "lora_alpha": 7, "target_modules": list(names)} | config
+        model = get_peft_model(Projections().to(dtype), LoraConfig(**config))
+        for parameter in trainable_parameters(model).values():
+            nn.init.normal_(parameter, std=0.5)
+    return model.train()
+
+
+def layer_of(model: Any, name: str) -> Any:
+    return model.base_model.model.get_submodule(name)
+
+
+def make_input(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 5, N_IN)) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def measured(layer: Any, x: Tensor, *, clamp: float | None = None) -> dict[str, Tensor]:
+    """Output and every gradient of a layer, for a loss that is no plain sum; seed 3."""
+    layer.zero_grad(set_to_none=True)
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(3)
+    y = layer(x)
+    if clamp is not None:
+        y.clamp_(-clamp, clamp)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.dtype)
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    grads = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad} | grads
+
+
+def assert_fast_equals_peft(
+    model: Any, name: str, x: Tensor, *, clamp: float | None = None, tolerance: float = 1e-6
+) -> None:
+    layer = layer_of(model, name)
+    expected = measured(layer, x, clamp=clamp)
+    with fast_lora(model):
+        assert "forward" in vars(layer)
+        found = measured(layer, x, clamp=clamp)
+    assert found.keys() == expected.keys()
+    assert sum("lora" in key for key in found) == 2
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and found[key].shape == value.shape
+        error = (found[key] - value).norm() / value.norm()
+        assert float(error) < tolerance, f"{key}: relative error {float(error):.1e}"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str
+)
+@pytest.mark.parametrize("name", N_OUT)
+def test_equals_peft(name: str, dtype: torch.dtype, tolerance: float, rslora: bool) -> None:
+    model = make(dtype, use_rslora=rslora).to(dtype)
+    assert_fast_equals_peft(model, name, make_input(dtype), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(N_IN,), (1, N_IN), (6, N_IN), (1, 1, N_IN), (2, 3, 4, N_IN)])
+@pytest.mark.parametrize("name", N_OUT)
+def test_inputs_of_any_shape(name: str, shape: tuple[int, ...]) -> None:
+    assert_fast_equals_peft(make(), name, make_input(shape=shape))
+
+
+@pytest.mark.parametrize("name", N_OUT)
+def test_an_input_that_does_not_lie_in_one_piece(name: str) -> None:
+    x = make_input(shape=(4, N_IN, 3)).transpose(1, 2)
+    assert not x.is_contiguous()
+    model = make()
+    layer = layer_of(model, name)
+    expected = layer(x.contiguous())  # Conv1D itself takes nothing else
+    with fast_lora(model):
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("name", N_OUT)
+def test_an_output_that_is_changed_in_place(name: str) -> None:
+    assert_fast_equals_peft(make(), name, make_input(), clamp=0.8)  # as OLMo clips its queries
+
+
+@pytest.mark.parametrize("name", N_OUT)
+def test_an_input_without_gradient(name: str) -> None:
+    model, x = make(), make_input()
+    layer = layer_of(model, name)
+    expected = measured(layer, x)
+    layer.zero_grad(set_to_none=True)
+    with fast_lora(model):
+        y = layer(x)
+        weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        (y * weights).sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected["y"])
+    for key, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected.get(key))
+
+
+@pytest.mark.parametrize("name", N_OUT)
+def test_gradients_add_up(name: str) -> None:
+    model, x = make(), make_input()
+    layer = layer_of(model, name)
+    with fast_lora(model):
+        once = measured(layer, x)
+        layer(x).sum().backward()
+    both = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+    layer.zero_grad()
+    layer(x).sum().backward()
+    for key, gradient in both.items():
+        torch.testing.assert_close(gradient - once[key], layer.get_parameter(key).grad)
+
+
+@pytest.mark.parametrize("name", N_OUT)
+def test_bfloat16_with_float32_adapters(name: str) -> None:
+    model = make(torch.bfloat16)
+    layer = layer_of(model, name)
+    x = make_input(torch.bfloat16, (40, N_IN))
+    with fast_lora(model):
+        found = measured(layer, x)
+    assert {key: value.dtype for key, value in found.items() if "lora" in key} == {
+        "lora_A.default.weight": torch.float32,
+        "lora_B.default.weight": torch.float32,
+    }
+    assert found["y"].dtype == found["x"].dtype == torch.bfloat16
+    truth = measured(layer_of(model.double(), name), x.double())
+    for key, value in truth.items():
+        assert float((found[key] - value).norm() / value.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("name", N_OUT)
+def test_dropout_draws_what_peft_draws(name: str) -> None:
+    model = make(lora_dropout=0.4)
+    assert_fast_equals_peft(model, name, make_input())
+    layer, x = layer_of(model, name), make_input()
+    dropped = measured(layer, x)
+    model.eval()
+    assert_fast_equals_peft(model, name, x)
+    assert not torch.equal(dropped["y"], measured(layer, x)["y"])
+
+
+def test_dropout_keeps_the_mean() -> None:
+    model = make(lora_dropout=0.4)
+    layer = layer_of(model, "no_bias")
+    x = make_input(shape=(1, N_IN))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        with fast_lora(model):
+            mean = layer(x.expand(40_000, N_IN)).mean(0)
+        expected = layer_of(model.eval(), "no_bias")(x)[0]
+        without_adapter = layer.base_layer(x)[0]
+    assert float((mean - expected).norm()) < 0.02 * float((expected - without_adapter).norm())
+
+
+def test_every_forward_is_given_back_bit_for_bit() -> None:
+    model, x = make(), make_input()
+    layers = [layer_of(model, name) for name in N_OUT]
+    before = [layer(x) for layer in layers]
+    with fast_lora(model):
+        assert all("forward" in vars(layer) for layer in layers)
+    with pytest.raises(ZeroDivisionError), fast_lora(model):
+        raise ZeroDivisionError
+    for layer, expected in zip(layers, before, strict=True):
+        assert "forward" not in vars(layer)
+        assert torch.equal(layer(x), expected)
+
+
+def assert_left_alone(model: Any, name: str, x: Tensor) -> None:
+    layer = layer_of(model, name)
+    assert not is_covered(layer)
+    expected = layer(x)
+    with fast_lora(model):
+        assert "forward" not in vars(layer)
+        assert torch.equal(layer(x), expected)
+
+
+def test_dora_is_left_alone() -> None:
+    assert_left_alone(make(use_dora=True), "with_bias", make_input())
+
+
+def test_biases_of_an_adapter_are_left_alone() -> None:
+    assert_left_alone(make(lora_bias=True, names=["no_bias"]), "no_bias", make_input())
+
+
+def test_embeddings_are_left_alone() -> None:
+    assert_left_alone(make(names=["embedding"]), "embedding", torch.tensor([3, 1, 3]))
+
+
+def test_trained_biases_are_left_alone() -> None:
+    model = make(bias="all", names=["with_bias"])
+    layer, x = layer_of(model, "with_bias"), make_input()
+    assert_left_alone(model, "with_bias", x)
+    with fast_lora(model):
+        assert "base_layer.bias" in measured(layer, x)
+
+
+def test_two_adapters_at_once_are_left_alone() -> None:
+    model = make(names=["with_bias"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["with_bias"]))
+    assert is_covered(layer_of(model, "with_bias"))
+    model.base_model.set_adapter(["default", "second"])
+    assert_left_alone(model, "with_bias", make_input())
+
+
+def test_the_active_one_of_two_adapters_is_used() -> None:
+    model = make(names=["with_bias"])
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=3, target_modules=["with_bias"]))
+    model.set_adapter("second")
+    for parameter in trainable_parameters(model).values():
+        nn.init.normal_(parameter)
+    assert_fast_equals_peft(model, "with_bias", make_input())
+
+
+def test_disabled_and_merged_adapters_are_left_alone() -> None:
+    model, x = make(), make_input()
+    layer = layer_of(model, "no_bias")
+    with model.disable_adapter():
+        assert_left_alone(model, "no_bias", x)
+        assert torch.equal(layer(x), layer.base_layer(x))
+    adapted = layer(x)
+    model.merge_adapter()
+    assert_left_alone(model, "no_bias", x)
+    torch.testing.assert_close(layer(x), adapted)
+    model.unmerge_adapter()
+    assert is_covered(layer)
+
+
+def test_a_model_without_adapters_runs_as_it_is() -> None:
+    model, x = Projections(), make_input()
+    assert not is_covered(model.with_bias)
+    expected = model.with_bias(x)
+    with fast_lora(model):
+        assert torch.equal(model.with_bias(x), expected)

@@ -1,0 +1,182 @@
+"""Generation against the obvious loops: no cache, no padding, one prompt, one token at a time."""
+
+import math
+
+import pytest
+import torch
+
+from swlora.adapters.methods import attach, trainable_parameters
+from swlora.config import AdapterSpec, DecodeSpec
+from swlora.errors import UserError
+from swlora.evaluation.decode import check_room, generate, generation_config
+from swlora.models.anatomy import Anatomy
+from swlora.progress import Silent
+
+EOS = 257
+# Unequal lengths, out of order; one of a single token
+PROMPTS = [list(b"name[A], food[x]"), list(b"z"), list(b"Some longer prompt here: "), list(b"ab")]
+
+
+def decode(model, tokenizer, spec: DecodeSpec, prompts=PROMPTS, seed: int = 0) -> list[str]:
+    return generate(model, tokenizer, prompts, spec, Silent(), seed=seed)
+
+
+def log_p(model, ids: list[int]) -> torch.Tensor:
+    return torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1].float(), dim=-1)
+
+
+def greedy(model, prompt: list[int], n: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(n):
+        ids.append(int(log_p(model, ids).argmax()))
+        if ids[-1] == EOS:
+            return ids[len(prompt) : -1]
+    return ids[len(prompt) :]
+
+
+@pytest.fixture
+def talkative(make_model):
+    """A model that says the end of sequence sooner or later, not at once."""
+    model = make_model("llama")
+    Anatomy(model).head.weight[EOS] *= 1.6
+    return model
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_greedy_is_the_argmax_of_every_step(model_type, batch_size, make_model, tiny_tokenizer):
+    """Left padding, batches sorted by length, and the cache change nothing."""
+    model = make_model(model_type)
+    spec = DecodeSpec(batch_size=batch_size, max_new_tokens=9)
+    expected = [
+        tiny_tokenizer.decode(greedy(model, p, 9), skip_special_tokens=True) for p in PROMPTS
+    ]
+    assert decode(model, tiny_tokenizer, spec) == expected
+    assert len(set(expected)) > 1
+
+
+def test_text_ends_before_the_end_of_sequence(talkative, tiny_tokenizer):
+    """Rows of one batch end at different steps; what comes after an end is not text."""
+    expected = [greedy(talkative, p, 40) for p in PROMPTS]
+    assert len({len(ids) for ids in expected}) > 1
+    assert any(len(ids) < 40 for ids in expected)
+    texts = decode(talkative, tiny_tokenizer, DecodeSpec(max_new_tokens=40))
+    assert texts == tiny_tokenizer.batch_decode(expected, skip_special_tokens=True)
+
+
+def beam_search(model, prompt: list[int], n: int, n_beams: int, penalty: float) -> list[int]:
+    """Keep the n_beams likeliest unfinished texts; score finished ones by log p / length^penalty.
+
+    A text that ends among the first n_beams of 2 * n_beams continuations is finished.
+    """
+    beams, finished = [(0.0, list(prompt))], []
+    for step in range(n):
+        grown = [
+            (total + float(p), [*ids, token])
+            for total, ids in beams
+            for token, p in enumerate(log_p(model, ids))
+        ]
+        grown = sorted(grown, key=lambda entry: -entry[0])[: 2 * n_beams]
+        length = (step + 1) ** penalty
+        finished += [(t / length, ids) for t, ids in grown[:n_beams] if ids[-1] == EOS]
+        finished = sorted(finished, key=lambda entry: -entry[0])[:n_beams]
+        beams = [(t, ids) for t, ids in grown if ids[-1] != EOS][:n_beams]
+        if len(finished) == n_beams and finished[-1][0] >= beams[0][0] / length:
+            break
+    else:
+        finished += [(t / n**penalty, ids) for t, ids in beams]
+    best = max(finished, key=lambda entry: entry[0])[1][len(prompt) :]
+    return [token for token in best if token != EOS]
+
+
+@pytest.mark.parametrize("penalty", [0.9, 2.0, -1.0])
+def test_beam_search_is_that_of_the_definition(penalty, talkative, tiny_tokenizer):
+    spec = DecodeSpec(num_beams=3, length_penalty=penalty, max_new_tokens=8, batch_size=7)
+    expected = [beam_search(talkative, p, 8, 3, penalty) for p in PROMPTS]
+    texts = decode(talkative, tiny_tokenizer, spec)
+    assert texts == tiny_tokenizer.batch_decode(expected, skip_special_tokens=True)
+    assert texts != decode(talkative, tiny_tokenizer, DecodeSpec(max_new_tokens=8))
+
+
+def test_no_ngram_comes_twice(make_model, tiny_tokenizer):
+    model = make_model("gpt2", initializer_range=1.0)
+    free = generate_ids(model, tiny_tokenizer, DecodeSpec(max_new_tokens=60))
+    held = generate_ids(
+        model, tiny_tokenizer, DecodeSpec(max_new_tokens=60, no_repeat_ngram_size=2)
+    )
+    assert any(has_repeat(ids, 2) for ids in free)
+    assert not any(has_repeat(ids, 2) for ids in held)
+
+
+def generate_ids(model, tokenizer, spec: DecodeSpec) -> list[list[int]]:
+    """Byte ids of what is generated: exact, where text would hide broken UTF-8."""
+    config = generation_config(spec, tokenizer)
+    return [
+        model.generate(torch.tensor([p]), generation_config=config)[0, len(p) :].tolist()
+        for p in PROMPTS
+    ]
+
+
+def has_repeat(ids: list[int], n: int) -> bool:
+    grams = [tuple(ids[k : k + n]) for k in range(len(ids) - n + 1)]
+    return len(set(grams)) < len(grams)
+
+
+def test_sampling_depends_on_the_seed_alone(make_model, tiny_tokenizer):
+    model = make_model("llama")
+    spec = DecodeSpec(temperature=1.0, max_new_tokens=12)
+    torch.manual_seed(1)
+    first = decode(model, tiny_tokenizer, spec, seed=3)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert decode(model, tiny_tokenizer, spec, seed=3) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert decode(model, tiny_tokenizer, spec, seed=4) != first
+    assert decode(model, tiny_tokenizer, DecodeSpec(max_new_tokens=12), seed=3) != first
+
+
+def test_sampling_follows_temperature_and_top_p(make_model, tiny_tokenizer):
+    """One token, 4,000 times: its frequencies are softmax(logits / T), cut at top_p."""
+    model = make_model("llama", initializer_range=0.35)
+    temperature, top_p, n = 1.5, 0.6, 4000
+    p = torch.softmax(log_p(model, PROMPTS[0]) / temperature, dim=-1).double()
+    ordered, tokens = p.sort(descending=True)
+    kept = tokens[: int((ordered.cumsum(0) < top_p).sum()) + 1].tolist()
+    assert 3 < len(kept) < 200
+    spec = DecodeSpec(temperature=temperature, top_p=top_p, max_new_tokens=1)
+    config = generation_config(spec, tiny_tokenizer)
+    torch.manual_seed(0)
+    found = model.generate(torch.tensor([PROMPTS[0]] * n), generation_config=config)[:, -1]
+    counts = torch.bincount(found, minlength=264).double()
+    assert set(counts.nonzero().flatten().tolist()) <= set(kept)
+    expected = torch.zeros(264, dtype=torch.double)
+    expected[kept] = p[kept] / p[kept].sum()
+    chi2 = ((counts - n * expected)[kept] ** 2 / (n * expected[kept])).sum()
+    assert float(chi2) < len(kept) + 5 * math.sqrt(2 * len(kept))  # mean + 5 standard deviations
+
+
+def test_an_adapter_changes_the_text(make_model, tiny_tokenizer):
+    peft_model = attach(make_model("llama"), AdapterSpec(rank=3), [1], seed=0)
+    spec = DecodeSpec(max_new_tokens=9)
+    base = decode(make_model("llama"), tiny_tokenizer, spec)
+    assert decode(peft_model.eval(), tiny_tokenizer, spec) == base
+    generator = torch.Generator().manual_seed(2)
+    for parameter in trainable_parameters(peft_model).values():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    texts = decode(peft_model, tiny_tokenizer, spec)
+    assert texts != base
+    expected = [greedy(peft_model, p, 9) for p in PROMPTS]
+    assert texts == tiny_tokenizer.batch_decode(expected, skip_special_tokens=True)
+
+
+def test_the_context_must_have_room(make_model, tiny_tokenizer):
+    model = make_model("gpt2")
+    prompts = [[5] * 3, [5] * 250]
+    assert len(decode(model, tiny_tokenizer, DecodeSpec(max_new_tokens=6), prompts)) == 2
+    spec = DecodeSpec(max_new_tokens=7)
+    for attempt in (
+        lambda: decode(model, tiny_tokenizer, spec, prompts),
+        lambda: check_room(model, prompts, spec),
+    ):
+        with pytest.raises(UserError, match=r"250 tokens and 7 new ones exceed .* context of 256"):
+            attempt()

@@ -1,0 +1,122 @@
+"""Anatomy: the table against the modules that tiny models of every family really have."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from swlora.errors import UnknownFamilyError, UserError
+from swlora.models.anatomy import (
+    FAMILIES,
+    Anatomy,
+    WeightAddress,
+    context_tokens,
+    family_of,
+    weight_out_in,
+)
+
+MODEL_TYPES = sorted(t for family in FAMILIES for t in family.model_types)
+TOKENS = torch.tensor([[72, 105, 33, 10, 200]])
+
+each_type = pytest.mark.parametrize("model_type", MODEL_TYPES)
+
+
+@each_type
+def test_the_table_names_every_linear_map_of_the_blocks_and_no_other(model_type, make_model):
+    model = make_model(model_type)
+    anatomy = Anatomy(model)
+    inside = {id(module) for block in anatomy.blocks for module in block.modules()}
+    expected = {
+        name: id(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in inside
+    }
+    assert anatomy.n_layers == 3
+    assert {p.full_name: id(p.module) for p in anatomy.all_projections()} == expected
+    for p in anatomy.all_projections():
+        assert anatomy.projection(p.layer, p.name) is p.module
+
+
+@each_type
+def test_projections_come_in_forward_order(model_type, make_model):
+    model = make_model(model_type)
+    anatomy = Anatomy(model)
+    called: list[tuple[int, str]] = []
+    for p in anatomy.all_projections():
+        p.module.register_forward_hook(lambda *_, p=p: called.append((p.layer, p.name)))
+    model(input_ids=TOKENS)
+    assert called == [(p.layer, p.name) for p in anatomy.all_projections()]
+
+
+@each_type
+def test_head_of_final_norm_is_the_logits(model_type, make_model):
+    model = make_model(model_type)
+    anatomy = Anatomy(model)
+    normed: list[torch.Tensor] = []
+    anatomy.final_norm.register_forward_hook(lambda _m, _x, y: normed.append(y))
+    logits = model(input_ids=TOKENS).logits
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    expected = anatomy.head(normed[0])
+    torch.testing.assert_close(logits, cap * torch.tanh(expected / cap) if cap else expected)
+
+
+@each_type
+def test_a_weight_is_addressed_by_the_channels_that_it_connects(model_type, make_model):
+    """y[out] += delta * x[in], and no other y moves: the meaning of an address, tried out."""
+    anatomy = Anatomy(make_model(model_type))
+    generator = torch.Generator().manual_seed(7)
+    for p in anatomy.projections(1):
+        n_out, n_in = weight_out_in(p.module).shape
+        x = torch.randn(n_in, generator=generator)
+        before = p.module(x)
+        assert before.shape == (n_out,)
+        address = WeightAddress(1, p.name, out_channel=n_out - 2, in_channel=n_in - 5)
+        anatomy.weight_view(address).add_(3.5)
+        expected = torch.zeros(n_out)
+        expected[n_out - 2] = 3.5 * x[n_in - 5]
+        torch.testing.assert_close(p.module(x) - before, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_storage_order_differs_between_linear_and_conv1d(make_model):
+    """Without this, the test above could pass with one branch never taken."""
+    gpt2 = Anatomy(make_model("gpt2")).projection(0, "mlp.c_proj")
+    llama = Anatomy(make_model("llama")).projection(0, "mlp.down_proj")
+    assert isinstance(gpt2, Conv1D)
+    assert tuple(gpt2.weight.shape) == (40, 24)
+    assert tuple(llama.weight.shape) == tuple(weight_out_in(gpt2).shape) == (24, 40)
+
+
+@pytest.mark.parametrize(
+    ("layer", "module", "out_channel", "in_channel", "said"),
+    [
+        (3, "mlp.down_proj", 0, 0, r"layer 3 does not exist; this model has 0 to 2"),
+        (-1, "mlp.down_proj", 0, 0, r"layer -1 does not exist"),
+        (0, "mlp.nope", 0, 0, r"no projection is called 'mlp\.nope'; this model has .*mlp\.up"),
+        (0, "mlp.down_proj", 24, 0, r"outside the weight of shape \[out 24, in 40\]"),
+        (0, "mlp.down_proj", 0, 40, r"outside the weight of shape \[out 24, in 40\]"),
+        (0, "mlp.down_proj", -1, 0, "outside the weight"),
+    ],
+)
+def test_addresses_that_do_not_exist(layer, module, out_channel, in_channel, said, make_model):
+    anatomy = Anatomy(make_model("llama"))
+    with pytest.raises(UserError, match=said):
+        anatomy.weight_view(WeightAddress(layer, module, out_channel, in_channel))
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones():
+    with pytest.raises(UnknownFamilyError, match="'bloom' are not supported") as refused:
+        family_of("bloom")
+    assert all(model_type in str(refused.value) for model_type in MODEL_TYPES)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_variant_without_the_expected_parts_is_refused(make_model):
+    """Some OPT models normalise after each block and have no final norm."""
+    model = make_model("opt", do_layer_norm_before=False)
+    with pytest.raises(UnknownFamilyError, match="opt"):
+        Anatomy(model)
+
+
+def test_the_context_is_the_models_own(make_model):
+    assert context_tokens(make_model("gpt2")) == context_tokens(make_model("llama")) == 256
+    assert context_tokens(make_model("opt", max_position_embeddings=99)) == 99

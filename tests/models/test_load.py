@@ -1,0 +1,355 @@
+"""Loading: what is saved comes back, what must never be read or run is not, mistakes are named."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from swlora.config import DEFAULT_MODEL, ModelSpec
+from swlora.errors import UnknownFamilyError, UserError
+from swlora.hub import cached_file
+from swlora.models import load
+from swlora.models.load import load_model
+from swlora.models.precision import cast_parameters
+
+TOKENS = torch.tensor([[72, 105, 33, 10, 200]])
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "hub_reachable", lambda: False)
+
+
+@pytest.fixture
+def copy_of(model_folder, tmp_path):
+    """A function model_type -> a copy of its folder that may be changed."""
+
+    def copied(model_type: str) -> Path:
+        return Path(shutil.copytree(model_folder(model_type), tmp_path / "copy"))
+
+    return copied
+
+
+def spec(folder: Path | str, **changes) -> ModelSpec:
+    return ModelSpec(name=str(folder), **{"dtype": "float32", "device": "cpu"} | changes)
+
+
+def refusal(wanted: ModelSpec) -> str:
+    with pytest.raises(UserError) as refused:
+        load_model(wanted)
+    assert refused.value.exit_code == 2
+    assert len(str(refused.value).splitlines()) == 1
+    return str(refused.value)
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.write_text, (self.target, "executed")
+
+
+# What is there
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "phi3", "opt"])
+def test_a_saved_model_comes_back_frozen_and_the_same(model_type, model_folder, make_model):
+    folder = model_folder(model_type)
+    loaded = load_model(spec(folder))
+    expected = make_model(model_type)(input_ids=TOKENS).logits
+    assert torch.equal(loaded.model(input_ids=TOKENS).logits, expected)
+    assert not loaded.model.training
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert loaded.tokenizer("é\n").input_ids == [0xC3, 0xA9, 10]
+    assert (loaded.name, loaded.revision) == (str(folder), None)
+    assert loaded.source == f"the folder {folder}"
+    assert loaded.context_tokens == 256
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma3_text"])
+def test_casting_afterwards_is_the_same_as_loading_so(model_type, model_folder):
+    """model.to(bfloat16) is not: it rounds the rotary frequencies, too."""
+    loaded = load_model(spec(model_folder(model_type), dtype="bfloat16")).model
+    cast = load_model(spec(model_folder(model_type), dtype="bfloat16"), dtype="float32").model
+    assert {p.dtype for p in cast.parameters()} == {torch.float32}
+    cast_parameters(cast, torch.bfloat16)
+    for ours, theirs in zip(cast.parameters(), loaded.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    for name, buffer in cast.named_buffers():
+        assert buffer.dtype == torch.float32, name
+    assert torch.equal(cast(input_ids=TOKENS).logits, loaded(input_ids=TOKENS).logits)
+
+
+def test_a_models_own_decoding_habits_are_dropped(copy_of):
+    folder = copy_of("llama")
+    habits = GenerationConfig(do_sample=True, temperature=0.3, repetition_penalty=7.0)
+    habits.save_pretrained(folder)
+    kept = load_model(spec(folder)).model.generation_config.to_diff_dict()
+    assert set(kept) <= {"transformers_version"}
+
+
+def test_the_default_gives_way_to_the_embedded_model(monkeypatch, model_folder):
+    monkeypatch.setattr(load, "cached_file", lambda *_: None)
+    monkeypatch.setattr(load, "_builtin", lambda: str(model_folder("llama")))
+    for tokenizer in (None, DEFAULT_MODEL):
+        loaded = load_model(spec(DEFAULT_MODEL, tokenizer=tokenizer))
+        assert loaded.name == str(model_folder("llama"))
+        assert loaded.model.config.model_type == "llama"
+        assert "embedded model, because openai-community/gpt2 is not cached" in loaded.source
+    assert "embedded" in load_model(spec("builtin")).source
+    for asked in (
+        spec("some/model"),
+        spec(DEFAULT_MODEL, revision="main"),
+        spec(DEFAULT_MODEL, tokenizer=str(model_folder("llama"))),
+    ):
+        assert "is not cached, and the Hugging Face Hub cannot be reached" in refusal(asked)
+
+
+def test_gpt2s_real_tokenizer_from_a_bare_folder(shared_dir, make_model, tmp_path):
+    """That folder names no special tokens: the end of sequence comes from the model's config."""
+    make_model("gpt2", vocab_size=50257, eos_token_id=50256).save_pretrained(tmp_path)
+    loaded = load_model(spec(tmp_path, tokenizer=str(shared_dir / "gpt2-tokenizer")))
+    assert loaded.tokenizer("Hello world").input_ids == [15496, 995]
+    assert loaded.tokenizer.eos_token == loaded.tokenizer.pad_token == "<|endoftext|>"
+    assert loaded.tokenizer.eos_token_id == 50256
+
+
+# What must not be read or run
+
+
+def test_pickled_weights_are_refused_and_never_opened(copy_of, tmp_path):
+    folder = copy_of("llama")
+    (folder / "model.safetensors").unlink()
+    canary = tmp_path / "canary"
+    for name in ("pytorch_model.bin", "model.pt", "tokenizer.pkl", "optimizer.bin"):
+        (folder / name).write_bytes(pickle.dumps(Canary(canary)))
+    assert "cannot be loaded: " in refusal(spec(folder))
+    assert not canary.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())  # the canary does sing
+    assert canary.exists()
+
+
+def test_pickles_beside_safetensors_are_never_opened(copy_of, tmp_path):
+    folder = copy_of("gpt2")
+    canary = tmp_path / "canary"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
+    load_model(spec(folder))
+    assert not canary.exists()
+
+
+def test_code_in_the_folder_is_never_run(copy_of, tmp_path):
+    folder, canary = copy_of("llama"), tmp_path / "canary"
+    (folder / "modeling_mine.py").write_text(f"open({str(canary)!r}, 'w').write('executed')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "modeling_mine.MyConfig",
+        "AutoModelForCausalLM": "modeling_mine.MyModel",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    assert type(load_model(spec(folder)).model).__name__ == "LlamaForCausalLM"
+    assert not canary.exists()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./nowhere", "there is no model folder"),
+        ("/nowhere/at/all", "there is no model folder"),
+        ("~/nowhere", "there is no model folder"),
+        ("a/b/c", "there is no model folder a/b/c"),
+        ("some/model", "some/model is not a folder, is not cached"),
+        ("model", "model is not a folder, is not cached"),
+        ("no such model", "neither a folder nor a Hub id"),
+        ("nowhere.gguf", "there is no file nowhere.gguf"),
+    ],
+)
+def test_a_model_that_is_not_there(name, said):
+    assert said in refusal(spec(name))
+
+
+def test_a_name_that_is_no_hub_id_is_refused():
+    with pytest.raises(UserError, match="'a b' is neither a folder nor a Hub id"):
+        cached_file("a b", "config.json")
+
+
+def test_a_file_that_is_no_gguf(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUX" + bytes(100))
+    assert "cannot be read as a GGUF" in refusal(spec(tmp_path / "model.gguf"))
+
+
+def test_an_empty_folder(tmp_path):
+    assert "cannot be loaded" in refusal(spec(tmp_path))
+
+
+def test_an_unknown_family_is_refused_before_its_weights_are_read(tmp_path):
+    config = AutoConfig.for_model("bloom", vocab_size=32, hidden_size=8, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UnknownFamilyError, match="'bloom' are not supported"):
+        load_model(spec(tmp_path))
+
+
+def test_weights_that_are_missing_are_not_made_up(copy_of):
+    folder = copy_of("llama")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "lacks 1 weights, such as model.layers.1.mlp.down_proj.weight" in refusal(spec(folder))
+
+
+@pytest.mark.parametrize("damage", ["shape", "truncated", "config"])
+def test_damaged_folders(damage, copy_of):
+    folder = copy_of("llama")
+    if damage == "shape":
+        weights = load_file(folder / "model.safetensors")
+        name = "model.layers.1.mlp.down_proj.weight"
+        weights[name] = weights[name][:5].clone()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    elif damage == "truncated":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    else:
+        (folder / "config.json").write_text("{")
+    assert "cannot be loaded" in refusal(spec(folder))
+
+
+def test_a_tokenizer_that_is_too_large(shared_dir, model_folder):
+    wanted = spec(model_folder("llama"), tokenizer=str(shared_dir / "gpt2-tokenizer"))
+    assert "knows 50257 tokens but the model embeds 264" in refusal(wanted)
+
+
+def test_a_tokenizer_that_is_not_there(copy_of, tmp_path):
+    """transformers makes up an empty one where the files are missing."""
+    folder = copy_of("gpt2")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert "no tokenizer with a vocabulary; give one with --tokenizer" in refusal(spec(folder))
+    wanted = spec(folder, tokenizer="some/tokenizer")
+    assert "the tokenizer some/tokenizer is not a folder, is not cached" in refusal(wanted)
+
+
+def test_a_tokenizer_from_elsewhere_serves_a_folder_without_one(copy_of, model_folder):
+    folder = copy_of("gpt2")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    loaded = load_model(spec(folder, tokenizer=str(model_folder("llama"))))
+    assert loaded.tokenizer("hi").input_ids == list(b"hi")
+
+
+def test_no_end_of_sequence_anywhere(copy_of):
+    folder = copy_of("gpt2")
+    for name, keys in (("tokenizer_config.json", ["eos_token"]), ("config.json", ["eos_token_id"])):
+        settings = json.loads((folder / name).read_text())
+        settings |= dict.fromkeys(keys)
+        (folder / name).write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    assert "end-of-sequence" in refusal(spec(folder))
+
+
+def test_a_revision_of_something_local(model_folder):
+    wanted = spec(model_folder("llama"), revision="main")
+    assert "--revision is a version on the Hub" in refusal(wanted)
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "mps"])
+def test_a_device_that_is_not_there(device, model_folder):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has MPS")
+    assert f"--device {device}: this machine has" in refusal(
+        spec(model_folder("llama"), device=device)
+    )
+
+
+# Other places
+
+
+def test_a_model_in_the_hubs_cache_needs_no_hub(model_folder, make_model, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--some--model"
+    shutil.copytree(model_folder("llama"), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    loaded = load_model(spec("some/model"))
+    assert (loaded.name, loaded.revision) == ("some/model", commit)
+    assert loaded.source == "some/model from the Hugging Face Hub"
+    expected = make_model("llama")(input_ids=TOKENS).logits
+    assert torch.equal(loaded.model(input_ids=TOKENS).logits, expected)
+    assert loaded.tokenizer("hi").input_ids == list(b"hi")
+    own = load_model(spec(model_folder("gpt2"), tokenizer="some/model"))
+    assert own.tokenizer("hi").input_ids == list(b"hi")
+
+
+def write_gguf(model, tokenizer, path: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Write a Llama model as llama.cpp stores it: float32, rotary halves interleaved."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    tokens += ["<|endoftext|>"]  # which transformers would add
+    tokens += [f"<unused{k}>" for k in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([3 if t.startswith("<") and len(t) > 1 else 1 for t in tokens])
+    writer.add_token_merges([])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        for kind, n_heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", config.num_key_value_heads),
+        ):
+            if kind in name:
+                halves = array.reshape(n_heads, 2, -1, array.shape[1])
+                array = halves.swapaxes(1, 2).reshape(array.shape).copy()
+        if name not in leave_out:
+            writer.add_tensor(names.get_name(name, (".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(make_model, tiny_tokenizer, tmp_path):
+    expected = make_model("llama", head_dim=6)
+    write_gguf(expected, tiny_tokenizer, tmp_path / "model.gguf")
+    loaded = load_model(spec(tmp_path / "model.gguf"))
+    logits = expected(input_ids=TOKENS).logits
+    torch.testing.assert_close(loaded.model(input_ids=TOKENS).logits, logits)
+    left_out = ("model.layers.1.mlp.up_proj.weight",)
+    write_gguf(expected, tiny_tokenizer, tmp_path / "hole.gguf", left_out)
+    said = f"lacks 1 weights, such as {left_out[0]}"
+    assert said in refusal(spec(tmp_path / "hole.gguf"))
+    assert loaded.source == f"the GGUF file {tmp_path / 'model.gguf'}"
+    assert loaded.tokenizer.eos_token_id == 257
+    loaded.model.save_pretrained(tmp_path / "saved")  # transformers refuses a quantised model
+    tiny_tokenizer.save_pretrained(tmp_path / "saved")
+    again = load_model(spec(tmp_path / "saved"))
+    torch.testing.assert_close(again.model(input_ids=TOKENS).logits, logits)

@@ -1,0 +1,152 @@
+"""Ablation: scalars are zero while the body runs and afterwards what they were, bit for bit."""
+
+import hashlib
+import math
+from contextlib import suppress
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from swlora.errors import UserError
+from swlora.models.anatomy import Anatomy, WeightAddress
+from swlora.superweights.ablate import (
+    ablation_losses,
+    text_loss,
+    text_windows,
+    verdict,
+    zeroed,
+)
+
+MLP_OUT = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj"}
+each_type = pytest.mark.parametrize("model_type", list(MLP_OUT))
+
+
+def addresses(model_type: str) -> list[WeightAddress]:
+    return [
+        WeightAddress(1, MLP_OUT[model_type], 5, 38),
+        WeightAddress(2, MLP_OUT[model_type], 23, 0),
+    ]
+
+
+def weights_sha256(model) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@each_type
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt, MemoryError])
+def test_weights_come_back_bit_for_bit(model_type, error, make_model):
+    model = make_model(model_type)
+    anatomy = Anatomy(model)
+    first, second = addresses(model_type)
+    anatomy.weight_view(first).fill_(math.nan)  # a value that arithmetic could not restore
+    anatomy.weight_view(second).fill_(-0.0)
+    before = weights_sha256(model)
+    with suppress(RuntimeError, KeyboardInterrupt, MemoryError), zeroed(anatomy, [first, second]):
+        assert weights_sha256(model) != before
+        if error is not None:
+            raise error
+    assert weights_sha256(model) == before
+
+
+@each_type
+def test_the_named_scalars_and_no_others_are_zero_meanwhile(model_type, make_model):
+    model, expected = make_model(model_type), make_model(model_type)
+    for a in addresses(model_type):
+        weight = Anatomy(expected).projection(a.layer, a.module).weight
+        is_conv1d = model_type == "gpt2"
+        weight[(a.in_channel, a.out_channel) if is_conv1d else (a.out_channel, a.in_channel)] = 0
+    with zeroed(Anatomy(model), addresses(model_type)):
+        assert weights_sha256(model) == weights_sha256(expected)
+
+
+def test_the_same_scalar_twice_is_restored(make_model):
+    model = make_model("llama")
+    before = weights_sha256(model)
+    with zeroed(Anatomy(model), addresses("llama")[:1] * 2):
+        pass
+    assert weights_sha256(model) == before
+
+
+def test_zeroing_nothing_is_an_error(make_model):
+    with (
+        pytest.raises(UserError, match="no weight was named"),
+        zeroed(Anatomy(make_model("llama")), []),
+    ):
+        pass
+
+
+def test_a_bad_address_among_good_ones_changes_nothing(make_model):
+    model = make_model("llama")
+    before = weights_sha256(model)
+    bad = WeightAddress(0, "mlp.down_proj", 999, 0)
+    with (
+        pytest.raises(UserError, match="outside"),
+        zeroed(Anatomy(model), [*addresses("llama"), bad]),
+    ):
+        pass
+    assert weights_sha256(model) == before
+
+
+@each_type
+def test_losses_are_those_of_models_with_one_scalar_less(model_type, make_model):
+    model = make_model(model_type)
+    windows = torch.randint(0, 256, (3, 21), generator=torch.Generator().manual_seed(1))
+    found = list(ablation_losses(model, windows, addresses(model_type)))
+    for address, loss in zip(addresses(model_type), found, strict=True):
+        other = make_model(model_type)
+        Anatomy(other).weight_view(address).zero_()
+        assert loss == text_loss(other, windows)
+        assert loss != text_loss(model, windows)
+
+
+def test_the_model_is_whole_while_the_caller_looks_at_a_loss(make_model):
+    """A caller that stops half-way must not be left with a hole in the model."""
+    model = make_model("llama")
+    before = weights_sha256(model)
+    losses = ablation_losses(model, torch.arange(40).view(2, 20), addresses("llama"))
+    next(losses)
+    assert weights_sha256(model) == before
+
+
+def test_text_loss_is_the_sum_over_predicted_tokens(make_model):
+    model = make_model("gpt2")
+    windows = torch.randint(0, 256, (3, 17), generator=torch.Generator().manual_seed(1))
+    expected = 0.0
+    for window in windows:
+        log_p = F.log_softmax(model(input_ids=window[None]).logits[0].double(), dim=-1)
+        expected -= sum(float(log_p[i - 1, window[i]]) for i in range(1, 17))
+    loss = text_loss(model, windows)
+    assert loss.n_tokens == 3 * 16
+    assert loss.sum_nats == pytest.approx(expected, rel=1e-6)
+    assert loss.perplexity == pytest.approx(math.exp(expected / 48), rel=1e-5)
+
+
+def test_windows_are_the_beginning_of_the_text(tiny_tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("äbcdefghijk" * 3, encoding="utf-8")
+    expected = list(("äbcdefghijk" * 3).encode())
+    windows = text_windows(tiny_tokenizer, tmp_path / "text.txt", 2, 18)
+    assert windows.tolist() == [expected[:18], expected[18:36]]
+    shipped = text_windows(tiny_tokenizer, None, 4, 512)
+    assert shipped.shape == (4, 512)
+
+
+def test_texts_that_do_not_do(tiny_tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("x" * 35)
+    with pytest.raises(UserError, match=r"has 35 tokens; 2 windows of 18 need 36"):
+        text_windows(tiny_tokenizer, tmp_path / "text.txt", 2, 18)
+    (tmp_path / "text.txt").write_bytes(b"\xff" * 35)
+    for path in (tmp_path / "text.txt", tmp_path / "gone.txt", tmp_path):
+        with pytest.raises(UserError, match="cannot read the text"):
+            text_windows(tiny_tokenizer, path, 1, 18)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [(0.9, "none"), (1.5, "none"), (1.51, "strong"), (10.0, "strong"), (10.1, "super")],
+)
+def test_verdicts(ratio, expected):
+    assert verdict(ratio) == expected

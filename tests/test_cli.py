@@ -1,0 +1,385 @@
+"""The command line as a person uses it: every mistake is one line and exit code 2."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from swlora import pipeline
+from swlora.cli import main
+from swlora.config import load_spec
+from swlora.errors import UserError
+from swlora.evaluation import metrics as official
+from swlora.runs import read_run
+
+VERBS = ["identify", "train", "eval", "train-eval", "score", "generate"]
+RUN_VERBS = ["identify", "train", "eval", "train-eval"]
+ROWS = [{"prompt": f"p{k // 2}", "completion": f"answer {k}."} for k in range(8)]
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def mistake(self) -> str:
+        """The one line that a mistake is."""
+        assert self.code == 2, self
+        assert self.out == ""
+        (line,) = [s for s in self.err.splitlines() if not s.startswith(("data: ", "model: "))]
+        assert line.startswith("swlora: ")
+        return line.removeprefix("swlora: ")
+
+
+@pytest.fixture
+def swlora(capsys, tmp_path, monkeypatch):
+    """A function that runs the command in a folder of its own, without Java and the Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SWLORA_E2E", raising=False)
+    monkeypatch.setattr(official, "missing_java", lambda: "Java is left out here")
+
+    def run(*arguments: object) -> Done:
+        capsys.readouterr()
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        else:
+            code = 0
+        return Done(int(code or 0), *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def small(model_folder, rows) -> list[object]:
+    """Flags of a short run."""
+    return [
+        *("--model", model_folder("llama"), "--dtype", "float32", "--dataset", rows),
+        *("--rank", 2, "--max-steps", 2, "--batch-size", 3),
+    ]
+
+
+# Help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_an_example(verb, swlora):
+    done = swlora(verb, "--help")
+    assert done.code == 0
+    assert re.search(rf"Example:\s+`?swlora {verb} --", done.out)
+    for flag in ("--config", "--json", "--seed", "--output", "--debug"):
+        assert flag in done.out
+
+
+def test_help_names_every_verb_and_imports_nothing_heavy():
+    """A fresh process, since this one has imported everything long ago."""
+    code = (
+        "import sys\nfrom swlora.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib', 'numpy'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
+    )
+    for arguments in ([], *([verb] for verb in VERBS)):
+        command = [sys.executable, "-c", code, *arguments, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "HEAVY []"
+        if not arguments:
+            assert all(re.search(rf"│ {verb} ", done.stdout) for verb in VERBS)
+
+
+def test_no_verb_at_all(swlora):
+    done = swlora()
+    assert done.code == 2
+    assert "train-eval" in done.out + done.err
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train", "--foo"], "No such option: --foo"),
+        (["train", "--rank", "abc"], "Invalid value for '--rank'"),
+        (["train", "--rank"], "'--rank' requires an argument"),
+        (["train", "extra"], "extra"),
+        (["generate"], "Missing option '--prompt'"),
+        (["score", "--predictions", "p.txt"], "Missing option '--references'"),
+        (["eval", "--resume", "--output", "x"], "No such option: --resume"),
+        (["identify", "--json", "."], "'--json'"),
+        (["identify", "--figure", "."], "'--figure'"),
+    ],
+)
+def test_usage_errors_are_one_line_that_points_to_help(arguments, said, swlora):
+    mistake = swlora(*arguments).mistake
+    assert said in mistake
+    assert re.search(r"; see swlora( [a-z-]+)? --help$", mistake)
+
+
+@pytest.mark.parametrize("verb", RUN_VERBS)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "some/model"], "some/model is not a folder, is not cached"),
+        (["--model", "./nowhere"], "there is no model folder ./nowhere"),
+        (["--model", "no such model"], "'no such model' is neither a folder nor a Hub id"),
+        (["--device", "cuda:77"], "--device cuda:77: this machine has"),
+        (["--dtype", "float16"], "model.dtype: Input should be 'auto', 'float32' or 'bfloat16'"),
+        (["--seed", "-1"], "seed: "),
+        (["--config", "gone.yaml"], "cannot read the configuration gone.yaml"),
+        (["--output", "rows.jsonl"], "rows.jsonl is a file"),
+    ],
+)
+def test_mistakes_that_every_run_shares(verb, arguments, said, swlora, rows):
+    dataset = [] if verb == "identify" else ["--dataset", rows]
+    assert said in swlora(verb, *dataset, *arguments).mistake
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--dataset", "nowhere"], "no data set 'nowhere'"),
+        (["--dataset", "gone.jsonl"], "cannot read gone.jsonl"),
+        (["--layers", "7"], "layer 7 does not exist; this model has layers 0 to 2"),
+        (["--layers", "last:²"], "is not understood"),
+        (["--targets", "nope"], "no projection is called 'nope'"),
+        (["--rank", "0", "--alpha", "0"], "adapter.rank: "),
+        (["--learning-rate", "nan"], "train.learning_rate: "),
+        (["--prompt-column", "question"], "rows.jsonl, line 1: it has no 'question'"),
+        (["--tokenizer", "some/tokenizer"], "the tokenizer some/tokenizer is not a folder"),
+        (["--revision", "main"], "--revision is a version on the Hub"),
+    ],
+)
+def test_mistakes_in_training(arguments, said, swlora, small):
+    assert said in swlora("train", *small, *arguments).mistake
+
+
+def test_the_same_output_will_do_after_a_mistake(swlora, small):
+    swlora("train", *small, "--output", "run", "--layers", "7").mistake  # noqa: B018
+    assert swlora("train", *small, "--output", "run").code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("adapter: {rank: 4", "is not valid YAML"),
+        ("- 1", "must hold a mapping"),
+        ("adapter: {rnak: 4}\nfoo: 1", "adapter.rnak: there is no such setting; foo: there is no"),
+        ("adapter: {rank: four}", "adapter.rank: "),
+    ],
+)
+def test_mistakes_in_the_configuration(text, said, swlora, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    assert said in swlora("train", "--config", "c.yaml").mistake
+    assert said in swlora("generate", "--config", "c.yaml", "--prompt", "x").mistake
+
+
+# Runs
+
+
+def test_train_then_eval_then_generate(swlora, small, model_folder, rows):
+    done = swlora("train", *small, "--layers", "0", "--layers", "2", "--output", "run")
+    assert done.code == 0
+    assert "adapter: run/adapter\nrun folder: run\n" in done.out
+    assert f"model: the folder {model_folder('llama')}\n" in done.err
+    assert "training 1,536 adapter weights in layers 0, 2 on 6 rows\n" in done.err
+    assert "Warning" not in done.err
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    assert config["layers_to_transform"] == [0, 2]
+
+    base = ["--model", model_folder("llama"), "--dtype", "float32", "--max-new-tokens", 5]
+    done = swlora("eval", *base, "--adapter", "run", "--dataset", rows, "--output", "ev")
+    assert done.code == 0
+    assert re.search(r"^BLEU +0\.\d{4}$", done.out, re.MULTILINE)
+    assert "METEOR        n/a  (Java is left out here)\n" in done.out
+    assert "predictions: ev/predictions.csv\nrun folder: ev\n" in done.out
+    assert read_run(Path("ev"))["command"] == "eval"
+
+    done = swlora("generate", *base, "--adapter", "run", "--prompt", "p1", "--json", "g.json")
+    assert done.code == 0
+    result = json.loads(Path("g.json").read_text())
+    assert result["text"] + "\n" == done.out
+    assert result["prompt"] == "p1"
+    assert not Path("runs").exists()  # a run folder only where one was asked for
+    assert swlora("generate", *base, "--prompt", "p1", "--output", "gen").code == 0
+    assert json.loads(Path("gen/result.json").read_text())["prompt"] == "p1"
+    assert read_run(Path("gen"))["status"] == "done"
+
+
+def test_without_output_a_run_gets_a_folder_of_its_own(swlora, small):
+    for _ in range(2):
+        assert swlora("train", *small).code == 0
+    assert len(list(Path("runs").glob("train-*/adapter"))) == 2
+
+
+def test_train_eval_leaves_everything(swlora, small):
+    flags = ["--max-new-tokens", 5, "--targets", "q_proj,down_proj", "--targets", "up_proj"]
+    done = swlora("train-eval", *small, *flags, "--output", "a/run", "--json", "b/result.json")
+    assert done.code == 0
+    result = json.loads(Path("b/result.json").read_text())
+    assert set(result) == {"train", "eval"}
+    assert json.loads(Path("a/run/result.json").read_text()) == result
+    spec = load_spec(Path("a/run/config.yaml"), {})
+    assert spec.adapter.targets == ["q_proj", "down_proj", "up_proj"]
+    assert {path.name for path in Path("a/run").iterdir()} >= {"adapter", "loss.png", "run.json"}
+    facts = read_run(Path("a/run"))
+    assert (facts["status"], facts["command"]) == ("done", "train-eval")
+
+
+def test_flags_win_over_the_file(swlora, small, tmp_path):
+    text = "adapter: {rank: 5, alpha: 3, layers: [0, 1]}\nseed: 4\n"
+    (tmp_path / "c.yaml").write_text(text)
+    done = swlora("train", *small, "--config", "c.yaml", "--layers", "2", "--output", "run")
+    assert done.code == 0
+    spec = load_spec(Path("run/config.yaml"), {})
+    assert (spec.adapter.rank, spec.adapter.alpha, spec.seed) == (2, 3, 4)
+    assert spec.adapter.layers == "2"
+    assert (tmp_path / "c.yaml").read_text() == text
+
+
+def test_the_configuration_of_a_run_repeats_it(swlora, small):
+    swlora("train", *small, "--seed", "9", "--output", "one")
+    assert swlora("train", "--config", "one/config.yaml", "--output", "two").code == 0
+    weights = "adapter/adapter_model.safetensors"
+    assert Path("one", weights).read_bytes() == Path("two", weights).read_bytes()
+    assert Path("one/config.yaml").read_text() == Path("two/config.yaml").read_text()
+
+
+def test_identify(swlora, model_folder):
+    flags = ["--model", model_folder("gpt2"), "--windows", 1, "--window-tokens", 32]
+    done = swlora("identify", *flags, "--figure", "f.svg", "--json", "i.json", "--output", "run")
+    assert done.code == 0
+    result = json.loads(Path("i.json").read_text())
+    assert set(result) >= {"layers", "candidates", "perplexity", "thresholds", "modules"}
+    table = [line.split() for line in done.out.splitlines()]
+    assert ["layer", "module", "out", "in", "weight", "ratio", "verdict"] in table
+    for c in result["candidates"]:
+        address = [str(c[key]) for key in ("layer", "module", "out_channel", "in_channel")]
+        assert any(line[:4] == address for line in table)
+    assert done.out.endswith("figure: f.svg\nrun folder: run\n")
+    assert Path("f.svg").read_text().startswith("<?xml")
+    assert "must end in .png, .svg" in swlora("identify", *flags, "--figure", "f.xyz").mistake
+    flags[-1] = 300
+    assert "exceeds the model's context of 256" in swlora("identify", *flags).mistake
+
+
+def test_score(swlora):
+    Path("p.txt").write_text("A serves food.\nB is cheap.\n")
+    Path("r.txt").write_text("A serves food.\nA has food.\n\nB is cheap.\n")
+    files = ["--predictions", "p.txt", "--references", "r.txt"]
+    done = swlora("score", *files, "--json", "s.json", "--output", "run")
+    assert done.code == 0
+    assert "BLEU       1.0000\n" in done.out
+    result = json.loads(Path("s.json").read_text())
+    assert (result["BLEU"], result["ROUGE_L"], result["n_prompts"]) == (1, 1, 2)
+    assert json.loads(Path("run/result.json").read_text()) == result
+    Path("p.txt").write_text("A serves food.\n")
+    assert "has 1 outputs but r.txt has 2 distinct MRs" in swlora("score", *files).mistake
+    assert "cannot read gone" in swlora("score", *files[:3], "gone").mistake
+
+
+@pytest.mark.parametrize("verb", RUN_VERBS)
+def test_an_existing_run_is_refused(verb, swlora, small):
+    swlora("train", *small, "--output", "run")
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    mistake = swlora(verb, "--output", "run").mistake
+    assert mistake == "run already holds a run (done); choose another --output"
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+# Resume, interruption, failure
+
+
+def test_resume(swlora, small, monkeypatch):
+    assert "--resume needs the run's folder" in swlora("train", "--resume").mistake
+    resumed = ["train", "--resume", "--output", "run"]
+    assert "run holds no run to resume" in swlora(*resumed).mistake
+    train = pipeline.train
+
+    def interrupted(job):
+        train(job)
+        raise KeyboardInterrupt("stopped after step 2 of 2; --resume --output run continues")
+
+    monkeypatch.setattr(pipeline, "train", interrupted)
+    done = swlora("train", *small, "--output", "run")
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == (
+        "swlora: stopped after step 2 of 2; --resume --output run continues"
+    )
+    monkeypatch.setattr(pipeline, "train", train)
+    assert "or continue it with --resume" in swlora("train", "--output", "run").mistake
+    assert "leave out --rank" in swlora(*resumed, "--rank", 4).mistake
+    assert "leave out --config" in swlora(*resumed, "--config", "c.yaml").mistake
+    mistake = swlora("train-eval", "--resume", "--output", "run").mistake
+    assert mistake == "run holds a run of train, not of train-eval"
+    done = swlora(*resumed)
+    assert done.code == 0
+    assert "resuming after step 2" in done.err
+    assert "there is nothing to resume" in swlora(*resumed).mistake
+
+
+def test_an_interruption_without_a_word(swlora, small, monkeypatch):
+    def interrupted(_job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "train", interrupted)
+    done = swlora("train", *small, "--output", "run")
+    assert (done.code, done.err.splitlines()[-1]) == (130, "swlora: interrupted")
+    assert read_run(Path("run"))["status"] == "cancelled"
+
+
+def test_a_failure_is_one_line_too_and_exit_code_1(swlora, small, monkeypatch):
+    def fails(_job):
+        raise RuntimeError("the machine\n  is on fire")
+
+    monkeypatch.setattr(pipeline, "train", fails)
+    done = swlora("train", *small, "--output", "run")
+    assert (done.code, done.out) == (1, "")
+    expected = "swlora: RuntimeError: the machine is on fire (--debug shows where)"
+    assert done.err.splitlines()[-1] == expected
+    assert "Traceback" not in done.err
+    assert read_run(Path("run"))["status"] == "failed"
+
+
+def test_debug_shows_the_traceback(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="layer 7 does not exist"):
+        main(
+            [str(flag) for flag in ("train", *small, "--layers", "7", "--output", "run", "--debug")]
+        )
+    command = [sys.executable, "-m", "swlora", "train", "--rank", "0"]
+    quiet, loud = (
+        subprocess.run([*command, *more], capture_output=True, text=True)
+        for more in ([], ["--debug"])
+    )
+    assert quiet.returncode == 2
+    assert len(quiet.stderr.splitlines()) == 1
+    assert "Traceback (most recent call last)" in loud.stderr
+    assert "swlora.errors.UserError: in the command line: adapter.rank: " in loud.stderr
+
+
+def test_the_module_and_the_command_are_the_same():
+    command = Path(sys.executable).with_name("swlora")
+    if not command.exists():
+        pytest.skip("the package is not installed as a command")
+    environment = {**os.environ, "COLUMNS": "80"}
+    outputs = [
+        subprocess.run([*start, "--help"], capture_output=True, text=True, env=environment).stdout
+        for start in ([str(command)], [sys.executable, "-m", "swlora"])
+    ]
+    assert outputs[0] == outputs[1] != ""

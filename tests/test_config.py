@@ -1,0 +1,214 @@
+"""Specifications: YAML there and back, flags win, and every mistake named in one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from swlora.config import RunSpec, dump_yaml, join_list, load_spec, split_list
+from swlora.errors import UserError
+
+
+def refusal(tmp_path: Path, text: str | bytes = "", **overrides: object) -> str:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+    with pytest.raises(UserError) as refused:
+        load_spec(path, dotted)
+    assert refused.value.exit_code == 2
+    assert len(str(refused.value).splitlines()) == 1
+    assert str(path) in str(refused.value) or overrides
+    return str(refused.value)
+
+
+def test_nothing_given_is_the_defaults(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert load_spec(None, {}) == load_spec(tmp_path / "empty.yaml", {}) == RunSpec()
+    assert load_spec(None, {"adapter.rank": None, "seed": None}) == RunSpec()
+    spec = RunSpec()
+    assert (spec.model.name, spec.data.name) == ("openai-community/gpt2", "tuetschek/e2e_nlg")
+    assert (spec.adapter.rank, spec.adapter.alpha) == (4, 32)
+    assert spec.adapter.targets == ["all-linear"]
+
+
+def test_flags_win_over_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("adapter: {rank: 8, layers: 'last:2'}\nseed: 3\n")
+    spec = load_spec(tmp_path / "c.yaml", {"adapter.rank": 16, "train.epochs": 2, "seed": None})
+    assert (spec.adapter.rank, spec.adapter.layers, spec.train.epochs, spec.seed) == (
+        16,
+        "last:2",
+        2,
+        3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given_", "expected"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("q_proj, k_proj", ["q_proj", "k_proj"]),
+        (["q_proj,k_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]),
+        (["q_proj", "", ","], ["q_proj"]),
+    ],
+)
+def test_names_by_comma_and_by_repetition(given_, expected):
+    assert split_list(given_) == expected
+    assert load_spec(None, {"adapter.targets": given_}).adapter.targets == expected
+
+
+@pytest.mark.parametrize(
+    ("given_", "expected"),
+    [
+        ("2,11", "2,11"),
+        (["2", "11"], "2,11"),
+        (["2,11", "5"], "2,11,5"),
+        (2, "2"),
+        ([2, 11], "2,11"),
+        (["last:3"], "last:3"),
+    ],
+)
+def test_layers_by_comma_and_by_repetition(given_, expected):
+    assert join_list(given_) == expected
+    assert load_spec(None, {"adapter.layers": given_}).adapter.layers == expected
+
+
+def test_layers_in_yaml_need_no_quotes(tmp_path):
+    for text, expected in (("2", "2"), ("[2, 11]", "2,11"), ("last:2", "last:2"), ("all", "all")):
+        (tmp_path / "c.yaml").write_text(f"adapter: {{layers: {text}}}\n")
+        assert load_spec(tmp_path / "c.yaml", {}).adapter.layers == expected
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {learning_rate: 2e-4}\n")  # YAML 1.1 wants 2.0e-4
+    assert load_spec(tmp_path / "c.yaml", {}).train.learning_rate == 2e-4
+
+
+# There and back
+
+names = st.text(min_size=1, max_size=9).filter(lambda text: text.isprintable())
+specs = st.fixed_dictionaries(
+    {
+        "model": st.fixed_dictionaries({"name": names, "tokenizer": st.none() | names}),
+        "data": st.fixed_dictionaries(
+            {"eval_file": st.none() | st.just("a b/é.jsonl"), "truncate": st.booleans()}
+        ),
+        "adapter": st.fixed_dictionaries(
+            {
+                "rank": st.integers(1, 4096),
+                "alpha": st.floats(1e-9, 1e9),
+                "targets": st.lists(
+                    st.sampled_from(["yes", "null", "1e3", "a: b", "é"]), min_size=1
+                ),
+                "layers": st.sampled_from(["0", "2,11", "last:3", "random:2:1", "0x1f", "1_0"]),
+            }
+        ),
+        "train": st.fixed_dictionaries({"learning_rate": st.floats(1e-12, 1)}),
+        "seed": st.integers(0, 2**32 - 1),
+    }
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=specs)
+def test_what_is_written_is_read_back_equal(tree, tmp_path):
+    spec = RunSpec.model_validate(tree)
+    (tmp_path / "config.yaml").write_text(dump_yaml(spec), encoding="utf-8")
+    assert load_spec(tmp_path / "config.yaml", {}) == spec
+
+
+def test_the_written_file_names_every_setting():
+    tree = yaml.safe_load(dump_yaml(RunSpec()))
+    assert set(tree) == set(RunSpec.model_fields)
+    for name, section in tree.items():
+        if isinstance(section, dict):
+            assert set(section) == set(getattr(RunSpec(), name).__class__.model_fields)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "adapter: {rank: 4",
+        "a: b: c",
+        "\tx: 1",
+        "x: @y",
+        "x: !!python/object:os.system {}",
+        b"\xff\xfe\x00",
+        b"x: \x00",
+    ],
+)
+def test_text_that_is_no_yaml(text, tmp_path):
+    assert "is not valid YAML" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just words", "3"])
+def test_yaml_that_is_no_mapping(text, tmp_path):
+    assert "must hold a mapping" in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("adapter: {rnak: 4}", ["adapter.rnak: there is no such setting"]),
+        ("adaptor: {rank: 4}", ["adaptor: there is no such setting"]),
+        ("adapter: 4", ["adapter: "]),
+        ("adapter: {rank: 0, alpha: -1}", ["adapter.rank: ", "adapter.alpha: "]),
+        ("adapter: {rank: four}", ["adapter.rank: ", "valid integer"]),
+        ("adapter: {rank: 1.5}", ["adapter.rank: "]),
+        ("adapter: {dropout: 1}", ["adapter.dropout: "]),
+        ("adapter: {targets: []}", ["adapter.targets: "]),
+        ("adapter: {layers: ''}", ["adapter.layers: "]),
+        ("adapter: {layers: {a: 1}}", ["adapter.layers: "]),
+        ("adapter: {method: magic}", ["adapter.method: "]),
+        ("train: {learning_rate: .nan}", ["train.learning_rate: "]),
+        ("train: {learning_rate: .inf}", ["train.learning_rate: "]),
+        ("train: {epochs: 0, batch_size: 0}", ["train.epochs: ", "train.batch_size: "]),
+        ("train: {schedule: step}", ["train.schedule: ", "'linear', 'cosine' or 'constant'"]),
+        ("model: {name: ''}", ["model.name: "]),
+        ("model: {tokenizer: ''}", ["model.tokenizer: "]),
+        ("model: {device: gpu}", ["model.device: "]),
+        ("model: {dtype: float16}", ["model.dtype: ", "'auto', 'float32' or 'bfloat16'"]),
+        ("data: {eval_split: train}", ["data.eval_split: "]),
+        ("decode: {num_beams: 4, temperature: 1}", ["beams are searched, not sampled"]),
+        ("decode: {length_penalty: 0.9}", ["needs num_beams > 1"]),
+        ("seed: -1", ["seed: "]),
+        ("seed: 4294967296", ["seed: "]),
+        ("1: 2", ["1: "]),
+    ],
+)
+def test_impossible_settings(text, said, tmp_path):
+    message = refusal(tmp_path, text)
+    assert message.startswith(f"in {tmp_path / 'c.yaml'} or the command line: ")
+    assert all(part in message for part in said)
+
+
+def test_all_problems_of_file_and_flags_come_at_once(tmp_path):
+    message = refusal(tmp_path, "foo: 1\nadapter: {alpha: 0}\n", adapter__rank=0)
+    assert all(part in message for part in ("foo: ", "adapter.alpha: ", "adapter.rank: "))
+    with pytest.raises(UserError, match=r"^in the command line: adapter\.rank: "):
+        load_spec(None, {"adapter.rank": 0})
+
+
+def test_a_flag_for_a_section_that_is_no_mapping(tmp_path):
+    assert "'adapter' must be a mapping" in refusal(tmp_path, "adapter: 4", adapter__rank=2)
+
+
+def test_a_section_whose_settings_are_all_commented_out(tmp_path):
+    (tmp_path / "c.yaml").write_text("adapter:\n#  rank: 8\ntrain:\n")
+    assert load_spec(tmp_path / "c.yaml", {}) == RunSpec()
+    assert load_spec(tmp_path / "c.yaml", {"adapter.rank": 2}).adapter.rank == 2
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    for path in (tmp_path / "gone.yaml", tmp_path):
+        with pytest.raises(UserError, match="cannot read the configuration"):
+            load_spec(path, {})
+
+
+def test_specs_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        RunSpec().seed = 1

@@ -1,0 +1,56 @@
+"""What the documents show works: example configurations load, commands in the README parse."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from swlora.cli import app
+from swlora.config import RunSpec, load_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/decisions.md", "examples/starter.yaml")
+
+
+def test_there_are_examples() -> None:
+    assert {path.name for path in EXAMPLES} >= {"starter.yaml", "demo.yaml"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_a_valid_configuration(path: Path) -> None:
+    load_spec(path, {})
+
+
+def test_the_starter_shows_the_defaults() -> None:
+    path = ROOT / "examples" / "starter.yaml"
+    assert load_spec(path, {}) == RunSpec()
+    shown = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(shown) == set(RunSpec.model_fields)
+
+
+def _commands() -> list[tuple[str, str]]:
+    """List (document, command) for every `swlora VERB ...` in code of the documents."""
+    found = []
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        inline = re.findall(r"`(swlora [a-z][^`\n]*)`", text)
+        lines = re.findall(r"^(?:#? {4,}|\$ )(swlora [a-z].*)$", text, flags=re.MULTILINE)
+        found += [(name, command) for command in [*inline, *lines]]
+    return found
+
+
+def test_the_readme_has_an_example_of_every_command() -> None:
+    verbs = {command.split()[1] for name, command in _commands() if name == "README.md"}
+    assert verbs >= set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("document", "command"), _commands())
+def test_every_command_shown_parses(document: str, command: str) -> None:
+    verb, *arguments = shlex.split(command, comments=True)[1:]
+    group = typer.main.get_command(app)
+    parser = group.commands[verb]  # type: ignore[attr-defined]
+    parser.make_context(verb, arguments)  # raises for an unknown flag or a value of another type

@@ -1,0 +1,360 @@
+"""The run folder: how a run ends is recorded, nothing is overwritten, damage is seen."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from swlora import files
+from swlora.config import AdapterSpec, RunSpec, load_spec
+from swlora.errors import RunFailedError, UserError
+from swlora.runs import (
+    Run,
+    default_folder,
+    load_snapshot,
+    read_metrics,
+    read_run,
+    save_snapshot,
+)
+
+SPEC = RunSpec(adapter=AdapterSpec(rank=7), seed=5)
+
+
+def start(folder: Path, command: str = "train") -> Run:
+    return Run.create(folder, SPEC, command)
+
+
+def ended(folder: Path, error: BaseException | None = None, command: str = "train") -> Run:
+    """A run that is over."""
+    run = start(folder, command)
+    if error is None:
+        with run:
+            pass
+    else:
+        with pytest.raises(type(error)), run:
+            raise error
+    return run
+
+
+# What a run says of itself
+
+
+def test_a_new_run_explains_itself(tmp_path):
+    run = start(tmp_path / "a" / "run")
+    facts = json.loads((run.folder / "run.json").read_text())
+    assert facts["status"] == "running"
+    assert (facts["command"], facts["seed"]) == ("train", 5)
+    assert facts["packages"]["torch"] == torch.__version__
+    assert set(facts["packages"]) >= {"swlora", "transformers", "peft"}
+    assert all(facts[key] for key in ("started_at", "python", "machine"))
+    assert load_spec(run.folder / "config.yaml", {}) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (None, "done", None),
+        (RunFailedError("no more space"), "failed", "RunFailedError: no more space"),
+        (ValueError(), "failed", "ValueError"),
+        (KeyboardInterrupt("after step 3"), "cancelled", "KeyboardInterrupt: after step 3"),
+        (SystemExit(1), "cancelled", "SystemExit: 1"),
+    ],
+)
+def test_how_it_ended(error, status, reason, tmp_path):
+    run = ended(tmp_path, error)
+    facts = read_run(tmp_path)
+    assert facts == run.facts
+    assert (facts["status"], facts.get("reason")) == (status, reason)
+    assert facts["timings_s"]["total"] >= 0
+
+
+def test_a_resumed_run_may_end_better(tmp_path):
+    ended(tmp_path, RunFailedError("no more space"))
+    run, spec = Run.reopen(tmp_path, "train")
+    assert spec == SPEC
+    assert read_run(tmp_path)["status"] == "running"
+    with run:
+        run.record(n=3)
+        run.add_timing("train", 1.25)
+        run.add_timing("train", 0.5)
+    facts = read_run(tmp_path)
+    assert (facts["status"], facts["n"], facts["resumed"]) == ("done", 3, 1)
+    assert facts["timings_s"]["train"] == 1.75
+    assert "reason" not in facts
+
+
+def test_only_a_finished_run_drops_its_checkpoint(tmp_path):
+    for error in (KeyboardInterrupt(), RunFailedError("x")):
+        run = start(tmp_path / type(error).__name__)
+        save_snapshot(run.checkpoint, {"x": torch.ones(2)}, {})
+        with pytest.raises(type(error)), run:
+            raise error
+        assert load_snapshot(run.checkpoint) is not None
+    run = start(tmp_path / "done")
+    with run:
+        save_snapshot(run.checkpoint, {"x": torch.ones(2)}, {})
+    assert not run.checkpoint.exists()
+
+
+def test_results_come_part_by_part(tmp_path):
+    run = start(tmp_path)
+    run.write_result({"identify": {"layers": [1]}})
+    run.write_result({"train": {"loss": 1.5}})
+    run.write_result({"train": {"loss": 0.5}})
+    assert json.loads((tmp_path / "result.json").read_text()) == {
+        "identify": {"layers": [1]},
+        "train": {"loss": 0.5},
+    }
+    with pytest.raises(RunFailedError, match="not finite"):
+        run.write_result({"eval": {"nll": float("nan")}})
+    assert set(json.loads((tmp_path / "result.json").read_text())) == {"identify", "train"}
+
+
+def test_a_resumed_run_must_work_on_the_same(tmp_path):
+    run = start(tmp_path)
+    run.record_source(data_sha256="aa", revision=None)
+    run.record_source(data_sha256="aa", revision=None)
+    with pytest.raises(UserError, match="cannot go on: data_sha256 was aa and is now bb"):
+        run.record_source(data_sha256="bb")
+    assert read_run(tmp_path)["data_sha256"] == "aa"
+
+
+# What is there already
+
+
+@pytest.mark.parametrize("command", ["train", "train-eval", "eval", "identify"])
+@pytest.mark.parametrize("status", ["running", "done", "failed", "cancelled"])
+def test_an_existing_run_is_not_overwritten(status, command, tmp_path):
+    errors = {"failed": ValueError("x"), "cancelled": KeyboardInterrupt("x")}
+    if status == "running":
+        start(tmp_path, command)
+    else:
+        ended(tmp_path, errors.get(status), command)
+    (tmp_path / "metrics.jsonl").write_text("")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=rf"already holds a run \({status}\)") as refused:
+        start(tmp_path)
+    can_resume = status != "done" and command in ("train", "train-eval")
+    assert ("--resume" in str(refused.value)) == can_resume
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_came_to_nothing_may_be_started_again(tmp_path):
+    """After a typo in --model, the same --output shall do."""
+    ended(tmp_path, UserError("there is no such model"))
+    start(tmp_path, "eval")
+    assert read_run(tmp_path)["command"] == "eval"
+
+
+def test_other_peoples_files_are_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine: true\n")
+    with pytest.raises(UserError, match=r"holds a config\.yaml of something else"):
+        start(tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "mine: true\n"
+    with pytest.raises(UserError, match="is a file"):
+        start(tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").rename(tmp_path / "notes.yaml")
+    start(tmp_path)  # a folder with other files will do
+    assert (tmp_path / "notes.yaml").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "3", '{"status": "done"}', "\udcff"])
+def test_a_run_json_that_cannot_be_read(content, tmp_path):
+    (tmp_path / "run.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    for use in (lambda: read_run(tmp_path), lambda: start(tmp_path)):
+        with pytest.raises(UserError, match=r"no readable run\.json"):
+            use()
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    with pytest.raises(UserError, match="holds no run to resume"):
+        Run.reopen(tmp_path, "train")
+    ended(tmp_path / "done")
+    with pytest.raises(UserError, match="is done; there is nothing to resume"):
+        Run.reopen(tmp_path / "done", "train")
+    ended(tmp_path / "other", ValueError("x"), "identify")
+    with pytest.raises(UserError, match="a run of identify, not of train"):
+        Run.reopen(tmp_path / "other", "train")
+
+
+def test_default_folders_are_fresh(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20260102-030405")
+    names = []
+    for _ in range(3):
+        names.append(default_folder("eval"))
+        names[-1].mkdir(parents=True)
+    stem = "eval-20260102-030405"
+    assert [str(name) for name in names] == [f"runs/{stem}{end}" for end in ("", "-2", "-3")]
+
+
+# Metrics
+
+
+def test_metrics_are_lines(tmp_path):
+    run = start(tmp_path)
+    assert read_metrics(tmp_path) == []
+    rows = [{"step": k, "loss": 1 / k} for k in range(1, 5)]
+    for row in rows:
+        run.append_metrics(row)
+    assert read_metrics(tmp_path) == rows
+    run.truncate_metrics(3)
+    assert read_metrics(tmp_path) == rows[:3]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.append_metrics({"step": 4, "loss": float("nan")})
+    assert read_metrics(tmp_path) == rows[:3]
+
+
+def test_a_torn_line_is_dropped_wherever_it_was_torn(tmp_path):
+    run = start(tmp_path)
+    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
+    for row in rows:
+        run.append_metrics(row)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        assert read_metrics(tmp_path) == rows[:1]
+        run.truncate_metrics(2)
+        run.append_metrics(rows[1])  # what is appended later is not lost behind the tear
+        assert read_metrics(tmp_path) == rows
+
+
+def test_metrics_on_a_full_disk(tmp_path, monkeypatch):
+    run = start(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunFailedError, match=r"cannot write .*metrics\.jsonl: No space left"):
+        run.append_metrics({"step": 1})
+
+
+# Snapshots
+
+TENSORS = {
+    "a": torch.arange(6, dtype=torch.float32).view(2, 3).t(),
+    "rng": torch.get_rng_state(),
+    "b": torch.tensor(1.5, dtype=torch.bfloat16),
+}
+VALUES = {"step": 3, "elapsed_s": 0.1 + 0.2, "none": None}
+
+
+def same(found, tensors=TENSORS, values=VALUES) -> bool:
+    return (
+        found[0].keys() == tensors.keys()
+        and all(
+            torch.equal(found[0][n], t) and found[0][n].dtype == t.dtype for n, t in tensors.items()
+        )
+        and found[1] == values
+    )
+
+
+def test_a_snapshot_comes_back_and_is_replaced(tmp_path):
+    assert load_snapshot(tmp_path / "c") is None
+    save_snapshot(tmp_path / "c", TENSORS, VALUES)
+    assert same(load_snapshot(tmp_path / "c"))
+    other = {"a": torch.zeros(1)}
+    save_snapshot(tmp_path / "c", other, {"step": 4})
+    assert same(load_snapshot(tmp_path / "c"), other, {"step": 4})
+    assert len(list((tmp_path / "c").iterdir())) == 2
+
+
+@pytest.mark.parametrize("kill_at", ["data", "manifest", "removal"])
+def test_a_kill_while_saving_leaves_a_whole_snapshot(kill_at, tmp_path, monkeypatch):
+    folder = tmp_path / "c"
+    save_snapshot(folder, TENSORS, VALUES)
+    other = {"a": torch.zeros(1)}
+    replaced: list[Path] = []
+    replace = Path.replace
+
+    def dying_replace(path: Path, target: Path) -> None:
+        replaced.append(target)
+        if len(replaced) == {"data": 1, "manifest": 2}.get(kill_at):
+            raise SystemExit
+        replace(path, target)
+
+    def dying_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("state-"):
+            raise SystemExit
+        if path.exists():
+            path.rename(tmp_path / "gone")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, "replace", dying_replace)
+        if kill_at == "removal":
+            patch.setattr(Path, "unlink", dying_unlink)
+        save_snapshot(folder, other, {"step": 4})
+    found = load_snapshot(folder)
+    assert same(found, other, {"step": 4}) if kill_at == "removal" else same(found)
+    save_snapshot(folder, other, {"step": 5})
+    assert same(load_snapshot(folder), other, {"step": 5})
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("I/O error: No space left"), OSError(28, "No space")]
+)
+def test_a_full_disk_keeps_the_old_snapshot(error, tmp_path, monkeypatch):
+    save_snapshot(tmp_path, TENSORS, VALUES)
+
+    def full(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(RunFailedError, match="No space") as failed:
+        patch.setattr("safetensors.torch.save_file", full)
+        save_snapshot(tmp_path, {"a": torch.zeros(1)}, {})
+    assert len(str(failed.value).splitlines()) == 1
+    assert same(load_snapshot(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_flipped_bit_and_every_cut_of_the_data_is_seen(tmp_path):
+    save_snapshot(tmp_path, TENSORS, VALUES)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    for k in range(0, len(whole), len(whole) // 20):
+        flipped = bytearray(whole)
+        flipped[k] ^= 1 << k % 8
+        for damaged in (bytes(flipped), whole[:k]):
+            path.write_bytes(damaged)
+            with pytest.raises(RunFailedError, match="is damaged"):
+                load_snapshot(tmp_path)
+    path.unlink()
+    with pytest.raises(RunFailedError, match="is damaged"):
+        load_snapshot(tmp_path)
+
+
+def test_a_flipped_bit_of_the_manifest_never_changes_what_is_loaded(tmp_path):
+    save_snapshot(tmp_path, TENSORS, VALUES)
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    n_seen = 0
+    for k in range(len(whole)):
+        for bit in range(8):
+            flipped = bytearray(whole)
+            flipped[k] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                assert same(load_snapshot(tmp_path))  # white space, or a letter of JSON's own
+            except RunFailedError:
+                n_seen += 1
+    assert n_seen > 7 * len(whole)
+
+
+def test_runs_use_the_same_atomic_files(tmp_path, monkeypatch):
+    run = start(tmp_path)
+    before = (tmp_path / "run.json").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(RunFailedError, match=r"cannot write .*run\.json: No space left on device"):
+        run.record(n=1)
+    assert (tmp_path / "run.json").read_bytes() == before

@@ -1,0 +1,71 @@
+"""Progress: bars on a terminal, sparse lines elsewhere, nothing on stdout."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from swlora import terminal
+from swlora.terminal import Bars, Lines, make_progress
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """A clock that a test sets: clock[0] is the time in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    return now
+
+
+def written(console: Console) -> list[str]:
+    return console.file.getvalue().splitlines()
+
+
+def test_a_line_when_ten_seconds_are_over_and_ten_seconds_after_that(clock):
+    console = Console(file=io.StringIO())
+    with Lines(console).task("train", 40) as task:
+        for second in range(0, 36, 3):
+            clock[0] = second
+            task.advance(1, f"loss {second}")
+    assert written(console) == [
+        "train: 5/40, about 84 s left  loss 12",
+        "train: 9/40, about 83 s left  loss 24",
+    ]
+
+
+def test_a_task_of_unknown_length_and_one_that_stands_still(clock):
+    console = Console(file=io.StringIO())
+    for total, amount in ((None, 1), (40, 0)):
+        with Lines(console).task("load", total) as task:
+            clock[0] += 60
+            task.advance(amount)
+    assert written(console) == []
+
+
+def test_bars_show_progress_and_notes():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, highlight=False)
+    bars = Bars(console)
+    with bars.task("train", 4) as task:
+        for k in range(4):
+            task.advance(1, f"loss {k}")
+    with bars.task("load") as task:
+        task.advance()
+    bars.say("[done] as it is")
+    output = console.file.getvalue()
+    assert "4/4" in output
+    assert "loss 3" in output
+    assert "load" in output
+    assert "[done] as it is" in output  # no markup
+
+
+def test_a_bar_does_not_hide_a_failure():
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with pytest.raises(KeyboardInterrupt), Bars(console).task("train", 4):
+        raise KeyboardInterrupt
+
+
+def test_everything_goes_to_stderr(capsys):
+    progress = make_progress()
+    assert isinstance(progress, Lines)
+    progress.say("x" * 300)
+    assert capsys.readouterr() == ("", "x" * 300 + "\n")

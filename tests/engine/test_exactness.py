@@ -6,6 +6,7 @@ decree, to rounding.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec
@@ -280,6 +282,29 @@ def test_gradients_add_up_over_calls(make_model: MakeModel) -> None:
         step([half])
     for name, parameter in trainable_parameters(peft_model).items():
         torch.testing.assert_close(parameter.grad.double(), whole[name])
+
+
+PEFT_METHODS: dict[str, PeftConfig] = {
+    "rslora": LoraConfig(r=3, use_rslora=True),
+    "dora": LoraConfig(r=3, use_dora=True),
+    "pissa": LoraConfig(r=3, init_lora_weights="pissa"),
+    "ranks of their own": LoraConfig(r=2, rank_pattern={"v_proj": 5}, alpha_pattern={"v_proj": 9}),
+    "adalora": AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=10),
+    "loha": LoHaConfig(r=3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_other_methods_of_peft(make_model: MakeModel, method: str) -> None:
+    config = replace(PEFT_METHODS[method], target_modules=["q_proj", "v_proj", "down_proj"])
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        peft_model = get_peft_model(make_model("llama", initializer_range=0.05), config)
+        for parameter in trainable_parameters(peft_model).values():
+            parameter.add_(0.03 * torch.randn(parameter.shape))
+    train_mode(peft_model)
+    assert_same(peft_model, TokenSequences.from_lists(branching()))
 
 
 # Few tokens, and lengths from short to past the smallest run of queries. The two tokens that all

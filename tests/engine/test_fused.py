@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from swlora.engine.fused import RMS_NORMS, SWIGLU_MLPS, fused_modules
@@ -144,6 +145,28 @@ def test_a_part_that_is_trained_gets_its_gradients(make_model: MakeModel, name: 
     for key, parameter in module.named_parameters():
         assert expected[key] is not None
         torch.testing.assert_close(parameter.grad, expected[key])
+
+
+def test_a_head_computes_the_same_from_a_slice(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    hidden = torch.randn(3, 5, 24)[:, -1:]
+    assert not hidden.is_contiguous()
+    expected = model.lm_head(hidden)
+    with fused_modules(model):
+        torch.testing.assert_close(model.lm_head(hidden), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_a_head_with_an_adapter_keeps_its_forward(make_model: MakeModel) -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(make_model("llama", tie_word_embeddings=False), config).eval()
+    ids = torch.tensor([[3, 1, 4]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        with fused_modules(model):
+            torch.testing.assert_close(model(ids).logits, expected)
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES_BY_TYPE))

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -149,6 +150,20 @@ def test_a_trained_head_gets_its_gradient(smoothing: float, cap: float) -> None:
     loss.backward()
     found = (loss.detach(), hidden.grad, case.head.weight.grad, case.head.bias.grad)
     torch.testing.assert_close(found, spelled_out(case, smoothing, cap))
+
+
+def test_a_head_with_a_frozen_adapter_counts_with_it() -> None:
+    case = make(CHUNK_ROWS + 3, dtype=torch.float64)
+    holder = nn.ModuleDict({"head": case.head})
+    config = LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
+    peft_model = get_peft_model(holder, config).double().requires_grad_(False)
+    wrapped = peft_model.base_model.model["head"]
+    merged = nn.Linear(*case.hidden.shape[1:], case.head.out_features, bias=False).double()
+    merged.weight.data = case.head.weight + wrapped.get_delta_weight("default")
+    torch.testing.assert_close(
+        measured(Case(case.hidden, wrapped, case.targets)),
+        spelled_out(case._replace(head=merged), 0.0, 0.0)[:2],
+    )
 
 
 def test_a_multiple_of_the_loss_has_a_multiple_of_the_gradient() -> None:

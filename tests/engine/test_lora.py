@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -211,6 +211,13 @@ def assert_left_alone(model: Any, name: str, x: Tensor) -> None:
 
 def test_dora_is_left_alone() -> None:
     assert_left_alone(make(use_dora=True), "with_bias", make_input())
+
+
+def test_adalora_is_left_alone() -> None:
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, total_step=9, tinit=1, tfinal=1, target_modules=["no_bias"]
+    )
+    assert_left_alone(get_peft_model(Projections(), config), "no_bias", make_input())
 
 
 def test_biases_of_an_adapter_are_left_alone() -> None:

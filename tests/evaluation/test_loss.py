@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec
@@ -108,6 +109,34 @@ def test_the_model_is_as_before(make_model: MakeModel, model_type: str) -> None:
     assert oracle(peft_model, sequences) == before
     assert not [name for name, m in peft_model.named_modules() if "forward" in vars(m)]
     assert all(parameter.grad is None for parameter in peft_model.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 3]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+    ],
+    ids=lambda config: "-".join(map(str, config.values())),
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+def test_adapters_from_elsewhere(make_model: MakeModel, config: dict[str, Any], tied: bool) -> None:
+    peft_model = get_peft_model(
+        make_model("llama", tie_word_embeddings=tied), LoraConfig(r=2, **config)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for name, parameter in peft_model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    assert_equals_oracle(peft_model.eval(), make_sequences(23))
+    assert_equals_oracle(peft_model.requires_grad_(False), make_sequences(23))
 
 
 def test_disabled_adapters_count_for_nothing(make_model: MakeModel) -> None:

@@ -139,6 +139,14 @@ def test_pickled_weights_are_refused_and_never_opened(copy_of, tmp_path):
     assert canary.exists()
 
 
+def test_even_honest_pickled_weights_are_refused(copy_of):
+    folder = copy_of("llama")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert "model.safetensors" in refusal(spec(folder))
+
+
 def test_pickles_beside_safetensors_are_never_opened(copy_of, tmp_path):
     folder = copy_of("gpt2")
     canary = tmp_path / "canary"

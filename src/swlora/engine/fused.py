@@ -108,7 +108,8 @@ def fused_modules(model: Any) -> Iterator[None]:
     try:
         head = model.get_output_embeddings()
         for module in model.modules():
-            forward = _ContiguousLinear(module) if module is head else _replacement(module)
+            is_head = module is head and isinstance(head, nn.Linear)  # not an adapter around it
+            forward = _ContiguousLinear(module) if is_head else _replacement(module)
             if forward is not None:
                 module.forward = forward
                 replaced.append(module)

@@ -41,9 +41,10 @@ def head_loss(
     """Return the summed loss in nats, a float32 scalar, of hidden states (N, D).
 
     `cap` > 0 is the soft cap that some families put on logits: cap * tanh(z / cap).
-    A head that is trained itself gets its gradient through an ordinary differentiable pass.
+    A head that is trained itself, or wrapped by an adapter, goes through an ordinary
+    differentiable pass.
     """
-    if head.weight.requires_grad:
+    if head.weight.requires_grad or not isinstance(head, nn.Linear):
         return _differentiable(hidden, head, targets, smoothing, cap)
     return _frozen_head_loss(hidden, head.weight, head.bias, targets, smoothing, cap)
 

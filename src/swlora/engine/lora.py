@@ -89,7 +89,8 @@ class _FastForward:
 
 def is_covered(layer: Any) -> bool:
     """Say whether a PEFT layer is plain LoRA on a frozen linear map with one active adapter."""
-    if not hasattr(layer, "lora_A") or len(layer.active_adapters) != 1:
+    is_lora = isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)  # AdaLoRA has none
+    if not is_lora or len(layer.active_adapters) != 1:
         return False
     if layer.merged or layer.disable_adapters:
         return False

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -333,14 +334,17 @@ def test_resume(swlora, small, monkeypatch):
     assert "there is nothing to resume" in swlora(*resumed).mistake
 
 
-def test_an_interruption_without_a_word(swlora, small, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_time_is_recorded(number, swlora, small, monkeypatch):
     def interrupted(_job):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
+    before = signal.getsignal(number)
     monkeypatch.setattr(pipeline, "train", interrupted)
     done = swlora("train", *small, "--output", "run")
     assert (done.code, done.err.splitlines()[-1]) == (130, "swlora: interrupted")
     assert read_run(Path("run"))["status"] == "cancelled"
+    assert signal.getsignal(number) == before
 
 
 def test_a_failure_is_one_line_too_and_exit_code_1(swlora, small, monkeypatch):

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,8 +77,8 @@ def test_a_resumed_run_may_end_better(tmp_path):
     ended(tmp_path, RunFailedError("no more space"))
     run, spec = Run.reopen(tmp_path, "train")
     assert spec == SPEC
-    assert read_run(tmp_path)["status"] == "running"
     with run:
+        assert read_run(tmp_path)["status"] == "running"
         run.record(n=3)
         run.add_timing("train", 1.25)
         run.add_timing("train", 0.5)
@@ -178,6 +180,29 @@ def test_what_cannot_be_resumed(tmp_path):
     ended(tmp_path / "other", ValueError("x"), "identify")
     with pytest.raises(UserError, match="a run of identify, not of train"):
         Run.reopen(tmp_path / "other", "train")
+
+
+def test_two_processes_do_not_work_in_one_folder(tmp_path):
+    """Even where the first one seems dead; the lock goes with its process, however that ends."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom swlora.config import RunSpec\n"
+        "from swlora.runs import Run\n"
+        "with Run.create(Path(sys.argv[1]), RunSpec(), 'train'):\n"
+        "    print('in', flush=True)\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        before = (tmp_path / "run" / "run.json").read_bytes()
+        run, _ = Run.reopen(tmp_path / "run", "train")
+        with pytest.raises(UserError, match="another process is at work in"), run:
+            pass
+        assert (tmp_path / "run" / "run.json").read_bytes() == before
+        other.kill()
+    run, _ = Run.reopen(tmp_path / "run", "train")
+    with run:
+        pass
+    assert read_run(tmp_path / "run")["status"] == "done"
 
 
 def test_default_folders_are_fresh(tmp_path, monkeypatch):

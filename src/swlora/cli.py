@@ -3,7 +3,9 @@
 Exit codes: 0 done, 2 usage or bad input, 1 failure, 130 interrupted.
 """
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -275,10 +277,23 @@ def _job(
     else:
         spec = load_spec(config, overrides)
         run = Run.create(output or default_folder(command), spec, command)
-    from swlora.pipeline import Job
+    with run, _sigterm_interrupts():
+        from swlora.pipeline import Job
 
-    with run:
         yield Job(spec, run, _progress())
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does, so that it is recorded as cancelled."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

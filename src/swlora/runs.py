@@ -12,6 +12,7 @@ it goes when the run is done.
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import time
@@ -33,12 +34,16 @@ PACKAGES = ("swlora", "torch", "transformers", "peft", "accelerate", "tokenizers
 
 
 class Run:
-    """One run folder, used as a context manager that records how the run ended."""
+    """One run folder, used as a context manager that records how the run ended.
+
+    While it is entered, no other process can enter the same folder (UserError).
+    """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
         self.facts = facts
         self._start_s = time.perf_counter()
+        self._lock: int | None = None
 
     @classmethod
     def create(cls, folder: Path, spec: RunSpec, command: str) -> Self:
@@ -72,9 +77,8 @@ class Run:
         if facts["command"] != command:
             raise UserError(f"{folder} holds a run of {facts['command']}, not of {command}")
         spec = load_spec(folder / "config.yaml", {})
-        run = cls(folder, facts)
-        run.record(status="running", resumed=facts.get("resumed", 0) + 1)
-        return run, spec
+        facts |= {"status": "running", "resumed": facts.get("resumed", 0) + 1}
+        return cls(folder, facts), spec
 
     @property
     def checkpoint(self) -> Path:
@@ -125,6 +129,8 @@ class Run:
         write_json(self.folder / "run.json", self.facts)
 
     def __enter__(self) -> Self:
+        self._lock = _lock_folder(self.folder)
+        self._save()
         return self
 
     def __exit__(
@@ -142,7 +148,11 @@ class Run:
             self.facts.pop("reason", None)
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         self.facts["status"] = status
-        self.add_timing("total", time.perf_counter() - self._start_s)
+        try:
+            self.add_timing("total", time.perf_counter() - self._start_s)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -190,6 +200,25 @@ def _check_free(folder: Path) -> None:
         f"{folder} already holds a run ({facts['status']}); choose another --output"
         + (" or continue it with --resume" if can_resume else "")
     )
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """Return a descriptor that locks the folder until it is closed, at the latest by the end of
+    the process; None where the system has no such locks. UserError where another one holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise UserError(f"another process is at work in {folder}") from error
+        return None
+    return descriptor
 
 
 def default_folder(command: str) -> Path:

@@ -3,7 +3,8 @@
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -306,29 +307,56 @@ def test_a_limit_that_is_too_small_is_said(make_model: MakeModel, root: Path) ->
     assert_same_adapters(run, Run(make_model, sequences, limit_gb=0.0).epoch().epoch(1))
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("n_writes", [0, 1, 7])
-def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, n_writes: int
-) -> None:
-    sequences = make_sequences()
-    run = Run(make_model, sequences)
+@contextmanager
+def full_disk_after(n_writes: int) -> Iterator[None]:
+    """Let n_writes writes succeed, and none after them, while the body runs."""
     write, done = os.pwrite, []
 
-    def full(*args: Any) -> int:
+    def limited(*args: Any) -> int:
         if len(done) == n_writes:
             raise NO_SPACE
         done.append(args)
         return write(*args)
 
-    monkeypatch.setattr(os, "pwrite", full)
-    run.epoch().epoch(1)
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", limited)
+        yield
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("n_writes", [0, 1, 7])
+def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
+    make_model: MakeModel, n_writes: int
+) -> None:
+    sequences = make_sequences()
+    run = Run(make_model, sequences)
+    with full_disk_after(n_writes):
+        run.epoch().epoch(1)
     assert run.said == ["going on without the prefix cache: No space left on device"]
     plain = Run(make_model, sequences, limit_gb=0.0).epoch().epoch(1)
     assert_same_adapters(run, plain)
     later = Run(make_model, sequences).epoch().epoch(1)  # half-written states are not believed
     np.testing.assert_allclose(later.losses, plain.losses, rtol=1e-6)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("n_writes", range(4))
+def test_states_are_there_before_they_are_said_to_be(make_model: MakeModel, n_writes: int) -> None:
+    # The last prompts lie at the end of the file: what the first ones lack is a hole of zeros.
+    split, sequences = SplitModel(make_model("llama"), 1), make_sequences()
+    row = build_row(sequences, np.array([0, 6]))
+    layout = TreeLayout(row, torch.device("cpu"))
+    last = build_row(sequences, np.array([22]))
+    cache = PrefixCache(split, sequences, limit_gb=1, say=print)
+    cache(last, TreeLayout(last, torch.device("cpu")))
+    with full_disk_after(n_writes):
+        torch.testing.assert_close(cache(row, layout), split.prefix(layout))
+    later = PrefixCache(split, sequences, limit_gb=1, say=print)
+    for ids in ([0], [6], [0, 6]):
+        part = build_row(sequences, np.array(ids))
+        layout = TreeLayout(part, torch.device("cpu"))
+        torch.testing.assert_close(later(part, layout), split.prefix(layout))
+    later.close()
 
 
 @pytest.mark.faults

@@ -34,11 +34,11 @@ def plan(epoch: int) -> list[list[np.ndarray]]:
     return [[order[:4]], [order[4:6], order[6:8]], [order[8:]]]
 
 
-def fresh_parameters() -> dict[str, nn.Parameter]:
+def fresh_parameters(device: str = "cpu") -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(3)
     return {
-        "a": nn.Parameter(torch.randn(5, 2, generator=generator)),
-        "b": nn.Parameter(torch.randn(2, generator=generator)),
+        "a": nn.Parameter(torch.randn(5, 2, generator=generator).to(device)),
+        "b": nn.Parameter(torch.randn(2, generator=generator).to(device)),
     }
 
 
@@ -50,7 +50,8 @@ class ToyStep:
         self.n_calls = 0
         self.before = before
         self.rows_seen: list[list[int]] = []
-        self.x = torch.randn(N_ROWS, 5, generator=torch.Generator().manual_seed(4))
+        self.device = next(iter(parameters.values())).device
+        self.x = torch.randn(N_ROWS, 5, generator=torch.Generator().manual_seed(4)).to(self.device)
 
     def __call__(self, rows) -> tuple[float, int]:
         self.n_calls += 1
@@ -59,7 +60,7 @@ class ToyStep:
         ids = np.concatenate(rows)
         self.rows_seen.append(ids.tolist())
         kept = torch.nn.functional.dropout(self.x[ids], 0.4)
-        n_tokens = torch.from_numpy(ids + 1)
+        n_tokens = torch.from_numpy(ids + 1).to(self.device)
         errors = (kept @ self.parameters["a"] + self.parameters["b"] - 1).square().sum(1)
         loss = (errors * n_tokens).sum()
         loss.backward()
@@ -70,8 +71,8 @@ def start(folder: Path) -> Run:
     return Run.create(folder, RunSpec(), "train")
 
 
-def run_loop(run: Run, train_spec: TrainSpec, before: Hook | None = None):
-    parameters = fresh_parameters()
+def run_loop(run: Run, train_spec: TrainSpec, before: Hook | None = None, device: str = "cpu"):
+    parameters = fresh_parameters(device)
     step = ToyStep(parameters, before)
     with run:
         train(step, plan, parameters, train_spec, run, Silent())
@@ -234,6 +235,20 @@ def test_a_resumed_run_is_the_run_that_never_stopped(at, how, tmp_path):
     assert metrics_of(run) == metrics_of(whole)
     assert torch.equal(torch.get_rng_state(), expected_rng)
     assert not run.checkpoint.exists()  # a finished run needs none
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_dropout_on_a_gpu_goes_on_where_it_stopped(tmp_path):
+    torch.manual_seed(5)
+    expected, _ = run_loop(start(tmp_path / "whole"), spec(), device="cuda")
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(start(tmp_path / "stopped"), spec(), interrupted_at(2, "SIGTERM"), "cuda")
+    torch.manual_seed(6)
+    run, _ = Run.reopen(tmp_path / "stopped", "train")
+    parameters, _ = run_loop(run, spec(), device="cuda")
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
 
 
 def test_stopping_again_and_again(tmp_path):

@@ -79,12 +79,26 @@ class _FastForward:
         self.scale = float(layer.scaling[name])
         self.dropout = layer.lora_dropout[name]
         self.p = float(getattr(self.dropout, "p", 0.0))
+        self._cast: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.p and self.dropout.training:
+        drops = self.p > 0 and self.dropout.training
+        if not torch.is_grad_enabled() and not drops:
+            return self._without_graph(x)
+        if drops:
             dropped = F.dropout(x, self.p)
             return _lora_linear(x, dropped, self.weight, self.bias, self.a, self.b, self.scale)
         return _lora_linear(x, x.detach(), self.weight, self.bias, self.a, self.b, self.scale)
+
+    def _without_graph(self, x: Tensor) -> Tensor:
+        """Generation calls this for every token: the adapter is scaled and cast only once."""
+        if self._cast is None:
+            b_scaled = (self.b * self.scale).t()
+            self._cast = self.a.to(x.dtype), b_scaled.to(x.dtype).contiguous()
+        a, b = self._cast
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, self.weight, self.bias).addmm_(F.linear(rows, a), b)
+        return y.view(*x.shape[:-1], -1)
 
 
 def is_covered(layer: Any) -> bool:

@@ -266,10 +266,10 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
     """Evaluate the adapter in a folder (a run folder will do), or the base model for None."""
     from swlora.adapters.saved import adapter_folder, load_adapter
 
+    folder = adapter_folder(adapter) if adapter else None
+    job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
     model = job.loaded.model
-    if adapter is not None:
-        model = load_adapter(model, adapter_folder(adapter))
-    return evaluate(job, model)
+    return evaluate(job, load_adapter(model, folder) if folder else model)
 
 
 def train_evaluate(job: Job) -> Result:
@@ -288,11 +288,11 @@ def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Pr
     from swlora.data.encode import encode_prompts
     from swlora.evaluation.decode import generate
 
+    folder = adapter_folder(adapter) if adapter else None
     loaded = load_model(spec.model)
     progress.say(f"model: {loaded.source}")
     model, separator = loaded.model, ""
-    if adapter is not None:
-        folder = adapter_folder(adapter)
+    if folder:
         model = load_adapter(model, folder)
         separator = read_facts(folder).get("separator", "")
     prompt_ids = encode_prompts([Example(prompt, "")], separator, loaded.tokenizer)

@@ -43,7 +43,8 @@ def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) 
         try:
             content = text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the text {text}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read the text {text}: {reason}") from error
     token_ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
     if len(token_ids) < n * window_tokens:
         raise UserError(

@@ -1,5 +1,6 @@
 """A decoder over tree rows, whole and cut in two, against its own forward on single sequences."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from swlora.data.tree_rows import TokenSequences, TreeRow, build_row
 from swlora.engine.attention import TreeLayout
 from swlora.engine.split_model import SplitModel
+from swlora.errors import RunFailedError
 from swlora.models.anatomy import FAMILIES, Anatomy
 
 MakeModel = Callable[..., Any]
@@ -131,3 +133,20 @@ def test_a_forward_that_was_there_before_stays(make_model: MakeModel) -> None:
     torch.testing.assert_close(split.suffix(layout, hidden), whole)
     assert len(calls) == 2
     assert vars(block)["forward"] is counted
+
+
+@pytest.mark.parametrize("own_config", [0, 2])
+def test_a_block_with_a_configuration_of_its_own_is_refused(
+    make_model: MakeModel, own_config: int
+) -> None:
+    """It would attend as in one long sequence, and the loss would be wrong without a word."""
+    model = make_model("llama")
+    attention = model.model.layers[own_config].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    _, layout = make_row()
+    with pytest.raises(RunFailedError, match="--engine plain"):
+        SplitModel(model, 1).whole(layout)
+    split = SplitModel(model, 1)
+    with pytest.raises(RunFailedError, match="--engine plain"):
+        split.suffix(layout, split.prefix(layout))
+    assert not patched(model)

@@ -72,6 +72,7 @@ class TreeLayout:
         self.position_ids = torch.from_numpy(row.position_ids.astype(np.int64)).to(device)[None]
         self.subtree_end = torch.from_numpy(row.subtree_end.astype(np.int64)).to(device)
         self._row = row
+        self.n_attentions = 0  # how often attention followed this layout
         self._masks: dict[int | None, Tensor] = {}
 
     @property
@@ -155,6 +156,7 @@ def tree_attention_forward(
     if attention_mask is not None or dropout or query.shape[0] != 1:
         raise RunFailedError("tree rows take no mask, no attention dropout and a batch of one")
     layout = _ACTIVE.get()
+    layout.n_attentions += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     del module
     if query.is_cuda:

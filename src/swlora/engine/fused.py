@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swlora.engine.attention import wide
+from swlora.engine.patching import patched_forwards
 
 RMS_NORMS = frozenset(
     f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "SmolLM3")
@@ -104,16 +105,12 @@ def _replacement(module: nn.Module) -> Any:
 @contextmanager
 def fused_modules(model: Any) -> Iterator[None]:
     """Use the fused forward of every known norm and MLP while the body runs."""
-    replaced: list[nn.Module] = []
-    try:
-        head = model.get_output_embeddings()
-        for module in model.modules():
-            is_head = module is head and isinstance(head, nn.Linear)  # not an adapter around it
-            forward = _ContiguousLinear(module) if is_head else _replacement(module)
-            if forward is not None:
-                module.forward = forward
-                replaced.append(module)
+    head = model.get_output_embeddings()
+    replacements: dict[nn.Module, Any] = {}
+    for module in model.modules():
+        is_head = module is head and isinstance(head, nn.Linear)  # not an adapter around it
+        forward = _ContiguousLinear(module) if is_head else _replacement(module)
+        if forward is not None:
+            replacements[module] = forward
+    with patched_forwards(replacements):
         yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.methods import adapted_modules
+from swlora.engine.patching import patched_forwards
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -124,10 +125,5 @@ def fast_lora(model: Any) -> Iterator[None]:
     A model without adapters has no such layer and runs as it is.
     """
     layers = [layer for layer in adapted_modules(model).values() if is_covered(layer)]
-    try:
-        for layer in layers:
-            layer.forward = _FastForward(layer)
+    with patched_forwards({layer: _FastForward(layer) for layer in layers}):
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)

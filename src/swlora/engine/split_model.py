@@ -6,14 +6,16 @@ blocks below the cut hand through what they get and the hidden state is put in a
 for any decoder whose blocks take the hidden state first and return it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swlora.engine.attention import TreeLayout, tree_attention
+from swlora.engine.patching import patched_forwards
+from swlora.errors import RunFailedError
 from swlora.models.anatomy import Anatomy
 
 
@@ -42,7 +44,8 @@ class SplitModel:
         def stop(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
             raise _PrefixDoneError(hidden)
 
-        with torch.no_grad(), _patched(self.anatomy.blocks[self.cut], stop):
+        at_cut = {self.anatomy.blocks[self.cut]: stop}
+        with torch.no_grad(), patched_forwards(at_cut), _followed(layout, n_blocks=self.cut):
             try:
                 self._forward(layout)
             except _PrefixDoneError as done:
@@ -51,7 +54,8 @@ class SplitModel:
 
     def whole(self, layout: TreeLayout) -> Tensor:
         """Return the final normed hidden state (1, T, D), nothing cut."""
-        return self._forward(layout)
+        with _followed(layout, n_blocks=self.anatomy.n_layers):
+            return self._forward(layout)
 
     def suffix(self, layout: TreeLayout, hidden: Tensor) -> Tensor:
         """Return the final normed hidden state (1, T, D) from the state at the cut."""
@@ -61,7 +65,9 @@ class SplitModel:
         def enter(_hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             return forward(hidden, *args, **kwargs)
 
-        with _skipped(self.anatomy.blocks[: self.cut]), _patched(block, enter):
+        below = {skipped: _hand_through for skipped in self.anatomy.blocks[: self.cut]}
+        n_blocks = self.anatomy.n_layers - self.cut
+        with patched_forwards({**below, block: enter}), _followed(layout, n_blocks=n_blocks):
             return self._forward(layout)
 
     def _forward(self, layout: TreeLayout) -> Tensor:
@@ -72,32 +78,21 @@ class SplitModel:
         return out[0]  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _followed(layout: TreeLayout, *, n_blocks: int) -> Iterator[None]:
+    """Make sure that the attention of `n_blocks` blocks followed the layout in the body.
+
+    A block with a configuration of its own would attend as if the row were one sequence.
+    """
+    n_before = layout.n_attentions
+    yield
+    n_followed = layout.n_attentions - n_before
+    if n_followed != n_blocks:
+        raise RunFailedError(
+            f"{n_followed} of {n_blocks} blocks attend along tree rows, so the loss would be "
+            "wrong; this model needs --engine plain"
+        )
+
+
 def _hand_through(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return hidden
-
-
-@contextmanager
-def _patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's forward while the body runs."""
-    previous = module.__dict__.get("forward")
-    try:
-        module.forward = forward
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if previous is not None:
-            module.forward = previous
-
-
-@contextmanager
-def _skipped(blocks: nn.ModuleList) -> Iterator[None]:
-    patches = [_patched(block, _hand_through) for block in blocks]
-    entered = []
-    try:
-        for patch in patches:
-            patch.__enter__()
-            entered.append(patch)
-        yield
-    finally:
-        for patch in entered:
-            patch.__exit__(None, None, None)

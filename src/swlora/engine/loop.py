@@ -123,7 +123,7 @@ def _one_step(
     totals, optimizer = state.totals, state.optimizer
     rate = learning_rate(spec, totals.step, n_steps)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("rate_ratio", 1.0)
+        group["lr"] = rate
     sum_nats, n_tokens = step_function(rows)
     gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
     torch._foreach_mul_(gradients, 1.0 / n_tokens)

@@ -17,7 +17,7 @@ from benchmarks.arms import LEARNING_RATE, LORA_ALPHA, LORA_RANK, Arm
 from swlora.config import AdapterSpec, ModelSpec, RunSpec, TrainSpec
 from swlora.data.encode import encode_examples
 from swlora.data.rows import Example
-from swlora.data.tree_rows import TokenSequences, build_row, plan_steps
+from swlora.data.tree_rows import TokenSequences, build_row
 from swlora.models.anatomy import Anatomy
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Silent
@@ -41,6 +41,7 @@ class StepClock(Silent):
 def run(arm: Arm, model_folder: str, separator: str, rows: list[Example]) -> dict[str, Any]:
     """Train an adapter on `rows` for the arm's epochs; return what was measured."""
     from swlora.adapters.methods import attach, train_mode, trainable_parameters
+    from swlora.engine.loop import step_plan
     from swlora.engine.tree_step import make_step
 
     watch, clock = measure.Stopwatch(), StepClock()
@@ -58,14 +59,12 @@ def run(arm: Arm, model_folder: str, separator: str, rows: list[Example]) -> dic
         model = attach(loaded.model, spec.adapter, layers, seed=spec.seed)
         train_mode(model)
     with watch("plan"):
-        plans = [_plan(sequences, spec, epoch) for epoch in range(arm.epochs)]
+        plan = step_plan(sequences, spec.train, spec.seed)  # makes them again, as in a real run
+        plans = [plan(epoch) for epoch in range(arm.epochs)]
     gemm_before = measure.gemm_flops(loaded.model.dtype)
     memory = measure.Memory()
     with watch("make_step"):
         step = make_step(model, sequences, spec.train, clock.say)
-
-    def plan(epoch: int) -> list[list[np.ndarray]]:  # made again and again, as in a real run
-        return _plan(sequences, spec, epoch)
 
     metrics, start_s = _train(step, plan, trainable_parameters(model), spec, clock)
     facts = {
@@ -87,17 +86,6 @@ def encode(rows: list[Example], separator: str, loaded: LoadedModel) -> TokenSeq
     """Tokenise the rows."""
     limits = {"context_tokens": loaded.context_tokens, "truncate": False}
     return encode_examples(rows, separator, loaded.tokenizer, **limits)[0]
-
-
-def _plan(sequences: TokenSequences, spec: RunSpec, epoch: int) -> list[list[np.ndarray]]:
-    return plan_steps(
-        sequences,
-        sequences_per_step=spec.train.batch_size,
-        max_tokens_per_row=spec.train.row_tokens,
-        order=spec.train.order,
-        seed=spec.seed,
-        epoch=epoch,
-    )
 
 
 def _train(

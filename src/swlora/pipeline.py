@@ -148,7 +148,7 @@ def train(job: Job) -> tuple[Any, Result]:
 
     from swlora.adapters.methods import attach, train_mode, trainable_parameters
     from swlora.adapters.saved import save_adapter
-    from swlora.data.tree_rows import plan_steps
+    from swlora.engine.loop import step_plan
     from swlora.engine.loop import train as run_loop
     from swlora.engine.tree_step import make_step
     from swlora.evaluation.report import draw_loss
@@ -164,16 +164,7 @@ def train(job: Job) -> tuple[Any, Result]:
         f"on {len(sequences):,} rows"
     )
 
-    def plan(epoch: int) -> list[list[Any]]:
-        return plan_steps(
-            sequences,
-            sequences_per_step=spec.train.batch_size,
-            max_tokens_per_row=spec.train.row_tokens,
-            order=spec.train.order,
-            seed=spec.seed,
-            epoch=epoch,
-        )
-
+    plan = step_plan(sequences, spec.train, spec.seed)
     step = make_step(model, sequences, spec.train, job.progress.say)
     torch.manual_seed(spec.seed)  # dropout
     with job.timed("train"):

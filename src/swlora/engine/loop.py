@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from swlora.config import TrainSpec
+from swlora.data.tree_rows import TokenSequences, plan_steps
 from swlora.engine.checkpoint import LoopState
 from swlora.errors import RunFailedError
 from swlora.progress import Progress
@@ -39,6 +40,22 @@ class StepPlan(Protocol):
 
     def __call__(self, epoch: int) -> list[list[np.ndarray]]:
         """Return the steps; each is a list of rows, each row an array of sequence ids."""
+
+
+def step_plan(sequences: TokenSequences, spec: TrainSpec, seed: int) -> StepPlan:
+    """Return the plan that `spec` asks for: `plan_steps` as a function of the epoch."""
+
+    def plan(epoch: int) -> list[list[np.ndarray]]:
+        return plan_steps(
+            sequences,
+            sequences_per_step=spec.batch_size,
+            max_tokens_per_row=spec.row_tokens,
+            order=spec.order,
+            seed=seed,
+            epoch=epoch,
+        )
+
+    return plan
 
 
 def learning_rate(spec: TrainSpec, step: int, n_steps: int) -> float:

@@ -48,6 +48,16 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_neox": {**_COMMON, "intermediate_size": 40},
     "opt": {**_COMMON, "ffn_dim": 40, "word_embed_proj_dim": 24},
     "falcon": {**_COMMON, "ffn_hidden_size": 40, "new_decoder_architecture": False},
+    # Experts as slices of 3-D parameters; the middle block of qwen3_moe has a plain MLP
+    "mixtral": {**_LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "olmoe": {**_LLAMA, "head_dim": 6, "num_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **_LLAMA,
+        "moe_intermediate_size": 28,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [1],
+    },
 }
 
 

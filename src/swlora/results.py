@@ -5,29 +5,16 @@ from typing import Any
 
 def show_candidates(result: dict[str, Any]) -> None:
     """Print what `pipeline.identify` found."""
+    from swlora.superweights.report import COLUMNS, answer, rows
+
     print(f"perplexity of the intact model: {result['perplexity']:.2f}")
-    header = ("layer", "module", "out", "in", "weight", "ratio", "verdict")
-    rows = [
-        (
-            str(c["layer"]),
-            c["module"],
-            str(c["out_channel"]),
-            str(c["in_channel"]),
-            f"{c['weight']:.3f}",
-            f"{c['ratio']:.2f}",
-            c["verdict"],
-        )
-        for c in result["candidates"]
-    ]
-    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
-    for row in [header, *rows]:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
-    if result["layers"]:
-        print(f"layers with a verified super weight: {', '.join(map(str, result['layers']))}")
-    else:
-        print("no super weight: setting any one candidate to zero barely matters in this model")
+    table = [COLUMNS, *rows(result)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+    print("\n".join(answer(result)))
+    print(f"report: {result['report']}")
     print(f"figure: {result['figure']}")
 
 

@@ -5,20 +5,26 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from swlora.adapters.methods import adapted_modules, attach
+from swlora.config import AdapterSpec
 from swlora.errors import UnknownFamilyError, UserError
 from swlora.models.anatomy import (
     FAMILIES,
+    MOE_FAMILIES,
     Anatomy,
     WeightAddress,
+    bias_out,
     context_tokens,
     family_of,
     weight_out_in,
 )
 
-MODEL_TYPES = sorted(t for family in FAMILIES for t in family.model_types)
+MOE_TYPES = sorted(t for family in MOE_FAMILIES for t in family.model_types)
+MODEL_TYPES = sorted(t for family in FAMILIES for t in family.model_types) + MOE_TYPES
 TOKENS = torch.tensor([[72, 105, 33, 10, 200]])
 
 each_type = pytest.mark.parametrize("model_type", MODEL_TYPES)
+each_moe_type = pytest.mark.parametrize("model_type", MOE_TYPES)
 
 
 @each_type
@@ -75,6 +81,84 @@ def test_a_weight_is_addressed_by_the_channels_that_it_connects(model_type, make
         expected = torch.zeros(n_out)
         expected[n_out - 2] = 3.5 * x[n_in - 5]
         torch.testing.assert_close(p.module(x) - before, expected, rtol=1e-4, atol=1e-5)
+
+
+@each_type
+def test_what_goes_to_the_residual_stream(model_type, make_model):
+    """Every output projection maps to the model's width, and each half of a block has one."""
+    anatomy = Anatomy(make_model(model_type))
+    for layer in range(3):
+        out = [p for p in anatomy.projections(layer) if anatomy.family.feeds_residual(p.name)]
+        assert len(out) == (2 if anatomy.experts(layer) is None else 1)
+        assert all(len(weight_out_in(p.module)) == 24 for p in out)
+
+
+@each_moe_type
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])
+def test_a_slice_of_the_experts_is_addressed_like_a_projection(model_type, part, make_model):
+    anatomy = Anatomy(make_model(model_type))
+    experts = anatomy.experts(2)
+    name = f"mlp.experts.3.{part}"
+    weight = weight_out_in(anatomy.projection(2, name))
+    assert torch.equal(weight, experts.get_parameter(part)[3])
+    assert bias_out(anatomy.projection(2, name)) is None
+    n_out, n_in = weight.shape
+    before = experts.get_parameter(part).clone()
+    anatomy.weight_view(WeightAddress(2, name, n_out - 2, n_in - 5)).fill_(3.5)
+    changed = (experts.get_parameter(part) != before).nonzero().tolist()
+    assert changed == [[3, n_out - 2, n_in - 5]]
+    assert anatomy.family.feeds_residual(name) == (part == "down_proj")
+    with pytest.raises(UserError, match="lies outside"):
+        anatomy.weight_view(WeightAddress(2, name, n_out, 0))
+
+
+@each_moe_type
+def test_an_expert_moves_the_tokens_that_are_routed_to_it(model_type, make_model):
+    anatomy = Anatomy(make_model(model_type))
+    experts = anatomy.experts(0)
+    hidden = torch.randn(4, 24, generator=torch.Generator().manual_seed(7))
+    index = torch.tensor([[0, 3], [3, 1], [2, 4], [1, 0]])
+    routing = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.5, 0.5], [0.6, 0.2]])
+    before = experts(hidden, index, routing)
+    gate, up = anatomy.projection(0, "mlp.experts.3.gate_up_proj")(hidden).chunk(2, dim=-1)
+    inner = nn.functional.silu(gate) * up
+    anatomy.weight_view(WeightAddress(0, "mlp.experts.3.down_proj", 17, 8)).add_(3.5)
+    expected = torch.zeros(4, 24)
+    expected[0, 17] = 3.5 * 0.1 * inner[0, 8]
+    expected[1, 17] = 3.5 * 0.7 * inner[1, 8]
+    moved = experts(hidden, index, routing) - before
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (0, "mlp.experts.5.down_proj"),
+        (0, "mlp.experts.-1.down_proj"),
+        (0, "mlp.experts.03.down_proj"),
+        (0, "mlp.experts.3.up_proj"),
+        (0, "mlp.experts.down_proj"),
+        (0, "mlp.down_proj"),  # a block with experts has no plain MLP,
+        (1, "mlp.experts.3.down_proj"),  # and the other way round
+    ],
+)
+def test_experts_that_do_not_exist(layer, name, make_model):
+    known = "mlp.down_proj" if layer else "mlp.experts.0 to 4.gate_up_proj, mlp.experts.0 to 4.down"
+    with pytest.raises(UserError, match=f"no projection is called '{name}'; .*{known}"):
+        Anatomy(make_model("qwen3_moe")).projection(layer, name)
+
+
+@each_moe_type
+def test_adapters_sit_on_the_attention_of_mixtures_of_experts(model_type, make_model):
+    model = make_model(model_type)
+    peft_model = attach(model, AdapterSpec(targets=["all-linear"], rank=3), [0, 2], seed=0)
+    ends = [f"self_attn.{part}_proj" for part in "qkvo"]
+    expected = [f"model.layers.{layer}.{end}" for layer in (0, 2) for end in ends]
+    names = [name.removeprefix("base_model.model.") for name in adapted_modules(peft_model)]
+    assert names == expected
+    for part in ("down_proj", "gate_up_proj", "mlp.experts.3.down_proj"):
+        with pytest.raises(UserError, match=f"no projection is called '{part}'"):
+            attach(make_model(model_type), AdapterSpec(targets=[part]), [0], seed=0)
 
 
 def test_storage_order_differs_between_linear_and_conv1d(make_model):

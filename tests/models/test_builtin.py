@@ -1,5 +1,4 @@
-"""The embedded model: fetched once, refused where it is not the expected file, found to hold one
-real super weight."""
+"""The embedded model: fetched once, refused where it is not the expected file."""
 
 import hashlib
 import subprocess
@@ -8,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from swlora.config import IdentifySpec, ModelSpec, RunSpec
 from swlora.errors import RunFailedError
 from swlora.models import builtin
 from swlora.models.builtin import builtin_folder, unpacked_folder
-from swlora.pipeline import Job, identify
-from swlora.progress import Silent
-from swlora.runs import Run
 
 GGUF = b"GGUF, but a small one"
 
@@ -101,23 +96,3 @@ def test_another_process_may_be_faster(cache, monkeypatch):
 
     monkeypatch.setattr(builtin, "_convert", convert)
     assert (builtin_folder() / "model").read_text() == unpacked_folder().name
-
-
-@pytest.mark.slow
-def test_the_super_weight_of_smollm2_is_found_and_proved(builtin_dir, tmp_path):
-    """Known from arXiv 2411.07191's method on this model; late spikes that cancel are none."""
-    spec = RunSpec(model=ModelSpec(name=str(builtin_dir), device="cpu"), identify=IdentifySpec())
-    with Run.create(tmp_path / "run", spec, "identify") as run:
-        result = identify(Job(spec, run, Silent()))
-    found = {
-        (c["layer"], c["module"], c["out_channel"], c["in_channel"]): c
-        for c in result["candidates"]
-    }
-    best = found[11, "mlp.down_proj", 507, 1229]
-    assert best["ratio"] > 5
-    assert best["ratio"] == max(c["ratio"] for c in result["candidates"])
-    assert best["verdict"] in ("super", "strong")
-    assert best["token"] == 0
-    assert 11 in result["layers"]
-    assert not {28, 29} & set(result["layers"])
-    assert 10 < result["perplexity"] < 40

@@ -1,6 +1,5 @@
 """Ablation: scalars are zero while the body runs and afterwards what they were, bit for bit."""
 
-import hashlib
 import math
 from contextlib import suppress
 
@@ -11,10 +10,9 @@ from torch.nn import functional as F
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.superweights.ablate import (
-    ablation_losses,
+    scaled,
     text_loss,
     text_windows,
-    verdict,
     zeroed,
 )
 
@@ -29,16 +27,9 @@ def addresses(model_type: str) -> list[WeightAddress]:
     ]
 
 
-def weights_sha256(model) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 @each_type
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt, MemoryError])
-def test_weights_come_back_bit_for_bit(model_type, error, make_model):
+def test_weights_come_back_bit_for_bit(model_type, error, make_model, weights_sha256):
     model = make_model(model_type)
     anatomy = Anatomy(model)
     first, second = addresses(model_type)
@@ -53,7 +44,7 @@ def test_weights_come_back_bit_for_bit(model_type, error, make_model):
 
 
 @each_type
-def test_the_named_scalars_and_no_others_are_zero_meanwhile(model_type, make_model):
+def test_the_named_scalars_and_no_others_are_zero_meanwhile(model_type, make_model, weights_sha256):
     model, expected = make_model(model_type), make_model(model_type)
     for a in addresses(model_type):
         weight = Anatomy(expected).projection(a.layer, a.module).weight
@@ -63,12 +54,43 @@ def test_the_named_scalars_and_no_others_are_zero_meanwhile(model_type, make_mod
         assert weights_sha256(model) == weights_sha256(expected)
 
 
-def test_the_same_scalar_twice_is_restored(make_model):
+def test_the_same_scalar_twice_is_restored(make_model, weights_sha256):
     model = make_model("llama")
     before = weights_sha256(model)
     with zeroed(Anatomy(model), addresses("llama")[:1] * 2):
         pass
     assert weights_sha256(model) == before
+
+
+@each_type
+def test_scaled_scalars_are_products_and_come_back(model_type, make_model, weights_sha256):
+    model = make_model(model_type)
+    anatomy, before = Anatomy(model), weights_sha256(model)
+    scales = dict(zip(addresses(model_type), (0.35, -2.0), strict=True))
+    expected = [float(anatomy.weight_view(a)) * scale for a, scale in scales.items()]
+    with scaled(anatomy, scales):
+        found = [float(anatomy.weight_view(a)) for a in scales]
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert weights_sha256(model) == before
+
+
+def test_one_scalar_that_cannot_be_restored_does_not_keep_the_others_away(make_model, monkeypatch):
+    """As an interrupt between two restorations would."""
+    anatomy = Anatomy(make_model("llama"))
+    first, second = (anatomy.weight_view(a) for a in addresses("llama"))
+    values = float(first), float(second)
+    copy, is_armed = torch.Tensor.copy_, False
+
+    def interrupted(view, value):
+        if is_armed and view.data_ptr() == second.data_ptr():
+            raise KeyboardInterrupt
+        return copy(view, value)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt), zeroed(anatomy, addresses("llama")):
+        assert (float(first), float(second)) == (0, 0)
+        is_armed = True
+    assert (float(first), float(second)) == (values[0], 0)
 
 
 def test_zeroing_nothing_is_an_error(make_model):
@@ -79,7 +101,7 @@ def test_zeroing_nothing_is_an_error(make_model):
         pass
 
 
-def test_a_bad_address_among_good_ones_changes_nothing(make_model):
+def test_a_bad_address_among_good_ones_changes_nothing(make_model, weights_sha256):
     model = make_model("llama")
     before = weights_sha256(model)
     bad = WeightAddress(0, "mlp.down_proj", 999, 0)
@@ -88,27 +110,6 @@ def test_a_bad_address_among_good_ones_changes_nothing(make_model):
         zeroed(Anatomy(model), [*addresses("llama"), bad]),
     ):
         pass
-    assert weights_sha256(model) == before
-
-
-@each_type
-def test_losses_are_those_of_models_with_one_scalar_less(model_type, make_model):
-    model = make_model(model_type)
-    windows = torch.randint(0, 256, (3, 21), generator=torch.Generator().manual_seed(1))
-    found = list(ablation_losses(model, windows, addresses(model_type)))
-    for address, loss in zip(addresses(model_type), found, strict=True):
-        other = make_model(model_type)
-        Anatomy(other).weight_view(address).zero_()
-        assert loss == text_loss(other, windows)
-        assert loss != text_loss(model, windows)
-
-
-def test_the_model_is_whole_while_the_caller_looks_at_a_loss(make_model):
-    """A caller that stops half-way must not be left with a hole in the model."""
-    model = make_model("llama")
-    before = weights_sha256(model)
-    losses = ablation_losses(model, torch.arange(40).view(2, 20), addresses("llama"))
-    next(losses)
     assert weights_sha256(model) == before
 
 
@@ -142,11 +143,3 @@ def test_texts_that_do_not_do(tiny_tokenizer, tmp_path):
     for path in (tmp_path / "text.txt", tmp_path / "gone.txt", tmp_path):
         with pytest.raises(UserError, match="cannot read the text"):
             text_windows(tiny_tokenizer, path, 1, 18)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "expected"),
-    [(0.9, "none"), (1.5, "none"), (1.51, "strong"), (10.0, "strong"), (10.1, "super")],
-)
-def test_verdicts(ratio, expected):
-    assert verdict(ratio) == expected

@@ -3,10 +3,13 @@
 One table is the only place that knows names. A weight of a projection is always addressed as
 (layer, module, out_channel, in_channel): y[out] += W[out, in] * x[in]. nn.Linear stores
 W[out, in]; GPT-2's Conv1D stores its transpose, [in, out]; only this file maps between the two.
+
+Mixtures of experts hold a block's experts in two 3-D parameters, [expert, out, in]. A slice is
+addressed like a projection: `mlp.experts.3.down_proj`. Slices are no modules of the model.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,12 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from swlora.errors import UnknownFamilyError, UserError
 
+EXPERT_IN, EXPERT_OUT = "gate_up_proj", "down_proj"
+
 
 @dataclass(frozen=True)
 class Family:
     """Names within one family; projection names are relative to a block.
 
-    `has_attention_interface` says whether transformers lets another attention function in.
+    `experts` is the module that holds the experts of a block, in families that have any; some of
+    their blocks may have a plain MLP instead. `has_attention_interface` says whether transformers
+    lets another attention function in.
     """
 
     model_types: tuple[str, ...]
@@ -31,11 +38,22 @@ class Family:
     mlp_in: tuple[str, ...]
     mlp_out: str
     has_attention_interface: bool = True
+    experts: str | None = None
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """All projections of a block, in the order of the forward pass."""
-        return (*self.attention_in, self.attention_out, *self.mlp_in, self.mlp_out)
+        """The projections that are modules in every block, in the order of the forward pass.
+
+        With experts these are the attention's alone: an adapter cannot sit on a slice.
+        """
+        attention = (*self.attention_in, self.attention_out)
+        return attention if self.experts else (*attention, *self.mlp_in, self.mlp_out)
+
+    def feeds_residual(self, name: str) -> bool:
+        """Say whether a projection's output goes to the residual stream (attention or MLP out)."""
+        if name in (self.attention_out, self.mlp_out):
+            return True
+        return self.experts is not None and name.endswith(f".{EXPERT_OUT}")
 
 
 def _llama_shape(*model_types: str) -> Family:
@@ -106,7 +124,10 @@ FAMILIES: tuple[Family, ...] = (
         has_attention_interface=False,
     ),
 )
-_BY_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
+MOE_FAMILIES: tuple[Family, ...] = (
+    replace(_llama_shape("mixtral", "qwen3_moe", "olmoe"), experts="mlp.experts"),
+)
+_BY_TYPE = {t: family for family in (*FAMILIES, *MOE_FAMILIES) for t in family.model_types}
 
 
 @dataclass(frozen=True)
@@ -156,13 +177,18 @@ class Anatomy:
         """Number of transformer blocks."""
         return len(self.blocks)
 
+    def experts(self, layer: int) -> nn.Module | None:
+        """Return the module that holds the experts of block `layer`; None where it has none."""
+        named = self.blocks[layer].named_modules()
+        return next((module for name, module in named if name == self.family.experts), None)
+
     def projections(self, layer: int) -> list[Projection]:
-        """Return the projections of block `layer` in forward order."""
+        """Return the projections of block `layer` that are modules, in forward order."""
         prefix = f"{self.family.backbone}.{self.family.blocks}.{layer}"
         block = self.blocks[layer]
         return [
             Projection(layer, name, f"{prefix}.{name}", block.get_submodule(name))
-            for name in self.family.projections
+            for name in self._module_names(layer)
         ]
 
     def all_projections(self) -> Iterator[Projection]:
@@ -171,15 +197,27 @@ class Anatomy:
             yield from self.projections(layer)
 
     def projection(self, layer: int, name: str) -> nn.Module:
-        """Return one projection module; UserError where layer or name do not exist."""
+        """Return one projection; UserError where layer or name do not exist.
+
+        A slice of the experts comes as an nn.Linear over the same memory: writes to its weight go
+        through, but the model never calls it, so hooks on it stay silent.
+        """
         if not 0 <= layer < self.n_layers:
             raise UserError(
                 f"layer {layer} does not exist; this model has 0 to {self.n_layers - 1}"
             )
-        if name not in self.family.projections:
-            known = ", ".join(self.family.projections)
-            raise UserError(f"no projection is called {name!r}; this model has {known}")
-        return self.blocks[layer].get_submodule(name)
+        known = list(self._module_names(layer))
+        if name in known:
+            return self.blocks[layer].get_submodule(name)
+        experts, holder = self.experts(layer), self.family.experts
+        if experts is not None:
+            n_experts = len(experts.get_parameter(EXPERT_OUT))
+            for part in (EXPERT_IN, EXPERT_OUT):
+                number = name.removeprefix(f"{holder}.").removesuffix(f".{part}")
+                if name == f"{holder}.{number}.{part}" and number in map(str, range(n_experts)):
+                    return _linear_over(experts.get_parameter(part)[int(number)])
+                known.append(f"{holder}.0 to {n_experts - 1}.{part}")
+        raise UserError(f"no projection is called {name!r}; this model has {', '.join(known)}")
 
     def weight_view(self, address: WeightAddress) -> Tensor:
         """Return the addressed scalar as a 0-dim view into the weight (writes go through)."""
@@ -190,11 +228,30 @@ class Anatomy:
             raise UserError(f"{address} lies outside the weight of shape [out {n_out}, in {n_in}]")
         return weight[address.out_channel, address.in_channel]
 
+    def _module_names(self, layer: int) -> tuple[str, ...]:
+        family = self.family
+        if family.experts and self.experts(layer) is None:  # a plain block among those with experts
+            return (*family.projections, *family.mlp_in, family.mlp_out)
+        return family.projections
+
+
+def _linear_over(weight: Tensor) -> nn.Linear:
+    n_out, n_in = weight.shape
+    linear = nn.Linear(n_in, n_out, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    return linear
+
 
 def weight_out_in(module: nn.Module) -> Tensor:
     """Return a projection's weight as a view of shape (out, in), whatever its storage order."""
     weight = module.get_parameter("weight").detach()
     return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def bias_out(module: nn.Module) -> Tensor | None:
+    """Return a projection's bias of shape (out,); None where it has none."""
+    bias = getattr(module, "bias", None)
+    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def context_tokens(model: Any) -> int:

@@ -5,7 +5,7 @@ never run. Where the model was left at its default and the Hub cannot be reached
 model takes its place and `source` says so.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,29 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     return LoadedModel(model.to(device).eval(), tokenizer, place.model, revision, place.source)
 
 
+def load_skeleton(spec: ModelSpec) -> LoadedModel:
+    """Load what `spec` names without its weights: the same modules on the meta device, which have
+    shapes and no content, and the tokenizer.
+
+    Raises what `load_model` raises, as far as weights are not concerned.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    place = _find(spec)
+    if place.model.endswith(".gguf"):
+        loaded = load_model(spec)
+        return replace(loaded, model=loaded.model.to("meta"))
+    config = _load_config(place.model, spec.revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    own = place.tokenizer == place.model
+    tokenizer = _load_tokenizer(place.tokenizer, spec.revision if own else None)
+    _check_tokenizer(model, tokenizer, place.tokenizer)
+    revision = _commit(place.model, spec.revision)
+    return LoadedModel(model, tokenizer, place.model, revision, place.source)
+
+
 def _find(spec: ModelSpec) -> _Place:
     path = Path(spec.name).expanduser()
     if spec.name == BUILTIN_MODEL:
@@ -131,13 +154,23 @@ def _builtin() -> str:
     return str(builtin_folder())
 
 
-def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load_config(name: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
 
     where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-        family_of(config.model_type)
+    except Exception as error:  # loaders raise the errors of many libraries
+        raise UserError(f"the model {name} cannot be loaded: {_brief(error)}") from error
+    family_of(config.model_type)
+    return config
+
+
+def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = _load_config(name, revision)
+    try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -145,10 +178,9 @@ def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **where,
+            revision=revision,
+            local_files_only=_is_offline(name),
         )
-    except UserError:
-        raise
     except Exception as error:  # loaders raise the errors of many libraries
         raise UserError(f"the model {name} cannot be loaded: {_brief(error)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them at random

@@ -1,15 +1,10 @@
-"""Proof of a super weight: perplexity of English text with single scalars set to zero.
+"""Text to measure a model on, and single weights set to zero, or scaled, while a body runs."""
 
-    ratio = perplexity(W[j, k] = 0) / perplexity(W)
-
-A ratio above 10 is `super`, above 1.5 `strong`, else `none`.
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +13,6 @@ from torch.nn import functional as F
 from swlora.errors import UserError
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy, WeightAddress
-
-SUPER_RATIO = 10.0
-STRONG_RATIO = 1.5
-Verdict = Literal["super", "strong", "none"]
-
-
-def verdict(ratio: float) -> Verdict:
-    """Name what a perplexity ratio means."""
-    if ratio > SUPER_RATIO:
-        return "super"
-    return "strong" if ratio > STRONG_RATIO else "none"
 
 
 def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) -> Tensor:
@@ -65,27 +49,21 @@ def text_loss(model: Any, windows: Tensor) -> LossSum:
 
 
 @contextmanager
+def scaled(anatomy: Anatomy, scales: Mapping[WeightAddress, float]) -> Iterator[None]:
+    """Multiply the addressed scalars while the body runs; restore them bit for bit."""
+    views = [anatomy.weight_view(address) for address in scales]
+    with ExitStack() as stack:  # every scalar is restored by itself, whatever befalls another
+        for view in views:
+            stack.callback(view.copy_, view.clone())
+        for view, factor in zip(views, scales.values(), strict=True):
+            view.mul_(factor) if factor else view.zero_()  # zero even where it is not a number
+        yield
+
+
+@contextmanager
 def zeroed(anatomy: Anatomy, addresses: Sequence[WeightAddress]) -> Iterator[None]:
     """Set the addressed scalars to zero while the body runs; restore them bit for bit."""
     if not addresses:
         raise UserError("no weight was named to be set to zero")
-    views = [anatomy.weight_view(address) for address in addresses]
-    saved = [view.clone() for view in views]
-    try:
-        for view in views:
-            view.zero_()
+    with scaled(anatomy, dict.fromkeys(addresses, 0.0)):
         yield
-    finally:
-        for view, value in zip(views, saved, strict=True):
-            view.copy_(value)
-
-
-def ablation_losses(
-    model: Any, windows: Tensor, addresses: Iterable[WeightAddress]
-) -> Iterator[LossSum]:
-    """Yield the text loss with each addressed weight zeroed, one at a time."""
-    anatomy = Anatomy(model)
-    for address in addresses:
-        with zeroed(anatomy, [address]):
-            loss = text_loss(model, windows)
-        yield loss  # the model is whole again whenever the caller looks

@@ -1,0 +1,236 @@
+"""An identification as Markdown: the answer first, the evidence, and all that repeats it.
+
+Made from the result of `identify` alone, so the same report can be written from result.json.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from swlora.files import write_text
+from swlora.models.anatomy import WeightAddress
+from swlora.superweights.figure import draw_dose, draw_path, draw_scan
+
+Result = dict[str, Any]
+
+COLUMNS = (
+    *("layer", "module", "out", "in", "weight"),
+    *("ratio", "95 %", "control", "agree", "verdict"),
+)
+OUTCOMES = {
+    "nothing massive": "no activation of the residual stream is massive",
+    "suppressed": "no activation is massive any more",
+    "no single weight": "a massive activation is left, but no single weight makes it",
+    "rounds used up": "a massive activation is left, but the search has used up its rounds",
+}
+
+
+def publish(result: Result, folder: Path, scan_figure: Path) -> Result:
+    """Draw the figures and write superweights.md into a folder; return the result with their paths.
+
+    The scan goes to `scan_figure`, the other figures into the folder, in the same format.
+    """
+    suffix = scan_figure.suffix.lower()
+    figures = {
+        "Largest activations": (draw_scan, scan_figure),
+        "Path of the super activation": (draw_path, folder / f"superweights-path{suffix}"),
+        "Dose curve": (draw_dose, folder / f"superweights-dose{suffix}"),
+    }
+    for draw, path in figures.values():
+        draw(result, path)
+    report = folder / "superweights.md"
+    paths = {title: str(path) for title, (_, path) in figures.items()}
+    whole = {**result, "figure": str(scan_figure), "figures": paths, "report": str(report)}
+    write_report(whole, report)
+    return whole
+
+
+def write_report(result: Result, target: Path) -> None:
+    """Write the report; it links the figures relative to its own folder."""
+    parts = [
+        f"# Super weights of {result['model']}",
+        "\n".join(f"- {line}" for line in answer(result)),
+        *_candidates(result),
+        *_search(result),
+        *_texts(result),
+        *_figures(result, target),
+        *_repeat(result),
+    ]
+    write_text(target, "\n\n".join(parts) + "\n")
+
+
+def answer(result: Result) -> list[str]:
+    """Return what was found in a sentence each: single weights, all together, published ones."""
+    proved = [c for c in result["candidates"] if c["verdict"] != "none"]
+    if proved:
+        layers = ", ".join(map(str, result["layers"]))
+        said = [f"layers with a verified super weight: {layers}"]
+    else:
+        said = [
+            "no super weight: setting any one candidate to zero barely matters in this model"
+            if max(c["ratio"] for c in result["candidates"]) <= result["thresholds"]["strong"]
+            else "no super weight: what the candidates do, random weights of like size do as well"
+        ]
+    removal = ", ".join(map(str, result["removal_layers"]))
+    if removal:
+        said.append(f"layers that take the super activation away again: {removal}")
+    together = {f"all {len(result['candidates'])} candidates": result["joint"]}
+    if len(proved) > 1:
+        together[f"the {len(proved)} verified ones"] = result["joint_proven"]
+    for who, effect in together.items():
+        ratio = f"ratio {number(effect['ratio'])} ({interval(effect)})"
+        said.append(f"{who} zeroed together: {ratio}, {effect['verdict']}")
+    said.append(agreement(result))
+    if result["known"]:
+        said.append(result["known"]["said"])
+    return said
+
+
+def agreement(result: Result) -> str:
+    """Say how far prompts, with and without BOS, agree on the super activation."""
+    settings = result["search"]["settings"]
+    massive = [s for s in settings if s["is_massive"]]
+    n_prompts = len({s["prompt"] for s in settings})
+    tried = f"{n_prompts} prompt{'s' * (n_prompts > 1)}" + (
+        ", with and without BOS" if len({s["has_bos"] for s in settings}) > 1 else ""
+    )
+    if not massive:
+        return f"no massive activation in {tried}"
+    places = {(s["activation"]["layer"], s["activation"]["channel"]) for s in massive}
+    where = ", ".join(f"channel {channel}" for channel in sorted({c for _, c in places}))
+    return f"massive activation in {len(massive)} of {len(settings)} settings ({tried}), at {where}"
+
+
+def rows(result: Result) -> list[tuple[str, ...]]:
+    """Return the cells of every candidate under `COLUMNS`."""
+    n_settings = len(result["search"]["settings"])
+    return [
+        (
+            str(c["layer"]),
+            c["module"],
+            str(c["out_channel"]),
+            str(c["in_channel"]),
+            f"{c['weight']:.3f}",
+            number(c["ratio"]),
+            interval(c),
+            "-" if c["largest_control"] is None else number(c["largest_control"]),
+            f"{round(c['agreement'] * n_settings)}/{n_settings}",
+            c["verdict"],
+        )
+        for c in result["candidates"]
+    ]
+
+
+def number(ratio: float) -> str:
+    """Write a ratio with two decimals, or as a power of ten where it is large."""
+    return f"{ratio:.2f}" if ratio < 1e5 else f"{ratio:.1e}"
+
+
+def interval(effect: Result) -> str:
+    """Write the interval of an effect."""
+    low, high = effect["interval"]
+    return f"{number(low)} to {number(high)}"
+
+
+def _candidates(result: Result) -> Iterable[str]:
+    limits = result["thresholds"]
+    yield "## Candidates"
+    yield _table(COLUMNS, rows(result))
+    yield (
+        f"Perplexity of the intact model: {result['perplexity']:.3f}. `ratio` is the perplexity "
+        "with the weight at zero over that, `95 %` its bootstrap interval, `control` the largest "
+        f"ratio among {result['n_controls']} random weights of the same matrix and of like size "
+        f"(where the ratio exceeds {limits['strong']:g}, on the first {result['control_windows']} "
+        f"of {result['n_windows']} windows), `agree` in how many settings the candidate was seen. "
+        "In nats a token, on the same windows, a verified candidate's effect is more than "
+        f"{limits['control_factor']:g} times that of any control: `super` above a ratio of "
+        f"{limits['super']:g}, `strong` above {limits['strong']:g}."
+    )
+    yield _table(
+        ("candidate", "all but this one zeroed"),
+        [(_name(c), number(c["leave_one_out_ratio"])) for c in result["candidates"]],
+    )
+
+
+def _search(result: Result) -> Iterable[str]:
+    found = result["search"]
+    yield "## Search"
+    yield (
+        f"Zeroed one after the other: {'; '.join(map(_name, found['rounds'])) or 'nothing'}. Then "
+        f"{OUTCOMES[found['outcome']]}. An activation is massive at "
+        f"{result['thresholds']['massive_ratio']:g} times the median magnitude of its state."
+    )
+    cells = [
+        (
+            _cell(s["prompt"]),
+            "yes" if s["has_bos"] else "no",
+            *(str(s["activation"][key]) for key in ("layer", "token", "channel")),
+            f"{s['activation']['value']:.1f}",
+            f"{s['activation']['ratio']:.0f}",
+            ", ".join(map(str, s["removal_layers"])) or "-",
+        )
+        for s in found["settings"]
+    ]
+    head = ("prompt", "BOS", "layer", "token", "channel", "value", "times median", "removed in")
+    yield _table(head, cells)
+
+
+def _texts(result: Result) -> Iterable[str]:
+    written = result["generations"]
+    yield "## Text before and after"
+    yield f"Greedy continuations, as the model is and with {written['name']} set to zero."
+    if not written["texts"]:
+        yield "None: no prompt leaves room for an answer in the model's context."
+        return
+    cells = [
+        tuple(_cell(t[key]) for key in ("prompt", "before", "after")) for t in written["texts"]
+    ]
+    yield _table(("prompt", "as it is", "set to zero"), cells)
+
+
+def _figures(result: Result, target: Path) -> Iterable[str]:
+    yield "## Figures"
+    for title, path in result["figures"].items():
+        yield f"![{title}](<{Path(os.path.relpath(path, target.parent)).as_posix()}>)"
+
+
+def _repeat(result: Result) -> Iterable[str]:
+    yield "## To repeat this"
+    facts = {
+        "model": f"{result['model']}, revision {result['model_revision'] or 'not named'}",
+        "arithmetic": f"{result['dtype']} on {result['device']}",
+        "text": (
+            f"{result['text']}: {result['n_windows']} windows of {result['window_tokens']} tokens, "
+            f"sha256 of the token ids {result['text_tokens_sha256']}"
+        ),
+        "prompts": "; ".join(map(_cell, result["prompts"])),
+        "seed": result["seed"],
+        "controls": f"{result['n_controls']} a candidate",
+        "bootstrap": "{draws} draws of blocks of {block_tokens} tokens".format(
+            **result["bootstrap"]
+        ),
+        "thresholds": ", ".join(f"{k} {v:g}" for k, v in result["thresholds"].items()),
+        "packages": ", ".join(f"{k} {v}" for k, v in result["packages"].items()),
+    }
+    yield _table(("what", "value"), [(what, str(value)) for what, value in facts.items()])
+
+
+def _name(weight: Result) -> str:
+    where = {name: weight[name] for name in ("layer", "module", "out_channel", "in_channel")}
+    return str(WeightAddress(**where))
+
+
+def _table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Return any text as it may stand in a table: one line, nothing read as markup."""
+    plain = escape("\n".join(text.strip().expandtabs(4).splitlines()), quote=False)
+    for mark in "\\`*_[]|~":
+        plain = plain.replace(mark, f"\\{mark}")
+    printable = (c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in plain)
+    return "".join(printable).replace("\n", "<br>") or "(nothing)"

@@ -40,8 +40,8 @@ class StepClock(Silent):
 
 def run(arm: Arm, model_folder: str, separator: str, rows: list[Example]) -> dict[str, Any]:
     """Train an adapter on `rows` for the arm's epochs; return what was measured."""
-    from swlora.adapters.methods import attach, train_mode, trainable_parameters
-    from swlora.engine.loop import step_plan
+    from swlora.adapters.methods import adapt, train_mode
+    from swlora.engine.schedule import Schedule, step_plan
     from swlora.engine.tree_step import make_step
 
     watch, clock = measure.Stopwatch(), StepClock()
@@ -56,17 +56,19 @@ def run(arm: Arm, model_folder: str, separator: str, rows: list[Example]) -> dic
         train=TrainSpec(batch_size=arm.batch, epochs=arm.epochs, learning_rate=LEARNING_RATE),
     )
     with watch("attach"):
-        model = attach(loaded.model, spec.adapter, layers, seed=spec.seed)
-        train_mode(model)
+        adapted = adapt(loaded.model, spec.adapter, layers, seed=spec.seed)
+        train_mode(adapted.model)
     with watch("plan"):
-        plan = step_plan(sequences, spec.train, spec.seed)  # makes them again, as in a real run
+        plan = step_plan(sequences, spec.train, spec.seed)
         plans = [plan(epoch) for epoch in range(arm.epochs)]
     gemm_before = measure.gemm_flops(loaded.model.dtype)
     memory = measure.Memory()
     with watch("make_step"):
-        step = make_step(model, sequences, spec.train, clock.say)
+        step = make_step(adapted.model, sequences, spec.train, clock.say)
 
-    metrics, start_s = _train(step, plan, trainable_parameters(model), spec, clock)
+    schedule = Schedule(spec.train, plans.__getitem__, len(plans[0]))
+    metrics, start_s = _train(step, schedule, adapted, spec, clock)
+    step.close()
     facts = {
         "layers": layers,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -89,7 +91,7 @@ def encode(rows: list[Example], separator: str, loaded: LoadedModel) -> TokenSeq
 
 
 def _train(
-    step: Any, plan: Any, parameters: dict[str, Any], spec: RunSpec, clock: StepClock
+    step: Any, schedule: Any, adapted: Any, spec: RunSpec, clock: StepClock
 ) -> tuple[list[dict[str, Any]], float]:
     from swlora.engine.loop import train
 
@@ -97,7 +99,7 @@ def _train(
         folder = Path(scratch) / "run"
         start_s = time.perf_counter()
         with Run.create(folder, spec, "train") as run_folder:
-            train(step, plan, parameters, spec.train, run_folder, clock)
+            train(step, schedule, adapted, run_folder, clock)
         return read_metrics(folder), start_s
 
 

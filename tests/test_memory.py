@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: the same pages serve the next large allocation."""
+"""Freed memory stays with the process, and its peak is the process's own."""
 
 import subprocess
 import sys
@@ -35,3 +35,23 @@ def test_large_blocks_are_not_mapped_anew() -> None:
         pytest.skip("the C library is not glibc")
     _, fresh = faults("default")
     assert kept < fresh / 10
+
+
+PEAK_PROGRAM = """
+from swlora.memory import peak_memory_bytes
+before = peak_memory_bytes("cpu")
+block = bytearray(b"x") * (200 << 20)
+del block
+print(before, peak_memory_bytes("cpu"))
+"""
+
+
+def test_the_peak_is_this_programs_own() -> None:
+    """A large parent does not count, and what was given back does."""
+    parent = bytearray(b"x") * (300 << 20)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_PROGRAM], capture_output=True, text=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert 5 << 20 < before < len(parent)
+    assert 195 << 20 < after - before < 205 << 20

@@ -18,12 +18,13 @@ from swlora import pipeline
 from swlora.config import RunSpec, load_spec
 from swlora.errors import DataError, RunFailedError, UserError
 from swlora.evaluation import metrics as official
-from swlora.loss_sum import LossSum
+from swlora.evaluation.loss import english_loss
+from swlora.evaluation.segments import Segments
 from swlora.models.anatomy import Anatomy
 from swlora.pipeline import Job
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics, read_run
-from swlora.superweights import ablate
+from swlora.superweights import ablate, proof
 
 EOS = 257
 TRAIN = [
@@ -136,7 +137,7 @@ def test_the_whole_job(
     folder = tmp_path / "run"
     result = run_in(folder, spec)
     model = make_model(model_type)
-    untrained = naive_nll(model, DEV)
+    untrained, untouched = naive_nll(model, DEV), english_loss(model, tiny_tokenizer)
     model = peft.PeftModel.from_pretrained(model, str(folder / "adapter")).eval()
 
     trained = result["train"]
@@ -152,6 +153,17 @@ def test_the_whole_job(
     assert evaluated["n_tokens"] == sum(len(row["completion"]) + 1 for row in DEV)
     assert evaluated["nll_sum_nats"] == pytest.approx(evaluated["nll"] * evaluated["n_tokens"])
     assert (evaluated["n_prompts"], evaluated["split"]) == (2, "dev")
+    assert Segments.read(folder).sum_nats.tolist() == pytest.approx(
+        [
+            naive_nll(model, rows) * sum(len(r["completion"]) + 1 for r in rows)
+            for rows in ([DEV[0], DEV[2]], [DEV[1]])
+        ],
+        rel=1e-4,
+    )
+    english = english_loss(model, tiny_tokenizer)
+    assert evaluated["english_perplexity"] == pytest.approx(english.perplexity, rel=1e-4)
+    assert evaluated["english_perplexity_before"] == pytest.approx(untouched.perplexity, rel=1e-6)
+    assert evaluated["english_n_tokens"] == english.n_tokens
     assert (evaluated["METEOR"], evaluated["meteor_reason"]) == (None, "Java is left out here")
     assert all(0 <= evaluated[name] <= 1 for name in ("BLEU", "ROUGE_L"))
 
@@ -178,6 +190,7 @@ def test_the_run_folder_explains_itself(model_folder, rows, tmp_path):
         "predictions.csv",
         "result.json",
         "run.json",
+        "segments.json",
     }
     assert load_spec(folder / "config.yaml", {}) == spec
     assert json.loads((folder / "result.json").read_text()) == result
@@ -187,15 +200,16 @@ def test_the_run_folder_explains_itself(model_folder, rows, tmp_path):
     assert facts["data_source"] == f"rows of {rows[0]}, evaluated on {rows[1]}"
     assert len(facts["data_sha256"]) == 64
     assert facts["n_skipped_rows"] == 0
-    timings = {"load_model", "load_data", "tokenise", "train", "loss", "generate", "score"}
-    assert set(facts["timings_s"]) == timings | {"total"}
+    timings = {"load_model", "load_data", "tokenise", "train", "loss", "english", "generate"}
+    assert set(facts["timings_s"]) == timings | {"attach", "prepare", "score", "total"}
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["rows"] for line in lines] == list(range(3, 37, 3))
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     noted = json.loads((folder / "adapter" / "swlora.json").read_text())
-    assert noted == {"separator": "", "base_model": spec.model.name, "layers": [0, 1, 2]}
+    origin = {"separator": "", "base_model": spec.model.name}
+    assert noted == {**origin, "layers": [0, 1, 2], "method": "lora"}
 
 
 def test_the_seed_decides(model_folder, rows, tmp_path):
@@ -393,15 +407,17 @@ def test_generated_text_sees_the_prompt_as_in_training(
 
 @pytest.fixture
 def layer_1_matters(monkeypatch) -> None:
-    """Ablations that say: the candidates of layer 1 are super weights, all others are none."""
+    """Proofs that say: the candidates of layer 1 are super weights, all others are none."""
+    prove = proof.prove
 
-    def losses(model, windows, addresses) -> Iterator[LossSum]:
-        base = ablate.text_loss(model, windows)
-        for address in addresses:
-            extra = math.log(20) * base.n_tokens if address.layer == 1 else 0.0
-            yield replace(base, sum_nats=base.sum_nats + extra)
+    def judged(*args: Any, **settings: Any) -> proof.Proof:
+        found = prove(*args, **settings)
+        verdicts = ("super" if of.address.layer == 1 else "none" for of in found.addresses)
+        alone = zip(found.addresses, verdicts, strict=True)
+        addresses = tuple(replace(of, verdict=verdict) for of, verdict in alone)
+        return replace(found, addresses=addresses, joint_proven=found.joint)
 
-    monkeypatch.setattr(ablate, "ablation_losses", losses)
+    monkeypatch.setattr(proof, "prove", judged)
 
 
 def test_identify(model_folder, make_model, tiny_tokenizer, rows, tmp_path):
@@ -409,19 +425,27 @@ def test_identify(model_folder, make_model, tiny_tokenizer, rows, tmp_path):
     spec = make_spec(model_folder("gpt2"), rows, identify__max_candidates=4)
     result = run_in(tmp_path / "run", spec, "identify")
     windows = ablate.text_windows(tiny_tokenizer, None, 1, 32)
-    assert result["perplexity"] == ablate.text_loss(make_model("gpt2"), windows).perplexity
+    intact = ablate.text_loss(make_model("gpt2"), windows).perplexity
+    assert result["perplexity"] == pytest.approx(intact, rel=1e-5)
     assert len(result["candidates"]) == 4
     for c in result["candidates"]:
         model = make_model("gpt2")
         weight = Anatomy(model).projection(c["layer"], c["module"]).weight
         assert c["weight"] == weight[c["in_channel"], c["out_channel"]]
         weight[c["in_channel"], c["out_channel"]] = 0
-        assert c["perplexity"] == ablate.text_loss(model, windows).perplexity
-        assert c["ratio"] == c["perplexity"] / result["perplexity"]
-        assert c["verdict"] == ablate.verdict(c["ratio"])
+        ablated = ablate.text_loss(model, windows).perplexity
+        assert c["perplexity"] == pytest.approx(ablated, rel=1e-5)
+        assert c["ratio"] == pytest.approx(ablated / intact, rel=1e-5)
     assert len(result["modules"]) == 12
-    assert json.loads((tmp_path / "run" / "result.json").read_text()) == {"identify": result}
-    assert Path(result["figure"]).read_bytes().startswith(b"\x89PNG")
+    folder = tmp_path / "run"
+    assert json.loads((folder / "result.json").read_text()) == {"identify": result}
+    assert set(result["figures"].values()) == {
+        str(folder / f"superweights{part}.png") for part in ("", "-path", "-dose")
+    }
+    for path in result["figures"].values():
+        assert Path(path).read_bytes().startswith(b"\x89PNG")
+    assert result["report"] == str(folder / "superweights.md")
+    assert (folder / "superweights.md").read_text().startswith("# Super weights of ")
 
 
 @pytest.mark.parametrize(
@@ -461,11 +485,13 @@ def test_super_trains_the_layers_that_were_verified(
     saved = json.loads((tmp_path / "super" / "result.json").read_text())
     assert saved["identify"]["layers"] == [1]
     assert {c["verdict"] for c in saved["identify"]["candidates"]} == {"super", "none"}
-    assert (tmp_path / "super" / "superweights.png").exists()
+    assert {"superweights.md", "superweights.png"} <= {
+        path.name for path in (tmp_path / "super").iterdir()
+    }
 
 
 def test_super_without_a_super_weight_says_so(model_folder, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate, "verdict", lambda _: "none")
+    monkeypatch.setattr(proof, "verdict", lambda *_: "none")
     spec = make_spec(model_folder("llama"), rows, adapter__layers="super")
     with pytest.raises(UserError, match="no super weight was verified"):
         run_in(tmp_path / "run", spec)

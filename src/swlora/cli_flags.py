@@ -28,6 +28,7 @@ def _fields(group: str) -> tuple[str, ...]:
 MODEL, DATA = _fields("model"), _fields("data")
 IDENTIFY, ADAPTER = _fields("identify"), _fields("adapter")
 TRAIN, DECODE = _fields("train"), _fields("decode")
+SERVE = _fields("serve")
 
 # Flags whose name is not simply the field's
 NAMES = {
@@ -73,7 +74,7 @@ def _option(key: str, path: str) -> inspect.Parameter:
     negative = f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag
     shown = ",".join(default) if isinstance(default, list) else default
     help_text = field.description or ""
-    if default is not None:
+    if default not in (None, []):
         help_text = f"{help_text} [default: {shown}]".strip()
     panel = group.capitalize() if name else None
     option = typer.Option(negative, help=help_text, rich_help_panel=panel, show_default=False)

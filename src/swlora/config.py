@@ -6,10 +6,19 @@ imports torch, touches the disk beyond the YAML file, or probes the machine.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from swlora.errors import UserError
 
@@ -42,6 +51,16 @@ def join_list(value: object) -> object:
 
 
 NameList = Annotated[list[str], BeforeValidator(split_list)]
+
+
+def one_or_many(value: object) -> object:
+    """Turn `"a, b"` into `["a, b"]`; leave lists alone."""
+    return [value] if isinstance(value, str) else value
+
+
+PromptList = Annotated[
+    list[Annotated[str, StringConstraints(min_length=1)]], BeforeValidator(one_or_many)
+]
 
 
 LayerPolicy = Annotated[str, BeforeValidator(join_list)]
@@ -91,17 +110,42 @@ class DataSpec(Spec):
     truncate: bool = Field(default=False, description="cut over-long rows instead of refusing them")
 
 
+MethodName = Literal["lora", "lora+", "dora", "adalora", "pissa", "rslora", "full", "supertuning"]
+LORA_SETTINGS = frozenset({"rank", "alpha", "dropout"})
+METHOD_SETTINGS: dict[MethodName, frozenset[str]] = {  # those of the others: LORA_SETTINGS
+    "lora+": LORA_SETTINGS | {"lora_plus_ratio"},
+    "full": frozenset(),
+    "supertuning": frozenset({"sparsity"}),
+}
+
+
 class AdapterSpec(Spec):
     """The adapter: method, size, and where in the model it sits."""
 
-    method: Literal["lora"] = "lora"
-    rank: int = Field(default=4, ge=1, le=4096)
+    method: MethodName = Field(default="lora", description=", ".join(get_args(MethodName)))
+    rank: int = Field(default=4, ge=1, le=4096, description="adalora: the mean in the end")
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_plus_ratio: float | None = Field(
+        default=None, ge=1, description="lora+: B's learning rate over A's [default: 16]"
+    )
+    sparsity: float | None = Field(
+        default=None, ge=0, lt=1, description="supertuning: share left frozen [default: 0.99]"
+    )
     targets: NameList = Field(default_factory=lambda: ["all-linear"], min_length=1)
     layers: LayerPolicy = Field(
         default="all", min_length=1, description="all, super, last:K or a list: 2,11"
     )
+
+    @model_validator(mode="after")
+    def _takes_its_settings(self) -> Self:
+        taken = METHOD_SETTINGS.get(self.method, LORA_SETTINGS)
+        known = LORA_SETTINGS.union(*METHOD_SETTINGS.values())
+        given = {n for n, f in AdapterSpec.model_fields.items() if getattr(self, n) != f.default}
+        ignored = sorted(given & (known - taken))
+        if ignored:
+            raise ValueError(f"method {self.method} has no {', no '.join(ignored)}; leave that out")
+        return self
 
 
 class TrainSpec(Spec):
@@ -129,12 +173,24 @@ class TrainSpec(Spec):
     checkpoint_every_s: float = Field(
         default=300.0, gt=0, description="seconds between checkpoints"
     )
+    eval_every_steps: int | None = Field(
+        default=None, ge=1, description="also measure the loss on held-out rows, every N steps"
+    )
+    eval_rows: int | None = Field(
+        default=None, ge=1, description="measure it on the first N rows of --split [default: all]"
+    )
+
+    @model_validator(mode="after")
+    def _rows_are_for_evaluation(self) -> Self:
+        if self.eval_rows is not None and self.eval_every_steps is None:
+            raise ValueError("eval_rows needs eval_every_steps: nothing is measured without it")
+        return self
 
 
 class DecodeSpec(Spec):
     """How text is generated."""
 
-    batch_size: int = Field(default=64, ge=1, description="rows at once, a prompt's beams counted")
+    batch_size: int = Field(default=96, ge=1, description="rows at once, a prompt's beams counted")
     max_new_tokens: int = Field(default=96, ge=1)
     num_beams: int = Field(default=1, ge=1, le=64)
     length_penalty: float = 1.0
@@ -154,8 +210,13 @@ class DecodeSpec(Spec):
 class IdentifySpec(Spec):
     """How super weights are looked for."""
 
-    prompt: str = Field(default="Apple Inc. is a worldwide tech company.", min_length=1)
+    prompt: PromptList = Field(
+        default_factory=list, description="text to search with; may be repeated [default: several]"
+    )
     max_candidates: int = Field(default=8, ge=1, le=64)
+    controls: int = Field(
+        default=20, ge=1, le=1000, description="other weights zeroed to compare, for each candidate"
+    )
     text: Path | None = Field(
         None, description="plain text for perplexity; default: the shipped one"
     )
@@ -163,6 +224,33 @@ class IdentifySpec(Spec):
         default=4, ge=1, description="windows of text whose perplexity is measured"
     )
     window_tokens: int = Field(default=512, ge=16)
+
+
+class ServeSpec(Spec):
+    """The web page and the API: where they listen, what they offer, how much they take on."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="0 takes a free one")
+    runs: Path = Field(
+        default=Path("runs"), description="run folders: their adapters and findings are offered"
+    )
+    dataset: str | None = Field(
+        default=None, min_length=1, description="E2E data whose references are shown"
+    )
+    queue: int = Field(default=32, ge=1, le=10_000, description="requests that may wait")
+    max_rows: int = Field(default=32, ge=1, le=256, description="texts written at the same time")
+    cache_gb: float = Field(default=2.0, gt=0, description="memory for texts that are written")
+    deadline_s: float = Field(default=60.0, gt=0, le=3600, description="seconds a request may take")
+    max_tokens: int = Field(default=1024, ge=1, description="new tokens a request may ask for")
+    api_key: SecretStr | None = Field(
+        default=None, description="asked of every client [default: SWLORA_API_KEY]"
+    )
+    allowed_hosts: NameList = Field(
+        default_factory=list, description="names by which clients call this server"
+    )
+    cors_origins: NameList = Field(
+        default_factory=list, description="other web sites that may call the API"
+    )
 
 
 class RunSpec(Spec):
@@ -174,6 +262,7 @@ class RunSpec(Spec):
     train: TrainSpec = TrainSpec()
     decode: DecodeSpec = DecodeSpec()
     identify: IdentifySpec = IdentifySpec()
+    serve: ServeSpec = Field(default=ServeSpec(), exclude=True)  # no part of what a run computes
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 
@@ -182,26 +271,29 @@ def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:
 
     Raises UserError with all problems in one line.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            detail = " ".join(str(error).split())
-            raise UserError(f"{path} is not valid YAML: {detail}") from error
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} must hold a mapping such as 'adapter: {{rank: 4}}'")
-        tree = {key: value for key, value in tree.items() if value is not None}  # empty sections
+    tree = {} if path is None else read_mapping(path)
     for dotted, value in overrides.items():
         if value is not None:
-            _set(tree, dotted.split("."), value)
+            set_dotted(tree, dotted, value)
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as error:
         origin = f"{path} or the command line" if path else "the command line"
-        raise UserError(_problems(error, origin)) from error
+        raise UserError(f"in {origin}: " + "; ".join(problem_lines(error))) from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping, without its empty sections; UserError otherwise."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {detail}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping such as 'adapter: {{rank: 4}}'")
+    return {key: value for key, value in tree.items() if value is not None}
 
 
 def dump_yaml(spec: BaseModel) -> str:
@@ -209,20 +301,23 @@ def dump_yaml(spec: BaseModel) -> str:
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _set(tree: dict[str, Any], keys: list[str], value: object) -> None:
-    for key in keys[:-1]:
+def set_dotted(tree: dict[str, Any], dotted: str, value: object) -> None:
+    """Set the value of a dotted name such as `adapter.rank` in a tree of mappings."""
+    *sections, last = dotted.split(".")
+    for key in sections:
         child = tree.setdefault(key, {})
         if not isinstance(child, dict):
             raise UserError(f"'{key}' must be a mapping in the configuration")
         tree = child
-    tree[keys[-1]] = value
+    tree[last] = value
 
 
-def _problems(error: ValidationError, origin: str) -> str:
+def problem_lines(error: ValidationError) -> list[str]:
+    """Return each problem that pydantic found as "dotted.name: what is wrong"."""
     parts = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"]) or "configuration"
         unknown = problem["type"] == "extra_forbidden"
         message = "there is no such setting" if unknown else problem["msg"]
         parts.append(f"{where}: {message.removeprefix('Value error, ')}")
-    return f"in {origin}: " + "; ".join(parts)
+    return parts

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process instead of handing every large tensor back to the system.
+"""The process's memory: kept instead of handed back after every tensor, and its peak.
 
 glibc maps and unmaps allocations of a few megabytes anew each time; a training step makes
 thousands of them, and the page faults can cost more than the arithmetic. Two settings of its
@@ -6,7 +6,9 @@ allocator end that. Where the allocator is another one, nothing changes.
 """
 
 import ctypes
+import resource
 import sys
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _KEEP_BYTES = 1 << 30
@@ -22,3 +24,21 @@ def keep_freed_memory() -> bool:
         return False
     settings = (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)
     return all([mallopt(setting, _KEEP_BYTES) == 1 for setting in settings])
+
+
+def peak_memory_bytes(device_type: str) -> int:
+    """Return the most memory held so far: by torch on CUDA, resident by this process elsewhere.
+
+    Linux counts VmHWM anew for every program; getrusage there may tell the parent's instead.
+    """
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes

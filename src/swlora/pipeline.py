@@ -6,18 +6,24 @@ Each writes what it found into the run folder and returns the same as a dict of 
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.layers import needs_identification, resolve_layers
+from swlora.adapters.layers import (
+    Identified,
+    needs_identification,
+    resolve_layers,
+    time_budget,
+)
 from swlora.config import RunSpec
 from swlora.data.rows import Example
 from swlora.data.sources import Dataset, load_dataset
 from swlora.data.tree_rows import TokenSequences
-from swlora.errors import UserError
+from swlora.loss_sum import LossSum
+from swlora.memory import peak_memory_bytes
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress
 from swlora.runs import Run, read_metrics
@@ -32,6 +38,7 @@ class Job:
     spec: RunSpec
     run: Run
     progress: Progress
+    _encoded: dict[tuple[str, int | None], TokenSequences] = field(default_factory=dict)
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -57,13 +64,18 @@ class Job:
         self.run.record(data_source=dataset.source, n_skipped_rows=dataset.n_skipped_rows)
         return dataset
 
-    def encoded(self, split: str) -> TokenSequences:
-        """Return a split as token ids; rows that had to be cut are counted and said."""
+    def encoded(self, split: str, n_rows: int | None = None) -> TokenSequences:
+        """Return a split, or its first rows, as token ids; rows that are cut are counted and said.
+
+        They are encoded once. Raises UserError where there is no such split.
+        """
         from swlora.data.encode import encode_examples
 
+        if (split, n_rows) in self._encoded:
+            return self._encoded[split, n_rows]
         with self.timed("tokenise"), self.progress.task(f"tokenise the {split} rows"):
             sequences, n_cut = encode_examples(
-                self.dataset.split(split),
+                self.dataset.split(split)[:n_rows],
                 self.dataset.separator,
                 self.loaded.tokenizer,
                 context_tokens=self.loaded.context_tokens,
@@ -72,6 +84,7 @@ class Job:
         if n_cut:
             self.progress.say(f"{n_cut} rows of the {split} split were cut to the context")
             self.run.record(**{f"n_cut_rows_{split}": n_cut})
+        self._encoded[split, n_rows] = sequences
         return sequences
 
     @contextmanager
@@ -85,56 +98,23 @@ class Job:
 
 
 def identify(job: Job, figure: Path | None = None) -> Result:
-    """Find candidates for super weights, ablate each, draw the figure; return the findings.
+    """Find super weights, prove each by ablation, write report and figures; return the findings.
 
-    `layers` in the result are those of candidates whose ablation proved them.
+    `layers` in the result are those of candidates whose ablation proved them. Leaves
+    superweights.md and its figures in the run folder; `figure` names another place for the scan.
     """
-    from swlora.superweights import ablate
-    from swlora.superweights.detect import scan
-    from swlora.superweights.figure import check_format, draw_scan
+    from swlora.superweights import identify as identification
+    from swlora.superweights.figure import check_format
+    from swlora.superweights.report import publish
 
     figure = figure or job.run.folder / "superweights.png"
     check_format(figure)
-    spec, loaded = job.spec.identify, job.loaded
-    if spec.window_tokens > loaded.context_tokens:
-        raise UserError(
-            f"--window-tokens {spec.window_tokens} exceeds the model's context of "
-            f"{loaded.context_tokens} tokens"
-        )
+    spec, loaded = job.spec, job.loaded
     with job.timed("identify"):
-        found = scan(
-            loaded.model, loaded.tokenizer, spec.prompt, max_candidates=spec.max_candidates
+        found = identification.identify(
+            loaded, spec.identify, seed=spec.seed, progress=job.progress
         )
-        windows = ablate.text_windows(loaded.tokenizer, spec.text, spec.windows, spec.window_tokens)
-        candidates: list[Result] = []
-        with job.progress.task("ablate candidates", 1 + len(found.candidates)) as task:
-            base = ablate.text_loss(loaded.model, windows)
-            task.advance()
-            addresses = [candidate.address for candidate in found.candidates]
-            losses = ablate.ablation_losses(loaded.model, windows, addresses)
-            for candidate, loss in zip(found.candidates, losses, strict=True):
-                task.advance(1, str(candidate.address))
-                ratio = loss.perplexity / base.perplexity
-                values = {k: v for k, v in asdict(candidate).items() if k != "address"}
-                measured = {"perplexity": loss.perplexity, "ratio": ratio}
-                found_out = {**measured, "verdict": ablate.verdict(ratio)}
-                candidates.append({**asdict(candidate.address), **values, **found_out})
-        draw_scan(found, f"Largest activations of {job.spec.model.name}", figure)
-    layers = sorted({c["layer"] for c in candidates if c["verdict"] != "none"})
-    result: Result = {
-        "model": loaded.source,
-        "prompt": found.prompt,
-        "tokens": found.tokens,
-        "text": str(spec.text) if spec.text else "the English sample shipped with swlora",
-        "n_windows": spec.windows,
-        "window_tokens": spec.window_tokens,
-        "perplexity": base.perplexity,
-        "thresholds": {"super": ablate.SUPER_RATIO, "strong": ablate.STRONG_RATIO},
-        "layers": layers,
-        "candidates": candidates,
-        "modules": [asdict(module) for module in found.modules],
-        "figure": str(figure),
-    }
+        result = publish(found, job.run.folder, figure)
     job.run.write_result({"identify": result})
     return result
 
@@ -146,87 +126,132 @@ def train(job: Job) -> tuple[Any, Result]:
     """
     import torch
 
-    from swlora.adapters.methods import attach, train_mode, trainable_parameters
+    from swlora.adapters.methods import adapt, train_mode
     from swlora.adapters.saved import save_adapter
-    from swlora.engine.loop import step_plan
     from swlora.engine.loop import train as run_loop
+    from swlora.engine.schedule import Schedule
     from swlora.engine.tree_step import make_step
+    from swlora.evaluation.held_out import held_out_observer
     from swlora.evaluation.report import draw_loss
 
     spec, sequences = job.spec, job.encoded("train")  # before identification, which takes long
+    schedule = Schedule.of(sequences, spec.train, spec.seed)
+    held_out = None
+    if spec.train.eval_every_steps:
+        held_out = job.encoded(spec.data.eval_split, spec.train.eval_rows)
     loaded, layers = job.loaded, choose_layers(job)
-    model = attach(loaded.model, spec.adapter, layers, seed=spec.seed)
+    with job.timed("attach"):
+        adapted = adapt(
+            loaded.model, spec.adapter, layers, seed=spec.seed, n_steps=schedule.n_steps
+        )
+    model = adapted.model
     train_mode(model)
-    parameters = trainable_parameters(model)
-    n_trainable = sum(p.numel() for p in parameters.values())
+    n_trainable = sum(p.numel() for p in adapted.parameters.values())
     job.progress.say(
-        f"training {n_trainable:,} adapter weights in layers {_ranges(layers)} "
+        f"training {n_trainable:,} weights ({spec.adapter.method}) in layers {_ranges(layers)} "
         f"on {len(sequences):,} rows"
     )
 
-    plan = step_plan(sequences, spec.train, spec.seed)
-    step = make_step(model, sequences, spec.train, job.progress.say)
-    torch.manual_seed(spec.seed)  # dropout
-    with job.timed("train"):
-        state = run_loop(step, plan, parameters, spec.train, job.run, job.progress)
+    observe = held_out_observer(model, held_out) if held_out else None
+    with job.timed("prepare"):
+        ready = make_step(model, sequences, spec.train, job.progress.say)
+    with closing(ready) as step:
+        torch.manual_seed(spec.seed)  # dropout
+        with job.timed("train"):
+            state = run_loop(step, schedule, adapted, job.run, job.progress, observe)
+    adapted.finish()
     facts = {"separator": job.dataset.separator, "base_model": loaded.name, "layers": layers}
-    save_adapter(model, job.run.folder / "adapter", facts)
+    folder = job.run.folder / "adapter"
+    adapter_bytes = save_adapter(model, folder, {**facts, "method": spec.adapter.method})
     metrics = read_metrics(job.run.folder)
     draw_loss(metrics, job.run.folder / "loss.png")
     result: Result = {
+        "method": spec.adapter.method,
         "layers": layers,
         "n_trainable": n_trainable,
+        "adapter_bytes": adapter_bytes,
         "rows": state.totals.rows,
         "steps": state.totals.step,
         "train_s": state.totals.elapsed_s,
         "examples_per_s": state.totals.rows / state.totals.elapsed_s,
+        "peak_memory_bytes": peak_memory_bytes(model.device.type),
         "last_loss": metrics[-1]["loss"],
-        "adapter": str(job.run.folder / "adapter"),
+        "adapter": str(folder),
         "loss_figure": str(job.run.folder / "loss.png"),
     }
+    if adapted.ranks is not None:
+        result["rank_pattern"] = adapted.ranks
     job.run.write_result({"train": result})
     return model, result
 
 
 def choose_layers(job: Job) -> list[int]:
-    """Turn the layer policy into layer numbers, identifying super weights where it needs them."""
+    """Turn the layer policy into layer numbers, by whatever search or measurement it needs."""
     from swlora.models.anatomy import Anatomy
     from swlora.models.precision import cast_parameters, resolve_dtype
 
     policy, model = job.spec.adapter.layers, job.loaded.model
-    super_layers = None
+    if (budget := time_budget(policy)) is not None:
+        return measure_layers(job, budget)
+    found = None
     if needs_identification(policy):
-        super_layers = identify(job)["layers"]
+        result = identify(job)
+        found = Identified(result["layers"], result["removal_layers"])
         cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device.type))
-    return resolve_layers(policy, Anatomy(model).n_layers, super_layers)
+    return resolve_layers(policy, Anatomy(model).n_layers, found)
 
 
-def evaluate(job: Job, model: Any) -> Result:
-    """Generate once for every distinct prompt, score with all references, measure the loss.
+def measure_layers(job: Job, budget: float) -> list[int]:
+    """Choose the layers of `auto:BUDGET` by a short measurement, and say why."""
+    from swlora.engine import layer_choice
 
-    Leaves predictions.csv and result.json in the run folder.
+    spec, sequences = job.spec, job.encoded("train")
+    with job.timed("measure_layers"), job.progress.task("measure the layers"):
+        found = layer_choice.profile(job.loaded.model, sequences, spec, job.progress.say)
+        choice = layer_choice.choose(found, n_epochs=spec.train.epochs, budget=budget)
+    for line in layer_choice.table(choice):
+        job.progress.say(line)
+    job.run.write_result({"layer_choice": {"budget": budget, **asdict(choice)}})
+    return choice.layers
+
+
+def evaluate(job: Job, model: Any, untouched: LossSum) -> Result:
+    """Generate once for every distinct prompt, score with all references, measure the losses.
+
+    `untouched` is what `english_text` gave for the base model before it was adapted.
+    Leaves predictions.csv, segments.json (what was measured of each prompt) and result.json in the
+    run folder.
     """
     from swlora.evaluation.decode import generate
-    from swlora.evaluation.loss import dataset_loss
-    from swlora.evaluation.metrics import score
+    from swlora.evaluation.loss import grouped_losses
+    from swlora.evaluation.metrics import segment_statistics
     from swlora.evaluation.report import write_predictions
+    from swlora.evaluation.segments import Segments, number_prompts
 
     spec, split, tokenizer = job.spec, job.spec.data.eval_split, job.loaded.tokenizer
     examples, references, prompts = evaluation_rows(job)
+    sequences, prompt_of = job.encoded(split), number_prompts(job.dataset.split(split))
     with job.timed("loss"):
-        loss = dataset_loss(model, job.encoded(split), job.progress)
+        losses = grouped_losses(model, sequences, prompt_of, job.progress)
+    english = english_text(job, model)
     with job.timed("generate"):
         texts = generate(model, tokenizer, prompts, spec.decode, job.progress, seed=spec.seed)
     predictions = [" ".join(text.split()) for text in texts]
     with job.timed("score"), job.progress.task("score"):
-        scores = score(predictions, references).as_dict()
+        statistics = segment_statistics(predictions, references)
     path = job.run.folder / "predictions.csv"
     write_predictions(path, [_prompt_text(e) for e in examples], predictions, references)
+    Segments.of(statistics, losses).write(job.run.folder)
+    loss = sum(losses, LossSum())
     result: Result = {
-        **scores,
+        **statistics.scores().as_dict(),
         "nll": loss.nats_per_token,
         "nll_sum_nats": loss.sum_nats,
         "n_tokens": loss.n_tokens,
+        "english_perplexity_before": untouched.perplexity,
+        "english_perplexity": english.perplexity,
+        "english_sum_nats": english.sum_nats,
+        "english_n_tokens": english.n_tokens,
         "n_prompts": len(prompts),
         "split": split,
         "decode": spec.decode.model_dump(mode="json"),
@@ -235,6 +260,14 @@ def evaluate(job: Job, model: Any) -> Result:
     }
     job.run.write_result({"eval": result})
     return result
+
+
+def english_text(job: Job, model: Any) -> LossSum:
+    """Measure the loss of the English text that ships with the package: what is forgotten shows."""
+    from swlora.evaluation.loss import english_loss
+
+    with job.timed("english"), job.progress.task("loss of English text"):
+        return english_loss(model, job.loaded.tokenizer)
 
 
 def evaluation_rows(job: Job) -> tuple[list[Example], list[list[str]], list[list[int]]]:
@@ -260,14 +293,16 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
     folder = adapter_folder(adapter) if adapter else None
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
     model = job.loaded.model
-    return evaluate(job, load_adapter(model, folder) if folder else model)
+    untouched = english_text(job, model)
+    return evaluate(job, load_adapter(model, folder) if folder else model, untouched)
 
 
 def train_evaluate(job: Job) -> Result:
     """Train, then evaluate what was trained, in one run folder."""
     evaluation_rows(job)  # what cannot be evaluated shall be known before the training
+    untouched = english_text(job, job.loaded.model)
     model, trained = train(job)
-    return {"train": trained, "eval": evaluate(job, model.eval())}
+    return {"train": trained, "eval": evaluate(job, model.eval(), untouched)}
 
 
 def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Progress) -> Result:

@@ -129,7 +129,7 @@ class Run:
         write_json(self.folder / "run.json", self.facts)
 
     def __enter__(self) -> Self:
-        self._lock = _lock_folder(self.folder)
+        self._lock = lock_folder(self.folder)
         self._save()
         return self
 
@@ -202,7 +202,7 @@ def _check_free(folder: Path) -> None:
     )
 
 
-def _lock_folder(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """Return a descriptor that locks the folder until it is closed, at the latest by the end of
     the process; None where the system has no such locks. UserError where another one holds it.
     """

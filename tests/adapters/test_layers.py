@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swlora.adapters.layers import needs_identification, resolve_layers
+from swlora.adapters.layers import (
+    Identified,
+    needs_identification,
+    resolve_layers,
+    time_budget,
+)
 from swlora.errors import UserError
 
 
@@ -31,8 +36,10 @@ def test_policies(policy, expected):
 
 
 def test_super_takes_what_was_verified():
-    assert needs_identification("super")
-    assert resolve_layers("super", 7, [5, 2, 5]) == [2, 5]
+    found = Identified(super_layers=[5, 2, 5], removal_layers=[6, 5])
+    assert needs_identification("super") and needs_identification("super+removal")
+    assert resolve_layers("super", 7, found) == [2, 5]
+    assert resolve_layers("super+removal", 7, found) == [2, 5, 6]
     assert not any(map(needs_identification, ("all", "last:2", "2,5", "random:2:0", "every:2")))
 
 
@@ -72,7 +79,7 @@ def test_mistakes(policy, said):
 
 def test_super_without_super_weights():
     with pytest.raises(UserError, match="no super weight was verified"):
-        resolve_layers("super", 7, [])
+        resolve_layers("super", 7, Identified([], [6]))
     with pytest.raises(UserError, match="needs the layers"):
         resolve_layers("super", 7)
 
@@ -97,3 +104,15 @@ def test_random_layers_depend_on_the_seed_alone():
     draws = [tuple(resolve_layers(f"random:3:{seed}", 30)) for seed in range(20)]
     assert draws == [tuple(resolve_layers(f"random:3:{seed}", 30)) for seed in range(20)]
     assert len(set(draws)) > 10
+
+
+def test_a_time_budget():
+    assert time_budget("auto:0.5") == 0.5
+    assert time_budget("auto:1") == 1.0
+    assert time_budget("last:4") is None
+
+
+@pytest.mark.parametrize("policy", ["auto", "auto:", "auto:0", "auto:1.1", "auto:nan", "auto:x"])
+def test_a_budget_that_is_none(policy):
+    with pytest.raises(UserError, match=r"not understood: auto:0\.5 takes"):
+        time_budget(policy)

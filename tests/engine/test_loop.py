@@ -1,4 +1,4 @@
-"""The loop: its schedule by hand, its steps against AdamW by itself, its resume against no stop."""
+"""The loop: its steps against AdamW by itself, its resume against no stop."""
 
 import json
 import math
@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from swlora.config import RunSpec, TrainSpec
+from swlora.adapters.adapted import Adapted
+from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.engine.checkpoint import LoopState
-from swlora.engine.loop import learning_rate, train
+from swlora.engine.loop import train
+from swlora.engine.schedule import Schedule, learning_rate
 from swlora.errors import RunFailedError
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
@@ -32,6 +34,14 @@ def plan(epoch: int) -> list[list[np.ndarray]]:
     """Three steps of 4, 4 and 3 rows, in one or two parts, in another order every epoch."""
     order = np.random.default_rng(epoch).permutation(N_ROWS)
     return [[order[:4]], [order[4:6], order[6:8]], [order[8:]]]
+
+
+def schedule(train_spec: TrainSpec) -> Schedule:
+    return Schedule(train_spec, plan, n_steps_per_epoch=3)
+
+
+def adapted(parameters: dict[str, nn.Parameter]) -> Adapted:
+    return Adapted(nn.ParameterDict(parameters), AdapterSpec())
 
 
 def fresh_parameters(device: str = "cpu") -> dict[str, nn.Parameter]:
@@ -75,45 +85,13 @@ def run_loop(run: Run, train_spec: TrainSpec, before: Hook | None = None, device
     parameters = fresh_parameters(device)
     step = ToyStep(parameters, before)
     with run:
-        train(step, plan, parameters, train_spec, run, Silent())
+        train(step, schedule(train_spec), adapted(parameters), run, Silent())
     return parameters, step
 
 
 def metrics_of(run: Run) -> list[dict]:
     rows = read_metrics(run.folder)
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-# The schedule
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"schedule": "linear", "warmup_fraction": 0}, [1, 0.8, 0.6, 0.4, 0.2]),
-        ({"schedule": "linear", "warmup_fraction": 0.4}, [0.5, 1, 1, 2 / 3, 1 / 3]),
-        ({"schedule": "constant", "warmup_fraction": 0.4}, [0.5, 1, 1, 1, 1]),
-        ({"schedule": "constant", "warmup_fraction": 0.09}, [1, 1, 1, 1, 1]),
-        (
-            {"schedule": "cosine", "warmup_fraction": 0.2},
-            [1, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)],
-        ),
-    ],
-)
-def test_learning_rates_by_hand(changes, expected):
-    train_spec = spec(learning_rate=3.0, **changes)
-    rates = [learning_rate(train_spec, step, 5) for step in range(5)]
-    assert rates == pytest.approx([3 * e for e in expected], rel=1e-12)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("n_steps", [1, 2, 17])
-def test_every_step_has_a_positive_rate_of_at_most_the_given_one(schedule, n_steps):
-    for warmup_fraction in (0, 0.05, 0.5, 0.99):
-        train_spec = spec(schedule=schedule, warmup_fraction=warmup_fraction)
-        rates = [learning_rate(train_spec, step, n_steps) for step in range(n_steps)]
-        assert all(0 < rate <= 0.1 for rate in rates)
-        assert max(rates) == 0.1 or warmup_fraction == 0.99
 
 
 # A step
@@ -164,7 +142,9 @@ def test_twice_the_gradient_of_twice_the_tokens_is_the_same_step(tmp_path):
                 p.grad *= factor
             return factor * sum_nats, factor * n_tokens
 
-        train(scaled, plan, parameters, spec(), start(tmp_path / str(factor)), Silent())
+        train(
+            scaled, schedule(spec()), adapted(parameters), start(tmp_path / str(factor)), Silent()
+        )
         results.append(parameters)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -181,12 +161,10 @@ def test_max_steps_ends_the_schedule(max_steps, n_expected, tmp_path):
 
 
 def test_nothing_to_do_is_an_error(tmp_path):
-    parameters = fresh_parameters()
-    step = ToyStep(parameters)
     with pytest.raises(RunFailedError, match="no step"):
-        train(step, lambda _: [], parameters, spec(), start(tmp_path / "a"), Silent())
+        Schedule(spec(), lambda _: [], n_steps_per_epoch=0)
     with pytest.raises(RunFailedError, match="no parameter"):
-        train(step, plan, {}, spec(), start(tmp_path / "b"), Silent())
+        train(ToyStep(fresh_parameters()), schedule(spec()), adapted({}), start(tmp_path), Silent())
 
 
 # Stop and resume
@@ -338,13 +316,13 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_change(where, valu
         pytest.raises(RunFailedError, match=f"not finite at step {at}; .*learning-rate") as failed,
         run,
     ):
-        train(poisoned, plan, parameters, spec(), run, Silent())
+        train(poisoned, schedule(spec()), adapted(parameters), run, Silent())
     assert len(str(failed.value).splitlines()) == 1
     assert all(torch.equal(parameters[name], before[name]) for name in before)
     assert run.facts["status"] == "failed"
     assert [row["step"] for row in read_metrics(run.folder)] == list(range(1, at))
     saved = fresh_parameters()
-    state = LoopState(saved, torch.optim.AdamW(saved.values()))
+    state = LoopState(adapted(saved), torch.optim.AdamW(saved.values()))
     assert state.load(run.checkpoint)
     assert state.totals.step == at - 1
     assert all(torch.equal(saved[name], before[name]) for name in before)
@@ -370,7 +348,7 @@ def test_a_checkpoint_of_other_parameters_is_not_used(tmp_path):
     run, _ = Run.reopen(folder, "train")
     parameters = {"c": nn.Parameter(torch.zeros(2))}
     with pytest.raises(RunFailedError, match="belongs to another adapter"):
-        train(ToyStep(parameters), plan, parameters, spec(), run, Silent())
+        train(ToyStep(parameters), schedule(spec()), adapted(parameters), run, Silent())
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -386,10 +364,10 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(tmp_
     with monkeypatch.context() as patch, pytest.raises(RunFailedError) as failed:
         parameters = fresh_parameters()
         patch.setattr(os, "fsync", full)
-        train(ToyStep(parameters), plan, parameters, spec(), run, Silent())
+        train(ToyStep(parameters), schedule(spec()), adapted(parameters), run, Silent())
     assert "No space left on device" in str(failed.value)
     assert len(str(failed.value).splitlines()) == 1
     assert {p.name: p.read_bytes() for p in run.checkpoint.iterdir()} == before
-    state = LoopState(parameters, torch.optim.AdamW(parameters.values()))
+    state = LoopState(adapted(parameters), torch.optim.AdamW(parameters.values()))
     assert state.load(run.checkpoint)
     assert state.totals.step == 2

@@ -1,5 +1,6 @@
 """The fast LoRA forward against PEFT's own, layer by layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.methods import trainable_parameters
-from swlora.engine.lora import fast_lora, is_covered
+from swlora.engine.lora import fast_lora
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module"),
@@ -33,12 +34,20 @@ class Projections(nn.Module):
         self.embedding = nn.Embedding(13, N_IN)
 
 
-def make(dtype: torch.dtype = torch.float32, names: Any = tuple(N_OUT), **config: Any) -> Any:
+def make(
+    dtype: torch.dtype = torch.float32,
+    names: Any = tuple(N_OUT),
+    kind: Callable[..., Any] = LoraConfig,
+    **config: Any,
+) -> Any:
     """A PeftModel around `Projections` with a B as large as A."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = {"r": 3, "lora_alpha": 7, "target_modules": list(names)} | config
-        model = get_peft_model(Projections().to(dtype), LoraConfig(**config))
+        model = get_peft_model(Projections().to(dtype), kind(**config))
+        for parameter_name, parameter in model.named_parameters():
+            if "ranknum" in parameter_name:  # a constant, though PEFT may set it free
+                parameter.requires_grad_(False)
         for parameter in trainable_parameters(model).values():
             nn.init.normal_(parameter, std=0.5)
     return model.train()
@@ -68,6 +77,11 @@ def measured(layer: Any, x: Tensor, *, clamp: float | None = None) -> dict[str, 
     return {"y": y.detach(), "x": x.grad} | grads
 
 
+def is_covered(model: Any, name: str) -> bool:
+    with fast_lora(model):
+        return "forward" in vars(layer_of(model, name))
+
+
 def assert_fast_equals_peft(
     model: Any, name: str, x: Tensor, *, clamp: float | None = None, tolerance: float = 1e-6
 ) -> None:
@@ -77,21 +91,76 @@ def assert_fast_equals_peft(
         assert "forward" in vars(layer)
         found = measured(layer, x, clamp=clamp)
     assert found.keys() == expected.keys()
-    assert sum("lora" in key for key in found) == 2
+    assert {key for key in found if "lora" in key} == {
+        key for key, parameter in layer.named_parameters() if parameter.requires_grad
+    }
     for key, value in expected.items():
         assert found[key].dtype == value.dtype and found[key].shape == value.shape
         error = (found[key] - value).norm() / value.norm()
         assert float(error) < tolerance, f"{key}: relative error {float(error):.1e}"
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+def adalora(**config: Any) -> AdaLoraConfig:
+    """A rank of 3 at the start, as the others have."""
+    del config["r"]
+    return AdaLoraConfig(init_r=3, target_r=2, total_step=9, tinit=1, tfinal=1, **config)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "adalora": {"kind": adalora},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)], ids=str
 )
 @pytest.mark.parametrize("name", N_OUT)
-def test_equals_peft(name: str, dtype: torch.dtype, tolerance: float, rslora: bool) -> None:
-    model = make(dtype, use_rslora=rslora).to(dtype)
+def test_equals_peft(name: str, dtype: torch.dtype, tolerance: float, variant: str) -> None:
+    model = make(dtype, **VARIANTS[variant]).to(dtype)
     assert_fast_equals_peft(model, name, make_input(dtype), tolerance=tolerance)
+    assert len([p for p in layer_of(model, name).parameters() if p.requires_grad]) == (
+        3 if variant in ("dora", "adalora") else 2
+    )
+
+
+@pytest.mark.parametrize("variant", ["dora", "adalora"])
+@pytest.mark.parametrize("name", N_OUT)
+def test_variants_without_a_graph(name: str, variant: str) -> None:
+    model, x = make(**VARIANTS[variant]), make_input()
+    layer = layer_of(model, name)
+    with torch.no_grad():
+        expected = layer(x)
+        with fast_lora(model):
+            torch.testing.assert_close(layer(x), expected)
+            torch.testing.assert_close(layer(x[:1, :1]), expected[:1, :1])
+
+
+def test_adalora_with_a_matrix_that_lost_all_its_ranks() -> None:
+    model = make(names=["no_bias"], kind=adalora)
+    mask = {"no_bias.lora_E.default": [False] * 3}
+    model.base_model.resize_modules_by_rank_pattern(mask, "default")
+    layer, x = layer_of(model, "no_bias"), make_input()
+    assert is_covered(model, "no_bias")
+    with fast_lora(model):
+        assert torch.equal(layer(x), layer.base_layer(x))
+        with torch.no_grad():
+            assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_the_norms_of_dora_follow_the_weights() -> None:
+    """They are constant for as long as the fast forward is in place, and no longer."""
+    model, x = make(use_dora=True), make_input()
+    layer = layer_of(model, "with_bias")
+    for _ in range(2):
+        with torch.no_grad():
+            layer.lora_B["default"].weight.mul_(3)
+        expected = layer(x)
+        with fast_lora(model):
+            torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("shape", [(N_IN,), (1, N_IN), (6, N_IN), (1, 1, N_IN), (2, 3, 4, N_IN)])
@@ -146,17 +215,15 @@ def test_gradients_add_up(name: str) -> None:
         torch.testing.assert_close(gradient - once[key], layer.get_parameter(key).grad)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", N_OUT)
-def test_bfloat16_with_float32_adapters(name: str) -> None:
-    model = make(torch.bfloat16)
+def test_bfloat16_with_float32_adapters(name: str, variant: str) -> None:
+    model = make(torch.bfloat16, **VARIANTS[variant])
     layer = layer_of(model, name)
     x = make_input(torch.bfloat16, (40, N_IN))
     with fast_lora(model):
         found = measured(layer, x)
-    assert {key: value.dtype for key, value in found.items() if "lora" in key} == {
-        "lora_A.default.weight": torch.float32,
-        "lora_B.default.weight": torch.float32,
-    }
+    assert {value.dtype for key, value in found.items() if "lora" in key} == {torch.float32}
     assert found["y"].dtype == found["x"].dtype == torch.bfloat16
     truth = measured(layer_of(model.double(), name), x.double())
     for key, value in truth.items():
@@ -202,22 +269,24 @@ def test_every_forward_is_given_back_bit_for_bit() -> None:
 
 def assert_left_alone(model: Any, name: str, x: Tensor) -> None:
     layer = layer_of(model, name)
-    assert not is_covered(layer)
     expected = layer(x)
     with fast_lora(model):
         assert "forward" not in vars(layer)
         assert torch.equal(layer(x), expected)
 
 
-def test_dora_is_left_alone() -> None:
-    assert_left_alone(make(use_dora=True), "with_bias", make_input())
+def test_dora_with_dropout_is_left_alone() -> None:
+    """PEFT then drops the input of the frozen map, too."""
+    model, x = make(use_dora=True, lora_dropout=0.4), make_input()
+    assert not is_covered(model, "with_bias")
+    model.eval()
+    assert_fast_equals_peft(model, "with_bias", x)
 
 
-def test_adalora_is_left_alone() -> None:
-    config = AdaLoraConfig(
-        init_r=4, target_r=2, total_step=9, tinit=1, tfinal=1, target_modules=["no_bias"]
-    )
-    assert_left_alone(get_peft_model(Projections(), config), "no_bias", make_input())
+def test_adalora_whose_first_rank_is_trained_is_left_alone() -> None:
+    model = make(names=["no_bias"], kind=adalora)
+    layer_of(model, "no_bias").ranknum["default"].requires_grad_(True)
+    assert_left_alone(model, "no_bias", make_input())
 
 
 def test_biases_of_an_adapter_are_left_alone() -> None:
@@ -239,7 +308,7 @@ def test_trained_biases_are_left_alone() -> None:
 def test_two_adapters_at_once_are_left_alone() -> None:
     model = make(names=["with_bias"])
     model.add_adapter("second", LoraConfig(r=2, target_modules=["with_bias"]))
-    assert is_covered(layer_of(model, "with_bias"))
+    assert is_covered(model, "with_bias")
     model.base_model.set_adapter(["default", "second"])
     assert_left_alone(model, "with_bias", make_input())
 
@@ -264,12 +333,11 @@ def test_disabled_and_merged_adapters_are_left_alone() -> None:
     assert_left_alone(model, "no_bias", x)
     torch.testing.assert_close(layer(x), adapted)
     model.unmerge_adapter()
-    assert is_covered(layer)
+    assert is_covered(model, "no_bias")
 
 
 def test_a_model_without_adapters_runs_as_it_is() -> None:
     model, x = Projections(), make_input()
-    assert not is_covered(model.with_bias)
     expected = model.with_bias(x)
     with fast_lora(model):
         assert torch.equal(model.with_bias(x), expected)

@@ -7,6 +7,7 @@ import torch
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec, DecodeSpec
+from swlora.engine.batch_decoder import BatchDecoder
 from swlora.errors import UserError
 from swlora.evaluation.decode import check_room, generate, generation_config
 from swlora.models.anatomy import Anatomy
@@ -42,10 +43,12 @@ def talkative(make_model):
     return model
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "gpt_neox", "falcon"])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_greedy_is_the_argmax_of_every_step(model_type, batch_size, make_model, tiny_tokenizer):
-    """Left padding, batches sorted by length, and the cache change nothing."""
+    """Company, places that are refilled, and the cache change nothing; nor does left padding,
+    with which transformers runs families whose attention cannot be replaced.
+    """
     model = make_model(model_type)
     spec = DecodeSpec(batch_size=batch_size, max_new_tokens=9)
     expected = [
@@ -133,6 +136,52 @@ def test_sampling_depends_on_the_seed_alone(make_model, tiny_tokenizer):
     assert torch.equal(torch.get_rng_state(), state)
     assert decode(model, tiny_tokenizer, spec, seed=4) != first
     assert decode(model, tiny_tokenizer, DecodeSpec(max_new_tokens=12), seed=3) != first
+
+
+def test_a_sampled_text_does_not_depend_on_the_batch(make_model, tiny_tokenizer):
+    model = make_model("llama", initializer_range=0.1)
+    specs = [
+        DecodeSpec(temperature=1.0, top_p=0.9, max_new_tokens=12, batch_size=n) for n in (1, 3, 64)
+    ]
+    prompts = [*PROMPTS, PROMPTS[0]]
+    texts = [decode(model, tiny_tokenizer, spec, prompts) for spec in specs]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0][0] != texts[0][-1]
+
+
+class Counter(Silent):
+    """Notes every advance."""
+
+    def __init__(self) -> None:
+        self.advances: list[float] = []
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002
+        self.advances.append(amount)
+
+
+@pytest.mark.parametrize("ngrams", [0, 3])
+def test_progress_is_told_of_every_prompt(ngrams, make_model, tiny_tokenizer):
+    counter, prompts = Counter(), PROMPTS * 5
+    spec = DecodeSpec(max_new_tokens=3, batch_size=4, no_repeat_ngram_size=ngrams)
+    texts = generate(make_model("gpt2"), tiny_tokenizer, prompts, spec, counter)
+    assert counter.advances == [1.0] * 20
+    assert texts == texts[:4] * 5
+
+
+def test_freed_places_are_filled_again(talkative, tiny_tokenizer, monkeypatch):
+    n_at_once = []
+    step = BatchDecoder.step
+
+    def counting(self):
+        n_at_once.append(self.n_requests)
+        return step(self)
+
+    monkeypatch.setattr(BatchDecoder, "step", counting)
+    prompts = [[*prompt, k] for k in range(10) for prompt in PROMPTS]
+    decode(talkative, tiny_tokenizer, DecodeSpec(max_new_tokens=40, batch_size=16), prompts)
+    assert max(n_at_once) == 16
+    lengths = [len(greedy(talkative, prompt, 40)) + 1 for prompt in prompts]
+    assert len(n_at_once) < sum(max(lengths[k : k + 16]) for k in range(0, len(prompts), 16))
 
 
 def test_sampling_follows_temperature_and_top_p(make_model, tiny_tokenizer):

@@ -1,6 +1,7 @@
 """The loss of a data set against one padded batch of everything."""
 
 from collections.abc import Callable
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import METHODS, adapt, attach, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.tree_rows import TokenSequences
 from swlora.engine.plain import completion_loss, pad
-from swlora.evaluation.loss import SEQUENCES_AT_ONCE, dataset_loss
+from swlora.evaluation.loss import (
+    ENGLISH_WINDOWS,
+    SEQUENCES_AT_ONCE,
+    dataset_loss,
+    english_loss,
+    grouped_losses,
+)
+from swlora.loss_sum import LossSum
 from swlora.models.anatomy import FAMILIES
 from swlora.progress import Silent
+from swlora.superweights.ablate import text_loss, text_windows
 
 MakeModel = Callable[..., Any]
 MODEL_TYPES = [model_type for family in FAMILIES for model_type in family.model_types]
@@ -146,3 +155,101 @@ def test_disabled_adapters_count_for_nothing(make_model: MakeModel) -> None:
     with peft_model.disable_adapter():
         found = dataset_loss(peft_model, sequences, Silent())
     assert found.sum_nats == pytest.approx(expected.sum_nats, rel=1e-6)
+
+
+def nested_prompts() -> tuple[TokenSequences, np.ndarray]:
+    """Prompts that begin with one another, so that one's completion runs through another's prompt;
+    a completion that two prompts share node by node; duplicates; single prompts.
+    """
+    pairs = [
+        ([5], [6, 7, 8]),
+        ([5, 6], [7, 8]),
+        ([5, 6], [7, 8]),
+        ([5, 6, 7], [8]),
+        ([5], [6]),
+        ([9, 5], [6, 7]),
+        ([5, 6], [7, 9, 9, 9]),
+    ]
+    return TokenSequences.from_lists(pairs), np.array([2, 0, 0, 3, 2, 1, 0])
+
+
+def assert_groups_equal_oracle(model: Any, sequences: TokenSequences, group_of: Any) -> None:
+    found = grouped_losses(model, sequences, group_of, Silent())
+    assert len(found) == group_of.max() + 1
+    for group, loss in enumerate(found):
+        ids = np.flatnonzero(group_of == group)
+        with torch.no_grad():
+            expected, n_tokens = completion_loss(model, pad(sequences, ids, model.device))
+        assert loss.n_tokens == n_tokens
+        assert loss.sum_nats == pytest.approx(float(expected), rel=1e-5)
+    total = sum(found, LossSum())
+    plain = dataset_loss(model, sequences, Silent())
+    assert total.n_tokens == plain.n_tokens
+    assert total.sum_nats == pytest.approx(plain.sum_nats, rel=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "falcon"])
+def test_every_prompt_has_its_own_loss(make_model: MakeModel, model_type: str) -> None:
+    model = adapted(make_model(model_type))
+    assert_groups_equal_oracle(model, *nested_prompts())
+    sequences = make_sequences(2 * SEQUENCES_AT_ONCE + 5)
+    prompts = [
+        tuple(sequences.tokens[a : a + n])
+        for a, n in zip(sequences.offsets[:-1], sequences.prompt_lengths, strict=True)
+    ]
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    assert_groups_equal_oracle(model, sequences, np.array([numbers[p] for p in prompts]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model_type", ["llama", "falcon"])
+def test_every_method_is_measured_with_its_adapter_on(
+    make_model: MakeModel, tiny_tokenizer: Any, model_type: str, method: str
+) -> None:
+    """Before the training's end and after it, where some methods are given another form."""
+    base = make_model(model_type)
+    untouched = english_loss(base, tiny_tokenizer)
+    spec = AdapterSpec.model_validate({"method": method})
+    adapted_model = adapt(base, spec, [0, 2], seed=1, n_steps=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for parameter in adapted_model.parameters.values():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model = adapted_model.model.eval()
+    assert_groups_equal_oracle(model, *nested_prompts())
+    adapted_model.finish()
+    assert_groups_equal_oracle(model.eval(), *nested_prompts())
+    windows = text_windows(tiny_tokenizer, None, ENGLISH_WINDOWS, 256)
+    found = english_loss(model, tiny_tokenizer)
+    assert found.sum_nats == pytest.approx(text_loss(model, windows).sum_nats, rel=1e-5)
+    assert found.sum_nats != pytest.approx(untouched.sum_nats, rel=1e-4)
+
+
+def test_groups_that_are_no_prompts(make_model: MakeModel) -> None:
+    """A group is what the caller says: here each sequence alone, then an arbitrary mixture."""
+    model, sequences = make_model("llama"), make_sequences(23)
+    assert_groups_equal_oracle(model, sequences, np.arange(23))
+    mixture = np.random.default_rng(0).permutation(np.arange(23) % 4)
+    assert_groups_equal_oracle(model, sequences, mixture)
+
+
+@pytest.mark.parametrize("group_of", [np.array([0, 0]), np.array([0, 2, 2]), np.array([[0, 1, 1]])])
+def test_groups_that_do_not_fit(make_model: MakeModel, group_of: Any) -> None:
+    sequences = TokenSequences.from_lists([([1], [2])] * 3)
+    with pytest.raises(ValueError, match="group_of"):
+        grouped_losses(make_model("llama"), sequences, group_of, Silent())
+
+
+def test_english_is_predicted_token_by_token(make_model: MakeModel, tiny_tokenizer: Any) -> None:
+    """Windows of the shipped text, as long as the model's context, the adapter's part included."""
+    model = adapted(make_model("llama"))
+    text = resources.files("swlora.superweights").joinpath("english.txt").read_text("utf-8")
+    ids = torch.tensor(list(text.encode())[: ENGLISH_WINDOWS * 256]).view(ENGLISH_WINDOWS, 256)
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(input_ids=ids).logits.double(), dim=-1)[:, :-1]
+    expected = -float(log_p.gather(-1, ids[:, 1:, None]).sum())
+    found = english_loss(model, tiny_tokenizer)
+    assert found.n_tokens == ENGLISH_WINDOWS * 255
+    assert found.sum_nats == pytest.approx(expected, rel=1e-5)
+    with model.disable_adapter():
+        assert english_loss(model, tiny_tokenizer).sum_nats != pytest.approx(expected, rel=1e-3)

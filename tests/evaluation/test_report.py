@@ -43,6 +43,10 @@ def test_a_table_of_scores():
         ["NLL", "1.2500", "nats", "a", "completion", "token"],
     ]
     assert "NLL" not in scores_table(SCORES)
+    assert "PPL" not in scores_table(SCORES)
+    english = {"english_perplexity": 25.4677, "english_perplexity_before": 20.0}
+    line = scores_table(SCORES | english).splitlines()[-1]
+    assert line == "PPL         25.47  of English text; 20.00 before training"
     assert "METEOR     0.3000" in scores_table(SCORES | {"METEOR": 0.3})
 
 

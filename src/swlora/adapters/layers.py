@@ -1,36 +1,69 @@
 """Which layers are trained: a policy such as `last:4`, turned into layer numbers.
 
-    all | super | last:K | first:K | every:K | random:K:SEED | 2,11
+    all | super | super+removal | auto:BUDGET | last:K | first:K | every:K | random:K:SEED | 2,11
 
-`every:K` takes K evenly spaced layers that include the last one; `random:K:SEED` draws K.
+`super` takes the layers of verified super weights, `super+removal` also those that take the super
+activation out of the residual stream again. `auto:BUDGET` measures (`engine.layer_choice`) and
+stays within that share of the time of all layers. `every:K` takes K evenly spaced layers that
+include the last one; `random:K:SEED` draws K.
 """
 
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from swlora.errors import UserError
 
-POLICIES = "all, super, last:K, first:K, every:K, random:K:SEED or a list such as 2,11"
+POLICIES = (
+    "all, super, super+removal, auto:BUDGET, last:K, first:K, every:K, random:K:SEED "
+    "or a list such as 2,11"
+)
+
+
+@dataclass(frozen=True)
+class Identified:
+    """What `identify` found: layers of verified super weights, and where their activation ends."""
+
+    super_layers: Sequence[int]
+    removal_layers: Sequence[int]
 
 
 def needs_identification(policy: str) -> bool:
     """Say whether the policy depends on verified super weights."""
-    return policy == "super"
+    return policy in ("super", "super+removal")
 
 
-def resolve_layers(
-    policy: str, n_layers: int, super_layers: Sequence[int] | None = None
-) -> list[int]:
+def time_budget(policy: str) -> float | None:
+    """Return the budget of `auto:BUDGET`, a share of all layers' time; None for other policies.
+
+    Raises UserError where it is no number above 0 and up to 1.
+    """
+    kind, _, budget = policy.partition(":")
+    if kind != "auto":
+        return None
+    try:
+        share = float(budget)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(
+            f"--layers {policy!r} is not understood: auto:0.5 takes at most half of the time that "
+            "all layers take"
+        )
+    return share
+
+
+def resolve_layers(policy: str, n_layers: int, identified: Identified | None = None) -> list[int]:
     """Return sorted layer numbers for `policy` in a model of `n_layers` blocks.
 
-    `super_layers` are the layers of verified super weights, needed by `super` only.
+    `identified` is needed by `super` and `super+removal` only.
     Raises UserError for an unknown policy, layers out of range, or no layer at all.
     """
     if policy == "all":
         return list(range(n_layers))
-    if policy == "super":
-        return _super(super_layers)
+    if needs_identification(policy):
+        return _super(policy, identified)
     if re.fullmatch(r"\d+(,\d+)*", policy.replace(" ", "")):
         return _checked([int(part) for part in policy.split(",")], n_layers)
     kind, *numbers = policy.split(":")
@@ -50,15 +83,16 @@ def resolve_layers(
     raise UserError(f"--layers {policy!r} is not understood; use {POLICIES}")
 
 
-def _super(super_layers: Sequence[int] | None) -> list[int]:
-    if super_layers is None:
-        raise UserError("--layers super needs the layers that identify verified")
-    if not super_layers:
+def _super(policy: str, identified: Identified | None) -> list[int]:
+    if identified is None:
+        raise UserError(f"--layers {policy} needs the layers that identify verified")
+    if not identified.super_layers:
         raise UserError(
-            "no super weight was verified in this model, so --layers super names no layer; "
+            f"no super weight was verified in this model, so --layers {policy} names no layer; "
             "choose all, last:K or a list"
         )
-    return sorted(set(super_layers))
+    removal = identified.removal_layers if policy == "super+removal" else ()
+    return sorted({*identified.super_layers, *removal})
 
 
 def _checked(layers: list[int], n_layers: int) -> list[int]:

@@ -1,55 +1,135 @@
 """Adapters by name, built by PEFT so that every other tool can use them.
 
 LoRA (arXiv 2106.09685, eq. 3): y = W x + (alpha / r) B A x with A (r, in) random, B (out, r) zero.
-Adapter weights are float32 whatever the model's dtype.
+DoRA (2402.09353) gives every output channel a trained magnitude; rsLoRA (2312.03732) scales by
+alpha / sqrt(r); Super-Tuning (2607.09287) trains the largest scalars of each weight. Trained
+weights are float32 whatever the model's dtype.
+
+A new method is an entry of METHODS, and its name and settings in `swlora.config`.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from swlora.adapters import adalora, full
+from swlora.adapters.adapted import Adapted, LoraPlus, trainable_parameters
+from swlora.adapters.pissa import Pissa
+from swlora.adapters.site import Site
 from swlora.config import AdapterSpec
 from swlora.errors import UserError
-from swlora.models.anatomy import Anatomy
+from swlora.models.anatomy import Anatomy, weight_out_in
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "adapt",
+    "adapted_layers",
+    "adapted_modules",
+    "attach",
+    "quiet_peft",
+    "resolve_targets",
+    "train_mode",
+    "trainable_parameters",
+    "unfit",
+]
 
 ALL_LINEAR = "all-linear"
 
 
-def attach(model: Any, spec: AdapterSpec, layers: Sequence[int], *, seed: int) -> Any:
-    """Wrap `model` in a PeftModel with trainable adapters in `layers` only.
+@dataclass(frozen=True)
+class Method:
+    """How one method is built and trained.
 
-    The initial values depend on `seed` alone.
-    Raises UserError where a target name or a layer matches no projection.
+    `config` makes PEFT's configuration, `adapted` what the training does besides descending,
+    `first_rank` the rank it starts with, or None for a method that has none. `linear_only` methods
+    know nn.Linear and not GPT-2's Conv1D.
+    """
+
+    config: Callable[[AdapterSpec, Site], Any]
+    adapted: type[Adapted] = Adapted
+    first_rank: Callable[[AdapterSpec], int] | None = lambda spec: spec.rank
+    linear_only: bool = False
+
+
+def attach(model: Any, spec: AdapterSpec, layers: Sequence[int], *, seed: int) -> Any:
+    """Return the PeftModel of `adapt`, for those who need nothing else of it."""
+    return adapt(model, spec, layers, seed=seed).model
+
+
+def adapt(
+    model: Any,
+    spec: AdapterSpec,
+    layers: Sequence[int],
+    *,
+    seed: int,
+    n_steps: int | None = None,
+) -> Adapted:
+    """Wrap `model` in a PeftModel with what `spec` trains, in `layers` only.
+
+    The initial values depend on `seed` alone. `n_steps` are the optimizer steps to come, which
+    adalora needs. Raises UserError where the method does not fit the model, all reasons at once.
     """
     from peft import get_peft_model
 
-    anatomy = Anatomy(model)
-    targets = resolve_targets(anatomy, spec.targets)
-    config = METHODS[spec.method](spec, anatomy, targets, list(layers))
+    method, anatomy = METHODS[spec.method], Anatomy(model)
+    problems = unfit(spec, anatomy, layers)
+    if problems:
+        raise UserError("; ".join(problems))
+    site = Site(anatomy, resolve_targets(anatomy, spec.targets), list(layers), n_steps)
+    config = method.config(spec, site)
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
-        peft_model = get_peft_model(model, config)
-    n_expected = len(targets) * len(layers)
-    n_adapted = len(adapted_modules(peft_model))
+        adapted = method.adapted(get_peft_model(model, config), spec)
+    n_expected, n_adapted = len(site.modules), len(adapted_modules(adapted.model))
     if n_adapted != n_expected:
         raise UserError(f"{n_adapted} modules were adapted where {n_expected} were expected")
-    return peft_model
+    return adapted
+
+
+def unfit(spec: AdapterSpec, anatomy: Anatomy, layers: Sequence[int]) -> list[str]:
+    """Return every reason why `spec` cannot work in these layers of a model; empty if it can."""
+    try:
+        site = Site(anatomy, resolve_targets(anatomy, spec.targets), list(layers))
+        modules = site.modules
+    except UserError as error:
+        return [str(error)]
+    method, problems = METHODS[spec.method], []
+    others = {type(m).__name__ for m in modules.values() if not isinstance(m, nn.Linear)}
+    if method.linear_only and others:
+        problems.append(
+            f"{spec.method} works on nn.Linear only, and this model has {', '.join(sorted(others))}"
+        )
+    if method.first_rank is not None:
+        rank = method.first_rank(spec)
+        sides = {name: min(weight_out_in(module).shape) for name, module in modules.items()}
+        narrow = min(sides, key=lambda name: sides[name])
+        if rank > sides[narrow]:
+            problems.append(
+                f"{spec.method} with --rank {spec.rank} starts at rank {rank}, and the smaller "
+                f"side of {narrow} is {sides[narrow]}; lower --rank"
+            )
+    return problems
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
     """Silence what PEFT warns of and the user cannot act on: a renamed attribute that it reads,
-    and adapter tensors that are missing, which `load_adapter` refuses.
+    adapter tensors that are missing, which `load_adapter` refuses, and what AdaLoRA leaves behind:
+    ranks, which it takes for LoRA's and then uses, and matrices without any.
     """
     with warnings.catch_warnings():
         message = "`is_gradient_checkpointing` is deprecated"
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message=r"Adapter .* tensor\(s\) have invalid shape")
         yield
 
 
@@ -74,10 +154,12 @@ def resolve_targets(anatomy: Anatomy, names: Sequence[str]) -> list[str]:
 
 
 def adapted_modules(peft_model: Any) -> dict[str, nn.Module]:
-    """Return the wrapped projections of a PeftModel by their full names."""
+    """Return what PEFT put in the place of projections, by their full names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
 
-    return {n: m for n, m in peft_model.named_modules() if isinstance(m, BaseTunerLayer)}
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    return {n: m for n, m in peft_model.named_modules() if isinstance(m, kinds)}
 
 
 def adapted_layers(peft_model: Any) -> list[int]:
@@ -91,11 +173,6 @@ def adapted_layers(peft_model: Any) -> list[int]:
     ]
 
 
-def trainable_parameters(peft_model: Any) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name, in a fixed order."""
-    return {n: p for n, p in peft_model.named_parameters() if p.requires_grad}
-
-
 def train_mode(peft_model: Any) -> None:
     """Switch on the adapter's own dropout only; the frozen model stays deterministic."""
     peft_model.eval()
@@ -103,25 +180,31 @@ def train_mode(peft_model: Any) -> None:
         dropouts = getattr(module, "lora_dropout", None)
         if dropouts is not None:
             dropouts.train()
+        if getattr(module, "lora_magnitude_vector", None):
+            module.training = True  # where PEFT's DoRA looks for whether its dropout is on
 
 
-def _lora_config(spec: AdapterSpec, anatomy: Anatomy, targets: list[str], layers: list[int]) -> Any:
+def _lora(spec: AdapterSpec, site: Site, **settings: Any) -> Any:
     from peft import LoraConfig
 
-    some_layers = len(layers) < anatomy.n_layers
-    is_conv1d = isinstance(anatomy.projection(0, targets[0]), Conv1D)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=targets,
-        layers_to_transform=layers if some_layers else None,
-        layers_pattern=anatomy.family.blocks if some_layers else None,
-        fan_in_fan_out=is_conv1d,
-    )
+    sizes = {"r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout}
+    return site.config(LoraConfig, **sizes, **settings)
 
 
-METHODS: dict[str, Callable[[AdapterSpec, Anatomy, list[str], list[int]], Any]] = {
-    "lora": _lora_config,
+def _supertuning(spec: AdapterSpec, site: Site) -> Any:
+    from peft import SupertuningConfig
+
+    given = {} if spec.sparsity is None else {"sparsity": spec.sparsity}
+    return site.config(SupertuningConfig, **given)
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(_lora),
+    "lora+": Method(_lora, LoraPlus),
+    "dora": Method(partial(_lora, use_dora=True)),
+    "adalora": Method(adalora.config, adalora.AdaLora, first_rank=adalora.first_rank),
+    "pissa": Method(_lora, Pissa),
+    "rslora": Method(partial(_lora, use_rslora=True)),
+    "full": Method(full.config, full.Full, first_rank=None),
+    "supertuning": Method(_supertuning, first_rank=None, linear_only=True),
 }

@@ -13,21 +13,23 @@ FACTS = "swlora.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> None:
-    """Save a PeftModel's adapter as safetensors; `folder` is replaced by a complete one.
+def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> int:
+    """Save a PeftModel's adapter as safetensors; return the bytes of its weights.
 
-    Raises RunFailedError where the disk is full.
+    `folder` is replaced by a complete one. Raises RunFailedError where the disk is full.
     """
     from safetensors import SafetensorError
 
     scratch = folder.with_name(f".{folder.name}-saving")
     try:
         shutil.rmtree(scratch, ignore_errors=True)
-        model.save_pretrained(str(scratch), safe_serialization=True, save_embedding_layers=False)
+        with quiet_peft():
+            model.save_pretrained(str(scratch), save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         write_json(scratch / FACTS, facts)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.replace(folder)
+        return (folder / WEIGHTS).stat().st_size
     except (OSError, SafetensorError) as error:
         raise RunFailedError(f"cannot write {folder}: {error}") from error
 
@@ -43,7 +45,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     try:
         with quiet_peft():
             peft_model = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
-        n_extra, n_missing = _unmatched(peft_model, folder / WEIGHTS)
+            n_extra, n_missing = _unmatched(peft_model, folder / WEIGHTS)
     except Exception as error:  # PEFT, torch and safetensors raise many kinds
         detail = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter in {folder} does not fit this model: {detail}") from error
@@ -52,7 +54,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
             f"the adapter in {folder} does not fit this model: {n_extra} of its tensors have no "
             f"place and {n_missing} are missing"
         )
-    return peft_model.eval()
+    if peft_model.peft_config["default"].peft_type == "ADALORA":
+        _undo_rounding(peft_model, folder / WEIGHTS)
+    return peft_model.eval().requires_grad_(False)  # PEFT leaves some free on bfloat16 models
 
 
 def _unmatched(peft_model: Any, weights: Path) -> tuple[int, int]:
@@ -64,6 +68,17 @@ def _unmatched(peft_model: Any, weights: Path) -> tuple[int, int]:
         saved = set(file.keys())
     places = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
     return len(saved - places), len(places - saved)
+
+
+def _undo_rounding(peft_model: Any, weights: Path) -> None:
+    """Put the saved tensors back as they are.
+
+    PEFT rounds them to the model's dtype where it cuts an AdaLoRA to the ranks that were left.
+    """
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(weights, device=str(peft_model.device)).items():
+        peft_model.get_parameter(f"{name}.default").data = tensor
 
 
 def adapter_folder(path: Path) -> Path:

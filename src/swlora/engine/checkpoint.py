@@ -1,8 +1,8 @@
 """The whole state of a training loop as one object, saved and loaded through the run folder.
 
-Adapter weights, optimizer moments, the random generator and the position in the data; learning
-rate and data order are pure functions of (seed, step), so they need no state. A run that resumes
-here does the same arithmetic as one that never stopped.
+Trained weights, what else the method keeps, optimizer moments, the random generator and the
+position in the data; learning rate and data order are pure functions of (seed, step), so they need
+no state. A run that resumes here does the same arithmetic as one that never stopped.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from swlora.adapters.adapted import Adapted
 from swlora.errors import RunFailedError
 from swlora.runs import load_snapshot, save_snapshot
 
@@ -29,7 +30,7 @@ class Totals:
 class LoopState:
     """Live references to everything that a resumed run needs."""
 
-    parameters: dict[str, nn.Parameter]
+    adapted: Adapted
     optimizer: torch.optim.Optimizer
     totals: Totals = field(default_factory=Totals)
 
@@ -38,7 +39,9 @@ class LoopState:
         tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
         if self._device.type == "cuda":
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self._device)
-        for name, parameter in self.parameters.items():
+        for name, tensor in self.adapted.state().items():
+            tensors[f"method/{name}"] = tensor.detach().clone()
+        for name, parameter in self.adapted.parameters.items():
             tensors[f"parameter/{name}"] = parameter.detach().clone()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).clone()
@@ -54,21 +57,23 @@ class LoopState:
             return False
         tensors, values = snapshot
         saved = {n.removeprefix("parameter/") for n in tensors if n.startswith("parameter/")}
-        if saved != set(self.parameters):
+        if saved != set(self.adapted.parameters):
             raise RunFailedError(f"the checkpoint in {folder} belongs to another adapter")
         torch.set_rng_state(tensors["rng"])
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng_cuda"], self._device)
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in self.adapted.parameters.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
                 self._load_optimizer_state(name, parameter, tensors)
+        own = {n.removeprefix("method/"): t for n, t in tensors.items() if n.startswith("method/")}
+        self.adapted.load_state(own)
         self.totals = Totals(**values)
         return True
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self.parameters.values())).device
+        return next(iter(self.adapted.parameters.values())).device
 
     def _load_optimizer_state(
         self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swlora.engine.attention import wide
-from swlora.engine.patching import patched_forwards
+from swlora.models.patching import patched_forwards
 
 RMS_NORMS = frozenset(
     f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "SmolLM3")

@@ -1,31 +1,32 @@
-"""The training loop: steps of whole data-set rows, AdamW, a schedule, exact resume.
+"""The training loop: steps of whole data-set rows, AdamW, exact resume.
 
     gradient of a step = (sum over its completion tokens of the loss gradient) / (their number)
+                         + gradient of the method's own term, where it has one
 
 so that no result depends on how a step is padded or split. The step function is given: it adds
-the gradient of the summed loss and returns (sum_nats, n_tokens).
+the gradient of the summed loss and returns (sum_nats, n_tokens). Reported losses are without the
+method's own term.
 """
 
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import nn
 
+from swlora.adapters.adapted import Adapted
 from swlora.config import TrainSpec
-from swlora.data.tree_rows import TokenSequences, plan_steps
 from swlora.engine.checkpoint import LoopState
+from swlora.engine.schedule import Schedule, Step
 from swlora.errors import RunFailedError
 from swlora.progress import Progress
 from swlora.runs import Run
 
-Step = Sequence[np.ndarray]
+Observer = Callable[[int], dict[str, Any]]
 
 
 class StepFunction(Protocol):
@@ -35,84 +36,49 @@ class StepFunction(Protocol):
         """Run forward and backward over the rows of one step."""
 
 
-class StepPlan(Protocol):
-    """The steps of one epoch, a pure function of the epoch number."""
-
-    def __call__(self, epoch: int) -> list[list[np.ndarray]]:
-        """Return the steps; each is a list of rows, each row an array of sequence ids."""
-
-
-def step_plan(sequences: TokenSequences, spec: TrainSpec, seed: int) -> StepPlan:
-    """Return the plan that `spec` asks for: `plan_steps` as a function of the epoch."""
-
-    def plan(epoch: int) -> list[list[np.ndarray]]:
-        return plan_steps(
-            sequences,
-            sequences_per_step=spec.batch_size,
-            max_tokens_per_row=spec.row_tokens,
-            order=spec.order,
-            seed=seed,
-            epoch=epoch,
-        )
-
-    return plan
-
-
-def learning_rate(spec: TrainSpec, step: int, n_steps: int) -> float:
-    """Return the rate of step `step` (0-based): linear warm-up, then the schedule down to 0."""
-    n_warmup = round(spec.warmup_fraction * n_steps)
-    if step < n_warmup:
-        return spec.learning_rate * (step + 1) / n_warmup
-    if spec.schedule == "constant":
-        return spec.learning_rate
-    progress = (step - n_warmup) / max(1, n_steps - n_warmup)
-    if spec.schedule == "linear":
-        return spec.learning_rate * (1 - progress)
-    return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def train(
     step_function: StepFunction,
-    plan: StepPlan,
-    parameters: dict[str, nn.Parameter],
-    spec: TrainSpec,
+    schedule: Schedule,
+    adapted: Adapted,
     run: Run,
     progress: Progress,
+    observe: Observer | None = None,
 ) -> LoopState:
-    """Train `parameters` for the epochs of `spec`, checkpointing into `run`; return the state.
+    """Train `adapted` for the steps of `schedule`, checkpointing into `run`; return the state.
 
     Continues from the run's checkpoint where there is one. SIGINT and SIGTERM end the loop after
     the current step with a checkpoint and KeyboardInterrupt. The last checkpoint is the final
-    state; it goes when the run is done. Raises RunFailedError before a non-finite loss or gradient
-    could reach the weights.
+    state; it goes when the run is done. Every `eval_every_steps` steps, and after the last one,
+    `observe(step)` adds to the metrics of the step, off the clock; it must leave weights, mode and
+    random generators as they were. Raises RunFailedError before a non-finite loss or gradient could
+    reach the weights.
     """
     from accelerate import Accelerator
 
-    if not parameters:
+    spec = schedule.spec
+    if not adapted.parameters:
         raise RunFailedError("no parameter is trainable")
-    device = next(iter(parameters.values())).device
+    device = next(iter(adapted.parameters.values())).device
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     if accelerator.num_processes > 1:
         raise RunFailedError("swlora trains in one process; start it without a launcher")
-    optimizer = accelerator.prepare(_optimizer(parameters, spec))
-    state = LoopState(parameters, optimizer.optimizer)
-    folder = run.checkpoint
+    optimizer = accelerator.prepare(_optimizer(adapted, spec))
+    state = LoopState(adapted, optimizer.optimizer)
+    folder, n_steps = run.checkpoint, schedule.n_steps
     if state.load(folder):
         progress.say(f"resuming after step {state.totals.step}")
     run.truncate_metrics(state.totals.step)
-    epoch_lengths = [len(plan(epoch)) for epoch in range(spec.epochs)]
-    n_steps = min(sum(epoch_lengths), spec.max_steps or sum(epoch_lengths))
-    if n_steps == 0:
-        raise RunFailedError("the training data holds no step; nothing was trained")
     saved_at_s = time.perf_counter()
     with progress.task("train", n_steps) as task, _stop_requested() as stop:
         task.advance(state.totals.step)
-        for rows in _remaining(plan, epoch_lengths, state.totals.step, n_steps):
+        for rows in schedule.steps(state.totals.step):
             try:
-                report = _one_step(step_function, rows, state, accelerator, spec, n_steps)
+                report = _one_step(step_function, rows, state, accelerator, schedule)
             except RunFailedError:  # raised before the weights changed: nothing is lost
                 state.save(folder)
                 raise
+            if observe and _is_observed(state.totals.step, schedule):
+                report |= observe(state.totals.step)
             run.append_metrics(report)
             task.advance(1, f"loss {report['loss']:.3f}  {report['examples_per_s']:.1f} examples/s")
             stopping = stop.is_set()  # asked once: the signal may come between two questions
@@ -128,29 +94,37 @@ def train(
     return state
 
 
+def _is_observed(n_done: int, schedule: Schedule) -> bool:
+    every = schedule.spec.eval_every_steps
+    return every is not None and (n_done % every == 0 or n_done == schedule.n_steps)
+
+
 def _one_step(
     step_function: StepFunction,
     rows: Step,
     state: LoopState,
     accelerator: Any,
-    spec: TrainSpec,
-    n_steps: int,
+    schedule: Schedule,
 ) -> dict[str, Any]:
     start_s = time.perf_counter()
-    totals, optimizer = state.totals, state.optimizer
-    rate = learning_rate(spec, totals.step, n_steps)
+    totals, optimizer, adapted = state.totals, state.optimizer, state.adapted
+    rate = schedule.learning_rate(totals.step)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
     sum_nats, n_tokens = step_function(rows)
-    gradients = [p.grad for p in state.parameters.values() if p.grad is not None]
-    torch._foreach_mul_(gradients, 1.0 / n_tokens)
-    norm = float(accelerator.clip_grad_norm_(state.parameters.values(), spec.max_grad_norm))
+    parameters = adapted.parameters.values()
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / n_tokens)
+    penalty = adapted.penalty()
+    if penalty is not None:
+        torch.autograd.backward(penalty)
+    norm = float(accelerator.clip_grad_norm_(parameters, schedule.spec.max_grad_norm))
     if not (math.isfinite(sum_nats) and math.isfinite(norm)):
         raise RunFailedError(
             f"the loss or its gradient is not finite at step {totals.step + 1}; the weights are "
             "still those of the step before: start again with a lower --learning-rate"
         )
     optimizer.step()
+    adapted.after_step(totals.step + 1)
     optimizer.zero_grad(set_to_none=True)
     step_s = time.perf_counter() - start_s
     n_rows = int(sum(len(row) for row in rows))
@@ -171,23 +145,17 @@ def _one_step(
     }
 
 
-def _optimizer(parameters: dict[str, nn.Parameter], spec: TrainSpec) -> torch.optim.Optimizer:
+def _optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:
+    """Return AdamW with one group of parameters for each factor on the learning rate."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in adapted.parameters.items():
+        groups.setdefault(adapted.rate(name), []).append(parameter)
     return torch.optim.AdamW(
-        parameters.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True
+        [{"params": members, "factor": factor} for factor, members in groups.items()],
+        lr=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        fused=True,
     )
-
-
-def _remaining(
-    plan: StepPlan, epoch_lengths: list[int], n_done: int, n_steps: int
-) -> Iterator[Step]:
-    first = 0
-    for epoch, length in enumerate(epoch_lengths):
-        if first + length > n_done:
-            steps = plan(epoch)
-            yield from steps[max(0, n_done - first) : n_steps - first]
-        first += length
-        if first >= n_steps:
-            return
 
 
 @contextmanager

@@ -4,8 +4,10 @@
     dx = dy W + u A     dA = u' x     dB = s dy' (x A')
 
 Forward keeps x and the r-wide product x A'; the adapter's matrices are used in the model's dtype
-and their gradients return in float32. PEFT's own forward stays in place for what this does not
-cover (DoRA, several adapters at once).
+and their gradients return in float32. LoRA+, rsLoRA and PiSSA are this with other numbers. AdaLoRA
+is this with diag(e) A in the place of A. DoRA scales y, before the bias, by m / ||W + s B A||, one
+number an output channel, whose norm is a constant to the gradient (arXiv 2402.09353, section 4.3).
+PEFT's own forward stays in place for what this does not cover (several adapters at once).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.methods import adapted_modules
-from swlora.engine.patching import patched_forwards
+from swlora.models.patching import patched_forwards
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -67,63 +69,123 @@ class _LoraLinear(torch.autograd.Function):
 _lora_linear: Callable[..., Tensor] = _LoraLinear.apply
 
 
-class _FastForward:
+class FastLora:
     """Replaces the forward of one PEFT LoRA layer."""
 
     def __init__(self, layer: Any) -> None:
-        base = layer.base_layer
-        name = layer.active_adapters[0]
+        base, name = layer.base_layer, layer.active_adapters[0]
         self.weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-        self.bias = base.bias
-        self.a: nn.Parameter = layer.lora_A[name].weight
-        self.b: nn.Parameter = layer.lora_B[name].weight
+        self.bias: Tensor | None = base.bias
         self.scale = float(layer.scaling[name])
         self.dropout = layer.lora_dropout[name]
         self.p = float(getattr(self.dropout, "p", 0.0))
+        self._matrices = layer.lora_A[name], layer.lora_B[name]
         self._cast: tuple[Tensor, Tensor] | None = None
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r), with a graph where gradients are on."""
+        a, b = self._matrices
+        return a.weight, b.weight
+
     def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x (W + s B A)' + bias, with the adapter's dropout where it is on."""
         drops = self.p > 0 and self.dropout.training
         if not torch.is_grad_enabled() and not drops:
-            return self._without_graph(x)
-        if drops:
-            dropped = F.dropout(x, self.p)
-            return _lora_linear(x, dropped, self.weight, self.bias, self.a, self.b, self.scale)
-        return _lora_linear(x, x.detach(), self.weight, self.bias, self.a, self.b, self.scale)
+            return self._without_graph(x, bias)
+        x_dropped = F.dropout(x, self.p) if drops else x.detach()
+        return _lora_linear(x, x_dropped, self.weight, bias, *self.matrices(), self.scale)
 
-    def _without_graph(self, x: Tensor) -> Tensor:
+    def _without_graph(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Generation calls this for every token: the adapter is scaled and cast only once."""
         if self._cast is None:
-            b_scaled = (self.b * self.scale).t()
-            self._cast = self.a.to(x.dtype), b_scaled.to(x.dtype).contiguous()
+            a, b = self.matrices()
+            self._cast = a.to(x.dtype), (b * self.scale).t().to(x.dtype).contiguous()
         a, b = self._cast
         rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, self.weight, self.bias).addmm_(F.linear(rows, a), b)
+        y = F.linear(rows, self.weight, bias).addmm_(F.linear(rows, a), b)
         return y.view(*x.shape[:-1], -1)
 
 
-def is_covered(layer: Any) -> bool:
-    """Say whether a PEFT layer is plain LoRA on a frozen linear map with one active adapter."""
-    is_lora = isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)  # AdaLoRA has none
-    if not is_lora or len(layer.active_adapters) != 1:
-        return False
-    if layer.merged or layer.disable_adapters:
-        return False
-    if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):
-        return False  # the fast backward has no gradient for them
+class _FastAdaLora(FastLora):
+    """y = x W' + b + s / r0 (x (diag(e) A)') B', with r0 the rank it started with."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        name = layer.active_adapters[0]
+        self._singular_values = layer.lora_E[name]
+        self.scale /= float(layer.ranknum[name].detach()) + 1e-5  # as PEFT does
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return diag(e) A and B."""
+        a, b = self._matrices
+        return a * self._singular_values, b
+
+
+class FastDora(FastLora):
+    """y = c (x W' + s (x A') B') + b with c = m / ||W + s B A||, (out,), in float32."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self._magnitude: nn.Parameter = layer.lora_magnitude_vector[layer.active_adapters[0]].weight
+        self._norm: Tensor | None = None  # constant while the forward is in place: one step
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._norm is None:
+            self._norm = self._channel_norms()
+        y = self.product(x, None) * (self._magnitude / self._norm)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    @torch.no_grad()
+    def _channel_norms(self) -> Tensor:
+        """Return the norms of the rows of W + s B A, (out,), from products that are r wide.
+
+        ||w + s A' b||^2 = ||w||^2 + 2 s b (A w) + s^2 b A A' b'
+        """
+        a, b = self.matrices()
+        across = F.linear(self.weight, a.to(self.weight.dtype)).to(b.dtype)  # (out, r)
+        own = torch.linalg.vector_norm(self.weight, dim=1, dtype=b.dtype).square()
+        update = 2 * across + self.scale * (b @ (a @ a.t()))
+        squares: Tensor = own + self.scale * (update * b).sum(1)
+        return squares.sqrt()
+
+
+def _fast_forward(layer: Any) -> FastLora | None:
+    """Return the fast forward of a PEFT layer, None where only PEFT's own is right.
+
+    Covered are LoRA, DoRA and AdaLoRA on a frozen linear map with one active adapter.
+    """
+    dropouts = getattr(layer, "lora_dropout", None)
+    if not isinstance(dropouts, nn.ModuleDict) or len(layer.active_adapters) != 1:
+        return None
     name = layer.active_adapters[0]
-    variant = getattr(layer, "lora_variant", {}).get(name)
-    is_linear = isinstance(layer.base_layer, nn.Linear | Conv1D)
-    bias = getattr(layer.lora_B[name], "bias", None) if name in layer.lora_A else None
-    return is_linear and variant is None and bias is None and name in layer.lora_A
+    if layer.merged or layer.disable_adapters or name not in layer.lora_A:
+        return None
+    if not isinstance(layer.base_layer, nn.Linear | Conv1D):
+        return None
+    if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):
+        return None  # the fast backward has no gradient for them
+    if isinstance(layer.lora_A, nn.ParameterDict):
+        return None if layer.ranknum[name].requires_grad else _FastAdaLora(layer)
+    if layer.lora_B[name].bias is not None:
+        return None
+    if name not in layer.lora_variant:
+        return FastLora(layer)
+    is_dora = name in layer.lora_magnitude_vector
+    drops = isinstance(dropouts[name], nn.Dropout) and layer.training  # drops the base's input too
+    return FastDora(layer) if is_dora and not drops else None
 
 
 @contextmanager
 def fast_lora(model: Any) -> Iterator[None]:
     """Use the fast forward in every covered layer of a PeftModel while the body runs.
 
-    A model without adapters has no such layer and runs as it is.
+    The weights must not change while it does. A model without adapters has no such layer and runs
+    as it is.
     """
-    layers = [layer for layer in adapted_modules(model).values() if is_covered(layer)]
-    with patched_forwards({layer: _FastForward(layer) for layer in layers}):
+    layers = adapted_modules(model).values()
+    forwards = {layer: _fast_forward(layer) for layer in layers}
+    with patched_forwards({layer: fast for layer, fast in forwards.items() if fast is not None}):
         yield

@@ -43,6 +43,9 @@ class PlainStep:
         torch.autograd.backward(loss)
         return float(loss.detach()), n_tokens
 
+    def close(self) -> None:
+        """Hold nothing, so let go of nothing."""
+
 
 def pad(sequences: TokenSequences, ids: np.ndarray, device: Any) -> PaddedBatch:
     """Right-pad the sequences `ids` to the longest of them; labels cover completions only."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from swlora.engine.attention import TreeLayout, tree_attention
-from swlora.engine.patching import patched_forwards
 from swlora.errors import RunFailedError
 from swlora.models.anatomy import Anatomy
+from swlora.models.patching import patched_forwards
 
 
 class _PrefixDoneError(Exception):

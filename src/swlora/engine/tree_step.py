@@ -33,7 +33,8 @@ def make_step(
 ) -> "TreeStep | PlainStep":
     """Return the step function that `spec.engine` names; `auto` is tree wherever it works.
 
-    Raises UserError where tree rows are asked for and the family cannot run them.
+    The caller closes it. Raises UserError where tree rows are asked for and the family cannot run
+    them.
     """
     step = TreeStep(peft_model, sequences, label_smoothing=spec.label_smoothing, say=say)
     family = step.split.anatomy.family
@@ -90,6 +91,11 @@ class TreeStep:
                 torch.autograd.backward(loss)
                 total += LossSum(float(loss.detach()), row.n_target_tokens)
         return total
+
+    def close(self) -> None:
+        """Let go of the prefix cache's files; they stay for later runs."""
+        if isinstance(self.prefix_source, PrefixCache):
+            self.prefix_source.close()
 
     def _halve(self, rows: Sequence[np.ndarray]) -> None:
         if all(len(ids) <= self._n_parts for ids in rows):

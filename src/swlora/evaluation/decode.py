@@ -1,19 +1,27 @@
-"""Text from a model: one generation a prompt, prompts of similar length together, left padding.
+"""Text from a model: one generation a prompt.
 
-Greedy by default; beam search as in the LoRA paper with num_beams 10, length_penalty 0.9 and
-no_repeat_ngram_size 4 (arXiv 2106.09685, table 11).
+Greedy and sampled rows share a cache, and a finished row's place is given to the next prompt
+(`swlora.engine.batch_decoder`). Beams and n-gram blocking are left to `generate` of transformers,
+prompts of similar length together; beam search as in the LoRA paper with num_beams 10,
+length_penalty 0.9 and no_repeat_ngram_size 4 (arXiv 2106.09685, table 11).
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from swlora.config import DecodeSpec
+from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
+from swlora.engine.sampling import Sampling
 from swlora.engine.tree_step import fast_modules
 from swlora.errors import UserError
-from swlora.models.anatomy import context_tokens
+from swlora.models.anatomy import context_tokens, family_of
 from swlora.progress import Progress
+
+REFILL_SHARE = 8  # prompts wait until one place in so many is free: they are cheaper together
 
 
 def generate(
@@ -31,21 +39,14 @@ def generate(
     Raises UserError where a prompt leaves no room in the model's context.
     """
     check_room(model, prompts, spec)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    has_interface = family_of(model.config.model_type).has_attention_interface
+    by_rows = has_interface and spec.num_beams == 1 and spec.no_repeat_ngram_size == 0
+    ways = _by_rows if by_rows else _by_batches
     texts = [""] * len(prompts)
-    n_at_once = max(1, spec.batch_size // spec.num_beams)
-    with (
-        torch.random.fork_rng(),
-        fast_modules(model),
-        progress.task("generate", len(prompts)) as task,
-    ):
-        torch.manual_seed(seed)
-        for start in range(0, len(order), n_at_once):
-            chunk = order[start : start + n_at_once]
-            batch_texts = _generate_batch(model, tokenizer, [prompts[i] for i in chunk], spec)
-            for i, text in zip(chunk, batch_texts, strict=True):
-                texts[i] = text
-            task.advance(len(chunk))
+    with progress.task("generate", len(prompts)) as task:
+        for i, token_ids in ways(model, tokenizer, prompts, spec, seed):
+            texts[i] = tokenizer.decode(token_ids, skip_special_tokens=True)
+            task.advance()
     return texts
 
 
@@ -59,10 +60,54 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -
         )
 
 
+def _by_rows(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec, seed: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (prompt, its new tokens) as rows finish; neighbours share what they begin with."""
+    n_rows = min(spec.batch_size, len(prompts))
+    decoder = BatchDecoder(model, eos_token_ids=[tokenizer.eos_token_id], max_rows=n_rows)
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))
+    token_ids: dict[int, list[int]] = {}
+    while waiting or token_ids:
+        n_new = min(len(waiting), decoder.n_free)
+        if n_new >= min(len(waiting), max(1, n_rows // REFILL_SHARE)):
+            chosen = [waiting.popleft() for _ in range(n_new)]
+            token_ids |= {i: [] for i in chosen}
+            decoder.admit([_request(i, prompts[i], spec, seed) for i in chosen])
+        for event in decoder.step():
+            token_ids[event.request_id].append(event.token_id)
+            if event.finish_reason:
+                yield event.request_id, token_ids.pop(event.request_id)
+
+
+def _request(i: int, prompt: Sequence[int], spec: DecodeSpec, seed: int) -> DecodeRequest:
+    """Return prompt i's request; its randomness depends on the seed and on i."""
+    own_seed = int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
+    sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=own_seed)
+    return DecodeRequest(i, prompt, spec.max_new_tokens, sampling)
+
+
+def _by_batches(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec, seed: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (prompt, its new tokens), batch by batch from the shortest prompts on."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    n_at_once = max(1, spec.batch_size // spec.num_beams)
+    with torch.random.fork_rng(), fast_modules(model):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), n_at_once):
+            chunk = order[start : start + n_at_once]
+            yield from zip(
+                chunk,
+                _generate_batch(model, tokenizer, [prompts[i] for i in chunk], spec),
+                strict=True,
+            )
+
+
 @torch.inference_mode()
 def _generate_batch(
     model: Any, tokenizer: Any, prompts: list[Sequence[int]], spec: DecodeSpec
-) -> list[str]:
+) -> list[list[int]]:
     length = max(len(prompt) for prompt in prompts)
     token_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(token_ids)
@@ -74,7 +119,7 @@ def _generate_batch(
         attention_mask=attention_mask.to(model.device),
         generation_config=generation_config(spec, tokenizer),
     )
-    return list(tokenizer.batch_decode(out[:, length:], skip_special_tokens=True))
+    return out[:, length:].tolist()  # type: ignore[no-any-return]
 
 
 def generation_config(spec: DecodeSpec, tokenizer: Any) -> Any:

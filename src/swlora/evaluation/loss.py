@@ -1,30 +1,54 @@
-"""Teacher-forced loss of a data set: how surprised the model is by each reference token."""
+"""Teacher-forced loss: how surprised a model is by each reference token, and by plain English.
 
+Losses come as sums by group of sequences, such as all references of one prompt, so that a bootstrap
+can resample prompts. Every row of the data is still run once, in the tree rows of training: nodes
+that groups share are shared, and each group is scored at its own targets.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from swlora.data.tree_rows import TokenSequences, build_row, plan_steps
+from swlora.data.tree_rows import Ints, TokenSequences, TreeRow, build_row, number_nodes, plan_steps
 from swlora.engine.attention import TreeLayout
 from swlora.engine.plain import completion_loss, pad
 from swlora.engine.split_model import SplitModel
 from swlora.engine.tree_step import fast_modules, row_loss
 from swlora.loss_sum import LossSum
+from swlora.models.anatomy import context_tokens
 from swlora.progress import Progress
+from swlora.superweights.ablate import text_loss, text_windows
 
 SEQUENCES_AT_ONCE = 64
+ENGLISH_WINDOWS = 4
+ENGLISH_WINDOW_TOKENS = 512
+
+
+def dataset_loss(model: Any, sequences: TokenSequences, progress: Progress) -> LossSum:
+    """Return the summed loss over the completion tokens of all sequences."""
+    one_group = np.zeros(len(sequences), dtype=np.int64)
+    return grouped_losses(model, sequences, one_group, progress)[0]
 
 
 @torch.inference_mode()
-def dataset_loss(model: Any, sequences: TokenSequences, progress: Progress) -> LossSum:
-    """Return the summed loss over the completion tokens of all sequences.
+def grouped_losses(
+    model: Any, sequences: TokenSequences, group_of: Ints, progress: Progress
+) -> list[LossSum]:
+    """Return the summed loss over the completion tokens of every group of sequences.
 
+    group_of: (n,) int64, the group of each sequence; groups are numbered from 0 without gaps.
     `model` is a causal language model or a PeftModel around one; tree rows are used where the
-    family can run them.
+    family can run them. Raises ValueError where group_of does not fit.
     """
+    if group_of.shape != (len(sequences),) or not np.bincount(group_of).all():
+        raise ValueError("group_of must number the group of every sequence, from 0 without gaps")
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     split = SplitModel(base_model, 0)
-    rows = plan_steps(
+    node_numbers, _ = number_nodes(sequences)
+    steps = plan_steps(
         sequences,
         sequences_per_step=SEQUENCES_AT_ONCE,
         max_tokens_per_row=4096,
@@ -32,15 +56,59 @@ def dataset_loss(model: Any, sequences: TokenSequences, progress: Progress) -> L
         seed=0,
         epoch=0,
     )
-    total = LossSum()
+    totals = [LossSum()] * (int(group_of.max()) + 1)
     with progress.task("loss", len(sequences)) as task, fast_modules(model):
-        for ids in (ids for step in rows for ids in step):
+        for ids in (ids for step in steps for ids in step):
             if split.anatomy.family.has_attention_interface:
                 row = build_row(sequences, ids)
-                loss = row_loss(split, row, split.whole(TreeLayout(row, base_model.device)))
-                total += LossSum(float(loss), row.n_target_tokens)
+                hidden = split.whole(TreeLayout(row, base_model.device))
+                for group, part in _split_targets(sequences, row, group_of, node_numbers):
+                    loss = row_loss(split, part, hidden)
+                    totals[group] += LossSum(float(loss), part.n_target_tokens)
             else:
-                padded_loss, n_tokens = completion_loss(model, pad(sequences, ids, model.device))
-                total += LossSum(float(padded_loss), n_tokens)
+                for group in np.unique(group_of[ids]):
+                    batch = pad(sequences, ids[group_of[ids] == group], model.device)
+                    padded_loss, n_tokens = completion_loss(model, batch)
+                    totals[group] += LossSum(float(padded_loss), n_tokens)
             task.advance(len(ids))
-    return total
+    return totals
+
+
+def english_loss(model: Any, tokenizer: Any) -> LossSum:
+    """Return the loss over the first windows of the English sample that ships with the package.
+
+    Above the untouched model's it says what fine-tuning made the model forget.
+    """
+    window_tokens = min(ENGLISH_WINDOW_TOKENS, context_tokens(model))
+    windows = text_windows(tokenizer, None, ENGLISH_WINDOWS, window_tokens)
+    with fast_modules(model):
+        return text_loss(model, windows)
+
+
+def _split_targets(
+    sequences: TokenSequences, row: TreeRow, group_of: Ints, node_numbers: Ints
+) -> Iterator[tuple[int, TreeRow]]:
+    """Yield (group, the row with that group's targets only) for every group in the row.
+
+    A group's targets are those of a tree of its own; its nodes are found in the row by their
+    numbers in the one trie over all sequences.
+    """
+    groups = group_of[row.sequence_ids]
+    present = np.unique(groups)
+    if len(present) == 1:
+        yield int(present[0]), row
+        return
+    numbers = node_numbers[row.node_source]
+    order = np.argsort(numbers)
+    for group in present:
+        own = build_row(sequences, row.sequence_ids[groups == group])
+        scored = node_numbers[own.node_source[own.target_position]]
+        yield (
+            int(group),
+            replace(
+                row,
+                target_position=order[np.searchsorted(numbers, scored, sorter=order)],
+                target_id=own.target_id,
+                target_weight=own.target_weight,
+            ),
+        )

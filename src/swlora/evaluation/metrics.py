@@ -87,6 +87,34 @@ class SegmentStatistics:
             scores["METEOR"] = meteor_score(self.meteor[chosen].sum(axis=0))
         return scores
 
+    def scores(self) -> Scores:
+        """The scores of all segments, with how they were computed."""
+        scores = self.corpus()
+        return Scores(
+            bleu=scores["BLEU"],
+            nist=scores["NIST"],
+            rouge_l=scores["ROUGE_L"],
+            cider=scores["CIDEr"],
+            meteor=scores.get("METEOR"),
+            meteor_reason=self.meteor_reason,
+            tokenizer=self.tokenizer,
+        )
+
+    def resampled(self, weights: Rows) -> dict[str, Rows]:
+        """Scores (R,) of R resamples; weights (R, n) says how often each holds each segment."""
+        n_drawn = weights.sum(axis=1)
+        if weights.ndim != 2 or not n_drawn.all():
+            raise UserError("no segments to score: every resample needs at least one")
+        scores = {
+            "BLEU": np.array([bleu(total) for total in weights @ self.bleu]),
+            "NIST": np.array([nist(total) for total in weights @ self.nist]),
+            "ROUGE_L": weights @ self.rouge_l / n_drawn,
+            "CIDEr": weights @ self.cider / n_drawn,
+        }
+        if self.meteor is not None:
+            scores["METEOR"] = np.array([meteor_score(total) for total in weights @ self.meteor])
+        return scores
+
 
 def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not predictions:
@@ -161,14 +189,4 @@ def score(
     predictions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
 ) -> Scores:
     """The five corpus scores of one prediction per group of references (see segment_statistics)."""
-    statistics = segment_statistics(predictions, references, java=java)
-    scores = statistics.corpus()
-    return Scores(
-        bleu=scores["BLEU"],
-        nist=scores["NIST"],
-        rouge_l=scores["ROUGE_L"],
-        cider=scores["CIDEr"],
-        meteor=scores.get("METEOR"),
-        meteor_reason=statistics.meteor_reason,
-        tokenizer=statistics.tokenizer,
-    )
+    return segment_statistics(predictions, references, java=java).scores()

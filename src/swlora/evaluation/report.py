@@ -38,6 +38,9 @@ def scores_table(scores: dict[str, Any]) -> str:
         lines.append(f"{name:<8} {shown:>8}" + (f"  ({reason})" if reason else ""))
     if "nll" in scores:
         lines.append(f"{'NLL':<8} {scores['nll']:>8.4f}  nats a completion token")
+    if "english_perplexity" in scores:
+        value, before = (f"{scores[f'english_perplexity{k}']:.2f}" for k in ("", "_before"))
+        lines.append(f"{'PPL':<8} {value:>8}  of English text; {before} before training")
     return "\n".join(lines)
 
 

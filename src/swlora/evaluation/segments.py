@@ -1,0 +1,92 @@
+"""What an evaluation measured of every distinct prompt: the rows that a bootstrap resamples.
+
+Kept as segments.json in the run folder, so that intervals and paired differences of any two runs
+on the same prompts need neither a model nor Java. Segments are in the order of predictions.csv.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from swlora.data.rows import Example
+from swlora.data.sources import group_references
+from swlora.data.tree_rows import Ints
+from swlora.errors import UserError
+from swlora.evaluation.metrics import Rows, SegmentStatistics
+from swlora.files import write_text
+from swlora.loss_sum import LossSum
+
+FILE = "segments.json"
+_ROWS = ("bleu", "nist", "meteor", "rouge_l", "cider")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Statistics of the scores, and the loss of the references: sum_nats, n_tokens (n,)."""
+
+    statistics: SegmentStatistics
+    sum_nats: Rows
+    n_tokens: Rows
+
+    @classmethod
+    def of(cls, statistics: SegmentStatistics, losses: list[LossSum]) -> Self:
+        """Put the two measurements of the same segments together."""
+        if len(losses) != len(statistics.cider):
+            raise ValueError(f"{len(losses)} losses for {len(statistics.cider)} segments")
+        sums, tokens = zip(*((loss.sum_nats, loss.n_tokens) for loss in losses), strict=True)
+        return cls(statistics, np.array(sums, np.float64), np.array(tokens, np.float64))
+
+    def __len__(self) -> int:
+        return len(self.sum_nats)
+
+    def resampled(self, weights: Rows) -> dict[str, Rows]:
+        """Corpus scores and "NLL" (nats a token), (R,) each, of resamples weights (R, n)."""
+        scores = self.statistics.resampled(weights)
+        return {**scores, "NLL": (weights @ self.sum_nats) / (weights @ self.n_tokens)}
+
+    def write(self, folder: Path) -> None:
+        """Write segments.json into a run folder; floats are read back exactly."""
+        s = self.statistics
+        rows: dict[str, Any] = {name: getattr(s, name) for name in _ROWS}
+        values = {
+            "meteor_reason": s.meteor_reason,
+            "tokenizer": s.tokenizer,
+            "sum_nats": self.sum_nats.tolist(),
+            "n_tokens": self.n_tokens.astype(np.int64).tolist(),
+            **{name: None if value is None else value.tolist() for name, value in rows.items()},
+        }
+        write_text(folder / FILE, json.dumps(values, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read segments.json of a run folder; UserError where it is absent or damaged."""
+        path = folder / FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            rows: dict[str, Any] = {name: values[name] for name in _ROWS}
+            rows = {
+                n: None if value is None else np.array(value, float) for n, value in rows.items()
+            }
+            statistics = SegmentStatistics(
+                **rows, meteor_reason=values["meteor_reason"], tokenizer=values["tokenizer"]
+            )
+            sums, tokens = (np.array(values[name], float) for name in ("sum_nats", "n_tokens"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} holds no readable segments; evaluate that run again"
+            ) from error
+        lengths = {len(values) for values in (sums, tokens, *rows.values()) if values is not None}
+        if len(lengths) != 1:
+            raise UserError(f"{path} is damaged: its lists have lengths {sorted(lengths)}")
+        return cls(statistics, sums, tokens)
+
+
+def number_prompts(examples: Sequence[Example]) -> Ints:
+    """Return the number (n,) of each row's distinct prompt, in the order of `group_references`."""
+    distinct = [example for example, _ in group_references(examples)]
+    numbers = {(e.prompt, e.messages): i for i, e in enumerate(distinct)}
+    return np.array([numbers[e.prompt, e.messages] for e in examples], dtype=np.int64)

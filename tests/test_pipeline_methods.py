@@ -1,0 +1,258 @@
+"""Every method through the pipeline: what it reports, saves and resumes; loss while training."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swlora import pipeline
+from swlora.adapters.methods import METHODS
+from swlora.adapters.saved import load_adapter, read_facts
+from swlora.config import RunSpec, load_spec
+from swlora.engine.frozen_prefix import PrefixCache
+from swlora.errors import UserError
+from swlora.evaluation.loss import dataset_loss
+from swlora.models.load import load_model
+from swlora.pipeline import Job
+from swlora.progress import Silent
+from swlora.runs import Run, read_metrics
+
+ModelFolder = Callable[[str], Path]
+ROWS = [
+    {"prompt": f"name[{name}], food[{food}]\n", "completion": f"{name} {verb} {food}."}
+    for name, food in (("A", "x"), ("Bo", "yy"), ("Cem", "z"), ("Dora", "xx"))
+    for verb in ("has", "serves", "is the place for")
+]
+DEV = [{"prompt": "name[E], food[x]\n", "completion": f"E {verb} x."} for verb in ("has", "sells")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    for name, rows in (("train", ROWS), ("dev", DEV)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    return {"data.name": f"{tmp_path}/train.jsonl", "data.eval_file": f"{tmp_path}/dev.jsonl"}
+
+
+def make_spec(
+    model: Path, data: dict[str, str], *, method: str = "lora", **changes: Any
+) -> RunSpec:
+    """Two epochs of four steps in the layers 1 and 2 of 3."""
+    settings: dict[str, Any] = {
+        "model.name": str(model),
+        "model.device": "cpu",
+        "model.dtype": "float32",
+        "adapter.method": method,
+        "adapter.layers": "last:2",
+        "train.epochs": 2,
+        "train.batch_size": 3,
+        "train.learning_rate": 0.01,
+    }
+    sizes = {"full": {}, "supertuning": {"adapter.sparsity": 0.9}}
+    settings |= sizes.get(method, {"adapter.rank": 3})
+    return load_spec(None, data | settings | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def train_in(folder: Path, spec: RunSpec) -> tuple[Any, dict[str, Any], Job]:
+    with Run.create(folder, spec, "train") as run:
+        job = Job(spec, run, Silent())
+        return *pipeline.train(job), job
+
+
+@pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_reported_is_what_was_saved(
+    model_folder: ModelFolder, data: dict[str, str], tmp_path: Path, method: str, dtype: str
+) -> None:
+    spec = make_spec(model_folder("llama"), data, method=method, model__dtype=dtype)
+    model, result, job = train_in(tmp_path / "run", spec)
+    folder = tmp_path / "run" / "adapter"
+    assert (result["method"], result["layers"], result["steps"]) == (method, [1, 2], 8)
+    assert read_facts(folder)["method"] == method
+    assert result["adapter_bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    assert 1e8 < result["peak_memory_bytes"] < 1e11
+    lines = read_metrics(tmp_path / "run")
+    assert result["last_loss"] == lines[-1]["loss"] < lines[0]["loss"]
+
+    saved = load_file(folder / "adapter_model.safetensors")
+    n_saved = sum(t.numel() for t in saved.values() if t.is_floating_point())
+    if method == "adalora":
+        assert set(result["rank_pattern"]) == {
+            name.removeprefix("base_model.model.").removesuffix(".lora_E")
+            for name in saved
+            if name.endswith(".lora_E")
+        }
+        assert sum(result["rank_pattern"].values()) == 3 * 2 * 7
+        assert n_saved < result["n_trainable"]
+    else:
+        assert "rank_pattern" not in result
+        assert n_saved == result["n_trainable"] * (2 if method == "pissa" else 1)
+
+    base = load_model(spec.model).model
+    loaded = load_adapter(base, folder)
+    rows = job.encoded("dev")
+    assert dataset_loss(loaded, rows, Silent()).sum_nats == pytest.approx(
+        dataset_loss(model.eval(), rows, Silent()).sum_nats, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("method", ["adalora", "full", "lora+", "pissa", "dora"])
+def test_an_interrupted_run_ends_in_the_same_adapter(
+    model_folder: ModelFolder,
+    data: dict[str, str],
+    tmp_path: Path,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = make_spec(model_folder("llama"), data, method=method, train__checkpoint_every_s=1e-9)
+    _, expected, _ = train_in(tmp_path / "whole", spec)
+
+    def out_of_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("swlora.adapters.saved.save_adapter", out_of_disk)
+        train_in(tmp_path / "late", spec)  # after the last step, before anything is saved
+    stop = StopsAfter(3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "append_metrics", stop(Run.append_metrics))
+        train_in(tmp_path / "early", spec)
+    for folder in (tmp_path / "late", tmp_path / "early"):
+        run, resumed_spec = Run.reopen(folder, "train")
+        with run:
+            _, result = pipeline.train(Job(resumed_spec, run, Silent()))
+        assert result["last_loss"] == expected["last_loss"]
+        assert result.get("rank_pattern") == expected.get("rank_pattern")
+        found = load_file(folder / "adapter" / "adapter_model.safetensors")
+        whole = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+class StopsAfter:
+    """Wraps a method that is called once a step: a signal comes in step n."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __call__(self, method: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(run: Run, values: dict[str, Any]) -> None:
+            method(run, values)
+            if values["step"] == self.n:
+                os.kill(os.getpid(), 15)
+
+        return wrapped
+
+
+# Loss on held-out rows while training
+
+
+def test_held_out_loss_is_measured_off_the_clock_and_changes_nothing(
+    model_folder: ModelFolder, data: dict[str, str], tmp_path: Path
+) -> None:
+    """With dropout, which is random: the training must not notice the measurements."""
+    changes: dict[str, Any] = {"adapter__dropout": 0.3}
+    without = make_spec(model_folder("llama"), data, **changes)
+    observed = make_spec(model_folder("llama"), data, train__eval_every_steps=3, **changes)
+    train_in(tmp_path / "without", without)
+    model, _, job = train_in(tmp_path / "observed", observed)
+    plain, lines = read_metrics(tmp_path / "without"), read_metrics(tmp_path / "observed")
+    assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
+    assert not any("eval_nll" in line for line in plain)
+    measured = {line["step"]: line for line in lines if "eval_nll" in line}
+    assert list(measured) == [3, 6, 8]  # every third step, and the last
+    loss = dataset_loss(model.eval(), job.encoded("dev"), Silent())
+    last = measured[8]
+    assert (last["eval_sum_nats"], last["eval_n_tokens"]) == (loss.sum_nats, loss.n_tokens)
+    assert last["eval_nll"] == loss.nats_per_token < measured[3]["eval_nll"]
+    assert all(line["eval_s"] > 0 for line in measured.values())
+
+
+def test_its_time_does_not_count(
+    model_folder: ModelFolder,
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = [0.0]
+
+    def slow_loss(*arguments: Any) -> Any:
+        now_s[0] += 1000.0
+        return dataset_loss(*arguments)
+
+    monkeypatch.setattr("swlora.evaluation.held_out.dataset_loss", slow_loss)
+    monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
+    spec = make_spec(model_folder("llama"), data, train__eval_every_steps=3)
+    monkeypatch.setattr(Run, "append_metrics", lambda _run, values: seen.append(values))
+    seen: list[dict[str, Any]] = []
+    step = pipeline.train
+
+    def tick(values: Any) -> Any:
+        now_s[0] += 1.0
+        return values
+
+    monkeypatch.setattr("swlora.engine.tree_step.build_row", _ticking(tick))
+    monkeypatch.setattr("swlora.pipeline.read_metrics", lambda _folder: seen)
+    with Run.create(tmp_path / "run", spec, "train") as run:
+        _, result = step(Job(spec, run, Silent()))
+    assert result["train_s"] == seen[-1]["elapsed_s"] < 100
+    assert [line.get("eval_s", 0) for line in seen] == [0, 0, 1000, 0, 0, 1000, 0, 1000]
+
+
+def _ticking(tick: Callable[[Any], Any]) -> Callable[..., Any]:
+    from swlora.data.tree_rows import build_row
+
+    return lambda *arguments: tick(build_row(*arguments))
+
+
+@pytest.mark.parametrize(("eval_rows", "n_rows"), [(1, 1), (2, 2), (None, 2), (9, 2)])
+def test_the_first_rows_are_measured(
+    model_folder: ModelFolder,
+    data: dict[str, str],
+    tmp_path: Path,
+    eval_rows: int | None,
+    n_rows: int,
+) -> None:
+    changes: dict[str, Any] = {"train__eval_rows": eval_rows, "train__eval_every_steps": 8}
+    train_in(tmp_path / "run", make_spec(model_folder("llama"), data, **changes))
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["eval_n_tokens"] == sum(len(row["completion"]) + 1 for row in DEV[:n_rows])
+
+
+def test_rows_that_are_never_measured_are_refused(model_folder: ModelFolder) -> None:
+    with pytest.raises(UserError, match="eval_rows needs eval_every_steps"):
+        make_spec(model_folder("llama"), {}, train__eval_rows=3)
+
+
+# The prefix cache
+
+
+def test_the_prefix_cache_is_closed_when_training_ends_and_when_it_fails(
+    model_folder: ModelFolder,
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
+    opened: list[PrefixCache] = []
+    original = PrefixCache.__init__
+
+    def recorded(self: PrefixCache, *arguments: Any, **settings: Any) -> None:
+        original(self, *arguments, **settings)
+        opened.append(self)
+
+    monkeypatch.setattr(PrefixCache, "__init__", recorded)
+    spec = make_spec(model_folder("llama"), data)
+    train_in(tmp_path / "done", spec)
+    with pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(Run, "append_metrics", StopsAfter(2)(Run.append_metrics))
+        train_in(tmp_path / "stopped", spec)
+    assert len(opened) == 2
+    assert all(cache._data is None for cache in opened)
+    assert opened[0].n_computed_rows > 0 and opened[1].n_read_rows > 0

@@ -101,6 +101,11 @@ class DataSpec(Spec):
     train_rows: int | None = Field(
         default=None, ge=1, description="use the first N training rows only"
     )
+    train_prompts: int | None = Field(
+        default=None,
+        ge=1,
+        description="use the rows of the first N distinct training prompts only: they share work",
+    )
     eval_prompts: int | None = Field(
         None, ge=1, description="use the first N distinct prompts only"
     )

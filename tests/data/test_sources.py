@@ -334,6 +334,23 @@ def test_limits(tmp_path: Path):
     assert len({dataset.sha256, whole.sha256}) == 2
 
 
+def test_the_first_training_prompts_come_with_all_their_rows(tmp_path):
+    rows = [("a", "1"), ("b", "2"), ("a", "3"), ("c", "4"), ("b", "5")]
+    path = tmp_path / "rows.csv"
+    lines = ["prompt,completion", *(f"{prompt},{text}" for prompt, text in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+    def kept(**limits):
+        spec = DataSpec(name=str(path), eval_file=path, **limits)
+        return [(e.prompt, e.completion) for e in load_dataset(spec).train]
+
+    assert kept() == rows
+    assert kept(train_prompts=1) == [("a", "1"), ("a", "3")]
+    assert kept(train_prompts=2) == [("a", "1"), ("b", "2"), ("a", "3"), ("b", "5")]
+    assert kept(train_prompts=2, train_rows=2) == [("a", "1"), ("b", "2")]
+    assert kept(train_prompts=9) == rows
+
+
 def test_group_references_keeps_file_order_and_tells_chats_apart():
     chat = (("user", "a"),)
     rows = [Example("b", "1"), Example("a", "2"), Example("b", "3"), Example("", "4", chat)]

@@ -62,7 +62,7 @@ def group_references(examples: Iterable[Example]) -> list[tuple[Example, list[st
 
 
 def load_dataset(spec: DataSpec) -> Dataset:
-    """Load what `spec.name` names and keep the rows that `train_rows` and `eval_prompts` allow.
+    """Load what `spec.name` names and keep the rows that its limits allow.
 
     The default Hub id falls back to the folder in SWLORA_E2E before, and the sample after, the
     Hub. Raises UserError for a name that is no source, DataError for rows that cannot be used.
@@ -87,7 +87,7 @@ def load_dataset(spec: DataSpec) -> Dataset:
 
 
 def _limited(dataset: Dataset, spec: DataSpec) -> Dataset:
-    train = dataset.train[: spec.train_rows]
+    train = _first_prompts(dataset.train, spec.train_prompts)[: spec.train_rows]
     dev = _first_prompts(dataset.dev, spec.eval_prompts)
     test = _first_prompts(dataset.test, spec.eval_prompts)
     digest = hashlib.sha256(json.dumps(dataset.separator).encode())

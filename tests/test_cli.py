@@ -198,7 +198,7 @@ def test_train_then_eval_then_generate(swlora, small, model_folder, rows):
     assert done.code == 0
     assert "adapter: run/adapter\nrun folder: run\n" in done.out
     assert f"model: the folder {model_folder('llama')}\n" in done.err
-    assert "training 1,536 adapter weights in layers 0, 2 on 6 rows\n" in done.err
+    assert "training 1,536 weights (lora) in layers 0, 2 on 6 rows\n" in done.err
     assert "Warning" not in done.err
     config = json.loads(Path("run/adapter/adapter_config.json").read_text())
     assert config["layers_to_transform"] == [0, 2]
@@ -267,14 +267,33 @@ def test_identify(swlora, model_folder):
     assert done.code == 0
     result = json.loads(Path("i.json").read_text())
     assert set(result) >= {"layers", "candidates", "perplexity", "thresholds", "modules"}
-    table = [line.split() for line in done.out.splitlines()]
-    assert ["layer", "module", "out", "in", "weight", "ratio", "verdict"] in table
-    for c in result["candidates"]:
+    first, header, *lines = done.out.splitlines()
+    assert first == f"perplexity of the intact model: {result['perplexity']:.2f}"
+    assert re.split(r"  +", header) == [
+        *("layer", "module", "out", "in", "weight", "ratio", "95 %", "control", "agree", "verdict")
+    ]
+    for c, line in zip(result["candidates"], lines, strict=False):
         address = [str(c[key]) for key in ("layer", "module", "out_channel", "in_channel")]
-        assert any(line[:4] == address for line in table)
-    assert done.out.endswith("figure: f.svg\nrun folder: run\n")
+        low, high = c["interval"]
+        measured = [f"{c['weight']:.3f}", f"{c['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
+        agree = f"{round(c['agreement'] * 6)}/6"
+        assert re.split(r"  +", line) == [*address, *measured, "-", agree, c["verdict"]]
+    n = len(result["candidates"])
+    assert (
+        lines[n]
+        == "no super weight: setting any one candidate to zero barely matters in this model"
+    )
+    assert lines[n + 1].startswith(f"all {n} candidates zeroed together: ratio ")
+    assert lines[n + 2] == "no massive activation in 3 prompts, with and without BOS"
+    assert lines[n + 3 :] == ["report: run/superweights.md", "figure: f.svg", "run folder: run"]
+    assert Path("run/superweights-path.svg").exists()
     assert Path("f.svg").read_text().startswith("<?xml")
     assert "must end in .png, .svg" in swlora("identify", *flags, "--figure", "f.xyz").mistake
+    chosen = ["--prompt", "One, two", "--prompt", "three", "--controls", 2, "--max-candidates", 1]
+    assert swlora("identify", *flags, *chosen, "--json", "p.json", "--output", "p").code == 0
+    result = json.loads(Path("p.json").read_text())
+    assert result["prompts"] == ["One, two", "three"]
+    assert (result["n_controls"], len(result["candidates"])) == (2, 1)
     flags[-1] = 300
     assert "exceeds the model's context of 256" in swlora("identify", *flags).mistake
 

@@ -80,6 +80,19 @@ def test_layers_in_yaml_need_no_quotes(tmp_path):
         assert load_spec(tmp_path / "c.yaml", {}).adapter.layers == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("'One, two.'", ["One, two."]), ("[One, 'two, three']", ["One", "two, three"]), ("[]", [])],
+)
+def test_prompts_are_one_or_many_and_may_hold_commas(text, expected, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"identify: {{prompt: {text}}}\n")
+    spec = load_spec(tmp_path / "c.yaml", {})
+    assert spec.identify.prompt == expected
+    (tmp_path / "again.yaml").write_text(dump_yaml(spec))
+    assert load_spec(tmp_path / "again.yaml", {}) == spec
+    assert "identify.prompt.1: " in refusal(tmp_path, "identify: {prompt: [a, '']}")
+
+
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     (tmp_path / "c.yaml").write_text("train: {learning_rate: 2e-4}\n")  # YAML 1.1 wants 2.0e-4
     assert load_spec(tmp_path / "c.yaml", {}).train.learning_rate == 2e-4
@@ -120,7 +133,7 @@ def test_what_is_written_is_read_back_equal(tree, tmp_path):
 
 def test_the_written_file_names_every_setting():
     tree = yaml.safe_load(dump_yaml(RunSpec()))
-    assert set(tree) == set(RunSpec.model_fields)
+    assert set(tree) == set(RunSpec.model_fields) - {"serve"}  # which is no part of a run
     for name, section in tree.items():
         if isinstance(section, dict):
             assert set(section) == set(getattr(RunSpec(), name).__class__.model_fields)
@@ -163,7 +176,16 @@ def test_yaml_that_is_no_mapping(text, tmp_path):
         ("adapter: {targets: []}", ["adapter.targets: "]),
         ("adapter: {layers: ''}", ["adapter.layers: "]),
         ("adapter: {layers: {a: 1}}", ["adapter.layers: "]),
-        ("adapter: {method: magic}", ["adapter.method: "]),
+        ("adapter: {method: magic}", ["adapter.method: ", "'lora+'", "'supertuning'"]),
+        ("adapter: {lora_plus_ratio: 8}", ["adapter: method lora has no lora_plus_ratio; leave"]),
+        ("adapter: {method: lora+, lora_plus_ratio: 0.5}", ["adapter.lora_plus_ratio: "]),
+        ("adapter: {method: full, rank: 8, alpha: 1}", ["method full has no alpha, no rank; "]),
+        ("adapter: {method: full, dropout: 0.1}", ["method full has no dropout; "]),
+        ("adapter: {method: supertuning, rank: 8}", ["method supertuning has no rank; "]),
+        ("adapter: {method: supertuning, sparsity: 1}", ["adapter.sparsity: "]),
+        ("adapter: {method: pissa, sparsity: 0.5}", ["method pissa has no sparsity; "]),
+        ("train: {eval_rows: 8}", ["train: eval_rows needs eval_every_steps"]),
+        ("train: {eval_every_steps: 0}", ["train.eval_every_steps: "]),
         ("train: {learning_rate: .nan}", ["train.learning_rate: "]),
         ("train: {learning_rate: .inf}", ["train.learning_rate: "]),
         ("train: {epochs: 0, batch_size: 0}", ["train.epochs: ", "train.batch_size: "]),
@@ -184,6 +206,24 @@ def test_impossible_settings(text, said, tmp_path):
     message = refusal(tmp_path, text)
     assert message.startswith(f"in {tmp_path / 'c.yaml'} or the command line: ")
     assert all(part in message for part in said)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "lora+", "lora_plus_ratio": 8, "rank": 2},
+        {"method": "supertuning", "sparsity": 0.5},
+        {"method": "full", "layers": "last:2", "targets": ["down_proj"]},
+        {"method": "adalora", "rank": 8, "alpha": 16, "dropout": 0.1},
+        {"method": "rslora", "rank": 64},
+    ],
+)
+def test_settings_that_belong_to_the_method(adapter, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"adapter": adapter}))
+    spec = load_spec(tmp_path / "c.yaml", {})
+    assert {name: getattr(spec.adapter, name) for name in adapter} == adapter
+    (tmp_path / "again.yaml").write_text(dump_yaml(spec))
+    assert load_spec(tmp_path / "again.yaml", {}) == spec
 
 
 def test_all_problems_of_file_and_flags_come_at_once(tmp_path):

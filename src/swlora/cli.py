@@ -19,6 +19,7 @@ from swlora.cli_flags import (
     DECODE,
     IDENTIFY,
     MODEL,
+    SERVE,
     TRAIN,
     flag_name,
     with_flags,
@@ -151,6 +152,45 @@ def train_eval_command(
     _finish(result, json, job)
 
 
+@app.command("compare")
+def compare_command(
+    config: Annotated[Path, typer.Option(help="YAML with the study, such as studies/e2e.yaml")],
+    output: Annotated[
+        Path | None, typer.Option(help="folder, made or continued [default: runs/NAME-OF-CONFIG]")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="run these arms only: lora,super,super-last")
+    ] = None,
+    no_controls: Annotated[
+        bool, typer.Option("--no-controls", help="chosen layers get no controls; reported as such")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the plan, run nothing")
+    ] = False,
+    json: Json = None,
+    debug: Debug = False,
+) -> None:
+    """Compare methods and choices of layers: several seeds, controls, intervals.
+
+    The same command again goes on where it stopped.
+
+    Example: `swlora compare --config studies/e2e.yaml --output runs/e2e`
+    """
+    from swlora.study import compare, overview
+
+    overrides = {"controls": False if no_controls else None}
+    request = compare.Request(config, output or Path("runs") / config.stem, only, overrides)
+    _quiet_libraries()
+    if dry_run:
+        result = compare.plan(request)
+        overview.show_plans(result)
+    else:
+        with _sigterm_interrupts():
+            result = compare.compare(request)
+        overview.show_results(result, request.output)
+    _finish(result, json, None)
+
+
 @app.command("score")
 @with_flags("seed")
 def score_command(
@@ -200,6 +240,18 @@ def generate_command(
     _finish(result, json, job)
 
 
+@app.command("serve")
+@with_flags(*MODEL, *SERVE)
+def serve_command(overrides: Overrides, config: Config = None, debug: Debug = False) -> None:
+    """Serve the web page and an API like OpenAI's.
+
+    Example: `swlora serve --model builtin --runs runs`
+    """
+    from swlora.web.server import serve
+
+    serve(load_spec(config, overrides), _progress)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -245,13 +297,17 @@ def _fail(error: BaseException, exit_code: int, arguments: Sequence[str]) -> NoR
 
 
 def _progress() -> Any:
-    from transformers.utils import logging
-
     from swlora.terminal import make_progress
+
+    _quiet_libraries()
+    return make_progress()
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return make_progress()
 
 
 @contextmanager

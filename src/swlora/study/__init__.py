@@ -1,0 +1,1 @@
+"""Comparisons: arms and seeds, their controls, and what came out, with intervals."""

@@ -1,0 +1,134 @@
+"""Arms of a study, and the controls that make a choice of layers a claim that can be tested.
+
+An arm whose layers are found (`super`, `super+removal`, `auto:...`) gets, with k = its number of
+layers and everything else equal: `last:k`, `every:k`, and draws of `random:k`, each unlike all of
+these. Layers of one model have the same shapes, so the controls have the same number of adapter
+weights. Where a control would repeat an arm that is there anyway, that arm serves as the control.
+"""
+
+from dataclasses import dataclass, replace
+
+from swlora.adapters.layers import resolve_layers
+from swlora.config import RunSpec
+from swlora.errors import UserError
+from swlora.study.spec import ArmSpec, StudySpec, is_found
+
+N_TRIES = 100  # draws until a random control is one that is not there yet
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train, ready to run once `layers` is known; `policy` says where they come from."""
+
+    name: str
+    policy: str
+    settings: RunSpec
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    layers: tuple[int, ...] | None = None
+    control_of: str | None = None
+
+    @property
+    def method(self) -> str:
+        """The adapter's method."""
+        return self.settings.adapter.method
+
+    def run_spec(self, *, seed: int, rate: float) -> RunSpec:
+        """Return the configuration of one run of this arm."""
+        spec, layers = self.settings, ",".join(map(str, self.layers or ()))
+        adapter = spec.adapter.model_copy(update={"layers": layers or self.policy})
+        train = spec.train.model_copy(update={"learning_rate": rate})
+        return spec.model_copy(update={"adapter": adapter, "train": train, "seed": seed})
+
+
+def arms_of(spec: StudySpec, n_layers: int | None) -> list[Arm]:
+    """Return the arms that the study names, their layers counted where that needs no search."""
+    return [_arm(spec, arm, n_layers) for arm in spec.arms]
+
+
+def add_controls(
+    arms: list[Arm], spec: StudySpec, n_layers: int
+) -> tuple[list[Arm], dict[str, dict[str, str]]]:
+    """Put after each arm with found layers its controls.
+
+    Returns (arms, by arm: name of each of its controls -> name of the arm that serves as it, which
+    is the arm itself where that has the same layers). Arms without layers have no controls.
+    """
+    every: list[Arm] = []
+    serving: dict[str, dict[str, str]] = {}
+    there = {_content(arm): arm.name for arm in arms if arm.layers is not None}
+    for arm in arms:
+        every.append(arm)
+        if not (spec.controls and is_found(arm.policy) and arm.layers):
+            continue
+        controls = _controls(arm, n_layers, spec.random_draws)
+        serving[arm.name] = {c.name: there.setdefault(_content(c), c.name) for c in controls}
+        every += [c for c in controls if serving[arm.name][c.name] == c.name]
+    return every, serving
+
+
+def expected_controls(arm: Arm, spec: StudySpec) -> list[Arm]:
+    """Return the controls that an arm will have, before its layers are known."""
+    if not (spec.controls and is_found(arm.policy)):
+        return []
+    draws = [(f"random-{i + 1}", "random:K") for i in range(spec.random_draws)]
+    return [
+        replace(arm, name=f"{arm.name}-{name}", policy=policy, layers=None, control_of=arm.name)
+        for name, policy in [*draws, ("last", "last:K"), ("every", "every:K")]
+    ]
+
+
+def _arm(spec: StudySpec, arm: ArmSpec, n_layers: int | None) -> Arm:
+    settings = spec.run_spec(arm.overrides)
+    policy = settings.adapter.layers
+    layers = None
+    if n_layers is not None and not is_found(policy):
+        layers = tuple(resolve_layers(policy, n_layers))
+    rates, seeds = tuple(arm.rates or spec.rate.grid), tuple(arm.seeds or spec.seeds)
+    return Arm(arm.name, policy, settings, rates, seeds, layers)
+
+
+def _controls(arm: Arm, n_layers: int, n_draws: int) -> list[Arm]:
+    assert arm.layers is not None
+    k = len(arm.layers)
+    policies = {"last": f"last:{k}", "every": f"every:{k}"}
+    taken = [arm.layers, *(tuple(resolve_layers(p, n_layers)) for p in policies.values())]
+    drawn = {}
+    for i in range(n_draws):
+        policy = _new_draw(k, n_layers, taken)
+        if policy is not None:
+            drawn[f"random-{i + 1}"] = policy
+            taken.append(tuple(resolve_layers(policy, n_layers)))
+    return [
+        replace(
+            arm,
+            name=f"{arm.name}-{name}",
+            policy=policy,
+            layers=tuple(resolve_layers(policy, n_layers)),
+            control_of=arm.name,
+        )
+        for name, policy in {**drawn, **policies}.items()
+    ]
+
+
+def _new_draw(k: int, n_layers: int, taken: list[tuple[int, ...]]) -> str | None:
+    """Return `random:k:SEED` with the lowest seed whose layers are not taken; None: all are."""
+    policies = (f"random:{k}:{seed}" for seed in range(N_TRIES))
+    return next((p for p in policies if tuple(resolve_layers(p, n_layers)) not in taken), None)
+
+
+def _content(arm: Arm) -> tuple[object, ...]:
+    """Return what decides an arm's runs: equal for arms that would repeat each other."""
+    return (arm.run_spec(seed=0, rate=1.0).model_dump_json(), arm.rates, arm.seeds)
+
+
+def chosen_arms(arms: list[Arm], spec: StudySpec, only: list[str]) -> list[str]:
+    """Return the names of `--only`, checked against arms and controls; UserError for others."""
+    names = [name for arm in arms for name in (arm.name, *_names(expected_controls(arm, spec)))]
+    if unknown := [name for name in only if name not in names]:
+        raise UserError(f"--only {','.join(unknown)}: the study has {', '.join(names)}")
+    return only or names
+
+
+def _names(arms: list[Arm]) -> list[str]:
+    return [arm.name for arm in arms]

@@ -1,0 +1,212 @@
+"""The study's folder: the only owner of its format.
+
+    study.yaml   the resolved study             study.json   facts, renewed as the study goes on
+    identify/POLICY/     where the layers of `super`, `auto`, ... come from: runs of `identify`
+    rates/ARM/RATE/      short runs of `train`; result.json has "heldout": {nll, n_tokens}
+    runs/ARM/seed-S/     runs of `train-eval`
+    beam/ARM/seed-S/     runs of `eval`         every run folder also holds log.txt
+
+study.json has "status" (running, done, incomplete, cancelled), facts of machine and data, and
+"arms": name -> {policy, layers, n_trainable, seeds, control_of, controls, one_off_s, rate: {grid,
+nll, chosen, at_edge, cost_s}, learning_rate, reason}, "runs": folder -> {phase, arm, label,
+status, reason, seconds, load_before}; the load is the system's, of the last minute.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from swlora.config import dump_yaml
+from swlora.errors import UserError
+from swlora.files import write_json, write_text
+from swlora.runs import lock_folder, package_versions
+from swlora.study.spec import StudySpec
+
+FITTING = ("attach", "prepare", "train")
+
+
+class StudyFolder:
+    """A study at work in its folder; a context manager that records how it ended.
+
+    While it is entered, no other process can enter the same folder (UserError).
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path = path
+        self.facts = facts
+        self._lock: int | None = None
+
+    @classmethod
+    def open(cls, path: Path, name: str, spec: StudySpec) -> Self:
+        """Start the study in `path`, or continue the one that is there.
+
+        Raises UserError where the folder holds something else.
+        """
+        if check_folder(path, spec):
+            return cls(path, read_study(path))
+        facts = {
+            "status": "running",
+            "study": name,
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "machine": machine_facts(),
+            "packages": package_versions(),
+            "python": platform.python_version(),
+            "controls": spec.controls,
+            "baseline": spec.baseline,
+            "arms": {},
+            "runs": {},
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "study.yaml", dump_yaml(spec))
+        write_json(path / "study.json", facts)
+        return cls(path, facts)
+
+    @property
+    def caches(self) -> Path:
+        """The folder of the runs' own caches; empty when nothing is under way."""
+        return self.path / ".cache"
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to study.json."""
+        self.facts.update(facts)
+        write_json(self.path / "study.json", self.facts)
+
+    def record_source(self, **facts: Any) -> None:
+        """Record what the study works on; UserError where it went on with something else."""
+        for name, now in facts.items():
+            before = self.facts.get(name, now)
+            if before != now:
+                raise UserError(f"this study cannot go on: {name} was {before} and is now {now}")
+        self.record(**facts)
+
+    def record_arm(self, name: str, **facts: Any) -> None:
+        """Add facts of an arm to study.json."""
+        self.facts["arms"].setdefault(name, {}).update(facts)
+        self.record()
+
+    def record_run(self, folder: str, **facts: Any) -> None:
+        """Replace what study.json says of a run."""
+        self.facts["runs"][folder] = facts
+        self.record()
+
+    def __enter__(self) -> Self:
+        self._lock = lock_folder(self.path)
+        self.facts.pop("reason", None)
+        self.record(status="running")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is not None:
+                stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+                self.facts["reason"] = f"{type(error).__name__}: {error}".strip(": ")
+                self.record(status="cancelled" if stopped else "incomplete")
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+
+def check_folder(path: Path, spec: StudySpec) -> bool:
+    """Say whether `path` holds this study already; False where it is free.
+
+    Raises UserError where it holds something else; a different study is told by what differs.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; --output names a folder")
+    if not (path / "study.json").exists():
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"{path} is not empty and holds no study; choose another --output")
+        return False
+    lines = differences(_read_yaml(path / "study.yaml"), spec.model_dump(mode="json"))
+    if lines:
+        shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
+        raise UserError(
+            f"{path} holds another study ({shown}); choose another --output, or the settings "
+            "that it has"
+        )
+    return True
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """Read study.json; UserError where the folder is no study."""
+    try:
+        facts = dict(json.loads((path / "study.json").read_text(encoding="utf-8")))
+        facts["status"], facts["arms"], facts["runs"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} holds no readable study.json") from error
+    return facts
+
+
+def fit_seconds(timings_s: dict[str, float]) -> float:
+    """Return the seconds of a run from the untrained model to the finished adapter.
+
+    From its run.json: without loading, tokenising and the evaluation after the training, with that
+    on the way.
+    """
+    return sum(timings_s.get(name, 0.0) for name in FITTING)
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """List the leaves at which two trees differ, as "seeds: [0] there, [0, 1] here"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        lines = []
+        for key in dict.fromkeys((*before, *now)):
+            dotted = f"{name}.{key}" if name else str(key)
+            lines += differences(before.get(key), now.get(key), dotted)
+        return lines
+    if name == "arms" and isinstance(before, list) and isinstance(now, list):
+        named, as_named = ({arm["name"]: arm for arm in arms} for arms in (before, now))
+        in_order = [f"{name}: another order"] if before != now else []
+        return differences(named, as_named, name) or in_order
+    return [] if before == now else [f"{name}: {_brief(before)} there, {_brief(now)} here"]
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what the timings depend on: processor, cores that may be used, memory, system."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores,
+        "memory_bytes": memory,
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, and nothing that a link in it leads to."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown")
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _brief(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,115 @@
+"""What a study would do, before it does anything: arms, layers, trained weights, steps, runs."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
+from swlora.study.arms import Arm, arms_of, expected_controls
+from swlora.study.check import Checked
+from swlora.study.tables import layer_ranges, markdown_table, verdict_columns
+
+Plan = dict[str, Any]
+
+
+def arms_before(checked: Checked) -> list[Arm]:
+    """Return all arms as far as they are known before anything ran, controls included."""
+    spec, arms = checked.spec, arms_of(checked.spec, checked.n_layers)
+    return [each for arm in arms for each in (arm, *expected_controls(arm, spec))]
+
+
+def plan_of(name: str, checked: Checked, wanted: list[str]) -> Plan:
+    """Return the plan of a study as plain values; numbers that are not known yet are None."""
+    spec = checked.spec
+    arms = [arm for arm in arms_before(checked) if arm.name in wanted]
+    rows = [_arm_row(checked, arm) for arm in arms]
+    n_short = sum(len(arm.rates) for arm in arms if len(arm.rates) > 1)
+    n_beam = sum(
+        len([s for s in spec.beam.seeds or arm.seeds if s in arm.seeds])
+        for arm in arms
+        if arm.name in spec.beam.arms
+    )
+    return {
+        "study": name,
+        "model": spec.model.name,
+        "data": spec.data.name,
+        "facts": checked.facts,
+        "n_rows": checked.n_rows,
+        "baseline": spec.baseline,
+        "controls": spec.controls,
+        "margin": spec.margin.model_dump(),
+        "arms": rows,
+        "n_short_runs": n_short,
+        "n_runs": sum(len(arm.seeds) for arm in arms),
+        "n_beam_runs": n_beam,
+        "unchecked": checked.unchecked,
+    }
+
+
+def show_plans(result: dict[str, Any]) -> None:
+    """Print the plans of `compare.plan` on stdout."""
+    for plan in result["studies"]:
+        _show_plan(plan)
+
+
+def show_results(result: dict[str, Any], output: Path) -> None:
+    """Print the main table of what `compare.compare` returned, on stdout, and where more is."""
+    columns = verdict_columns(["bleu", "nll"])
+    studies = result.get("studies", {str(output): result})
+    for folder, study in studies.items():
+        finished = [arm for arm in study["arms"] if arm["seeds"]]
+        print(f"study {study['study']}: {study['status']}")
+        print(markdown_table(columns, finished) if finished else "no run is done yet")
+        print(f"report: {Path(folder) / 'results.md'}")
+
+
+def _show_plan(plan: Plan) -> None:
+    rows = ", ".join(f"{n} {split}" for split, n in plan["n_rows"].items()) or "not known"
+    print(f"study {plan['study']}: {plan['model']} on {plan['data']}, rows: {rows}")
+    table = Table(box=None, pad_edge=False)
+    for name in ("arm", "method", "layers", "rank", "epochs", "trained weights", "steps"):
+        table.add_column(name, justify="left" if name in ("arm", "method", "layers") else "right")
+    table.add_column("rates")
+    table.add_column("seeds")
+    for arm in plan["arms"]:
+        layers = arm["policy"] if arm["layers"] is None else layer_ranges(arm["layers"])
+        table.add_row(
+            arm["name"],
+            arm["method"],
+            layers,
+            str(arm["rank"] or "-"),
+            str(arm["epochs"]),
+            "?" if arm["n_trainable"] is None else f"{arm['n_trainable']:,}",
+            str(arm["n_steps"] or "?"),
+            " ".join(f"{rate:g}" for rate in arm["rates"]),
+            " ".join(map(str, arm["seeds"])),
+        )
+    Console(highlight=False, width=200).print(table)
+    if not plan["controls"]:
+        print("no controls: chosen layers are not compared with any others")
+    print(
+        f"{plan['n_runs']} measured runs, {plan['n_short_runs']} short ones to choose learning "
+        f"rates, {plan['n_beam_runs']} evaluations with beam search"
+    )
+    for reason in plan["unchecked"]:
+        print(f"not checked: {reason}")
+
+
+def _arm_row(checked: Checked, arm: Arm) -> dict[str, Any]:
+    adapter = arm.settings.adapter
+    has_rank = "rank" in METHOD_SETTINGS.get(adapter.method, LORA_SETTINGS)
+    return {
+        "name": arm.name,
+        "method": arm.method,
+        "policy": arm.policy,
+        "layers": None if arm.layers is None else list(arm.layers),
+        "control_of": arm.control_of,
+        "rank": adapter.rank if has_rank else None,
+        "epochs": arm.settings.train.epochs,
+        "n_trainable": checked.n_trainable(arm),
+        "n_steps": checked.n_steps(arm.settings),
+        "rates": list(arm.rates),
+        "seeds": list(arm.seeds),
+    }

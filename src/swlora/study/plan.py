@@ -1,0 +1,101 @@
+"""The runs of a study, phase by phase: one run is one process and one folder.
+
+identify   layers of `super`, `auto`, ...: once for every arm that needs them
+rates      short runs on a slice of the data, one for each arm and learning rate of its grid
+runs       the measured runs, seed by seed over all arms, so that a drift hits all alike
+beam       some of their adapters once more, with beam search
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from swlora.adapters.layers import needs_identification
+from swlora.config import RunSpec
+from swlora.study.arms import Arm
+from swlora.study.spec import StudySpec, folder_name, is_found
+
+Phase = Literal["identify", "rates", "runs", "beam"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: `folder` is relative to the study's, `label` tells it from others of its arm.
+
+    `n_rows` are the rows that it trains on, all epochs counted; 0 where it does not train.
+    """
+
+    phase: Phase
+    arm: str
+    label: str
+    folder: str
+    spec: RunSpec
+    n_rows: int = 0
+    adapter: str | None = None
+
+
+def identify_tasks(arms: list[Arm]) -> dict[str, Task]:
+    """Return by arm the task that finds its layers; arms with equal needs share one."""
+    tasks = {}
+    for arm in arms:
+        if arm.layers is not None or not is_found(arm.policy):
+            continue
+        # What identification finds depends on the model alone; other searches on the arm as well.
+        shared = needs_identification(arm.policy)
+        name = folder_name(arm.policy) if shared else arm.name
+        folder = f"identify/{name}"
+        tasks[arm.name] = Task("identify", arm.name, arm.policy, folder, arm.settings)
+    return tasks
+
+
+def rate_tasks(arm: Arm, spec: StudySpec, n_train_rows: int) -> list[Task]:
+    """Return the short runs among which the arm's learning rate is chosen; none for one rate."""
+    if len(arm.rates) == 1:
+        return []
+    choice, tasks = spec.rate, []
+    for rate in arm.rates:
+        run = arm.run_spec(seed=choice.seed, rate=rate)
+        rows = {"train_rows": choice.train_rows, "eval_prompts": choice.eval_prompts}
+        data = run.data.model_copy(update={**rows, "eval_split": "dev"})
+        limits = [n for n in (choice.max_steps, run.train.max_steps) if n is not None]
+        short = {"max_steps": min(limits, default=None), "eval_every_steps": None}
+        train = run.train.model_copy(update={**short, "eval_rows": None})
+        run = run.model_copy(update={"data": data, "train": train})
+        n_rows = min(choice.train_rows, n_train_rows)
+        folder = f"rates/{arm.name}/{rate:g}"
+        tasks.append(Task("rates", arm.name, f"{rate:g}", folder, run, _all_rows(run, n_rows)))
+    return tasks
+
+
+def run_tasks(arms: list[Arm], rates: Mapping[str, float], n_train_rows: int) -> list[Task]:
+    """Return the measured runs of the arms that have a rate, one seed of all arms after another."""
+    return [
+        Task("runs", arm.name, f"seed-{seed}", f"runs/{arm.name}/seed-{seed}", run, n_rows)
+        for seed in dict.fromkeys(seed for arm in arms for seed in arm.seeds)
+        for arm in arms
+        if seed in arm.seeds and arm.name in rates
+        for run in [arm.run_spec(seed=seed, rate=rates[arm.name])]
+        for n_rows in [_all_rows(run, n_train_rows)]
+    ]
+
+
+def beam_tasks(runs: list[Task], spec: StudySpec) -> list[Task]:
+    """Return the evaluations with beam search of the runs that the study names for them."""
+    return [
+        Task(
+            "beam",
+            task.arm,
+            task.label,
+            f"beam/{task.arm}/{task.label}",
+            task.spec.model_copy(update={"decode": spec.beam.decode}),
+            adapter=task.folder,
+        )
+        for task in runs
+        if task.arm in spec.beam.arms and task.spec.seed in (spec.beam.seeds or [task.spec.seed])
+    ]
+
+
+def _all_rows(run: RunSpec, n_rows: int) -> int:
+    """Return the rows that a run trains on, all epochs counted."""
+    rows, limit = n_rows * run.train.epochs, run.train.max_steps
+    return rows if limit is None else min(rows, limit * run.train.batch_size)

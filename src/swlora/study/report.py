@@ -1,0 +1,139 @@
+"""The results of a study as a report in Markdown: what was compared, the tables, how to read them.
+
+Made from what results.json holds.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from swlora.study import tables
+from swlora.study.tables import Arm, markdown_table
+
+
+def markdown_report(results: dict[str, Any]) -> str:
+    """Return the whole report."""
+    finished = [arm for arm in results["arms"] if arm["seeds"]]
+    parts = [f"# Comparison {results['study'] or ''}".rstrip(), _introduction(results, finished)]
+    if finished:
+        parts += [
+            "![total time against quality](pareto.svg)",
+            _PARETO_CAPTION,
+            "## Quality, and what it says against the baseline",
+            markdown_table(tables.verdict_columns(["bleu", "nll"]), finished),
+            "## Time",
+            markdown_table(tables.time_columns(), finished),
+            "![loss against seconds](curves.svg)",
+            _CURVES_CAPTION,
+            "## All scores",
+            markdown_table(tables.score_columns(), finished),
+            "Spread over seeds, smallest to largest:",
+            markdown_table(
+                tables.spread_columns(), [arm for arm in finished if len(arm["seeds"]) > 1]
+            ),
+            "## What was trained",
+            markdown_table(tables.arm_columns(), finished),
+        ]
+    chosen = [arm for arm in results["arms"] if (arm["rate_choice"] or {}).get("nll")]
+    if chosen:
+        parts += ["## Choice of the learning rates", _RATES, tables.rate_table(chosen)]
+    beam = [{"name": arm["name"], **arm["beam"]} for arm in finished if "beam" in arm]
+    if beam:
+        parts += ["## Beam search", _decode_line(beam[0]["decode"])]
+        parts.append(markdown_table(tables.beam_columns(), beam))
+    if results["unfinished"]:
+        parts += ["## Without a result", markdown_table(tables.UNFINISHED, results["unfinished"])]
+    parts += [
+        "## Beside the original",
+        _ORIGINAL,
+        markdown_table(tables.PUBLISHED, results["published"]),
+    ]
+    parts += ["## How to read this", _explanation(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(results: dict[str, Any], finished: Sequence[Arm]) -> str:
+    setting, facts = results["setting"], results["setting"]["facts"]
+    machine, train = facts.get("machine", {}), setting["train"]
+    data = facts.get("data_source", setting["data"]["name"])
+    n_rows = facts.get("n_rows", {}).get("train")
+    lines = [
+        f"Model {setting['model']['name']}, data {data}"
+        + (f", {n_rows} training rows" if n_rows else "")
+        + f", {setting['data']['eval_split']} set"
+        + (f", {finished[0]['n_prompts']} prompts" if finished else "")
+        + f"; {train['epochs']} epoch{'s' * (train['epochs'] != 1)} unless said, "
+        f"{train['batch_size']} rows a step. {machine.get('cpu', 'Unknown processor')}, "
+        f"{machine.get('cores', '?')} cores. {len(finished)} of {len(results['arms'])} arms have "
+        f"results; the study is {results['status']}."
+    ]
+    if phases_s := facts.get("phases_s"):
+        spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in phases_s.items())
+        lines.append(f"What the study itself took, by phase: {spent}.")
+    if not results["controls"]:
+        lines.append(
+            "**Without controls**: they were switched off. Nothing here shows that layers with "
+            "super weights do better or worse than other layers of the same number."
+        )
+    if finished and results["baseline"] not in [arm["name"] for arm in finished]:
+        lines.append(f"The baseline {results['baseline']} has no result: nothing is compared.")
+    return "\n\n".join(lines)
+
+
+def _decode_line(decode: dict[str, Any]) -> str:
+    return (
+        f"{decode['num_beams']} beams, length penalty {decode['length_penalty']:g}, no repeated "
+        f"{decode['no_repeat_ngram_size']}-grams."
+    )
+
+
+_PARETO_CAPTION = (
+    "Vertical bars: 95 % interval of the paired difference from the baseline, put on the "
+    "baseline's value. Where a bar stays above the lower edge of the band (the margin), the arm is "
+    "non-inferior. Horizontal bars: fastest to slowest seed."
+)
+_CURVES_CAPTION = (
+    "Mean over seeds of the loss on held-out rows; thin lines without points are smoothed training "
+    "losses, of arms whose held-out loss was not measured. Dotted: what the baseline ends with."
+)
+_RATES = (
+    "Held-out NLL after the short runs of each arm, all with one seed that is used nowhere else; "
+    "the rate with the lowest was taken. A choice at the edge of its grid may not be the best."
+)
+_ORIGINAL = (
+    "The table that was published before: GPT-2, E2E, one run an arm, no controls, no intervals. "
+    'It names neither the metric of its quality nor how "faster" is counted, so it cannot be put '
+    "on one scale with the tables above."
+)
+
+
+def _explanation(results: dict[str, Any]) -> str:
+    margin, draws = results["margin"], results["bootstrap"]["draws"]
+    baseline = results["baseline"]
+    return "\n".join(
+        [
+            "- Every number of an arm is the mean over its seeds. BLEU, METEOR and ROUGE-L are of "
+            "100; NLL is in nats a completion token, of all references, the end of the text "
+            "included.",
+            f"- Intervals hold the middle 95 % of {draws} bootstrap draws. A draw takes prompts "
+            "(MRs) with replacement, the same for every arm, and one seed fewer than the arm has, "
+            "with replacement; differences are paired in both. An arm with one seed has an "
+            "interval for the choice of prompts only: how far another seed would move it is not "
+            "in there.",
+            f"- A verdict compares with {baseline} by a margin set before: {margin['bleu']:g} "
+            f"BLEU, {margin['nll']:g} NLL. Non-inferior: the whole interval of the difference is "
+            "better than the margin allows. Inferior: all of it is worse. Undecided: neither.",
+            "- Examples are rows of the data set; their rate leaves out the first 5 % of the "
+            "steps. Seconds to the end are what training this arm alone takes: steps, caches, "
+            "checkpoints, finding its layers; not loading, tokenising and evaluation, which are "
+            "the same for all.",
+            f"- Speed-up is (rate / rate of {baseline} − 1), time saved is (1 − seconds / seconds "
+            f"of {baseline}); both positive where an arm is faster. Seconds to the baseline's NLL: "
+            f"when the loss on held-out rows first is what {baseline} ends with, on the mean curve "
+            "of the seeds, one-off costs included. Every arm's rate decays to the end of its own "
+            "schedule, so a shorter schedule might get there sooner.",
+            "- English perplexity is that of English text that ships with swlora, before training "
+            "and with the adapter on: what it gained was forgotten.",
+            "- Learning rates were chosen for each arm on held-out rows with a seed that no run "
+            "here has; what that cost is shown apart and is in no total.",
+        ]
+    )

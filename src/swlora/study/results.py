@@ -1,0 +1,257 @@
+"""From a study's folder to what it says: results.json, results.md, results.csv and two figures.
+
+A pure function of the folder; it may run at any time, also while the study does. Scores are on the
+scales that papers use: BLEU, METEOR and ROUGE-L of 100, NIST and CIDEr unbounded, the loss in nats
+a token. Every number of an arm is the mean over its finished seeds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
+from swlora.errors import UserError
+from swlora.files import write_json, write_text
+from swlora.study import statistics as stats
+from swlora.study.collect import ArmRecord, ArmRun, StudyRecord, collect
+from swlora.study.figures import draw_curves, draw_pareto
+from swlora.study.published import PUBLISHED
+from swlora.study.report import markdown_report
+from swlora.study.speed import Pace, loss_curve
+from swlora.study.statistics import Draws
+from swlora.study.tables import csv_table
+
+# Name here: (name in an evaluation, factor to the published scale)
+SCORES = {
+    "bleu": ("BLEU", 100.0),
+    "nist": ("NIST", 1.0),
+    "meteor": ("METEOR", 100.0),
+    "rouge_l": ("ROUGE_L", 100.0),
+    "cider": ("CIDEr", 1.0),
+    "nll": ("NLL", 1.0),
+}
+JUDGED = ("bleu", "nll")
+
+Result = dict[str, Any]
+
+
+def publish(folder: Path) -> Result:
+    """Summarise the study in `folder`, write the files and return what results.json holds.
+
+    Arms that failed, were cancelled or are missing are listed with the reason. Without a finished
+    run there is nothing to draw, and no figure. Raises UserError where the folder is no study, or
+    its runs are of different data.
+    """
+    results = summarise(collect(folder))
+    write_json(folder / "results.json", results)
+    write_text(folder / "results.csv", csv_table(results))
+    write_text(folder / "results.md", markdown_report(results))
+    if any(arm["seeds"] for arm in results["arms"]):
+        for ending in ("svg", "png"):
+            draw_pareto(results, folder / f"pareto.{ending}")
+            draw_curves(results, folder / f"curves.{ending}")
+    return results
+
+
+def summarise(study: StudyRecord) -> Result:
+    """Return everything that is published of a study, as plain values."""
+    _check_same_data(study.arms)
+    baseline = next((arm for arm in study.arms if arm.name == study.spec.baseline), None)
+    yardstick = _Yardstick(baseline, study)
+    arms = [_arm_result(arm, yardstick) for arm in study.arms]
+    return {
+        "study": study.facts.get("study"),
+        "status": study.facts["status"],
+        "baseline": study.spec.baseline,
+        "margin": study.spec.margin.model_dump(),
+        "controls": study.spec.controls,
+        "bootstrap": {
+            "draws": stats.N_DRAWS,
+            "seed": stats.BOOTSTRAP_SEED,
+            "confidence": stats.CONFIDENCE,
+        },
+        "setting": _setting(study),
+        "target_nll": yardstick.pace.final_nll if yardstick.pace else None,
+        "arms": arms,
+        "unfinished": [
+            {"run": run.place, "status": run.status, "reason": run.reason}
+            for arm in study.arms
+            for run in (*arm.runs, *arm.beam)
+            if run.status != "done"
+        ],
+        "published": PUBLISHED,
+    }
+
+
+def _setting(study: StudyRecord) -> Result:
+    """What all arms share, and where it ran."""
+    spec = study.spec.model_dump(mode="json")
+    shared = {name: spec[name] for name in ("model", "data", "adapter", "train", "decode", "rate")}
+    skipped = ("arms", "runs", "status", "study", "controls", "baseline")
+    return {**shared, "facts": {k: v for k, v in study.facts.items() if k not in skipped}}
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The baseline's scores and draws by one way of decoding, and what may be lost of each score.
+
+    `folders` are its own runs', which are not compared with themselves.
+    """
+
+    folders: list[Path]
+    values: Result
+    draws: dict[str, Draws]
+    margins: dict[str, float]
+
+
+class _Yardstick:
+    """What arms are compared with: the baseline's scores and pace."""
+
+    def __init__(self, baseline: ArmRecord | None, study: StudyRecord) -> None:
+        self.name = study.spec.baseline
+        margins = study.spec.margin.model_dump()
+        runs = _done(baseline.runs) if baseline else []
+        beam = _done(baseline.beam) if baseline else []
+        self.greedy, self.beam = (
+            _Reference([run.folder for run in some], _means(some), _draws(some), margins)
+            for some in (runs, beam)
+        )
+        self.pace = Pace.of(runs) if runs else None
+
+
+def _arm_result(arm: ArmRecord, yardstick: _Yardstick) -> Result:
+    runs = _done(arm.runs)
+    result: Result = {
+        "name": arm.name,
+        "status": arm.status,
+        "policy": arm.facts.get("policy"),
+        "control_of": arm.facts.get("control_of"),
+        "is_baseline": arm.name == yardstick.name,
+        "seeds": [run.seed for run in runs],
+        "planned_seeds": [run.seed for run in arm.runs],
+        "rate_choice": arm.facts.get("rate"),
+    }
+    if not runs:
+        return result
+    beam = _done(arm.beam)
+    pace = Pace.of(runs)
+    result |= _description(runs) | pace.as_dict()
+    result |= _quality(runs, yardstick.greedy)
+    for name in ("english_perplexity", "english_perplexity_before"):
+        result[name] = _mean([run.result["eval"].get(name) for run in runs])
+    result["acceleration"] = pace.against(yardstick.pace) if yardstick.pace else None
+    result["curve"] = loss_curve(runs, pace)
+    if beam:
+        result["beam"] = {
+            "is_baseline": arm.name == yardstick.name,
+            "seeds": [run.seed for run in beam],
+            "planned_seeds": [run.seed for run in arm.beam],
+            "decode": beam[0].spec.decode.model_dump(mode="json"),
+            **_quality(beam, yardstick.beam),
+        }
+    result["runs"] = [_run_result(run) for run in runs]
+    return result
+
+
+def _description(runs: Sequence[ArmRun]) -> Result:
+    """What the arm is, the same for all its seeds, and the most memory that one of them took."""
+    trained, spec = runs[0].result["train"], runs[0].spec
+    memory = [run.result["train"].get("peak_memory_bytes") for run in runs]
+    known = [value for value in memory if value is not None]
+    taken = METHOD_SETTINGS.get(spec.adapter.method, LORA_SETTINGS)
+    return {
+        "method": spec.adapter.method,
+        "layers": trained["layers"],
+        "rank": spec.adapter.rank if "rank" in taken else None,
+        "rank_pattern": trained.get("rank_pattern"),
+        "targets": spec.adapter.targets,
+        "epochs": spec.train.epochs,
+        "learning_rate": spec.train.learning_rate,
+        "n_prompts": runs[0].result["eval"]["n_prompts"],
+        "n_trainable": trained["n_trainable"],
+        "adapter_bytes": trained.get("adapter_bytes"),
+        "peak_memory_bytes": max(known) if known else None,
+    }
+
+
+def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Result:
+    """Scores with intervals and spread, and what they say against the baseline."""
+    means, draws = _means(runs), _draws(runs)
+    by_run = [_run_scores(run) for run in runs]
+    is_reference = runs[0].folder in reference.folders
+    judged = {
+        name: _against(name, means, draws, reference)
+        for name in JUDGED
+        if name in reference.draws and not is_reference
+    }
+    return {
+        **means,
+        "intervals": {name: list(stats.interval(values)) for name, values in draws.items()},
+        "spread": {n: stats.spread([scores[n] for scores in by_run]) for n in draws},
+        "against_baseline": judged,
+    }
+
+
+def _against(name: str, means: Result, draws: dict[str, Draws], reference: _Reference) -> Result:
+    found = stats.interval(draws[name] - reference.draws[name])
+    judged = stats.verdict(found, reference.margins[name], larger_is_better=name != "nll")
+    difference = means[name] - reference.values[name]
+    return {"difference": difference, "interval": list(found), "verdict": judged}
+
+
+def _run_result(run: ArmRun) -> Result:
+    return {
+        "seed": run.seed,
+        "train_s": run.train_s,
+        "total_s": run.total_s,
+        "examples_per_s": stats.steady_rate(run.metrics),
+        **_run_scores(run),
+    }
+
+
+def _run_scores(run: ArmRun) -> dict[str, Any]:
+    evaluated = run.result["eval"]
+    values = {"NLL": evaluated["nll"], **evaluated}
+    return {
+        name: None if values[official] is None else factor * values[official]
+        for name, (official, factor) in SCORES.items()
+    }
+
+
+def _means(runs: Sequence[ArmRun]) -> Result:
+    by_run = [_run_scores(run) for run in runs]
+    return {name: _mean([scores[name] for scores in by_run]) for name in SCORES} if runs else {}
+
+
+def _draws(runs: Sequence[ArmRun]) -> dict[str, Draws]:
+    if not runs:
+        return {}
+    draws = stats.bootstrap({run.seed: run.segments for run in runs})
+    return {
+        name: factor * draws[official]
+        for name, (official, factor) in SCORES.items()
+        if official in draws
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, None where a value is missing: half a mean would be another number."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def _done(runs: Sequence[ArmRun]) -> list[ArmRun]:
+    return [run for run in runs if run.status == "done"]
+
+
+def _check_same_data(arms: Sequence[ArmRecord]) -> None:
+    hashes = {
+        run.facts.get("data_sha256") for arm in arms for run in [*_done(arm.runs), *_done(arm.beam)]
+    }
+    if len(hashes) > 1:
+        raise UserError(
+            "the runs of this study were made with different data; start it again in a new folder"
+        )

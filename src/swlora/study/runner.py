@@ -1,0 +1,231 @@
+"""One process after another: every run of a study is one, and leaves an ordinary run folder.
+
+Runs that are done are skipped; one that was interrupted is resumed where it left a checkpoint, else
+made again; one that failed is noted with its reason and the study goes on. Every run has a cache of
+its own, so that the states below the lowest adapted layer are never there from another run; what
+else is in the user's cache, such as the embedded model, is linked into it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swlora.config import dump_yaml, load_spec
+from swlora.errors import UserError
+from swlora.paths import cache_dir
+from swlora.runs import lock_folder
+from swlora.study.folder import StudyFolder, remove
+from swlora.study.live import Board, View, duration
+from swlora.study.plan import Task
+
+LOG = "log.txt"
+POLL_S = 0.5
+NOT_FINITE = "not finite"  # how the training loop says that a rate was too high
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: done, failed or cancelled; the reason where it is not done."""
+
+    status: str
+    reason: str | None = None
+
+    @property
+    def is_divergence(self) -> bool:
+        """Whether the run failed because its learning rate was too high."""
+        return self.status == "failed" and NOT_FINITE in str(self.reason)
+
+
+Command = Callable[[Task, Path, Path, bool], list[str]]
+
+
+def child_command(task: Task, study: Path, config: Path, resume: bool) -> list[str]:
+    """Return the command line of a run's process."""
+    output = ["--output", str(study / task.folder)]
+    swlora = [sys.executable, "-m", "swlora"]
+    if resume:
+        return [*swlora, "train-eval", "--resume", *output]
+    given = ["--config", str(config), *output]
+    if task.phase == "runs":
+        return [*swlora, "train-eval", *given]
+    if task.phase == "beam":
+        return [*swlora, "eval", "--adapter", str(study / str(task.adapter)), *given]
+    work = "layers" if task.phase == "identify" else "train"
+    return [sys.executable, "-m", "swlora.study.work", work, *given]
+
+
+class Runner:
+    """Runs tasks in the folder of a study, and shows and records what becomes of them."""
+
+    def __init__(
+        self, study: StudyFolder, board: Board, view: View, command: Command = child_command
+    ) -> None:
+        self._study, self._board, self._view, self._command = study, board, view, command
+
+    def run(self, task: Task) -> Outcome:
+        """Run one task, unless it is done; KeyboardInterrupt ends it as cancelled and goes on up.
+
+        Raises UserError where its folder holds a run of other settings, or one that is at work.
+        """
+        folder = self._study.path / task.folder
+        facts = _run_facts(folder)
+        if facts is not None and _is_over(facts, task):
+            _check_same(folder, task)
+            return self._note(task, _outcome(facts, 0, folder), self._seconds(task))
+        if folder.exists():
+            _check_free(folder)
+        resume = task.phase == "runs" and (folder / "checkpoint" / "manifest.json").exists()
+        before_s = self._seconds(task) or 0.0 if resume else 0.0
+        if resume:
+            _check_same(folder, task)
+        else:
+            remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._board.start(task)
+        self._record(task, Outcome("running"), before_s)
+        start_s = time.monotonic()
+        try:
+            code = self._process(task, resume)
+        except KeyboardInterrupt:
+            stopped = Outcome("cancelled", "the study was stopped")
+            self._note(task, stopped, before_s + time.monotonic() - start_s)
+            raise
+        outcome, now_s = _outcome(_run_facts(folder), code, folder), time.monotonic()
+        remove(self._cache(task))
+        reason = f": {outcome.reason}" if outcome.reason else ""
+        self._view.say(f"{task.folder} {outcome.status} in {duration(now_s - start_s)}{reason}")
+        return self._note(task, outcome, before_s + now_s - start_s)
+
+    def _process(self, task: Task, resume: bool) -> int:
+        """Start the run's process and wait for it; return its exit code."""
+        folder = self._study.path / task.folder
+        environment = {**os.environ, "SWLORA_CACHE": str(self._make_cache(task))}
+        with tempfile.TemporaryDirectory() as scratch, (folder / LOG).open("ab") as log:
+            config = Path(scratch) / "config.yaml"
+            config.write_text(dump_yaml(task.spec), encoding="utf-8")
+            process = subprocess.Popen(
+                self._command(task, self._study.path, config, resume),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the study alone, which then stops the run
+            )
+            try:
+                while True:
+                    self._view.show(self._board, self._study.path)
+                    try:
+                        return process.wait(timeout=POLL_S)
+                    except subprocess.TimeoutExpired:
+                        continue
+            except BaseException:
+                self._stop(process)
+                raise
+
+    def _stop(self, process: "subprocess.Popen[bytes]") -> None:
+        """Ask a process to stop and wait for it; another interruption kills it."""
+        process.terminate()
+        self._view.say("stopping the run after its present step (again: at once)")
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def _note(self, task: Task, outcome: Outcome, seconds: float | None) -> Outcome:
+        self._board.end(task, outcome.status, seconds)
+        self._record(task, outcome, seconds)
+        return outcome
+
+    def _record(self, task: Task, outcome: Outcome, seconds: float | None) -> None:
+        values = {
+            "phase": task.phase,
+            "arm": task.arm,
+            "label": task.label,
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "seconds": None if seconds is None else round(seconds, 3),
+            "load_before": self._load_before(task, outcome),
+        }
+        if values != self._study.facts["runs"].get(task.folder):
+            self._study.record_run(task.folder, **values)
+
+    def _load_before(self, task: Task, outcome: Outcome) -> float | None:
+        """Return the system's load when the run began: a busy machine makes timings worthless."""
+        if outcome.status == "running":
+            return round(os.getloadavg()[0], 2)
+        known: float | None = self._study.facts["runs"].get(task.folder, {}).get("load_before")
+        return known
+
+    def _seconds(self, task: Task) -> float | None:
+        """Return the seconds that study.json has of a run."""
+        known = self._study.facts["runs"].get(task.folder, {}).get("seconds")
+        return None if known is None else float(known)
+
+    def _cache(self, task: Task) -> Path:
+        return self._study.caches / task.folder.replace("/", "-")
+
+    def _make_cache(self, task: Task) -> Path:
+        """Return a cache folder with everything of the user's but prefixes, as links."""
+        cache, shared = self._cache(task), cache_dir().resolve()
+        cache.mkdir(parents=True, exist_ok=True)
+        for entry in sorted(shared.iterdir()) if shared.is_dir() else []:
+            link = cache / entry.name
+            if entry.name != "prefix" and not entry.name.startswith(".") and not link.exists():
+                link.symlink_to(entry)
+        return cache
+
+
+def _run_facts(folder: Path) -> dict[str, Any] | None:
+    """Return what run.json says, or None where there is none that can be read."""
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and "status" in facts else None
+
+
+def _is_over(facts: dict[str, Any], task: Task) -> bool:
+    """Say that a run need not be made: it is done, or its rate was found to be too high."""
+    diverged = Outcome(facts["status"], facts.get("reason")).is_divergence
+    return facts["status"] == "done" or (task.phase == "rates" and diverged)
+
+
+def _outcome(facts: dict[str, Any] | None, code: int, folder: Path) -> Outcome:
+    status = (facts or {}).get("status")
+    if code == 0 and status == "done":
+        return Outcome("done")
+    if facts is not None and status in ("failed", "cancelled"):
+        return Outcome(str(status), str(facts.get("reason")))
+    if code < 0:
+        return Outcome("failed", f"its process was ended by {signal.Signals(-code).name}")
+    return Outcome("failed", _last_line(folder / LOG) or f"its process ended with code {code}")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+
+def _check_same(folder: Path, task: Task) -> None:
+    """Refuse a folder whose run had other settings than the task."""
+    if load_spec(folder / "config.yaml", {}) != task.spec:
+        raise UserError(
+            f"{folder} holds a run with other settings than the study now asks for; remove the "
+            "folder, or choose another --output"
+        )
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder in which another process is at work."""
+    descriptor = lock_folder(folder)
+    if descriptor is not None:
+        os.close(descriptor)

@@ -1,0 +1,175 @@
+"""What a study compares: a run's configuration, a list of arms, and how they are made comparable.
+
+    arms:
+      - lora                                  a method in the layers of `adapter.layers`
+      - super                                 a layer policy, trained with `adapter.method`
+      - {name: top, layers: last:4, rank: 16, train.weight_decay: 0.01, seeds: [0]}
+
+Bare names, and settings beside an arm's name, are short for its dotted `overrides`.
+"""
+
+import re
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, Field, model_validator
+
+from swlora.adapters.layers import needs_identification, resolve_layers, time_budget
+from swlora.config import (
+    LORA_SETTINGS,
+    METHOD_SETTINGS,
+    AdapterSpec,
+    DataSpec,
+    DecodeSpec,
+    IdentifySpec,
+    MethodName,
+    ModelSpec,
+    NameList,
+    RunSpec,
+    Spec,
+    TrainSpec,
+    set_dotted,
+)
+from swlora.errors import UserError
+
+METHODS: tuple[str, ...] = get_args(MethodName)
+ALL_SETTINGS = LORA_SETTINGS.union(*METHOD_SETTINGS.values())
+SHORT = {
+    "method": "adapter.method",
+    "layers": "adapter.layers",
+    "rank": "adapter.rank",
+    "alpha": "adapter.alpha",
+    "epochs": "train.epochs",
+}
+MANY_LAYERS = 1_000_000  # accepts every layer number where the model is not known yet
+
+PositiveRate = Annotated[float, Field(gt=0)]
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise ValueError("a value is listed twice")
+    return values
+
+
+Rates = Annotated[list[PositiveRate], Field(min_length=1), AfterValidator(_distinct)]
+Seeds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_distinct)
+]
+
+
+class ArmSpec(Spec):
+    """One way to train: settings of `adapter` and `train` that differ from the study's own."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9+._-]*$", max_length=60)
+    overrides: dict[str, Any] = Field(default_factory=dict, description="by dotted names")
+    rates: Rates | None = Field(default=None, description="its own grid of learning rates")
+    seeds: Seeds | None = Field(default=None, description="default: those of the study")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        """Accept a bare name, and settings beside the name: `rank: 16`, `train.epochs: 3`."""
+        given: dict[Any, Any] = {"name": value} if isinstance(value, str) else value
+        if not (isinstance(given, dict) and isinstance(given.get("overrides", {}), dict)):
+            return value
+        given = dict(given)
+        name, overrides = given.get("name"), dict(given.get("overrides", {}))
+        for key in [k for k in given if k in SHORT or (isinstance(k, str) and "." in k)]:
+            overrides[SHORT.get(key, key)] = given.pop(key)
+        if isinstance(name, str):
+            if name in METHODS:
+                overrides.setdefault("adapter.method", name)
+            elif is_policy(name):
+                overrides.setdefault("adapter.layers", name)
+                given["name"] = folder_name(name)
+            elif isinstance(value, str):
+                raise ValueError(
+                    f"{name!r} is neither a method ({', '.join(METHODS)}) nor a layer policy; "
+                    "describe it as {name: ..., layers: ...}"
+                )
+        return {**given, "overrides": overrides}
+
+
+class RateChoice(Spec):
+    """How each arm's learning rate is chosen: the lowest held-out NLL after short runs."""
+
+    grid: Rates = Field(default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3])
+    train_rows: int = Field(default=640, ge=1, description="the first N rows of the training data")
+    eval_prompts: int = Field(default=64, ge=1, description="the first N prompts of the dev split")
+    max_steps: int | None = Field(default=None, ge=1, description="steps of a short run")
+    seed: int = Field(default=1000, ge=0, lt=2**32, description="one that no arm is measured with")
+
+
+class BeamSearch(Spec):
+    """Arms whose adapters are evaluated once more, with beam search."""
+
+    arms: NameList = Field(default_factory=list)
+    seeds: Seeds | None = Field(default=None, description="default: those of the arm")
+    decode: DecodeSpec = DecodeSpec(num_beams=10, length_penalty=0.9, no_repeat_ngram_size=4)
+
+
+class Margin(Spec):
+    """By how much an arm may be worse than the baseline and still count as no worse."""
+
+    bleu: float = Field(default=0.5, gt=0, description="points of 100")
+    nll: float = Field(default=0.01, gt=0, description="nats a completion token")
+
+
+class StudySpec(Spec):
+    """Everything one study needs; the sections of a run's configuration are meant for all arms."""
+
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    adapter: AdapterSpec = AdapterSpec()
+    train: TrainSpec = TrainSpec()
+    decode: DecodeSpec = DecodeSpec()
+    identify: IdentifySpec = IdentifySpec()
+    arms: list[ArmSpec] = Field(min_length=1)
+    seeds: Seeds = Field(default_factory=lambda: [0])
+    baseline: str = Field(default="lora", description="the arm that the others are compared with")
+    rate: RateChoice = RateChoice()
+    beam: BeamSearch = BeamSearch()
+    margin: Margin = Margin()
+    controls: bool = Field(default=True, description="add control arms to layers that were found")
+    random_draws: int = Field(default=2, ge=1, le=10, description="random controls of such an arm")
+
+    def run_spec(self, overrides: dict[str, Any]) -> RunSpec:
+        """Return the configuration of an arm; ValidationError or UserError for impossible ones.
+
+        Where an arm has a method of its own, the study's settings that this method does not have
+        are left out.
+        """
+        shared = RunSpec.model_fields.keys() & StudySpec.model_fields.keys()
+        tree = {name: getattr(self, name).model_dump() for name in shared}
+        method = overrides.get("adapter.method")
+        for name in ALL_SETTINGS - METHOD_SETTINGS.get(method, LORA_SETTINGS) if method else ():
+            del tree["adapter"][name]
+        for dotted, value in overrides.items():
+            set_dotted(tree, dotted, value)
+        return RunSpec.model_validate(tree)
+
+
+def is_policy(text: str) -> bool:
+    """Say whether `text` is a layer policy, in whatever model."""
+    try:
+        check_policy(text)
+    except UserError:
+        return False
+    return True
+
+
+def check_policy(policy: str) -> None:
+    """Raise UserError where `policy` is none, in whatever model."""
+    if not is_found(policy):
+        resolve_layers(policy, MANY_LAYERS)
+
+
+def is_found(policy: str) -> bool:
+    """Say whether the layers are found by running the model, and not by counting."""
+    return needs_identification(policy) or time_budget(policy) is not None
+
+
+def folder_name(policy: str) -> str:
+    """Turn a policy into a name that can be a folder: last:4 -> last-4, 2,11 -> layers-2-11."""
+    name = re.sub(r"[:, ]+", "-", policy)
+    return f"layers-{name}" if name[0].isdigit() else name

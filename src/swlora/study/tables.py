@@ -1,0 +1,272 @@
+"""The results of a study as tables: columns for Markdown, and one row an arm as CSV.
+
+Both are made from what results.json holds; nothing is computed here but how a number looks.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Arm = dict[str, Any]
+Column = tuple[str, Callable[[Arm], str]]
+
+NONE = "n/a"
+SCORE_DIGITS = {"bleu": 1, "nist": 2, "meteor": 1, "rouge_l": 1, "cider": 2, "nll": 3}
+SCORE_NAMES = {
+    "bleu": "BLEU",
+    "nist": "NIST",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "nll": "NLL",
+}
+
+
+def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+    """Write a number with a true minus sign, n/a for None."""
+    if value is None:
+        return NONE
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def span(bounds: Sequence[float], digits: int, *, sign: bool = False) -> str:
+    """Write an interval."""
+    low, high = (number(bound, digits, sign=sign) for bound in bounds)
+    return f"[{low}, {high}]"
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Write [0, 1, 2, 5] as "0–2, 5"."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
+
+
+def csv_table(results: dict[str, Any]) -> str:
+    """Return one row an arm: every single value under its dotted name in results.json.
+
+    A list is written with spaces between its items; what is missing is an empty cell.
+    """
+    rows = [_flat(arm) for arm in results["arms"]]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flat(tree: Arm, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key in ("runs", "curve", "decode", "rank_pattern") or (prefix and key == "mean"):
+            continue
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            listed = isinstance(value, list)
+            flat[prefix + key] = " ".join(map(str, value)) if listed else value
+    return flat
+
+
+def markdown_table(columns: Sequence[Column], rows: Sequence[Arm]) -> str:
+    """Return a Markdown table; all columns but the first are aligned to the right."""
+    header = "| " + " | ".join(name for name, _ in columns) + " |"
+    rule = "|---|" + "---:|" * (len(columns) - 1)
+    lines = [
+        "| " + " | ".join(cell(row).replace("|", "\\|") for _, cell in columns) + " |"
+        for row in rows
+    ]
+    return "\n".join([header, rule, *lines])
+
+
+def _named(arm: Arm) -> str:
+    return f"**{arm['name']}** (baseline)" if arm.get("is_baseline") else str(arm["name"])
+
+
+def _seeds(arm: Arm) -> str:
+    done, planned = len(arm["seeds"]), len(arm["planned_seeds"])
+    return str(done) if done == planned else f"{done} of {planned}"
+
+
+def _with_interval(name: str) -> Callable[[Arm], str]:
+    def cell(arm: Arm) -> str:
+        digits, bounds = SCORE_DIGITS[name], arm["intervals"].get(name)
+        return number(arm[name], digits) + (f" {span(bounds, digits)}" if bounds else "")
+
+    return cell
+
+
+def _difference(name: str) -> Callable[[Arm], str]:
+    def cell(arm: Arm) -> str:
+        found, digits = arm["against_baseline"].get(name), SCORE_DIGITS[name] + 1
+        if found is None:
+            return ""
+        difference = number(found["difference"], digits, sign=True)
+        return f"{difference} {span(found['interval'], digits, sign=True)}"
+
+    return cell
+
+
+def _verdict(name: str) -> Callable[[Arm], str]:
+    def cell(arm: Arm) -> str:
+        found = arm["against_baseline"].get(name)
+        if found is None:
+            return ""
+        return str(found["verdict"]) + (" (one seed)" if len(arm["seeds"]) == 1 else "")
+
+    return cell
+
+
+def verdict_columns(names: Sequence[str]) -> list[Column]:
+    """The named scores with intervals, differences from the baseline, and verdicts."""
+    columns: list[Column] = [("arm", _named), ("seeds", _seeds)]
+    for name in names:
+        shown = SCORE_NAMES[name]
+        columns += [
+            (f"{shown} [95 %]", _with_interval(name)),
+            (f"difference in {shown} [95 %]", _difference(name)),
+            (f"verdict on {shown}", _verdict(name)),
+        ]
+    return columns
+
+
+def _faster(key: str) -> Callable[[Arm], str]:
+    def cell(arm: Arm) -> str:
+        found = arm["acceleration"]
+        if found is None:
+            return NONE
+        if "nll" in key and found["reached_baseline_nll"] is False:
+            return "not reached"
+        return number(found[key], 1, sign="percent" in key)
+
+    return cell
+
+
+def time_columns() -> list[Column]:
+    """Speed and seconds, absolute and against the baseline."""
+    return [
+        ("arm", _named),
+        ("examples/s", lambda arm: number(arm["examples_per_s"])),
+        ("speed-up, %", _faster("speed_up_percent")),
+        ("training, s", lambda arm: number(arm["train_s"])),
+        ("to the end, s", lambda arm: number(arm["total_s"])),
+        ("time saved, %", _faster("time_saved_percent")),
+        ("to the baseline's NLL, s", _faster("seconds_to_baseline_nll")),
+        ("time saved to it, %", _faster("time_saved_to_baseline_nll_percent")),
+        ("choice of its rate, s", _rate_choice),
+    ]
+
+
+def _rate_choice(arm: Arm) -> str:
+    return number((arm["rate_choice"] or {}).get("cost_s"))
+
+
+def score_columns() -> list[Column]:
+    """All scores with intervals, and the loss of English text."""
+    return [
+        ("arm", _named),
+        *((name, _with_interval(key)) for key, name in SCORE_NAMES.items()),
+        ("English perplexity", _english),
+    ]
+
+
+def _english(arm: Arm) -> str:
+    return f"{number(arm['english_perplexity_before'], 1)} → {number(arm['english_perplexity'], 1)}"
+
+
+def beam_columns() -> list[Column]:
+    """The scores of decoding with beam search; the loss does not depend on decoding."""
+    scores = [(name, _with_interval(key)) for key, name in SCORE_NAMES.items() if key != "nll"]
+    return [*verdict_columns(["bleu"]), *scores[1:]]
+
+
+def spread_columns() -> list[Column]:
+    """How far the seeds of an arm lie apart."""
+
+    def cell(name: str) -> Callable[[Arm], str]:
+        def spread(arm: Arm) -> str:
+            found = arm["spread"].get(name)
+            if found is None:
+                return NONE
+            low, high = (number(found[k], SCORE_DIGITS[name]) for k in ("min", "max"))
+            return f"{low} to {high} (sd {number(found['sd'], SCORE_DIGITS[name] + 1)})"
+
+        return spread
+
+    def total(arm: Arm) -> str:
+        found = arm["time_spread"]["total_s"]
+        return f"{number(found['min'])} to {number(found['max'])}"
+
+    names = [(shown, cell(name)) for name, shown in SCORE_NAMES.items()]
+    return [("arm", _named), ("seeds", _seeds), ("to the end, s", total), *names]
+
+
+def arm_columns() -> list[Column]:
+    """What was trained: method, layers, sizes, rate."""
+    return [
+        ("arm", _named),
+        ("method", lambda arm: str(arm["method"])),
+        ("layers", lambda arm: layer_ranges(arm["layers"])),
+        ("rank", _rank),
+        ("epochs", lambda arm: str(arm["epochs"])),
+        ("learning rate", _rate),
+        ("trained weights", lambda arm: f"{arm['n_trainable']:,}"),
+        ("adapter, MB", lambda arm: _scaled(arm["adapter_bytes"], 1e6, 2)),
+        ("peak memory, GB", lambda arm: _scaled(arm["peak_memory_bytes"], 1e9, 2)),
+        ("control of", lambda arm: arm["control_of"] or ""),
+    ]
+
+
+def _rank(arm: Arm) -> str:
+    pattern = arm["rank_pattern"]
+    if not pattern:
+        return NONE if arm["rank"] is None else str(arm["rank"])
+    ranks = list(pattern.values())
+    return f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in {len(ranks)} matrices"
+
+
+def _rate(arm: Arm) -> str:
+    at_edge = (arm["rate_choice"] or {}).get("at_edge")
+    return f"{arm['learning_rate']:g}" + (" (edge of the grid)" if at_edge else "")
+
+
+def rate_table(arms: Sequence[Arm]) -> str:
+    """Return the held-out NLL that each learning rate of an arm's grid led to."""
+    tried = {rate for arm in arms for rate in arm["rate_choice"]["nll"]}
+
+    def loss(rate: str) -> Callable[[Arm], str]:
+        def cell(arm: Arm) -> str:
+            choice = arm["rate_choice"]
+            if rate not in choice["nll"]:
+                return ""
+            nll, chosen = choice["nll"][rate], choice.get("chosen")
+            text = "no result" if nll is None else number(nll, SCORE_DIGITS["nll"])
+            return f"**{text}**" if chosen is not None and f"{chosen:g}" == rate else text
+
+        return cell
+
+    columns = [(rate, loss(rate)) for rate in sorted(tried, key=float)]
+    return markdown_table([("arm", _named), *columns], arms)
+
+
+def _scaled(value: float | None, unit: float, digits: int) -> str:
+    return number(None if value is None else value / unit, digits)
+
+
+UNFINISHED: list[Column] = [
+    ("run", lambda row: str(row["run"])),
+    ("status", lambda row: str(row["status"])),
+    ("reason", lambda row: " ".join(str(row["reason"] or "not known").split())),
+]
+PUBLISHED: list[Column] = [
+    ("method", lambda row: str(row["method"])),
+    ("faster than LoRA, %", lambda row: number(row["acceleration_percent"], 2)),
+    ("quality", lambda row: number(row["quality"], 2)),
+]

@@ -1,0 +1,82 @@
+"""What a study's processes do that no verb of the command line does.
+
+    python -m swlora.study.work layers --config FILE --output DIR   find the layers of a policy
+    python -m swlora.study.work train --config FILE --output DIR      train, measure held-out loss
+
+Both leave an ordinary run folder. The layers are in result.json as "choice": {policy, layers,
+reason}; its seconds (`choose_layers` in run.json) hold no loading. The loss is there as "heldout".
+"""
+
+import argparse
+import json
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from swlora import pipeline
+from swlora.config import load_spec
+from swlora.errors import UserError
+from swlora.pipeline import Job
+from swlora.progress import Silent
+from swlora.runs import Run
+
+
+def find_layers(job: Job) -> None:
+    """Turn the layer policy into numbers, and take the time of doing so.
+
+    That a model has no super weight is an answer too: no layers, and the reason.
+    """
+    for split in ("train", job.spec.data.eval_split):  # loaded before the clock runs
+        job.dataset.split(split)
+    assert job.loaded
+    layers: list[int] = []
+    reason = None
+    with job.timed("choose_layers"):
+        try:
+            layers = pipeline.choose_layers(job)
+        except UserError as error:
+            if not _found_nothing(job):
+                raise
+            reason = str(error)
+    choice = {"policy": job.spec.adapter.layers, "layers": layers, "reason": reason}
+    job.run.write_result({"choice": choice})
+
+
+def train_and_measure(job: Job) -> None:
+    """Train, measure the loss on the held-out rows of `data.eval_split`, drop the adapter."""
+    from swlora.evaluation.loss import dataset_loss
+
+    model, trained = pipeline.train(job)
+    with job.timed("loss"):
+        loss = dataset_loss(model.eval(), job.encoded(job.spec.data.eval_split), job.progress)
+    values = {"nll": loss.nats_per_token, "sum_nats": loss.sum_nats, "n_tokens": loss.n_tokens}
+    shutil.rmtree(job.run.folder / "adapter")  # of full training it is as large as the model
+    job.run.write_result({"train": {**trained, "adapter": None}, "heldout": values})
+
+
+def _found_nothing(job: Job) -> bool:
+    """Say whether identification came to its end and verified no super weight."""
+    path = job.run.folder / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return bool(result.get("identify", {}).get("layers") == [])
+
+
+WORK = {"layers": find_layers, "train": train_and_measure}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do one piece of work in a run folder; how it ended is in its run.json."""
+    parser = argparse.ArgumentParser(prog="python -m swlora.study.work", description=__doc__)
+    parser.add_argument("work", choices=list(WORK))
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    spec = load_spec(given.config, {})
+    with Run.create(given.output, spec, given.work) as run:
+        WORK[given.work](Job(spec, run, Silent()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Arms and their controls: as many layers, everything else equal, nothing run twice."""
+
+from dataclasses import replace
+
+import pytest
+
+from swlora.adapters.layers import resolve_layers
+from swlora.errors import UserError
+from swlora.study.arms import add_controls, arms_of, chosen_arms, expected_controls
+from swlora.study.spec import StudySpec
+
+N_LAYERS = 12
+
+
+def study(*arms, **settings):
+    return StudySpec.model_validate({"arms": list(arms), "seeds": [0, 4], **settings})
+
+
+def found(spec, **layers):
+    """The arms, with layers for those that are found by running the model."""
+    arms = arms_of(spec, N_LAYERS)
+    return [replace(a, layers=layers[a.name]) if a.name in layers else a for a in arms]
+
+
+def test_counted_policies_are_layers_and_others_wait():
+    arms = arms_of(study("lora", "last:2", "super", "auto:0.5"), N_LAYERS)
+    assert [arm.layers for arm in arms] == [tuple(range(12)), (10, 11), None, None]
+    assert [arm.layers for arm in arms_of(study("last:2"), None)] == [None]
+
+
+def test_a_run_of_an_arm():
+    spec = study({"name": "a", "layers": "last:2", "rank": 3, "rates": [0.5]})
+    (arm,) = arms_of(spec, N_LAYERS)
+    run = arm.run_spec(seed=4, rate=0.5)
+    assert (run.seed, run.train.learning_rate) == (4, 0.5)
+    assert (run.adapter.layers, run.adapter.rank) == ("10,11", 3)
+    assert (arm.rates, arm.seeds) == ((0.5,), (0, 4))
+
+
+def test_controls_of_a_found_arm():
+    spec = study("lora", {"name": "super", "rank": 5, "epochs": 2, "seeds": [4]}, random_draws=3)
+    arms, controls = add_controls(found(spec, super=(1, 3, 8)), spec, N_LAYERS)
+    names = ["super-random-1", "super-random-2", "super-random-3", "super-last", "super-every"]
+    assert [arm.name for arm in arms] == ["lora", "super", *names]
+    assert controls == {"super": {name: name for name in names}}
+    for arm in arms[2:]:
+        assert arm.control_of == "super"
+        assert len(arm.layers) == 3
+        assert list(arm.layers) == resolve_layers(arm.policy, N_LAYERS)
+        assert (arm.seeds, arm.rates) == (arms[1].seeds, arms[1].rates)
+        assert arm.run_spec(seed=4, rate=1.0).train == arms[1].run_spec(seed=4, rate=1.0).train
+        assert arm.settings.adapter.rank == 5
+    assert len({arm.layers for arm in arms}) == len(arms)
+    assert [arm.policy for arm in arms[-2:]] == ["last:3", "every:3"]
+
+
+def test_expected_controls_have_the_names_of_those_to_come():
+    spec = study("super")
+    (arm,) = arms_of(spec, N_LAYERS)
+    arms, controls = add_controls(found(spec, super=(0, 5)), spec, N_LAYERS)
+    assert [a.name for a in expected_controls(arm, spec)] == list(controls["super"])
+    assert len(arms) == 5
+
+
+def test_no_controls():
+    spec = study("super", controls=False)
+    arms, controls = add_controls(found(spec, super=(0, 5)), spec, N_LAYERS)
+    assert ([arm.name for arm in arms], controls) == (["super"], {})
+    assert expected_controls(arms[0], spec) == []
+
+
+def test_an_arm_without_layers_has_no_controls():
+    spec = study("super")
+    arms, controls = add_controls(arms_of(spec, N_LAYERS), spec, N_LAYERS)
+    assert ([arm.name for arm in arms], controls) == (["super"], {})
+
+
+def test_an_arm_that_is_there_serves_as_a_control():
+    spec = study("super", "last:2", {"name": "auto:1", "seeds": [0, 4]})
+    layers = {"super": (1, 3), "auto-1": (4, 9)}
+    arms, controls = add_controls(found(spec, **layers), spec, N_LAYERS)
+    assert controls["super"] == {
+        "super-random-1": "super-random-1",
+        "super-random-2": "super-random-2",
+        "super-last": "last-2",
+        "super-every": "super-every",
+    }
+    # the same number of layers: the controls of the one are those of the other
+    assert list(controls["auto-1"].values()) == list(controls["super"].values())
+    assert [a.name for a in arms] == [
+        *("super", "super-random-1", "super-random-2", "super-every", "last-2", "auto-1")
+    ]
+
+
+def test_an_arm_of_other_settings_does_not_serve():
+    spec = study("super", {"name": "top", "layers": "last:2", "rank": 9})
+    _, controls = add_controls(found(spec, super=(1, 3)), spec, N_LAYERS)
+    assert controls["super"]["super-last"] == "super-last"
+
+
+def test_an_arm_may_be_its_own_control():
+    spec = study("super")
+    arms, controls = add_controls(found(spec, super=(10, 11)), spec, N_LAYERS)
+    assert controls["super"]["super-last"] == "super"
+    assert (10, 11) not in [arm.layers for arm in arms[1:]]
+
+
+def test_where_all_layers_are_found_there_is_nothing_to_draw():
+    spec = study("super")
+    arms, controls = add_controls(found(spec, super=tuple(range(12))), spec, N_LAYERS)
+    assert (len(arms), set(controls["super"].values())) == (1, {"super"})
+
+
+def test_only_some_arms():
+    spec = study("lora", "super")
+    arms = arms_of(spec, N_LAYERS)
+    everything = chosen_arms(arms, spec, [])
+    assert everything[:3] == ["lora", "super", "super-random-1"]
+    assert chosen_arms(arms, spec, ["super-last"]) == ["super-last"]
+    with pytest.raises(UserError, match=r"--only dora: the study has lora, super, super-random-1"):
+        chosen_arms(arms, spec, ["lora", "dora"])

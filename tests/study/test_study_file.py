@@ -1,0 +1,174 @@
+"""A study file: short forms, arms as configurations of runs, and every problem at once."""
+
+import pytest
+import yaml
+
+from swlora.config import TrainSpec, dump_yaml
+from swlora.errors import UserError
+from swlora.study.spec import StudySpec
+from swlora.study.study_file import read_studies
+
+
+def read(tmp_path, text, overrides=None):
+    """The only study of a file."""
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    (study,) = read_studies(path, overrides or {})
+    return study
+
+
+def arms(tmp_path, text):
+    study = read(tmp_path, text)
+    assert not study.problems
+    assert study.spec is not None
+    return {arm.name: study.spec.run_spec(arm.overrides) for arm in study.spec.arms}
+
+
+# Short forms
+
+
+def test_a_bare_name_is_a_method_or_a_policy(tmp_path):
+    text = "adapter: {rank: 8, layers: 'first:2'}\narms: [lora, dora, super, 'last:3', '2,11']"
+    found = {n: (run.adapter.method, run.adapter.layers) for n, run in arms(tmp_path, text).items()}
+    assert found == {
+        "lora": ("lora", "first:2"),
+        "dora": ("dora", "first:2"),
+        "super": ("lora", "super"),
+        "last-3": ("lora", "last:3"),
+        "layers-2-11": ("lora", "2,11"),
+    }
+
+
+def test_settings_beside_a_name(tmp_path):
+    text = """
+adapter: {alpha: 16}
+arms:
+  - lora
+  - {name: dora, layers: super}
+  - {name: super, method: rslora, rank: 2}
+  - {name: mine, layers: [1, 2], epochs: 3, train.weight_decay: 0.25, rates: [1], seeds: [7]}
+"""
+    found = arms(tmp_path, text)
+    assert (found["dora"].adapter.method, found["dora"].adapter.layers) == ("dora", "super")
+    assert (found["super"].adapter.method, found["super"].adapter.layers) == ("rslora", "super")
+    assert found["super"].adapter.rank == 2
+    assert found["mine"].train == TrainSpec(epochs=3, weight_decay=0.25)
+    assert (found["mine"].adapter.layers, found["mine"].adapter.alpha) == ("1,2", 16)
+
+
+def test_settings_that_a_method_lacks_are_not_handed_to_it(tmp_path):
+    found = arms(tmp_path, "adapter: {rank: 8, alpha: 3, targets: [x]}\narms: [lora, full]")
+    assert (found["lora"].adapter.rank, found["full"].adapter.rank) == (8, 4)
+    assert found["full"].adapter.targets == ["x"]
+
+
+def test_several_models_are_several_studies(tmp_path):
+    path = tmp_path / "two.yaml"
+    path.write_text("models: [org/one, {name: other/two/, dtype: float32}]\narms: [lora]")
+    one, two = read_studies(path, {})
+    assert (one.name, two.name) == ("one", "two")
+    assert (one.spec.model.name, two.spec.model.dtype) == ("org/one", "float32")
+    assert one.spec.arms == two.spec.arms
+
+
+@pytest.mark.parametrize(
+    "text", ["models: [a/x, b/x]", "models: 3", "models: []", "models: [a]\nmodel: {name: b}"]
+)
+def test_models_that_are_no_list_of_different_ones(text, tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(f"{text}\narms: [lora]")
+    with pytest.raises(UserError, match="models: "):
+        read_studies(path, {})
+
+
+def test_what_is_resolved_is_read_back_to_the_same(tmp_path):
+    text = "arms: [lora, {name: top, layers: 'last:2', train.epochs: 2, rates: [0.1]}]\nseeds: [3]"
+    spec = read(tmp_path, text).spec
+    again = read(tmp_path, dump_yaml(spec))
+    assert (again.spec, again.problems) == (spec, [])
+    assert StudySpec.model_validate(yaml.safe_load(dump_yaml(spec))) == spec
+
+
+def test_overrides_win(tmp_path):
+    assert read(tmp_path, "arms: [lora]", {"controls": None}).spec.controls
+    assert not read(tmp_path, "arms: [lora]", {"controls": False}).spec.controls
+
+
+# Problems
+
+
+def test_all_problems_of_a_file_come_at_once(tmp_path):
+    study = read(
+        tmp_path,
+        """
+model: {name: builtin, nmae: x}
+seeds: [1, 1]
+rate: {grid: [0.1, -1], eval_prompts: 3}
+baseline: lroa
+beam: {arms: [lora, gone], seeds: [9]}
+surprise: 1
+train: {schedule: constant}
+arms:
+  - lora
+  - nonsense
+  - {name: a/b, rank: 3}
+  - {name: unknown, method: xora}
+  - {name: extra, colour: red}
+  - {name: thin, rank: 0}
+  - {name: own, train.batch_size: 4, data.train_rows: 3}
+  - {name: policy, layers: most}
+  - {name: budget, layers: auto:2}
+  - {name: odd, overrides: 3}
+  - 7
+  - {name: twice, rank: 3}
+  - {name: twice, rank: 4}
+  - {name: steady, train.schedule: constant}
+""",
+    )
+    wanted = [
+        "model.nmae: there is no such setting",
+        "seeds: a value is listed twice",
+        "rate.grid.1: ",
+        "surprise: there is no such setting",
+        "arm nonsense: 'nonsense' is neither a method",
+        "arm a/b: name: ",
+        "arm extra: colour: there is no such setting",
+        "arm odd: overrides: ",
+        "arm number 11: ",
+        "baseline: there is no arm 'lroa'",
+        "beam: there is no arm 'gone'",
+        "beam: no arm has seed 9",
+        "arm unknown: adapter.method: ",
+        "arm thin: adapter.rank: ",
+        "arm own: train.batch_size: cannot be an arm's own",
+        "arm own: data.train_rows: an arm changes settings of adapter and train only",
+        "arm policy: --layers 'most' is not understood",
+        "arm budget: --layers 'auto:2' is not understood",
+        "arm twice: listed twice",
+        "train.schedule: constant",
+        "arm steady: train.schedule: constant",
+    ]
+    for line in wanted:
+        assert sum(problem.startswith(line) for problem in study.problems) == 1, (line, study)
+    assert len(study.problems) == len(wanted), study.problems
+    assert study.spec.model.name == "builtin"  # what is right is kept, and looked at further
+    assert study.spec.rate.eval_prompts == 3
+
+
+def test_a_wrong_arm_is_not_also_missing(tmp_path):
+    study = read(tmp_path, "baseline: base\narms: [{name: base, colour: red}, lora]")
+    assert study.problems == ["arm base: colour: there is no such setting"]
+
+
+@pytest.mark.parametrize("text", ["seeds: [0]", "arms: []", "arms: 3", "arms: [nonsense]"])
+def test_a_file_without_any_arm(text, tmp_path):
+    study = read(tmp_path, text)
+    assert study.spec is None
+    assert study.problems
+
+
+def test_a_learning_rate_for_all_arms_is_refused(tmp_path):
+    problems = read(tmp_path, "train: {learning_rate: 0.5}\narms: [lora]").problems
+    assert problems == ["train.learning_rate: a study chooses it; give rate.grid"]
+    (problem,) = read(tmp_path, "arms: [lora, {name: x, train.learning_rate: 1}]").problems
+    assert "give the arm `rates`" in problem

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+import swlora.cli
 import swlora.pipeline
 from swlora.config import RunSpec, load_spec
 from swlora.pipeline import Job
@@ -56,7 +57,7 @@ class Recorder:
 
     def identify(self, job: Job, figure: Path | None) -> dict[str, object]:
         self._note("identify", job)
-        return {"perplexity": 1.0, "candidates": [], "layers": [], "figure": str(figure)}
+        return {"figure": str(figure)}
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
     recorder = Recorder()
     for name in ("train", "train_evaluate", "evaluate_adapter", "identify"):
         monkeypatch.setattr(swlora.pipeline, name, getattr(recorder, name))
+    monkeypatch.setattr(swlora.cli, "show_candidates", lambda _: None)
     monkeypatch.chdir(tmp_path)
     return recorder
 
@@ -229,12 +231,14 @@ def _run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProc
     )
 
 
-def test_the_web_page_says_that_it_is_not_there() -> None:
-    done = _run(ROOT, "web_site.main")
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "web page" in done.stderr
+def test_the_web_page_is_served_with_the_flags_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a flag too: everything has a default."""
+    called: list[list[str]] = []
+    monkeypatch.setattr(swlora.cli, "main", called.append)
+    main = _script("web_site").main
+    main([])
+    main(["--port", "8001"])
+    assert called == [["serve"], ["serve", "--port", "8001"]]
 
 
 def _save_tiny_gpt2(folder: Path, texts: list[str]) -> None:

@@ -1,17 +1,17 @@
-"""The original command of the web page: `python -m web_site.main` in the repository's root."""
+"""The original command of the web page: `python -m web_site.main` in the repository's root.
+
+Flags are those of `swlora serve`; without any, the page is at http://127.0.0.1:8000.
+"""
 
 import sys
+from collections.abc import Sequence
 
-MESSAGE = (
-    "swlora: the web page is not part of this version; "
-    "generate text with: swlora generate --model builtin --prompt 'name[Aromi], area[riverside]'"
-)
+from swlora import cli
 
 
-def main() -> None:
-    """Say that there is no web page yet; exit code 1."""
-    print(MESSAGE, file=sys.stderr)
-    raise SystemExit(1)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `swlora serve`; exit codes are those of `swlora`."""
+    cli.main(["serve", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 if __name__ == "__main__":

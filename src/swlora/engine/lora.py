@@ -88,6 +88,7 @@ class FastLora:
         return a.weight, b.weight
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return y (..., out) for x (..., in)."""
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,6 +134,7 @@ class FastDora(FastLora):
         self._norm: Tensor | None = None  # constant while the forward is in place: one step
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return y (..., out) for x (..., in)."""
         if self._norm is None:
             self._norm = self._channel_norms()
         y = self.product(x, None) * (self._magnitude / self._norm)

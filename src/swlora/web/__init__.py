@@ -1,0 +1,1 @@
+"""The web page and the API: a thin skin over one model that one thread owns."""

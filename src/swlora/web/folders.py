@@ -1,0 +1,188 @@
+"""What lies in the folder of runs given at start: runs, the adapters in them, and studies.
+
+Everything is found by walking that folder, links not followed; a request names what was found and
+never a path. A name is the path below the folder, with "/" between its parts.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swlora.adapters.saved import WEIGHTS, read_facts
+from swlora.errors import UserError
+from swlora.runs import read_metrics, read_run
+
+log = logging.getLogger("swlora.web")
+MAX_DEPTH = 5
+MAX_FOLDERS = 5_000
+FRESH_S = 2.0
+FIGURE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """A LoRA adapter on disk; `version` changes when the file is replaced."""
+
+    name: str
+    folder: Path = field(repr=False)
+    version: int
+    rank: int
+    layers: tuple[int, ...] | None
+    separator: str
+
+    def public(self) -> dict[str, Any]:
+        """Return what a client may know."""
+        layers = None if self.layers is None else list(self.layers)
+        return {"name": self.name, "rank": self.rank, "layers": layers}
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """A run folder, or a study's, by its name."""
+
+    name: str
+    folder: Path = field(repr=False)
+
+
+class RunFolders:
+    """The runs and adapters below `root`; walked again when what is known is older than 2 s.
+
+    A folder that is not there yet holds nothing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._walked_s = float("-inf")
+        self._runs: dict[str, RunEntry] = {}
+        self._studies: dict[str, RunEntry] = {}
+        self._adapters: dict[str, AdapterEntry] = {}
+        self._told: set[str] = set()
+
+    def runs(self) -> dict[str, RunEntry]:
+        """Return the run folders by name."""
+        self._refresh()
+        return self._runs
+
+    def studies(self) -> dict[str, RunEntry]:
+        """Return the folders of studies by name."""
+        self._refresh()
+        return self._studies
+
+    def adapters(self) -> dict[str, AdapterEntry]:
+        """Return the adapters by name: that of the run that holds them, or of their folder."""
+        self._refresh()
+        return self._adapters
+
+    def _refresh(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._walked_s < FRESH_S:
+                return
+            runs: dict[str, RunEntry] = {}
+            studies: dict[str, RunEntry] = {}
+            adapters: dict[str, AdapterEntry] = {}
+            for name, folder, files in _walk(self._root):
+                if "run.json" in files:
+                    runs[name] = RunEntry(name, folder)
+                if "study.json" in files:
+                    studies[name] = RunEntry(name, folder)
+                if ADAPTER_CONFIG in files:
+                    if folder.name == "adapter" and (folder.parent / "run.json").is_file():
+                        name = name.removesuffix("adapter").rstrip("/") or self._root.name
+                    entry = read_adapter_entry(name, folder)
+                    if entry is not None:
+                        adapters[name] = entry
+                    elif name not in self._told:
+                        self._told.add(name)
+                        log.warning("the adapter of %s is not served: it is not plain LoRA", name)
+            self._runs, self._studies, self._adapters = runs, studies, adapters
+            self._walked_s = time.monotonic()
+
+
+def _walk(root: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    """Yield (name, folder, its files) of `root` and what lies below it, in the names' order."""
+    n_seen = 0
+    for path, folders, files in os.walk(root, followlinks=False):
+        n_seen += 1
+        folder = Path(path)
+        depth = len(folder.relative_to(root).parts)
+        folders[:] = sorted(f for f in folders if _is_plain(f)) if depth < MAX_DEPTH else []
+        if n_seen > MAX_FOLDERS:
+            return
+        if folder.is_symlink():
+            continue
+        name = folder.relative_to(root).as_posix() if depth else root.resolve().name
+        yield name, folder, files
+
+
+def _is_plain(name: str) -> bool:
+    return name.isprintable() and not name.startswith(".") and len(name) <= 100
+
+
+def read_adapter_entry(name: str, folder: Path) -> AdapterEntry | None:
+    """Return the adapter in `folder`, or None where it is not plain LoRA.
+
+    What would change the base model itself (biases, whole modules, a decomposition of its weights)
+    is left out: other requests would see it.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        version = (folder / WEIGHTS).stat().st_mtime_ns
+        facts = read_facts(folder)
+        is_plain = (
+            config["peft_type"] == "LORA"
+            and config.get("bias", "none") == "none"
+            and not config.get("modules_to_save")
+            and not config.get("trainable_token_indices")
+            and not config.get("layer_replication")
+            and config.get("init_lora_weights", True) in (True, False, "gaussian")
+        )
+        layers = facts.get("layers")
+        separator = str(facts.get("separator", ""))
+        rank = int(config["r"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        return None
+    if not is_plain:
+        return None
+    known = tuple(layers) if isinstance(layers, list) else None
+    return AdapterEntry(name, folder, version, rank, known, separator)
+
+
+# What a run holds
+
+
+def run_summary(entry: RunEntry) -> dict[str, Any]:
+    """Return name, status and times of a run; UserError where run.json is gone or torn."""
+    facts = read_run(entry.folder)
+    names = ("status", "command", "seed", "started_at", "reason", "timings_s")
+    return {"name": entry.name, **{name: facts.get(name) for name in names}}
+
+
+def run_metrics(entry: RunEntry, since: int) -> dict[str, Any]:
+    """Return the lines of metrics.jsonl from number `since` on, and the number of the next."""
+    rows = read_metrics(entry.folder)
+    return {"rows": rows[since:], "next": max(since, len(rows))}
+
+
+def run_result(entry: RunEntry) -> dict[str, Any]:
+    """Return result.json; empty where the run has come to none yet."""
+    try:
+        return dict(json.loads((entry.folder / "result.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def run_figures(entry: RunEntry) -> dict[str, Path]:
+    """Return the figures that lie in a run folder, by file name."""
+    return {
+        path.name: path
+        for path in sorted(entry.folder.iterdir())
+        if path.suffix in FIGURE_TYPES and path.is_file() and not path.is_symlink()
+    }

@@ -1,0 +1,196 @@
+"""Texts that are being written for one client: tokens from the scheduler, text to the client.
+
+The client's side runs in the event loop; leaving `deltas` for whatever reason (the end, an error,
+a client that has gone) stops the computation.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from swlora.engine.batch_decoder import DecodeRequest, Event
+from swlora.engine.sampling import Sampling
+from swlora.web.metrics import Metrics
+from swlora.web.problems import ApiError
+from swlora.web.scheduler import Scheduler
+from swlora.web.text_stream import Detokeniser, StopFilter
+from swlora.web.tickets import Ended, QueueFullError, ShuttingDownError, Ticket, Variant
+
+_IDS = itertools.count()
+NO_RETRY = {"x-should-retry": "false"}  # the official client would only wait as long again
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """One text that is asked for, checked and tokenised."""
+
+    variant: Variant
+    prompt_ids: list[int]
+    max_tokens: int
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How a text ended; `error` is set where it did not end well."""
+
+    reason: str
+    n_prompt_tokens: int
+    n_tokens: int
+    seconds: float
+    error: ApiError | None = None
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """The count of tokens as the OpenAI API gives it."""
+        total = self.n_prompt_tokens + self.n_tokens
+        return {
+            "prompt_tokens": self.n_prompt_tokens,
+            "completion_tokens": self.n_tokens,
+            "total_tokens": total,
+        }
+
+
+@dataclass(frozen=True)
+class Delta:
+    """News of text number `index`: more text, the tokens behind it, and perhaps its end.
+
+    `n_tokens` counts all that were written so far; `tokens` are there where asked for.
+    """
+
+    index: int
+    text: str = ""
+    tokens: tuple[Event, ...] = ()
+    finish: Finish | None = None
+    n_tokens: int = 0
+
+
+class Generation:
+    """One or more texts, taken on together or not at all (ApiError)."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Any,
+        metrics: Metrics,
+        requests: Sequence[TextRequest],
+    ) -> None:
+        self._scheduler, self._metrics = scheduler, metrics
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event | Ended]] = asyncio.Queue()
+        self._texts = [_Text(index, tokenizer, r) for index, r in enumerate(requests)]
+        self._tickets = [self._ticket(index, request) for index, request in enumerate(requests)]
+        try:
+            scheduler.submit(self._tickets)
+        except QueueFullError as error:
+            raise ApiError(
+                429,
+                f"the server is busy; ask again in {error.retry_after_s} s",
+                code="queue_full",
+                headers={"retry-after": str(error.retry_after_s)},
+            ) from error
+        except ShuttingDownError as error:
+            raise ApiError(
+                503, "the server is shutting down", headers={"retry-after": "10"}
+            ) from error
+
+    @property
+    def n_texts(self) -> int:
+        """Number of texts."""
+        return len(self._texts)
+
+    def cancel(self) -> None:
+        """Stop the computation."""
+        self._scheduler.cancel(self._tickets)
+
+    async def deltas(self) -> AsyncGenerator[Delta]:
+        """Yield what is written, as it is written; every text ends with its `finish`."""
+        n_open = len(self._texts)
+        try:
+            while n_open:
+                index, item = await self._queue.get()
+                text = self._texts[index]
+                if text.finish:  # a stop text was met, and the model was some tokens ahead
+                    continue
+                delta = text.take(item)
+                if text.n_tokens == 1 and isinstance(item, Event):
+                    self._metrics.first_token(text.seconds)
+                if delta.finish:
+                    n_open -= 1
+                    self._scheduler.cancel([self._tickets[index]])
+                if delta.text or delta.tokens or delta.finish:
+                    yield delta
+        finally:
+            self.cancel()
+            for text in self._texts:
+                reason = text.finish.reason if text.finish else "cancelled"
+                self._metrics.text(reason, text.n_prompt_tokens, text.n_tokens)
+
+    def _ticket(self, index: int, request: TextRequest) -> Ticket:
+        asked = DecodeRequest(
+            next(_IDS), request.prompt_ids, request.max_tokens, sampling=request.sampling
+        )
+        return Ticket(asked, request.variant, partial(self._deliver, index))
+
+    def _deliver(self, index: int, item: Event | Ended) -> None:
+        """Hand news over from the model's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
+        except RuntimeError:  # the loop has ended, and with it whoever listened
+            self._tickets[index].cancelled = True
+
+
+class _Text:
+    """One text: what its tokens say, and how it ends."""
+
+    def __init__(self, index: int, tokenizer: Any, request: TextRequest) -> None:
+        self._index, self._start_s = index, time.perf_counter()
+        self._detokeniser = Detokeniser(tokenizer, request.prompt_ids)
+        self._filter = StopFilter(request.stops)
+        self._wants_tokens = request.sampling.logprobs is not None
+        self._tokens: list[Event] = []  # whose text has not been given out
+        self.n_prompt_tokens, self.n_tokens = len(request.prompt_ids), 0
+        self.finish: Finish | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The time since the text was asked for."""
+        return time.perf_counter() - self._start_s
+
+    def take(self, item: Event | Ended) -> Delta:
+        """Take news; return what it means for the client."""
+        if isinstance(item, Ended):
+            return self._delta("", self._finish(item.reason, _error(item)))
+        self.n_tokens += 1
+        text, ends_here = "", item.finish_reason in ("eos", "stop")
+        if not ends_here:
+            text = self._filter.add(self._detokeniser.add(item.token_id))
+            if self._wants_tokens:
+                self._tokens.append(item)
+        if item.finish_reason and not self._filter.stopped:
+            text += self._filter.add(self._detokeniser.finish())
+            text += self._filter.finish()
+        if ends_here or self._filter.stopped:
+            return self._delta(text, self._finish("stop"))
+        return self._delta(text, self._finish("length") if item.finish_reason else None)
+
+    def _finish(self, reason: str, error: ApiError | None = None) -> Finish:
+        return Finish(reason, self.n_prompt_tokens, self.n_tokens, self.seconds, error)
+
+    def _delta(self, text: str, finish: Finish | None) -> Delta:
+        self.finish = finish
+        tokens: tuple[Event, ...] = ()
+        if text or finish:
+            tokens, self._tokens = tuple(self._tokens), []
+        return Delta(self._index, text, tokens, finish, self.n_tokens)
+
+
+def _error(ended: Ended) -> ApiError:
+    """Return what a client is told of a text that did not end well."""
+    status = {"refused": 400, "deadline": 408, "shutdown": 503}.get(ended.reason, 500)
+    return ApiError(status, ended.message, code=ended.reason, headers=NO_RETRY)

@@ -1,0 +1,124 @@
+"""The pages of runs and studies: lists, curves, tables.
+
+A page asks for its parts again while something is at work: `part` names one, `seen` is the version
+that the page has.
+"""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from markupsafe import Markup
+from starlette.responses import FileResponse, Response
+
+from swlora.errors import UserError
+from swlora.web.folders import FIGURE_TYPES, run_figures
+from swlora.web.page_api import FIGURE_POLICY, find_run
+from swlora.web.pages import runs_view, study_view
+from swlora.web.pages.render import READ, Name, fragment, html, page, version_of
+from swlora.web.problems import ApiError
+from swlora.web.service import service_of
+
+router = APIRouter(include_in_schema=False)
+Part = Annotated[str, Query(max_length=20)]
+Seen = Annotated[str, Query(max_length=40)]
+
+
+@router.api_route("/runs", methods=READ)
+def runs(request: Request, part: Part = "", seen: Seen = "") -> Response:
+    """List studies and runs."""
+    service = service_of(request)
+    studies = service.folders.studies()
+    within = tuple(study.folder for study in studies.values())
+    entries = service.folders.runs().values()
+    alone = [e for e in entries if not any(e.folder.is_relative_to(folder) for folder in within)]
+    values: dict[str, Any] = {
+        "runs": runs_view.run_rows(alone),
+        "studies": study_view.study_rows(studies.values()),
+        "n_hidden": max(0, len(alone) - runs_view.MAX_SHOWN),
+        "base_name": service.base_name,
+    }
+    if part:
+        return fragment(seen, "part_runs.html", **values)
+    return page(request, "runs.html", list=_live("part_runs.html", **values))
+
+
+@router.api_route("/runs/{name:path}", methods=READ)
+def run(request: Request, name: str, part: Part = "", seen: Seen = "") -> Response:
+    """Show a run; its curve grows while it trains."""
+    service = service_of(request)
+    entry = find_run(service, name)
+    try:
+        found = runs_view.run_view(entry, service.folders.adapters())
+    except UserError as error:
+        raise ApiError(404, "this run cannot be read just now") from error
+    is_over = found.row.status != "running"
+    if part:
+        return fragment(seen, _part("run", part), is_over=is_over, run=found)
+    return page(
+        request,
+        "run.html",
+        run=found,
+        is_over=is_over,
+        curve=_live("part_run_curve.html", run=found),
+        results=_live("part_run_results.html", run=found),
+    )
+
+
+@router.api_route("/studies/{name:path}", methods=READ)
+def study(request: Request, name: str, part: Part = "", seen: Seen = "") -> Response:
+    """Show a study: where it stands, its tables and pictures."""
+    service = service_of(request)
+    entry = service.folders.studies().get(name)
+    try:
+        if entry is None:
+            raise UserError("no such study")
+        found = study_view.study_view(entry)
+    except UserError as error:
+        raise ApiError(404, "there is no such study here, or it cannot be read") from error
+    at_work = service.folders.runs().get(found.current or "")
+    try:
+        current = runs_view.run_view(at_work, ()) if at_work else None
+    except UserError:
+        current = None
+    is_over = found.row.status != "running"
+    values = {
+        "study": found,
+        "current": current,
+        "tables": study_view.study_tables(entry),
+        "figures": study_view.study_figures(entry),
+    }
+    if part:
+        return fragment(seen, _part("study", part), is_over=is_over, **values)
+    return page(
+        request,
+        "study.html",
+        study=found,
+        is_over=is_over,
+        board=_live("part_study_board.html", **values),
+        results=_live("part_study_results.html", **values),
+    )
+
+
+@router.get("/study-figure")
+def study_figure(request: Request, name: Name, file: Name) -> Response:
+    """Send a picture that lies in a study's folder."""
+    entry = service_of(request).folders.studies().get(name)
+    path = run_figures(entry).get(file) if entry else None
+    if path is None:
+        raise ApiError(404, "there is no such figure")
+    headers = {"content-security-policy": FIGURE_POLICY, "cache-control": "no-cache"}
+    return FileResponse(path, media_type=FIGURE_TYPES[path.suffix], headers=headers)
+
+
+def _part(kind: str, part: str) -> str:
+    """Return the template of a part that a script asks for."""
+    known = {"run": ("curve", "results"), "study": ("board", "results")}[kind]
+    if part not in known:
+        raise ApiError(404, "a page has no such part")
+    return f"part_{kind}_{part}.html"
+
+
+def _live(template: str, **values: Any) -> dict[str, Any]:
+    """Return a part of a page and its version."""
+    text = html(template, **values)
+    return {"text": Markup(text), "version": version_of(text)}

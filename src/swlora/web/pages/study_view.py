@@ -1,0 +1,198 @@
+"""What the page of a study shows: where every arm stands, and the tables and pictures made of it.
+
+The tables are those of results.json, which `swlora compare` writes when it ends; where a study
+stands is read from study.json at any time.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from swlora.errors import UserError
+from swlora.study import tables
+from swlora.study.folder import read_study
+from swlora.study.live import duration
+from swlora.study.tables import Arm, Column
+from swlora.web.folders import RunEntry, run_figures
+from swlora.web.pages.charts import finite
+from swlora.web.pages.runs_view import shown_time, status_look
+
+PHASES = {"identify": "search", "rates": "", "runs": "", "beam": "beam search"}
+FIGURES = (
+    (
+        "pareto.svg",
+        "Time against quality",
+        "Seconds to the end against BLEU and against the loss, an arm a point; better is up and to "
+        "the left. The numbers are in the tables.",
+    ),
+    ("curves.svg", "Loss against seconds", "The held-out loss of every arm against seconds."),
+)
+ODD = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """A study in the list."""
+
+    name: str
+    status: str
+    look: str
+    started: str
+    headline: str
+
+
+@dataclass(frozen=True)
+class RunCell:
+    """A run of an arm: where it is, and how it stands."""
+
+    run: str
+    label: str
+    status: str
+    look: str
+    said: str
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """An arm and its runs."""
+
+    name: str
+    layers: str
+    runs: list[RunCell]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of results."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    baseline: int | None  # the row of the arm that the others are compared with
+
+
+@dataclass(frozen=True)
+class StudyView:
+    """A study as it stands. `current` is the run at work, by its name."""
+
+    row: StudyRow
+    about: str
+    reason: str
+    arms: list[ArmRow]
+    current: str | None
+
+
+def study_rows(entries: Iterable[RunEntry]) -> list[StudyRow]:
+    """Return the studies that can be read, the newest first."""
+    found = []
+    for entry in entries:
+        try:
+            facts = read_study(entry.folder)
+            found.append((str(facts.get("started_at")), _row(entry, facts)))
+        except (*ODD, UserError):
+            continue
+    return [row for _, row in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def study_view(entry: RunEntry) -> StudyView:
+    """Return where a study stands; UserError where it cannot be read just now."""
+    facts = read_study(entry.folder)
+    runs = _mapping(facts["runs"])
+    current = next((p for p, told in runs.items() if _said(told, "status") == "running"), None)
+    machine = _mapping(facts.get("machine"))
+    about = [_said(facts, "data_source"), _said(machine, "cpu")]
+    return StudyView(
+        row=_row(entry, facts),
+        about=" · ".join(said for said in about if said),
+        reason=_said(facts, "reason"),
+        arms=_arms(entry.name, _mapping(facts["arms"]), runs),
+        current=f"{entry.name}/{current}" if current else None,
+    )
+
+
+def study_tables(entry: RunEntry) -> list[Table]:
+    """Return the tables of results.json; none where it is not there or of another version."""
+    try:
+        results = json.loads((entry.folder / "results.json").read_text(encoding="utf-8"))
+        arms = [arm for arm in results["arms"] if arm["seeds"]]
+    except (*ODD, OSError):
+        return []
+    wanted: list[tuple[str, Callable[[], list[Column]]]] = [
+        ("Quality, against the baseline", lambda: tables.verdict_columns(["bleu", "nll"])),
+        ("Time", tables.time_columns),
+        ("All scores", tables.score_columns),
+        ("What was trained", tables.arm_columns),
+    ]
+    found = [_table(title, columns(), arms) for title, columns in wanted] if arms else []
+    return [table for table in found if table is not None]
+
+
+def study_figures(entry: RunEntry) -> list[tuple[str, str, str]]:
+    """Return (file, title, description) of the pictures that are there."""
+    there = run_figures(entry)
+    return [figure for figure in FIGURES if figure[0] in there]
+
+
+def _row(entry: RunEntry, facts: Mapping[str, Any]) -> StudyRow:
+    runs = _mapping(facts["runs"])
+    states = Counter(_said(told, "status") for told in runs.values())
+    n_done = states.pop("done", 0)
+    others = [f"{n} {state}" for state, n in sorted(states.items()) if state]
+    arms = _mapping(facts["arms"])
+    said = [f"{len(arms)} arms" if len(arms) != 1 else "1 arm", f"{n_done} runs done", *others]
+    status = _said(facts, "status")
+    return StudyRow(
+        entry.name,
+        status,
+        status_look(status),
+        shown_time(facts.get("started_at")),
+        ", ".join(said),
+    )
+
+
+def _arms(study: str, arms: Mapping[str, Any], runs: Mapping[str, Any]) -> list[ArmRow]:
+    names = dict.fromkeys([*arms, *(_said(told, "arm") for told in runs.values())])
+    rows = []
+    for name in names:
+        facts = _mapping(arms.get(name))
+        cells = [_cell(study, p, told) for p, told in runs.items() if _said(told, "arm") == name]
+        rows.append(ArmRow(name, _layers(facts), cells))
+    return rows
+
+
+def _layers(facts: Mapping[str, Any]) -> str:
+    try:
+        return tables.layer_ranges(facts["layers"])
+    except ODD:
+        return _said(facts, "policy")
+
+
+def _cell(study: str, place: str, told: Any) -> RunCell:
+    status, seconds = _said(told, "status"), finite(_mapping(told).get("seconds"))
+    phase = PHASES.get(_said(told, "phase"), _said(told, "phase"))
+    label = " ".join(dict.fromkeys([phase, _said(told, "label")])).strip() or place
+    took = duration(seconds) if seconds is not None else ""
+    said = _said(told, "reason") or took
+    return RunCell(f"{study}/{place}", label, status, status_look(status), said)
+
+
+def _table(title: str, columns: Sequence[Column], arms: Sequence[Arm]) -> Table | None:
+    """Return a table; None where an arm lacks what this version writes."""
+    _, *rest = columns  # the first is the arm's name, marked for Markdown
+    try:
+        rows = [[str(arm["name"]), *(cell(arm) for _, cell in rest)] for arm in arms]
+    except ODD:
+        return None
+    baseline = next((k for k, arm in enumerate(arms) if arm.get("is_baseline")), None)
+    return Table(title, ["arm", *(name for name, _ in rest)], rows, baseline)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _said(facts: Any, name: str) -> str:
+    value = _mapping(facts).get(name)
+    return "" if value is None else str(value)

@@ -1,0 +1,272 @@
+"""One thread owns the model; everybody else hands it tickets and gets tokens back.
+
+Every turn: tickets that were cancelled or are overdue go, waiting ones are admitted, and the rows
+of one variant take a step of one token. Variants take turns, and the model is in a variant's state
+for its own steps only. A ticket beyond `max_rows` at work and `queue` waiting is refused.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from swlora.errors import UserError
+from swlora.web.tickets import (
+    Decoder,
+    Ended,
+    Host,
+    QueueFullError,
+    ShuttingDownError,
+    Ticket,
+    Variant,
+)
+
+FAILED = Ended("failed", "the server failed; its log says why")
+log = logging.getLogger("swlora.web")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is taken on; `cache_tokens` bounds rows times the longest of them."""
+
+    max_rows: int
+    queue: int
+    deadline_s: float
+    cache_tokens: int
+
+
+@dataclass
+class _Batch:
+    decoder: Decoder
+    tickets: dict[int, Ticket] = field(default_factory=dict)
+
+
+class Scheduler:
+    """The queue, and the thread that works on it between `start` and `stop`."""
+
+    def __init__(self, host: Host, limits: Limits) -> None:
+        self._host, self._limits = host, limits
+        self._changed = threading.Condition()  # guards the next four
+        self._waiting: deque[Ticket] = deque()
+        self._n_active = 0
+        self._shutdown_s = math.inf
+        self._stopping = False
+        self._batches: OrderedDict[Variant, _Batch] = OrderedDict()  # the thread's, like the rest
+        self._current: Variant | None = None
+        self._state = ExitStack()
+        self._service_s = 1.0  # what a text took of late
+        self._thread = threading.Thread(target=self._run, name="swlora-model", daemon=True)
+
+    # For everybody
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its current step; whoever is left is told so."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new from now on and end what is not done within `seconds`."""
+        # No lock: this is called by a signal's handler, in the middle of anything.
+        self._shutdown_s = min(self._shutdown_s, time.monotonic() + seconds)
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Take on all tickets or none; QueueFullError, ShuttingDownError."""
+        with self._changed:
+            if self._stopping or self._shutdown_s < math.inf:
+                raise ShuttingDownError
+            n_taken = self._n_active + len(self._waiting)
+            if n_taken + len(tickets) > self._limits.max_rows + self._limits.queue:
+                raise QueueFullError(self._retry_after_s())
+            now_s = time.monotonic()
+            for ticket in tickets:
+                ticket.submitted_s, ticket.due_s = now_s, now_s + self._limits.deadline_s
+            self._waiting.extend(tickets)
+            self._changed.notify()
+
+    def cancel(self, tickets: Iterable[Ticket]) -> None:
+        """Stop work on tickets: waiting ones go at once, others before the next step."""
+        with self._changed:
+            for ticket in tickets:
+                ticket.cancelled = True
+                if ticket in self._waiting:
+                    self._waiting.remove(ticket)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether tickets are taken."""
+        return self._thread.is_alive() and not self._stopping and self._shutdown_s == math.inf
+
+    @property
+    def n_waiting(self) -> int:
+        """Number of tickets that wait."""
+        return len(self._waiting)
+
+    @property
+    def n_active(self) -> int:
+        """Number of texts that are being written."""
+        return self._n_active
+
+    def _retry_after_s(self) -> int:
+        rounds = (len(self._waiting) + 1) / self._limits.max_rows
+        return min(60, max(1, math.ceil(rounds * self._service_s)))
+
+    # The thread
+
+    def _run(self) -> None:
+        while self._wait():
+            try:
+                self._turn()
+            except Exception:  # whatever went wrong, the next request shall find a server
+                log.exception("the model's thread failed")
+                self._forsake(FAILED)
+        self._forsake(Ended("shutdown", "the server is shutting down"))
+
+    def _wait(self) -> bool:
+        """Sleep until there is work; False where the thread shall end."""
+        with self._changed:
+            while not (self._waiting or self._n_active or self._stopping):
+                self._enter(None)
+                self._changed.wait()
+            return not self._stopping
+
+    def _turn(self) -> None:
+        self._sweep()
+        for variant, tickets in self._next_tickets().items():
+            self._admit(variant, tickets)
+        if self._batches:
+            variant, batch = next(iter(self._batches.items()))
+            self._batches.move_to_end(variant)
+            self._step(variant, batch)
+
+    def _sweep(self) -> None:
+        """End what was cancelled or is overdue."""
+        now_s = time.monotonic()
+        with self._changed:
+            late = [ticket for ticket in self._waiting if self._due_s(ticket) <= now_s]
+            self._waiting = deque(ticket for ticket in self._waiting if ticket not in late)
+        for ticket in late:
+            ticket.deliver(self._lateness(ticket))
+        for variant, batch in list(self._batches.items()):
+            for ticket in list(batch.tickets.values()):
+                if ticket.cancelled or self._due_s(ticket) <= now_s:
+                    batch.decoder.drop(ticket.request.request_id)
+                    self._leave_batch(variant, ticket)
+                    ended = Ended("cancelled") if ticket.cancelled else self._lateness(ticket)
+                    ticket.deliver(ended)
+
+    def _due_s(self, ticket: Ticket) -> float:
+        return min(ticket.due_s, self._shutdown_s)
+
+    def _lateness(self, ticket: Ticket) -> Ended:
+        if self._shutdown_s < ticket.due_s:
+            return Ended("shutdown", "the server is shutting down")
+        return Ended("deadline", f"the request took longer than {self._limits.deadline_s:g} s")
+
+    def _next_tickets(self) -> dict[Variant, list[Ticket]]:
+        """Take waiting tickets, the oldest first, while there are rows and memory for them."""
+        groups: dict[Variant, list[Ticket]] = {}
+        longest = max(
+            (n_tokens(t) for b in self._batches.values() for t in b.tickets.values()), default=0
+        )
+        with self._changed:
+            while self._waiting and self._n_active < self._limits.max_rows:
+                longest = max(longest, n_tokens(self._waiting[0]))
+                if self._n_active and (self._n_active + 1) * longest > self._limits.cache_tokens:
+                    break
+                ticket = self._waiting.popleft()
+                self._n_active += 1
+                groups.setdefault(ticket.variant, []).append(ticket)
+        return groups
+
+    def _admit(self, variant: Variant, tickets: list[Ticket]) -> None:
+        try:
+            batch = self._batches.get(variant) or self._new_batch(variant)
+            batch.decoder.admit([ticket.request for ticket in tickets])
+        except UserError as error:  # nothing was taken on
+            self._end(tickets, Ended("refused", str(error)))
+        except Exception:
+            log.exception("the model could not take a text on")
+            self._end(tickets, FAILED)
+            self._discard(variant)
+        else:
+            batch.tickets.update((ticket.request.request_id, ticket) for ticket in tickets)
+            self._batches[variant] = batch
+
+    def _new_batch(self, variant: Variant) -> _Batch:
+        self._enter(None)
+        self._host.load(variant, self._batches.keys())
+        self._enter(variant)
+        return _Batch(self._host.decoder(variant))
+
+    def _step(self, variant: Variant, batch: _Batch) -> None:
+        try:
+            self._enter(variant)
+            events = batch.decoder.step()
+        except Exception:  # the decoder is in an unknown state; other variants have their own
+            log.exception("the model failed in a step")
+            self._discard(variant)
+            return
+        for event in events:
+            ticket = batch.tickets[event.request_id]
+            ticket.deliver(event)
+            if event.finish_reason:
+                self._leave_batch(variant, ticket)
+                took_s = time.monotonic() - ticket.submitted_s
+                self._service_s += 0.1 * (took_s - self._service_s)
+
+    def _leave_batch(self, variant: Variant, ticket: Ticket) -> None:
+        tickets = self._batches[variant].tickets
+        del tickets[ticket.request.request_id]
+        if not tickets:
+            del self._batches[variant]
+        with self._changed:
+            self._n_active -= 1
+
+    def _end(self, tickets: Sequence[Ticket], ended: Ended) -> None:
+        """Tell tickets that were taken from the queue, and are in no batch, of their end."""
+        with self._changed:
+            self._n_active -= len(tickets)
+        for ticket in tickets:
+            ticket.deliver(ended)
+
+    def _discard(self, variant: Variant, ended: Ended = FAILED) -> None:
+        self._host.forget(variant)
+        batch = self._batches.pop(variant, None)
+        if batch is not None:
+            self._end(list(batch.tickets.values()), ended)
+
+    def _forsake(self, ended: Ended) -> None:
+        """End everything, also what waits, and leave the model's variant."""
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for ticket in waiting:
+            ticket.deliver(ended)
+        for variant in list(self._batches):
+            self._discard(variant, ended)
+        self._enter(None)
+
+    def _enter(self, variant: Variant | None) -> None:
+        """Switch the model to a variant; None leaves it whole, for nobody's use."""
+        if variant == self._current:
+            return
+        self._current = None
+        self._state.close()
+        if variant is not None:
+            self._state.enter_context(self._host.switched(variant))
+            self._current = variant
+
+
+def n_tokens(ticket: Ticket) -> int:
+    """Return the tokens that the ticket's row may grow to."""
+    return len(ticket.request.prompt) + ticket.request.max_new_tokens

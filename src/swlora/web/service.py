@@ -1,0 +1,216 @@
+"""Everything the routes share: the model by its names, prompts to tokens, texts from the model."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+
+from swlora.config import BUILTIN_MODEL, DataSpec, RunSpec, ServeSpec
+from swlora.data.encode import encode_prompts
+from swlora.data.rows import Example
+from swlora.data.sources import load_dataset
+from swlora.engine.batch_decoder import DecodeRequest
+from swlora.engine.sampling import Sampling
+from swlora.errors import UserError
+from swlora.models.builtin import unpacked_folder
+from swlora.models.load import LoadedModel, load_model
+from swlora.progress import Progress
+from swlora.web.folders import RunFolders
+from swlora.web.generation import Generation, TextRequest
+from swlora.web.metrics import Metrics
+from swlora.web.problems import ApiError
+from swlora.web.restaurant import References
+from swlora.web.scheduler import Limits, Scheduler
+from swlora.web.schemas import Message, SamplingBody
+from swlora.web.tickets import Ticket, Variant
+from swlora.web.variants import ModelHost
+from swlora.web.weights import ServedWeights
+
+log = logging.getLogger("swlora.web")
+
+
+@dataclass(frozen=True)
+class Service:
+    """One model at the service of many requests; `start` and `close` its scheduler around them."""
+
+    spec: ServeSpec
+    loaded: LoadedModel
+    folders: RunFolders
+    weights: ServedWeights
+    scheduler: Scheduler
+    metrics: Metrics
+    references: References | None
+    started_s: int
+
+    @property
+    def base_name(self) -> str:
+        """The base model's name for clients; never a path."""
+        return public_name(self.loaded.name)
+
+    @property
+    def has_chat(self) -> bool:
+        """Whether the tokenizer has a template for chats."""
+        return bool(getattr(self.loaded.tokenizer, "chat_template", None))
+
+    def model_names(self) -> list[str]:
+        """Return the base model's name, then those of the adapters."""
+        adapters = [name for name in self.folders.adapters() if name != self.base_name]
+        return [self.base_name, *adapters]
+
+    def variant(self, model: str, zeroed: Sequence[str] = ()) -> Variant:
+        """Return the variant that a request names; ApiError where this server has no such."""
+        if model not in self.model_names():
+            raise ApiError(
+                404,
+                "there is no such model here; GET /v1/models lists them",
+                param="model",
+                code="model_not_found",
+            )
+        offered = self.weights.offered() if zeroed else {}
+        if any(weight_id not in offered for weight_id in zeroed):
+            raise ApiError(
+                400, "this weight is not offered; GET /api/models lists them", param="zeroed"
+            )
+        addresses = frozenset(offered[weight_id].address for weight_id in zeroed)
+        return Variant(None if model == self.base_name else model, addresses)
+
+    async def find_variant(self, model: str, zeroed: Sequence[str] = ()) -> Variant:
+        """Do what `variant` does, which may read folders, without holding up the event loop."""
+        return await asyncio.to_thread(self.variant, model, zeroed)
+
+    async def encode(self, prompt: str, variant: Variant) -> list[int]:
+        """Turn a prompt into tokens as in training: with what the adapter puts behind it."""
+        entry = None
+        if variant.adapter is not None:
+            entry = (await asyncio.to_thread(self.folders.adapters)).get(variant.adapter)
+        separator = "" if entry is None or prompt.endswith(entry.separator) else entry.separator
+        return await self._encode(Example(prompt, ""), separator)
+
+    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Write a chat by the tokenizer's template (in jinja's sandbox) and turn it into tokens."""
+        if not self.has_chat:
+            raise ApiError(
+                400, "this model has no chat template; use /v1/completions", code="no_chat_template"
+            )
+        turns = tuple((message.role, message.content) for message in messages)
+        return await self._encode(Example("", "", turns), "")
+
+    async def _encode(self, example: Example, separator: str) -> list[int]:
+        """Tokenise in another thread: a long prompt shall not hold up the others."""
+        tokenizer = self.loaded.tokenizer
+        try:
+            encoded = await asyncio.to_thread(encode_prompts, [example], separator, tokenizer)
+        except UserError as error:
+            raise ApiError(400, str(error)[:300], code="invalid_prompt") from error
+        except Exception as error:  # a template may fail in any way
+            log.warning("the prompt could not be written as tokens: %r", error)
+            message = "the prompt cannot be written as tokens by this model's tokenizer"
+            raise ApiError(400, message, code="invalid_prompt") from error
+        return encoded[0]
+
+    def request(
+        self,
+        variant: Variant,
+        prompt_ids: list[int],
+        body: SamplingBody,
+        *,
+        max_tokens: int,
+        n_logprobs: int | None = None,
+    ) -> TextRequest:
+        """Check a request against the model's limits; ApiError where it exceeds them.
+
+        `max_tokens` counts where the client did not say; it gives way to the limits.
+        """
+        n_embeddings = self.loaded.model.get_input_embeddings().num_embeddings
+        if max(prompt_ids) >= n_embeddings:
+            raise ApiError(400, f"the model knows tokens below {n_embeddings}", param="prompt")
+        room = self.loaded.context_tokens - len(prompt_ids)
+        wanted = body.max_tokens or min(max_tokens, self.spec.max_tokens, max(1, room))
+        if wanted > room:
+            raise ApiError(
+                400,
+                f"the model's context is {self.loaded.context_tokens} tokens; the prompt has "
+                f"{len(prompt_ids)} and {wanted} new ones were asked for",
+                code="context_length_exceeded",
+            )
+        if wanted > self.spec.max_tokens:
+            message = f"at most {self.spec.max_tokens} new tokens may be asked for"
+            raise ApiError(400, message, param="max_tokens")
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        sampling = Sampling(body.temperature, body.top_p, body.repetition_penalty, seed, n_logprobs)
+        return TextRequest(variant, prompt_ids, wanted, sampling, body.stops)
+
+    def generate(self, requests: Sequence[TextRequest]) -> Generation:
+        """Start writing texts, all or none; ApiError where too much is asked for already."""
+        return Generation(self.scheduler, self.loaded.tokenizer, self.metrics, requests)
+
+    def start(self) -> None:
+        """Start the model's thread."""
+        self.scheduler.start()
+
+    def close(self) -> None:
+        """End the model's thread."""
+        self.scheduler.stop()
+
+
+def service_of(request: Request) -> Service:
+    """Return the service of the application that answers a request."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+def load_service(spec: RunSpec, progress: Progress) -> Service:
+    """Load the model and the data that `spec.serve` names; UserError where they cannot be had."""
+    with progress.task("load the model"):
+        loaded = load_model(spec.model)
+    progress.say(f"model: {loaded.source}")
+    references = None
+    if spec.serve.dataset is not None:
+        with progress.task("load the data"):
+            dataset = load_dataset(DataSpec(name=spec.serve.dataset))
+            references = References.of(dataset)
+        progress.say(f"references: {dataset.source}")
+    service = make_service(spec.serve, loaded, references)
+    first = DecodeRequest(-1, [loaded.tokenizer.eos_token_id], 1)  # lays the weights out
+    service.scheduler.submit([Ticket(first, Variant(), deliver=lambda _news: None)])
+    return service
+
+
+def make_service(
+    spec: ServeSpec, loaded: LoadedModel, references: References | None = None
+) -> Service:
+    """Put a service together; UserError for a model whose rows cannot be decoded together."""
+    folders, metrics = RunFolders(spec.runs.expanduser()), Metrics()
+    weights = ServedWeights(loaded.model, loaded.name, folders)
+    host = ModelHost(loaded, folders, weights, spec.max_rows)
+    cache_tokens = int(spec.cache_gb * 1e9 / cache_bytes_per_token(loaded.model))
+    limits = Limits(spec.max_rows, spec.queue, spec.deadline_s, cache_tokens)
+    scheduler = Scheduler(host, limits)
+    metrics.watch("waiting", "Requests that wait", lambda: scheduler.n_waiting)
+    metrics.watch("active", "Texts that are being written", lambda: scheduler.n_active)
+    return Service(spec, loaded, folders, weights, scheduler, metrics, references, int(time.time()))
+
+
+def public_name(name: str) -> str:
+    """Return what clients call a model: its Hub id, `builtin`, or the name of its folder."""
+    if name == str(unpacked_folder()):
+        return BUILTIN_MODEL
+    path = Path(name)
+    return path.resolve().name if path.exists() else name
+
+
+def cache_bytes_per_token(model: Any) -> int:
+    """Return the memory that keys and values of one token take."""
+    config = model.config
+    n_heads = config.num_attention_heads
+    n_key_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    itemsize = model.get_input_embeddings().weight.element_size()
+    return int(2 * config.num_hidden_layers * n_key_heads * head_dim * itemsize)

@@ -1,0 +1,84 @@
+"""What the event loop and the model's thread say to each other."""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from swlora.engine.batch_decoder import DecodeRequest, Event
+from swlora.models.anatomy import WeightAddress
+
+EndReason = Literal["stop", "length", "deadline", "shutdown", "cancelled", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model under the named adapter (None: the base model), with some weights at zero."""
+
+    adapter: str | None = None
+    zeroed: frozenset[WeightAddress] = frozenset()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a text ended; `message` says more where it was refused or failed."""
+
+    reason: EndReason
+    message: str = ""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One text that is asked for.
+
+    `deliver` gets every event and then one Ended, on the model's thread; it must not block.
+    """
+
+    request: DecodeRequest
+    variant: Variant
+    deliver: Callable[[Event | Ended], None]
+    due_s: float = math.inf
+    submitted_s: float = 0.0
+    cancelled: bool = False
+
+
+class Decoder(Protocol):
+    """Rows of one variant that are continued together."""
+
+    def admit(self, requests: Sequence[DecodeRequest]) -> None:
+        """Take new rows."""
+
+    def step(self) -> list[Event]:
+        """Add a token to every row."""
+
+    def drop(self, request_id: int) -> None:
+        """Forget a row."""
+
+
+class Host(Protocol):
+    """The model and its variants; used by the scheduler's thread alone."""
+
+    def load(self, variant: Variant, keep: Collection[Variant]) -> None:
+        """Make the variant ready, those in `keep` staying so; UserError where it cannot be had."""
+
+    def switched(self, variant: Variant) -> AbstractContextManager[None]:
+        """Put the model into the variant's state while the body runs."""
+
+    def decoder(self, variant: Variant) -> Decoder:
+        """Return an empty decoder for the variant, in whose state the model is."""
+
+    def forget(self, variant: Variant) -> None:
+        """Never return the variant's decoder again: it failed, or holds rows that nobody wants."""
+
+
+class QueueFullError(Exception):
+    """Too much waits already; ask again after `retry_after_s`."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__("the queue is full")
+        self.retry_after_s = retry_after_s
+
+
+class ShuttingDownError(Exception):
+    """Nothing new is taken on."""

@@ -1,0 +1,151 @@
+"""One model, many variants: adapters loaded when they are first asked for, switched by PEFT.
+
+The base model is never changed for good: only plain LoRA is loaded (see `folders`), and weights at
+zero are put back bit for bit. Used by the scheduler's thread alone.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from peft import LoraConfig, PeftModelForCausalLM
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from swlora.adapters.methods import quiet_peft
+from swlora.engine.batch_decoder import BatchDecoder
+from swlora.errors import UserError
+from swlora.models.load import LoadedModel
+from swlora.web.folders import AdapterEntry, RunFolders
+from swlora.web.tickets import Decoder, Variant
+from swlora.web.weights import ServedWeights
+
+log = logging.getLogger("swlora.web")
+MAX_LOADED = 8  # adapters in memory, beyond those at work
+MAX_DECODERS = 8  # kept for variants that come again; an idle one holds little
+PREFILL_TOKENS = 128  # run at once: between them other texts go on and a client may leave
+
+
+class ModelHost:
+    """The loaded model and the adapters that are in memory with it.
+
+    Raises UserError for a model whose rows cannot be decoded together.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, folders: RunFolders, weights: ServedWeights, max_rows: int
+    ) -> None:
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._folders, self._weights, self._max_rows = folders, weights, max_rows
+        self._peft_model: Any = None
+        self._loaded: OrderedDict[str, tuple[int, str]] = OrderedDict()  # version, name in PEFT
+        self._n_loads = 0
+        self._decoders: OrderedDict[Variant, Decoder] = OrderedDict()
+        self.decoder(Variant())
+
+    def decoder(self, variant: Variant) -> Decoder:
+        """Return an empty decoder for the variant, in whose state the model is."""
+        decoder = self._decoders.pop(variant, None) or BatchDecoder(
+            self._model,
+            eos_token_ids=end_tokens(self._model, self._tokenizer),
+            max_rows=self._max_rows,
+            prefill_tokens=PREFILL_TOKENS,
+        )
+        self._decoders[variant] = decoder
+        while len(self._decoders) > MAX_DECODERS:
+            self._decoders.popitem(last=False)
+        return decoder
+
+    def forget(self, variant: Variant) -> None:
+        """Never return the variant's decoder again."""
+        self._decoders.pop(variant, None)
+
+    def load(self, variant: Variant, keep: Collection[Variant]) -> None:
+        """Load the variant's adapter, or again where its file was replaced; forget old ones.
+
+        Raises UserError where it is gone or does not fit.
+        """
+        name = variant.adapter
+        if name is None:
+            return
+        entry = self._folders.adapters().get(name)
+        if entry is None:
+            raise UserError("this adapter is no longer there")
+        busy = {other.adapter for other in keep}
+        if name in self._loaded:
+            version, _ = self._loaded[name]
+            if version == entry.version or name in busy:
+                self._loaded.move_to_end(name)
+                return
+            self._unload(name)
+        for old in [n for n in self._loaded if n not in busy][: len(self._loaded) - MAX_LOADED + 1]:
+            self._unload(old)
+        for idle in [v for v in self._decoders if v not in keep]:
+            self.forget(idle)  # made for modules that are wrapped or replaced now
+        self._n_loads += 1
+        inner_name = f"a{self._n_loads}"  # PEFT's names become module names: no dots
+        self._loaded[name] = entry.version, inner_name
+        try:
+            self._add(entry, inner_name)
+        except UserError:
+            self._unload(name)
+            raise
+
+    @contextmanager
+    def switched(self, variant: Variant) -> Iterator[None]:
+        """Put the model into the variant's state while the body runs."""
+        with ExitStack() as stack:
+            if variant.adapter is not None:
+                _, inner_name = self._loaded[variant.adapter]
+                self._peft_model.set_adapter(inner_name, inference_mode=True)
+            elif self._peft_model is not None:
+                stack.enter_context(self._without_adapters())
+            if variant.zeroed:
+                addresses = sorted(variant.zeroed, key=str)
+                stack.enter_context(self._weights.switched_off(addresses))
+            yield
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        layers = [m for m in self._model.modules() if isinstance(m, BaseTunerLayer)]
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    def _add(self, entry: AdapterEntry, inner_name: str) -> None:
+        try:
+            with quiet_peft():
+                if self._peft_model is None:
+                    config = LoraConfig.from_pretrained(str(entry.folder))
+                    config.inference_mode = True
+                    self._peft_model = PeftModelForCausalLM(self._model, config, inner_name).eval()
+                device = str(self._model.device)
+                report = self._peft_model.load_adapter(
+                    str(entry.folder), inner_name, torch_device=device
+                )
+        except Exception as error:  # PEFT, torch and safetensors raise many kinds
+            log.warning("the adapter %s does not fit: %s", entry.name, error)
+            raise UserError("this adapter does not fit the model that is served") from error
+        n_missing, n_extra = len(report.missing_keys), len(report.unexpected_keys)
+        if n_missing or n_extra:
+            log.warning(
+                "the adapter %s lacks %d tensors, has %d extra", entry.name, n_missing, n_extra
+            )
+            raise UserError("this adapter does not fit the model that is served")
+
+    def _unload(self, name: str) -> None:
+        _, inner_name = self._loaded.pop(name)
+        if self._peft_model is not None and inner_name in self._peft_model.peft_config:
+            self._peft_model.delete_adapter(inner_name)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's, and those that the model names."""
+    named = getattr(model.config, "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({int(i) for i in ids if i is not None})

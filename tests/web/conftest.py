@@ -1,0 +1,158 @@
+"""A tiny model behind the web server: in the test's own loop, or on a loopback socket."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from starlette.testclient import TestClient
+
+from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.saved import save_adapter
+from swlora.config import AdapterSpec, ModelSpec, ServeSpec
+from swlora.files import write_json
+from swlora.models.anatomy import Anatomy, WeightAddress
+from swlora.models.load import LoadedModel, load_model
+from swlora.web.app import create_app
+from swlora.web.guard import Guard, Policy
+from swlora.web.server import Server, listening_socket
+from swlora.web.service import Service, make_service
+
+BASE = "tiny"
+ZEROED = WeightAddress(1, "mlp.down_proj", 7, 11)
+ZEROED_ID = "1:mlp.down_proj:7:11"
+LARGE = 40.0  # the weight there: without it, the model says something else
+
+
+@pytest.fixture(scope="session")
+def served_folder(make_model, tiny_tokenizer, tmp_path_factory) -> Path:
+    """The folder of a model with one large weight."""
+    folder = tmp_path_factory.mktemp("served") / BASE
+    model = make_model("llama", max_position_embeddings=512)
+    Anatomy(model).weight_view(ZEROED).fill_(LARGE)
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(served_folder, tmp_path_factory) -> Path:
+    """Runs: two trained adapters on different layers, and an identification."""
+    root = tmp_path_factory.mktemp("served") / "runs"
+    for number, (name, layers) in enumerate({"study/first": [0, 2], "second.run": [1]}.items()):
+        folder = root / name
+        model = load_model(ModelSpec(name=str(served_folder), dtype="float32")).model
+        peft_model = attach(model, AdapterSpec(rank=3), layers, seed=number)
+        generator = torch.Generator().manual_seed(number)
+        for parameter in trainable_parameters(peft_model).values():
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        save_adapter(peft_model, folder / "adapter", {"layers": layers, "separator": "\n"})
+        facts = {"status": "done", "command": "train", "started_at": f"2030-01-0{number + 1}"}
+        write_json(folder / "run.json", facts)
+        rows = [{"step": step, "loss": 3.0 - step} for step in range(3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    found = {
+        "layer": ZEROED.layer,
+        "module": ZEROED.module,
+        "out_channel": ZEROED.out_channel,
+        "in_channel": ZEROED.in_channel,
+        "weight": LARGE,
+        "ratio": 7.5,
+        "verdict": "strong",
+    }
+    elsewhere = {**found, "in_channel": 12}  # not the value that this model has there
+    write_json(root / "found" / "run.json", {"status": "done", "command": "identify"})
+    result = {"identify": {"candidates": [found, elsewhere], "figure": "/home/me/spikes.png"}}
+    write_json(root / "found" / "result.json", result)
+    return root
+
+
+@pytest.fixture
+def loaded(served_folder) -> LoadedModel:
+    """The model, alone in this test."""
+    return load_model(ModelSpec(name=str(served_folder), dtype="float32"))
+
+
+@pytest.fixture
+def make(loaded, runs) -> Callable[..., Guard]:
+    """A function (policy=..., model=..., **settings of ServeSpec) -> the application."""
+
+    def build(policy: Policy | None = None, model: LoadedModel = loaded, **settings: Any) -> Guard:
+        spec = ServeSpec(**{"runs": runs, "max_tokens": 400} | settings)
+        return create_app(make_service(spec, model), policy or Policy())
+
+    return build
+
+
+@pytest.fixture
+def browse() -> Callable[[Guard], TestClient]:
+    """A function application -> a client in this process, which calls it by an allowed name."""
+
+    def client_of(app: Guard) -> TestClient:
+        url = "http://localhost:8000"
+        return TestClient(app, base_url=url, raise_server_exceptions=False)
+
+    return client_of
+
+
+@pytest.fixture
+def client(make, browse) -> Iterator[TestClient]:
+    """A client of the application, in this process and without a socket."""
+    with browse(make()) as client:
+        yield client
+
+
+@pytest.fixture
+def until() -> Callable[..., float]:
+    """A function that waits for a condition and returns how long that took."""
+    return _until
+
+
+def _until(condition: Callable[[], object], seconds: float = 20.0) -> float:
+    start_s = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start_s < seconds, "waited in vain"
+        time.sleep(0.005)
+    return time.monotonic() - start_s
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server on a loopback socket."""
+
+    url: str
+    service: Service
+    server: Server
+
+    def client(self) -> httpx2.Client:
+        """Return a client of its own connections."""
+        return httpx2.Client(base_url=self.url, timeout=60, trust_env=False)
+
+
+@pytest.fixture
+def run_server() -> Callable[..., AbstractContextManager[Running]]:
+    """A context manager (service, policy=...) that serves from another thread."""
+    return _running
+
+
+@contextmanager
+def _running(service: Service, policy: Policy | None = None) -> Iterator[Running]:
+    listener = listening_socket("127.0.0.1", 0)
+    server = Server(service, policy or Policy())
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    _until(lambda: server.started)
+    try:
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

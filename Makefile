@@ -22,7 +22,8 @@ demo: $(PACKAGE)
 
 test: lint
 	$(BIN)/python -c "from swlora.models.builtin import builtin_folder; print('builtin model:', builtin_folder())"
-	$(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=
+	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" --cov --cov-report=
+	$(BIN)/python -m pytest -m browser
 	$(BIN)/python -m pytest -m "slow and not gpu" --cov --cov-append --cov-report=term:skip-covered
 
 lint: $(TOOLS)

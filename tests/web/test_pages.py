@@ -300,6 +300,43 @@ def test_problems_are_told_to_people_in_pages_and_to_programs_in_json(client):
 # Files
 
 
+def luminance(colour: str) -> float:
+    """The relative luminance of #rrggbb, as WCAG 2 defines it."""
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+TEXT_ON = [
+    *[(ink, back) for ink in ("ink", "muted", "accent") for back in ("back", "raised")],
+    *[("on-accent", "accent"), ("good", "good-back"), ("bad", "bad-back"), ("busy", "busy-back")],
+    *[("ink", "plain-back"), ("muted", "plain-back"), ("bad", "raised")],
+]
+DRAWN_ON = [
+    *[(line, "back") for line in ("faint", "second", "accent", "control-edge")],
+    *[("control-edge", "raised"), ("accent", "raised")],
+]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrasts_reach_aa(scheme):
+    from swlora.web.pages.static import assets
+
+    sheet = assets()["style.css"].content.decode()
+    light, dark = (dict(re.findall(r"--([a-z-]+): (#\w{6});", part)) for part in tokens(sheet))
+    colours = light if scheme == "light" else light | dark
+    assert len(light) == len(dark) > 15
+    for pairs, least in ((TEXT_ON, 4.5), (DRAWN_ON, 3.0)):
+        for front, back in pairs:
+            high, low = sorted((luminance(colours[front]), luminance(colours[back])))[::-1]
+            assert (high + 0.05) / (low + 0.05) >= least, (front, back)
+
+
+def tokens(sheet: str) -> list[str]:
+    """The two blocks of colours, for light and for dark."""
+    return re.findall(r":root \{(.*?)\}", sheet, re.S)
+
+
 def test_files_are_served_by_name_and_version(client):
     page = look(client, "/")
     (sheet,) = [a["href"] for a in page.all("link") if a["rel"] == "stylesheet"]

@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, Response
 
 from swlora.errors import UserError
 from swlora.web.folders import FIGURE_TYPES, run_figures
-from swlora.web.page_api import FIGURE_POLICY, find_run
+from swlora.web.page_api import FIGURE_POLICY
 from swlora.web.pages import runs_view, study_view
 from swlora.web.pages.render import READ, Name, fragment, html, page, version_of
 from swlora.web.problems import ApiError
@@ -46,11 +46,13 @@ def runs(request: Request, part: Part = "", seen: Seen = "") -> Response:
 def run(request: Request, name: str, part: Part = "", seen: Seen = "") -> Response:
     """Show a run; its curve grows while it trains."""
     service = service_of(request)
-    entry = find_run(service, name)
+    entry = service.folders.runs().get(name)
     try:
+        if entry is None:
+            raise UserError("no such run")
         found = runs_view.run_view(entry, service.folders.adapters())
     except UserError as error:
-        raise ApiError(404, "this run cannot be read just now") from error
+        raise ApiError(404, "there is no such run here, or it cannot be read") from error
     is_over = found.row.status != "running"
     if part:
         return fragment(seen, _part("run", part), is_over=is_over, run=found)

@@ -57,7 +57,8 @@ export class Pane {
   end(how) {
     if (!this.#node.hasAttribute("aria-busy")) return;
     this.#node.removeAttribute("aria-busy");
-    this.#show((performance.now() - this.#startMs) / 1000, how);
+    if (this.#tokens || how === "stopped") this.#show((performance.now() - this.#startMs) / 1000, how);
+    else this.#parts.stats.textContent = "";
   }
 
   get announcement() {

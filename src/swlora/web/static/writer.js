@@ -19,6 +19,7 @@ export function setUpWriter(form, meaning) {
     const choose = () => nameModels(form, panes);
     form.elements.model.addEventListener("change", choose);
     form.elements.beside.addEventListener("change", choose);
+    choose(); // a browser that comes back fills in what was chosen before
   } else {
     form.elements.model.addEventListener("change", () => {
       for (const pane of panes) pane.name = form.elements.model.value;

@@ -1,13 +1,14 @@
 """Text from a model: one generation a prompt.
 
-Greedy and sampled rows share a cache, and a finished row's place is given to the next prompt
-(`swlora.engine.batch_decoder`). Beams and n-gram blocking are left to `generate` of transformers,
-prompts of similar length together; beam search as in the LoRA paper with num_beams 10,
-length_penalty 0.9 and no_repeat_ngram_size 4 (arXiv 2106.09685, table 11).
+Rows share a cache, and the place of what is finished goes to the next prompt: greedy and sampled
+rows (`swlora.engine.batch_decoder`), beams and n-gram blocking (`swlora.engine.beam_decoder`). Beam
+search as in the LoRA paper has num_beams 10, length_penalty 0.9 and no_repeat_ngram_size 4 (arXiv
+2106.09685, table 11). Families whose attention cannot be replaced, and samples without repeated
+n-grams, are left to `generate` of transformers, prompts of similar length together.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from swlora.config import DecodeSpec
 from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
+from swlora.engine.beam_decoder import BeamDecoder, BeamSettings
 from swlora.engine.sampling import Sampling
 from swlora.engine.tree_step import fast_modules
 from swlora.errors import UserError
@@ -39,15 +41,21 @@ def generate(
     Raises UserError where a prompt leaves no room in the model's context.
     """
     check_room(model, prompts, spec)
-    has_interface = family_of(model.config.model_type).has_attention_interface
-    by_rows = has_interface and spec.num_beams == 1 and spec.no_repeat_ngram_size == 0
-    ways = _by_rows if by_rows else _by_batches
     texts = [""] * len(prompts)
     with progress.task("generate", len(prompts)) as task:
-        for i, token_ids in ways(model, tokenizer, prompts, spec, seed):
+        for i, token_ids in _way(model, spec)(model, tokenizer, prompts, spec, seed):
             texts[i] = tokenizer.decode(token_ids, skip_special_tokens=True)
             task.advance()
     return texts
+
+
+def _way(model: Any, spec: DecodeSpec) -> Callable[..., Iterator[tuple[int, list[int]]]]:
+    """Return how texts are made: a function that yields (prompt, its new tokens) as they end."""
+    if not family_of(model.config.model_type).has_attention_interface:
+        return _by_batches
+    if spec.num_beams == 1 and spec.no_repeat_ngram_size == 0:
+        return _by_rows
+    return _by_beams if spec.temperature == 0 else _by_batches
 
 
 def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -> None:
@@ -85,6 +93,25 @@ def _request(i: int, prompt: Sequence[int], spec: DecodeSpec, seed: int) -> Deco
     own_seed = int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
     sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=own_seed)
     return DecodeRequest(i, prompt, spec.max_new_tokens, sampling)
+
+
+def _by_beams(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec, _seed: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (prompt, its best beam) as prompts are done; neighbours share what they begin with."""
+    n_at_once = min(len(prompts), max(1, spec.batch_size // spec.num_beams))
+    settings = BeamSettings(
+        spec.num_beams, spec.max_new_tokens, spec.length_penalty, spec.no_repeat_ngram_size
+    )
+    eos = [tokenizer.eos_token_id]
+    decoder = BeamDecoder(model, settings, eos_token_ids=eos, max_prompts=n_at_once)
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))
+    while waiting or decoder.n_free < n_at_once:
+        n_new = min(len(waiting), decoder.n_free)
+        if n_new >= min(len(waiting), max(1, n_at_once // REFILL_SHARE)) > 0:
+            chosen = [waiting.popleft() for _ in range(n_new)]
+            yield from decoder.admit({i: prompts[i] for i in chosen})
+        yield from decoder.step()
 
 
 def _by_batches(

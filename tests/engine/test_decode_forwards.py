@@ -15,6 +15,7 @@ from swlora.config import AdapterSpec
 from swlora.engine import decode_forwards
 from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
 from swlora.engine.decode_forwards import DecodeForwards
+from swlora.models import packed_weight
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.superweights.ablate import zeroed
 
@@ -169,7 +170,7 @@ def test_copies_stay_within_the_limit(
 ) -> None:
     model = make_model("llama")
     head_bytes = model.lm_head.weight.nbytes
-    monkeypatch.setattr(decode_forwards, "PACK_LIMIT_BYTES", head_bytes + 100)
+    monkeypatch.setattr(packed_weight, "PACK_LIMIT_BYTES", head_bytes + 100)
     with counted(monkeypatch) as widths:
         found = fast_logits(model)
     assert widths == [264]
@@ -178,17 +179,17 @@ def test_copies_stay_within_the_limit(
 
 def test_copies_are_shared_and_go_with_the_model(make_model: MakeModel) -> None:
     model = make_model("llama")
-    n_before = len(decode_forwards._PACKED)
+    n_before = len(packed_weight._PACKED)
     first, second = DecodeForwards(model), DecodeForwards(model)
-    assert len(decode_forwards._PACKED) == n_before + 13
+    assert len(packed_weight._PACKED) == n_before + 13
     fast_logits(model, first)
-    weight = decode_forwards._PACKED[model.lm_head][1]
+    weight = packed_weight._PACKED[model.lm_head][1, False]
     packed = weight.of([model.lm_head])
     fast_logits(model, second)
     assert weight.of([model.lm_head]) is packed
     del model, first, second, weight, packed
     gc.collect()
-    assert len(decode_forwards._PACKED) <= n_before
+    assert len(packed_weight._PACKED) <= n_before
 
 
 def test_a_decoder_keeps_the_variant_it_was_made_for(make_model: MakeModel) -> None:

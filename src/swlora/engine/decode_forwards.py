@@ -1,33 +1,27 @@
 """Forwards for inference that computes a few rows at a time, again and again.
 
-oneDNN reads a weight in blocks of its own; given a plain weight it lays it out anew at every call,
-which costs a fifth of the product for 64 rows and half of it for a single one. Here that is done
-once, and maps of one input (query, key and value; gate and up) become one product:
+Weights are laid out for the kernels once (`swlora.models.packed_weight`), and maps of one input
+(query, key and value; gate and up) become one product:
 
     [y1 | y2] = x [W1; W2]' + (x [A1; A2]') diag(s1 B1', s2 B2')
-
-A copy follows its weights: where one of them has changed, it is laid out again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.methods import adapted_modules
 from swlora.engine.lora import FastDora, FastLora
 from swlora.engine.tree_step import fast_modules
 from swlora.models.anatomy import Anatomy, weight_out_in
+from swlora.models.packed_weight import linear, packable, packed_weight
 from swlora.models.patching import patched_forwards
 
-PACK_LIMIT_BYTES = 2 << 30  # of copies in one model; what does not fit runs from its own weights
-_MAPS = (nn.Linear, Conv1D)  # exactly these: a subclass may compute something else
 _Forward = Callable[[Tensor], Tensor]
 
 
@@ -44,13 +38,15 @@ class DecodeForwards:
         with fast_modules(model):
             forwards = {m: m.__dict__["forward"] for m in model.modules() if "forward" in vars(m)}
         adapters = set(adapted_modules(model).values())
-        n_bytes = 0
+        groups = []
         for modules in _maps_by_input(base_model):
-            maps = [
+            bases = (
                 m.base_layer if m in adapters and hasattr(m, "base_layer") else m for m in modules
-            ]
-            n_bytes += sum(parameter.nbytes for m in maps for parameter in m.parameters())
-            if n_bytes <= PACK_LIMIT_BYTES and all(_is_packable(m) for m in maps):
+            )
+            groups.append((modules, list(bases)))
+        chosen = packable(base for _, maps in groups for base in maps)
+        for modules, maps in groups:
+            if chosen.issuperset(maps):
                 forwards |= _packed(modules, maps, forwards)
         self._forwards = forwards
 
@@ -73,18 +69,6 @@ def _maps_by_input(base_model: Any) -> Iterator[list[Any]]:
                 yield found
 
 
-def _is_packable(module: Any) -> bool:
-    if type(module) not in _MAPS or not torch.backends.mkldnn.is_available():
-        return False
-    weight = module.weight
-    if weight.device.type != "cpu" or (
-        module.bias is not None and module.bias.dtype != weight.dtype
-    ):
-        return False
-    has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bf16)
-
-
 def _packed(
     modules: Sequence[Any], maps: Sequence[Any], forwards: dict[nn.Module, Any]
 ) -> dict[nn.Module, _Forward]:
@@ -103,35 +87,12 @@ def _packed(
     return {base: _StackedMaps([base], [None]).part(0) for base in maps}
 
 
-class _PackedWeight:
-    """Weights (out, in) of one input, stacked, in the layout of the kernels."""
-
-    def __init__(self) -> None:
-        self._packed: Tensor | None = None
-        self._state: list[tuple[int, int]] = []
-
-    def of(self, maps: Sequence[nn.Module]) -> Tensor:
-        """Return the weights of the maps as they are now, laid out anew where one has changed."""
-        weights: list[Any] = [m._parameters["weight"] for m in maps]
-        state = [(weight.data_ptr(), weight._version) for weight in weights]
-        if state != self._state:
-            plain = torch.cat([weight_out_in(m) for m in maps]).contiguous()
-            # The number of rows is a hint that makes no difference (measured for 1 to 512).
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(plain, 64)
-            self._state = state
-        assert self._packed is not None
-        return self._packed
-
-
-_PACKED: WeakKeyDictionary[nn.Module, dict[int, _PackedWeight]] = WeakKeyDictionary()
-
-
 class _StackedMaps:
     """Linear maps with their LoRA updates, computed together when the first is called."""
 
     def __init__(self, maps: Sequence[Any], loras: Sequence[FastLora | None]) -> None:
         self._maps, self._loras = maps, loras
-        self._weight = _PACKED.setdefault(maps[0], {}).setdefault(len(maps), _PackedWeight())
+        self._weight = packed_weight(maps)
         sizes = [weight_out_in(m).shape[0] for m in maps]
         self._bounds = list(pairwise([sum(sizes[:i]) for i in range(len(sizes) + 1)]))
         self._adapter: tuple[Tensor, Tensor] | None = None
@@ -155,14 +116,12 @@ class _StackedMaps:
         return forward
 
     def _product(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch.ops.mkldnn._linear_pointwise.default(
-            rows, self._weight.of(self._maps), self._bias(rows), "none", [], ""
-        )
+        rows = x.reshape(-1, x.shape[-1])
+        y = linear(rows, self._weight.of(self._maps), self._bias(rows))
         if any(self._loras):
             a, b = self._matrices(rows)
             y.addmm_(F.linear(rows, a), b)
-        return y.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        return y.view(*x.shape[:-1], -1)
 
     def _bias(self, rows: Tensor) -> Tensor | None:
         biases = [m.bias for m in self._maps]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from swlora.engine.attention import wide
+from swlora.engine.frozen_linear import FrozenLinear
+from swlora.models.packed_weight import packable
 
 CHUNK_ROWS = 128
 WIDE_ROWS = 16  # rows in float32 at a time: they stay in the cache
@@ -46,7 +48,8 @@ def head_loss(
     """
     if head.weight.requires_grad or not isinstance(head, nn.Linear):
         return _differentiable(hidden, head, targets, smoothing, cap)
-    return _frozen_head_loss(hidden, head.weight, head.bias, targets, smoothing, cap)
+    frozen = FrozenLinear(head, packs=bool(packable([head], copies=2)))
+    return _frozen_head_loss(hidden, frozen, targets, smoothing, cap)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -54,15 +57,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        head: FrozenLinear,
         targets: Targets,
         smoothing: float,
         cap: float,
     ) -> Tensor:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        work = _Workspace(hidden, weight)
+        work = _wide_rows(hidden, head.weight.shape[0])
         edges = torch.arange(0, len(hidden) + CHUNK_ROWS, CHUNK_ROWS, device=hidden.device)
         bounds = torch.searchsorted(targets.rows, edges).tolist()
         for chunk, start in enumerate(range(0, len(hidden), CHUNK_ROWS)):
@@ -74,11 +76,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 targets.weights[of_chunk],
                 targets.row_weights[rows],
             )
-            z = work.logits(hidden[rows], weight, bias)
+            z = head.product(hidden[rows], head.bias)
             loss += _loss_and_gradient(z, chunk_targets, work, smoothing, cap)
             if d_hidden is not None:
-                torch.mm(z, weight, out=d_hidden[rows])
-                d_hidden[rows] *= targets.row_weights[rows, None].to(hidden.dtype)
+                weights = targets.row_weights[rows, None].to(hidden.dtype)
+                torch.mul(head.input_gradient(z), weights, out=d_hidden[rows])
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden)
         return loss if hidden.dtype == torch.float64 else loss.float()
@@ -86,33 +88,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grads[0].to(d_hidden.dtype), None, None, None, None, None
+        return d_hidden * grads[0].to(d_hidden.dtype), None, None, None, None
 
 
 _frozen_head_loss: Callable[..., Tensor] = _FrozenHeadLoss.apply
 
 
-class _Workspace:
-    """Memory that is used again for every chunk: fresh pages would cost more than the work."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        n_rows = min(CHUNK_ROWS, len(hidden))
-        self._logits = hidden.new_empty(n_rows, weight.shape[0])
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self._wide = hidden.new_empty(min(WIDE_ROWS, n_rows), weight.shape[0], dtype=dtype)
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return head(hidden), (C, V), in the model's dtype."""
-        z = torch.mm(hidden, weight.t(), out=self._logits[: len(hidden)])
-        return z if bias is None else z.add_(bias)
-
-    def wide(self, z: Tensor) -> Tensor:
-        """Return a float32 copy of a few rows of logits."""
-        return self._wide[: len(z)].copy_(z)
+def _wide_rows(hidden: Tensor, n_tokens: int) -> Tensor:
+    """Return memory for a few rows of logits in float32, used again for all: it stays warm."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty(min(WIDE_ROWS, len(hidden)), n_tokens, dtype=dtype)
 
 
 def _loss_and_gradient(
-    z: Tensor, targets: Targets, work: _Workspace, smoothing: float, cap: float
+    z: Tensor, targets: Targets, work: Tensor, smoothing: float, cap: float
 ) -> Tensor:
     """Return the loss of a chunk of logits (C, V), which become dL/dz / W_i in place."""
     loss = torch.zeros((), dtype=torch.float64, device=z.device)
@@ -122,7 +111,7 @@ def _loss_and_gradient(
     log_normaliser = torch.empty(len(z), dtype=z_target.dtype, device=z.device)
     for start in range(0, len(z), WIDE_ROWS):
         rows = slice(start, start + WIDE_ROWS)
-        p = work.wide(z[rows])
+        p = work[: len(z[rows])].copy_(z[rows])
         if smoothing:
             loss -= smoothing * (targets.row_weights[rows] * p.mean(-1)).sum()
         slope = 1 - (p / cap) ** 2 if cap else None

@@ -111,6 +111,18 @@ def test_where_all_layers_are_found_there_is_nothing_to_draw():
     assert (len(arms), set(controls["super"].values())) == (1, {"super"})
 
 
+def test_controls_may_have_fewer_seeds():
+    """An arm with more seeds serves as a control with fewer, and not the other way round."""
+    some, more = {"control_seeds": [4]}, {"name": "top", "layers": "last:2"}
+    for seeds, server in (([4, 9], "top"), ([9], "super-last")):
+        spec = study({"name": "super", **some}, {**more, "seeds": seeds})
+        arms, controls = add_controls(found(spec, super=(1, 3)), spec, N_LAYERS)
+        assert arms[0].seeds == (0, 4)
+        assert {arm.seeds for arm in arms if arm.control_of} == {(4,)}
+        assert controls["super"]["super-last"] == server
+        assert {arm.seeds for arm in expected_controls(arms[0], spec)} == {(4,)}
+
+
 def test_only_some_arms():
     spec = study("lora", "super")
     arms = arms_of(spec, N_LAYERS)

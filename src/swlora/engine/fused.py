@@ -65,7 +65,10 @@ class _FastRmsNorm:
         self.weight, self.eps = module.weight, float(module.variance_epsilon)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        return _rms_norm(hidden_states, self.weight, self.eps)
+        if torch.is_grad_enabled():
+            return _rms_norm(hidden_states, self.weight, self.eps)
+        normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], None, self.eps)
+        return normed.mul_(self.weight)  # rounded before and after, as in transformers
 
 
 class _FastSwiglu:

@@ -3,7 +3,8 @@
 An arm whose layers are found (`super`, `super+removal`, `auto:...`) gets, with k = its number of
 layers and everything else equal: `last:k`, `every:k`, and draws of `random:k`, each unlike all of
 these. Layers of one model have the same shapes, so the controls have the same number of adapter
-weights. Where a control would repeat an arm that is there anyway, that arm serves as the control.
+weights. Their seeds are the arm's, or its `control_seeds`. Where a control would repeat an arm that
+is there anyway, that arm serves as the control.
 """
 
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ class Arm:
     seeds: tuple[int, ...]
     layers: tuple[int, ...] | None = None
     control_of: str | None = None
+    control_seeds: tuple[int, ...] | None = None
 
     @property
     def method(self) -> str:
@@ -56,14 +58,18 @@ def add_controls(
     """
     every: list[Arm] = []
     serving: dict[str, dict[str, str]] = {}
-    there = {_content(arm): arm.name for arm in arms if arm.layers is not None}
+    there = [arm for arm in arms if arm.layers is not None]
     for arm in arms:
         every.append(arm)
         if not (spec.controls and is_found(arm.policy) and arm.layers):
             continue
-        controls = _controls(arm, n_layers, spec.random_draws)
-        serving[arm.name] = {c.name: there.setdefault(_content(c), c.name) for c in controls}
-        every += [c for c in controls if serving[arm.name][c.name] == c.name]
+        serving[arm.name] = {}
+        for control in _controls(arm, n_layers, spec.random_draws):
+            same = next((other for other in there if _repeats(control, other)), None)
+            serving[arm.name][control.name] = (same or control).name
+            if same is None:
+                there.append(control)
+                every.append(control)
     return every, serving
 
 
@@ -73,7 +79,7 @@ def expected_controls(arm: Arm, spec: StudySpec) -> list[Arm]:
         return []
     draws = [(f"random-{i + 1}", "random:K") for i in range(spec.random_draws)]
     return [
-        replace(arm, name=f"{arm.name}-{name}", policy=policy, layers=None, control_of=arm.name)
+        replace(_as_control(arm), name=f"{arm.name}-{name}", policy=policy, layers=None)
         for name, policy in [*draws, ("last", "last:K"), ("every", "every:K")]
     ]
 
@@ -85,7 +91,13 @@ def _arm(spec: StudySpec, arm: ArmSpec, n_layers: int | None) -> Arm:
     if n_layers is not None and not is_found(policy):
         layers = tuple(resolve_layers(policy, n_layers))
     rates, seeds = tuple(arm.rates or spec.rate.grid), tuple(arm.seeds or spec.seeds)
-    return Arm(arm.name, policy, settings, rates, seeds, layers)
+    control_seeds = tuple(arm.control_seeds) if arm.control_seeds else None
+    return Arm(arm.name, policy, settings, rates, seeds, layers, control_seeds=control_seeds)
+
+
+def _as_control(arm: Arm) -> Arm:
+    """Return an arm that is like this one and a control of it, whatever its layers."""
+    return replace(arm, control_of=arm.name, seeds=arm.control_seeds or arm.seeds)
 
 
 def _controls(arm: Arm, n_layers: int, n_draws: int) -> list[Arm]:
@@ -101,11 +113,10 @@ def _controls(arm: Arm, n_layers: int, n_draws: int) -> list[Arm]:
             taken.append(tuple(resolve_layers(policy, n_layers)))
     return [
         replace(
-            arm,
+            _as_control(arm),
             name=f"{arm.name}-{name}",
             policy=policy,
             layers=tuple(resolve_layers(policy, n_layers)),
-            control_of=arm.name,
         )
         for name, policy in {**drawn, **policies}.items()
     ]
@@ -117,9 +128,10 @@ def _new_draw(k: int, n_layers: int, taken: list[tuple[int, ...]]) -> str | None
     return next((p for p in policies if tuple(resolve_layers(p, n_layers)) not in taken), None)
 
 
-def _content(arm: Arm) -> tuple[object, ...]:
-    """Return what decides an arm's runs: equal for arms that would repeat each other."""
-    return (arm.run_spec(seed=0, rate=1.0).model_dump_json(), arm.rates, arm.seeds)
+def _repeats(arm: Arm, other: Arm) -> bool:
+    """Say whether every run of `arm` is one of `other`'s."""
+    same_runs = arm.run_spec(seed=0, rate=1.0) == other.run_spec(seed=0, rate=1.0)
+    return same_runs and arm.rates == other.rates and set(arm.seeds) <= set(other.seeds)
 
 
 def chosen_arms(arms: list[Arm], spec: StudySpec, only: list[str]) -> list[str]:

@@ -64,6 +64,7 @@ class ArmSpec(Spec):
     overrides: dict[str, Any] = Field(default_factory=dict, description="by dotted names")
     rates: Rates | None = Field(default=None, description="its own grid of learning rates")
     seeds: Seeds | None = Field(default=None, description="default: those of the study")
+    control_seeds: Seeds | None = Field(default=None, description="default: those of the arm")
 
     @model_validator(mode="before")
     @classmethod

@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -34,7 +35,8 @@ def serve(spec: RunSpec, make_progress: Callable[[], Progress]) -> None:
     with closing(listening_socket(own.host, own.port)) as listener:
         from swlora.web.service import load_service  # takes seconds, unlike what is checked above
 
-        service = load_service(spec, make_progress())
+        with ThreadPoolExecutor(1) as pool:  # see "One thread computes" in docs/decisions.md
+            service = pool.submit(load_service, spec, make_progress()).result()
         configure_logging()
         print(f"serving http://{shown_address(listener)} (Ctrl-C stops)", flush=True)
         with _signals_are_over():

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from swlora.data import encode
 from swlora.data.encode import encode_example, encode_examples, encode_prompts
 from swlora.data.sources import Example
 from swlora.errors import DataError, UserError
@@ -208,3 +209,28 @@ def test_all_of_e2e_reads_back_as_it_was_written(shared_dir: Path):
             assert tokenizer.decode(ids[:n_prompt]) == example.prompt + "\n"
             assert tokenizer.decode(ids[n_prompt:-1]) == example.completion
         assert ids[-1] == 50256
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 5])
+def test_chunks_change_nothing(chunk_rows, monkeypatch):
+    """Rows are encoded some at a time; numbers of rows are those of the whole data."""
+    examples = [Example(f"prompt {i % 3}", "word " * i) for i in range(7)]
+    tokenizer = byte_tokenizer("<s> $A")
+
+    def encoded(context_tokens):
+        return encode_examples(
+            examples, ":", tokenizer, context_tokens=context_tokens, truncate=True
+        )
+
+    (whole, n_cut), (long, n_long) = encoded(30), encoded(99)
+    monkeypatch.setattr(encode, "CHUNK_ROWS", chunk_rows)
+    for context_tokens, expected, n in ((30, whole, n_cut), (99, long, n_long)):
+        found, n_found = encoded(context_tokens)
+        assert n_found == n
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        assert found.offsets.tolist() == expected.offsets.tolist()
+        assert found.prompt_lengths.tolist() == expected.prompt_lengths.tolist()
+        assert found.tokens.dtype == expected.tokens.dtype
+    assert (n_cut, n_long) == (3, 0)
+    with pytest.raises(DataError, match=r"row 5 has 31 tokens.* \(and 2 more such rows\)"):
+        encode_examples(examples, ":", tokenizer, context_tokens=30, truncate=False)

@@ -208,3 +208,30 @@ def test_an_address_of_somewhere_else_is_refused(host, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
     with pytest.raises(UserError, match=host):
         listening_socket(host, 0)
+
+
+def test_the_thread_that_loaded_the_model_is_gone_when_texts_are_written(monkeypatch):
+    """Its OpenMP helpers would count beside those of the model's thread, and slow each product."""
+    from swlora.config import RunSpec, ServeSpec
+    from swlora.progress import Silent
+    from swlora.web import server, service
+
+    loaders: list[threading.Thread] = []
+
+    class NoServer:
+        def __init__(self, loaded: object, _policy: object) -> None:
+            assert loaded == "service"
+
+        def run(self, sockets: list[socket.socket]) -> None:
+            assert len(sockets) == 1
+            assert not loaders[0].is_alive()
+
+    def load(*_arguments: object) -> str:
+        loaders.append(threading.current_thread())
+        return "service"
+
+    monkeypatch.setattr(service, "load_service", load)
+    monkeypatch.setattr(server, "Server", NoServer)
+    monkeypatch.setattr(server, "configure_logging", lambda: None)
+    server.serve(RunSpec(serve=ServeSpec(port=0)), Silent)
+    assert len(loaders) == 1

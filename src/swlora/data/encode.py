@@ -15,6 +15,8 @@ from swlora.data.rows import Example
 from swlora.data.tree_rows import TokenSequences
 from swlora.errors import DataError, UserError
 
+CHUNK_ROWS = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -42,22 +44,27 @@ def encode_examples(
     """
     if context_tokens < 2:
         raise UserError(f"a context of {context_tokens} tokens holds no prompt and completion")
-    prompts = encode_prompts(examples, separator, tokenizer)
-    pairs = list(zip(prompts, _encode_completions(examples, tokenizer), strict=True))
-    long = [i for i, (p, c) in enumerate(pairs) if len(p) + len(c) > context_tokens]
+    parts: list[TokenSequences] = []
+    long: list[tuple[int, int, int]] = []  # number of the row, tokens of its prompt and completion
+    for start in range(0, len(examples) or 1, CHUNK_ROWS):
+        chunk = examples[start : start + CHUNK_ROWS]
+        prompts = encode_prompts(chunk, separator, tokenizer)
+        pairs = list(zip(prompts, _encode_completions(chunk, tokenizer), strict=True))
+        for i, (prompt, completion) in enumerate(pairs):
+            if len(prompt) + len(completion) > context_tokens:
+                long.append((start + i, len(prompt), len(completion)))
+                kept = prompt[-(context_tokens - 1) :]
+                pairs[i] = kept, completion[: context_tokens - len(kept)]
+        parts.append(TokenSequences.from_lists(pairs))
     if long and not truncate:
-        n_prompt, n_completion = (len(ids) for ids in pairs[long[0]])
+        row, n_prompt, n_completion = long[0]
         more = f" (and {len(long) - 1} more such rows)" if len(long) > 1 else ""
         raise DataError(
-            f"row {long[0] + 1} has {n_prompt + n_completion} tokens, {n_prompt} of prompt and "
+            f"row {row + 1} has {n_prompt + n_completion} tokens, {n_prompt} of prompt and "
             f"{n_completion} of completion, but the model's context is {context_tokens}{more}; "
             "--truncate cuts them"
         )
-    for i in long:
-        prompt, completion = pairs[i]
-        prompt = prompt[-(context_tokens - 1) :]
-        pairs[i] = prompt, completion[: context_tokens - len(prompt)]
-    return TokenSequences.from_lists(pairs), len(long)
+    return TokenSequences.joined(parts), len(long)
 
 
 def encode_prompts(

@@ -79,6 +79,16 @@ class TokenSequences:
             np.array([len(prompt) for prompt, _ in pairs], dtype=np.int32),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["TokenSequences"]) -> "TokenSequences":
+        """Return the sequences of all parts, in their order."""
+        lengths = np.concatenate([[0], *(part.lengths for part in parts)])
+        return cls(
+            np.concatenate([part.tokens for part in parts]),
+            np.cumsum(lengths, dtype=np.int64),
+            np.concatenate([part.prompt_lengths for part in parts]),
+        )
+
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.recipes --json F [--e2e FOLDER] [--recipes 'a; b'] [--seed N]
 
-Each trains the embedded model once, for the steps it names, with a rate that decays to zero over
-them, and ends with the loss on all rows of the first 60 dev prompts. `baseline` is what the others
-are held against, `half` the same in half of the steps. Seconds are those of the steps, and of what
-a recipe does before them. What came out is in docs/results.md.
+All run in this one process, one after another. Each trains the embedded model once, for the steps
+it names, with a rate that decays to zero over them, and ends with the loss on all rows of the first
+60 dev prompts. `baseline` is what the others are held against, `half` the same in half of the
+steps. Seconds are those of the steps, and of what a recipe does before them, after a step that is
+not timed. docs/results.md has what came out of such recipes.
 """
 
 import argparse
@@ -89,13 +90,14 @@ def main() -> None:
 
     from swlora.files import write_json
 
-    bench, results = Bench(find_e2e(args.e2e)), {}
+    bench, results, load = Bench(find_e2e(args.e2e)), {}, runner.load()
     for name in names:
         results[name] = bench.run(RECIPES[name], args.seed)
         print(
             f"{name}: {results[name]['nll']:.4f} nats, {results[name]['train_s']:.0f} s", flush=True
         )
-    machine = {"machine": runner.machine(), "seed": args.seed, "dev_prompts": DEV_PROMPTS}
+    machine = {"machine": runner.machine(), "load_average": {"start": load, "end": runner.load()}}
+    machine |= {"seed": args.seed, "dev_prompts": DEV_PROMPTS}
     write_json(args.json, {"benchmark": "recipes", **machine, "recipes": results})
 
 
@@ -120,6 +122,7 @@ class Bench:
         if recipe.references is not None:
             steps = grouped_steps(rows, recipe.references, recipe.batch, seed)
             schedule = Schedule(spec, lambda _epoch: steps, len(steps))
+        self._warm_up(rows, schedule)
         start_s = time.perf_counter()
         starts = {}
         if recipe.gradient_start is not None:
@@ -137,6 +140,14 @@ class Bench:
         loss = dataset_loss(adapted.model.eval(), self._dev, Silent())
         adapted.model.unload()
         return {**asdict(recipe), "rows": n_rows, "train_s": train_s, "nll": loss.nats_per_token}
+
+    def _warm_up(self, rows: TokenSequences, schedule: Schedule) -> None:
+        """Run a step, so that every recipe begins with laid-out weights and warm memory."""
+        n_layers = Anatomy(self._loaded.model).n_layers
+        adapted = adapt(self._loaded.model, AdapterSpec(), range(n_layers), seed=0)
+        train_mode(adapted.model)
+        TreeStep(adapted.model, rows)(next(schedule.steps()))
+        adapted.model.unload()
 
     def _rows(self, split: str, data: DataSpec) -> TokenSequences:
         dataset, loaded = load_dataset(data), self._loaded

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.decoding import EOS, N_TOKENS, SHAPES, MakeModel, alone, make_prompts
 
+from swlora.adapters.methods import attach, trainable_parameters
+from swlora.config import AdapterSpec
 from swlora.engine.beam_cache import BeamCache
 from swlora.engine.beam_decoder import BeamDecoder, BeamSettings
+from swlora.errors import UserError
 
 
 def talkative(model: Any, boost: float = 1.6) -> Any:
@@ -138,3 +141,59 @@ def test_more_prompts_than_there_is_room_for_are_refused(make_model: MakeModel) 
     assert decoder.step() == []
     with pytest.raises(ValueError, match="more prompts"):
         decoder.admit({0: [1], 1: [2]})
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe", "qwen3_moe"])
+def test_experts(model_type: str, make_model: MakeModel) -> None:
+    model, prompts = talkative(make_model(model_type)), make_prompts()[:4]
+    beams = BeamSettings(3, 8)
+    found = searched(model, prompts, beams)
+    assert found == {i: by_transformers(model, p, beams) for i, p in enumerate(prompts)}
+
+
+def test_an_adapter_and_two_ends_of_a_sequence(make_model: MakeModel) -> None:
+    spec = AdapterSpec(rank=3)
+    peft_model = attach(talkative(make_model("llama")), spec, [0, 2], seed=0).eval()
+    base = alone(peft_model, [5, 6, 7], 9, num_beams=3)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in trainable_parameters(peft_model).values():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    expected = alone(peft_model, [5, 6, 7], 9, num_beams=3, eos_token_id=[EOS, 9])
+    assert expected != base
+    decoder = BeamDecoder(peft_model, BeamSettings(3, 9), eos_token_ids=[EOS, 9], max_prompts=1)
+    found = decoder.admit({4: [5, 6, 7]})
+    while not found:
+        found = decoder.step()
+    assert found == [(4, [token for token in expected if token != 9])]
+
+
+def test_a_long_prompt_that_is_done_leaves_no_columns_behind(make_model: MakeModel) -> None:
+    model = make_model("llama", max_position_embeddings=500)
+    prompts = [[k % 250 for k in range(450)], [5, 6, 7]]
+    decoder = BeamDecoder(model, BeamSettings(2, 20), eos_token_ids=[EOS], max_prompts=2)
+    found, n_columns = decoder.admit({0: prompts[0]}), []
+    for n_steps in range(40):
+        if n_steps == 15:
+            found += decoder.admit({1: prompts[1]})
+        found += decoder.step()
+        n_columns.append(decoder._cache.n_columns)
+    beams = BeamSettings(2, 20)
+    assert dict(found) == {i: by_transformers(model, p, beams) for i, p in enumerate(prompts)}
+    assert n_columns[16] > 450
+    assert n_columns[-1] < 120
+
+
+def test_a_vocabulary_just_large_enough(make_model: MakeModel) -> None:
+    """Fewer tokens than candidates: what is left of the beams goes on."""
+    model = make_model("llama", vocab_size=8, bos_token_id=1, eos_token_id=7, pad_token_id=7)
+    for n_beams in (5, 7):
+        settings = BeamSettings(n_beams, 6)
+        decoder = BeamDecoder(model, settings, eos_token_ids=[7], max_prompts=1)
+        found = decoder.admit({0: [3, 4]})
+        while not found:
+            found = decoder.step()
+        ends = {"eos_token_id": 7, "pad_token_id": 7}
+        expected = alone(model, [3, 4], 6, num_beams=n_beams, **ends)
+        assert found == [(0, [token for token in expected if token != 7])]
+    with pytest.raises(UserError, match="8 tokens are too few for 8 beams"):
+        BeamDecoder(model, BeamSettings(8, 6), eos_token_ids=[7], max_prompts=1)

@@ -340,7 +340,23 @@ def test_a_model_without_adapters_runs_as_it_is() -> None:
     model, x = Projections(), make_input()
     expected = model.with_bias(x)
     with fast_lora(model):
-        torch.testing.assert_close(model.with_bias(x), expected)
+        assert torch.equal(model.with_bias(x), expected)
+
+
+def test_a_frozen_map_without_an_adapter_has_the_same_products() -> None:
+    model, x = Projections().requires_grad_(False), make_input().requires_grad_()
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear | Conv1D):
+            continue
+        n_in = module.in_features if isinstance(module, torch.nn.Linear) else module.nx
+        x = torch.randn(2, 3, n_in, requires_grad=True)
+        expected = module(x)
+        (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+        with fast_lora(model):
+            found = module(x)
+            (fast_gradient,) = torch.autograd.grad(found.square().sum(), x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(fast_gradient, gradient)
 
 
 def test_a_weight_written_through_data_counts_in_the_next_body() -> None:

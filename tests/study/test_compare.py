@@ -8,6 +8,7 @@ import yaml
 from swlora.errors import RunFailedError, UserError
 from swlora.study import compare as study
 from swlora.study.compare import Request
+from swlora.study.folder import differences
 
 ARMS = ["lora", "super", "super-random-1", "super-last", "fixed"]
 ROWS = [{"prompt": f"prompt {k}\n", "completion": f"answer {k}."} for k in range(45)]
@@ -297,3 +298,12 @@ def test_a_plan_says_what_was_not_checked(request_of):
     assert "org/absent is not cached" in plan["unchecked"][0]
     assert plan["arms"][0]["layers"] is None
     assert plan["arms"][0]["n_steps"] == 2
+
+
+def test_a_new_setting_that_is_left_open_makes_no_other_study():
+    before = {"arms": [{"name": "a"}, {"name": "b"}]}
+    now = {"arms": [{"name": "a", "control_seeds": None}, {"name": "b", "control_seeds": None}]}
+    assert differences(before, now) == []
+    assert differences(before, {"arms": now["arms"][::-1]}) == ["arms: another order"]
+    now["arms"][1]["control_seeds"] = [3]
+    assert differences(before, now) == ["arms.b.control_seeds: nothing there, [3] here"]

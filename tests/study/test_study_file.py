@@ -172,3 +172,13 @@ def test_a_learning_rate_for_all_arms_is_refused(tmp_path):
     assert problems == ["train.learning_rate: a study chooses it; give rate.grid"]
     (problem,) = read(tmp_path, "arms: [lora, {name: x, train.learning_rate: 1}]").problems
     assert "give the arm `rates`" in problem
+
+
+def test_seeds_of_controls_that_an_arm_does_not_have_are_refused(tmp_path):
+    arms = (
+        "[lora, {name: top, layers: last:2, control_seeds: [0]}, {name: super, control_seeds: [7]}]"
+    )
+    study = read(tmp_path, f"arms: {arms}\nbeam: {{arms: [super], seeds: [7]}}")
+    assert study.problems == [
+        "arm top: control_seeds: it has no controls, which layers that are found have"
+    ]

@@ -235,3 +235,17 @@ def test_the_thread_that_loaded_the_model_is_gone_when_texts_are_written(monkeyp
     monkeypatch.setattr(server, "configure_logging", lambda: None)
     server.serve(RunSpec(serve=ServeSpec(port=0)), Silent)
     assert len(loaders) == 1
+
+
+def test_a_model_that_cannot_be_loaded_says_why(monkeypatch):
+    from swlora.config import RunSpec, ServeSpec
+    from swlora.errors import UserError
+    from swlora.progress import Silent
+    from swlora.web import server, service
+
+    def load(*_arguments: object) -> None:
+        raise UserError("no such model")
+
+    monkeypatch.setattr(service, "load_service", load)
+    with pytest.raises(UserError, match="no such model"):
+        server.serve(RunSpec(serve=ServeSpec(port=0)), Silent)

@@ -5,7 +5,7 @@
 The prompt carries the special tokens that the tokenizer puts in front (BOS), never those it puts
 behind; a chat is written by the tokenizer's own template, which holds its special tokens already.
 Prompt and completion are tokenised apart, so that training and generation see the same prompt, and
-each distinct prompt is tokenised once.
+a prompt that comes again among the next few thousand rows is tokenised once.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from swlora.data.rows import Example
 from swlora.data.tree_rows import TokenSequences
 from swlora.errors import DataError, UserError
 
-CHUNK_ROWS = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CHUNK_ROWS = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
 
 
 def encode_example(

@@ -19,11 +19,9 @@ from swlora.engine.decode_attention import attending
 from swlora.engine.decode_forwards import DecodeForwards
 from swlora.engine.row_cache import RowCache
 from swlora.engine.sampling import Choice, Chooser, Sampling
-from swlora.engine.tree_prefill import TreePrefill
+from swlora.engine.tree_prefill import PREFILL_TOKENS, TreePrefill
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, context_tokens
-
-PREFILL_TOKENS = 512
 
 FinishReason = Literal["eos", "stop", "length"]
 

@@ -25,7 +25,7 @@ class BeamCache(Cache):  # type: ignore[misc]
     """Cache of prompts with `n_beams` beams each, all one token longer after a forward pass.
 
     A prompt takes 2 * layers * key heads * head width * bytes a number for each column; columns are
-    as many as the prompt with the most tokens needs, and some to spare.
+    at most twice as many as the prompt with the most tokens needs, and some to spare.
     """
 
     def __init__(self, n_layers: int, n_beams: int) -> None:
@@ -74,6 +74,7 @@ class BeamCache(Cache):  # type: ignore[misc]
         self._states = self._states.index_select(2, which.to(self._states.device))
         self._sees, self._depth = self._sees[which], self._depth[which]
         self.lengths = [self.lengths[i] for i in kept]
+        self._narrow()
 
     def advance(self, parents: Tensor) -> "BeamLayout":
         """Give every beam a new token behind its parent; the forward pass that follows fills it in.
@@ -86,10 +87,12 @@ class BeamCache(Cache):  # type: ignore[misc]
         self._widen(int(used.sum(dim=1).max()) + self._n_beams)
         free = ~self._sees.any(dim=1)
         first = free.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        self._columns = first[:, : self._n_beams]
+        columns = first[:, : self._n_beams]
         lengths = torch.tensor(self.lengths)
-        self._sees.scatter_(2, self._columns[:, :, None], True)
-        self._depth.scatter_(1, self._columns, lengths[:, None].expand(-1, self._n_beams))
+        self._sees.scatter_(2, columns[:, :, None], True)
+        self._depth.scatter_(1, columns, lengths[:, None].expand(-1, self._n_beams))
+        assert self._states is not None
+        self._columns = columns.to(self._states.device)
         self.lengths = [length + 1 for length in self.lengths]
         return BeamLayout(self._sees, lengths[:, None] - self._depth)
 
@@ -99,7 +102,7 @@ class BeamCache(Cache):  # type: ignore[misc]
         """Write a block's key and value (N, H_kv, beams, h); return all columns (N, H_kv, C, h)."""
         assert self._states is not None
         keys, values = self._states[layer_idx]
-        where = self._columns[:, None, :, None].to(keys.device).expand(-1, *key_states.shape[1:])
+        where = self._columns[:, None, :, None].expand(-1, *key_states.shape[1:])
         keys.scatter_(2, where, key_states)
         values.scatter_(2, where, value_states)
         return keys, values
@@ -107,6 +110,19 @@ class BeamCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Return the tokens of the longest beam before the forward pass that is under way."""
         return max(self.lengths, default=1) - 1
+
+    def _narrow(self) -> None:
+        """Drop columns that nobody sees, where they are more than half of all."""
+        assert self._states is not None
+        used = self._sees.any(dim=1)  # (N, C)
+        n_columns = (int(used.sum(dim=1).max()) if len(used) else 0) + self._n_beams + MIN_ROOM
+        if 2 * n_columns < self.n_columns:
+            kept = used.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :n_columns]
+            where = kept.to(self._states.device)[None, None, :, None, :, None]
+            shape = (*self._states.shape[:4], n_columns, self._states.shape[5])
+            self._states = self._states.gather(4, where.expand(shape))
+            self._sees = self._sees.gather(2, kept[:, None].expand(-1, self._n_beams, -1))
+            self._depth = self._depth.gather(1, kept)
 
     def _widen(self, needed: int) -> None:
         """Make room for `needed` columns."""

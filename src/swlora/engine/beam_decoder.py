@@ -19,10 +19,9 @@ from torch import Tensor
 from swlora.engine.beam_cache import BeamCache
 from swlora.engine.decode_attention import attending
 from swlora.engine.decode_forwards import DecodeForwards
-from swlora.engine.tree_prefill import TreePrefill
+from swlora.engine.tree_prefill import PREFILL_TOKENS, TreePrefill
+from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy
-
-PREFILL_TOKENS = 512  # run at once
 
 Continuation = tuple[float, int, int]  # log p of the text it makes, its beam, its token
 
@@ -88,6 +87,7 @@ class BeamDecoder:
 
     `model` is a causal language model or a PeftModel of one, whose family has an attention
     interface; it is left as it is between the steps. Prompts and new tokens must fit the context.
+    Raises UserError for more beams than the vocabulary has tokens to begin them with.
     """
 
     def __init__(
@@ -99,6 +99,9 @@ class BeamDecoder:
         max_prompts: int,
     ) -> None:
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        n_tokens = int(self._model.get_input_embeddings().num_embeddings)
+        if n_tokens < settings.n_beams + len(eos_token_ids):
+            raise UserError(f"{n_tokens} tokens are too few for {settings.n_beams} beams")
         self._forwards = DecodeForwards(model)
         self._settings, self._eos = settings, frozenset(eos_token_ids)
         self._max_prompts = max_prompts
@@ -119,6 +122,8 @@ class BeamDecoder:
         """
         if len(prompts) > self.n_free:
             raise ValueError("more prompts than there is room for")
+        if not prompts:
+            return []
         new = [_Search(i, list(prompt), self._settings) for i, prompt in prompts.items()]
         with self._forwards.active():
             prefill = TreePrefill(self._model, [search.prompt for search in new], self._n_layers)
@@ -156,17 +161,18 @@ class BeamDecoder:
 
     def _grow(self, searches: Sequence[_Search], logits: Tensor) -> None:
         """Continue the beams of N searches from their logits (N, beams, V)."""
-        n_likeliest = min((1 + len(self._eos)) * self._settings.n_beams, logits.shape[-1])
+        n_likeliest = (1 + len(self._eos)) * self._settings.n_beams
         log_p = torch.log_softmax(logits.float(), dim=-1)
         for i, search in enumerate(searches):
             for beam in range(len(search.texts)):
                 if banned := search.banned(beam):
                     log_p[i, beam, banned] = -torch.inf
-        scores, token_ids = log_p.topk(n_likeliest)  # (N, beams, n_likeliest)
+        n_of_beam = min(n_likeliest, log_p.shape[-1])
+        scores, token_ids = log_p.topk(n_of_beam)  # (N, beams, n_of_beam)
         scores += torch.tensor([s.scores for s in searches], device=scores.device)[:, :, None]
-        best, where = scores.flatten(1).topk(n_likeliest)
+        best, where = scores.flatten(1).topk(min(n_likeliest, scores[0].numel()))
         tokens = token_ids.flatten(1).gather(1, where)
-        beams = where // n_likeliest
+        beams = where // n_of_beam
         for search, *columns in zip(
             searches, best.tolist(), beams.tolist(), tokens.tolist(), strict=True
         ):

@@ -3,8 +3,8 @@
     y = x W' + b        dx = dy W
 
 Each product has a copy of its own, made when it is first needed (`swlora.models.packed_weight`), so
-maps below the lowest adapted layer have one. Devices and dtypes that the kernels do not serve, and
-models whose copies would be too large, use the weight itself.
+maps below the lowest adapted layer have one. Where the kernels do not serve a device or dtype, or
+the copies would exceed their limit, the weight itself is used.
 """
 
 from collections.abc import Callable

@@ -111,8 +111,9 @@ def fused_modules(model: Any) -> Iterator[None]:
     head = model.get_output_embeddings()
     replacements: dict[nn.Module, Any] = {}
     for module in model.modules():
-        is_head = module is head and isinstance(head, nn.Linear)  # not an adapter around it
-        forward = _ContiguousLinear(module) if is_head else _replacement(module)
+        # Not an adapter around it, nor one that has a fast forward already
+        is_plain = isinstance(module, nn.Linear) and "forward" not in vars(module)
+        forward = _ContiguousLinear(module) if module is head and is_plain else _replacement(module)
         if forward is not None:
             replacements[module] = forward
     with patched_forwards(replacements):

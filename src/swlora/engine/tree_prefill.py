@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from swlora.data.tree_rows import TokenSequences, TreeRow, build_row
 from swlora.engine.decode_attention import Layout, attending
 
+PREFILL_TOKENS = 512  # run at once, if nothing else is asked for
 RUN_NODES = (64, 128, 256, 512)
 GATHER_COST = 16  # fetching a key costs about as much as so many scores
 MAX_SCORES = 1 << 25  # of one block; longer prompts are run in shorter stretches

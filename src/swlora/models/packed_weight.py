@@ -1,8 +1,9 @@
 """Frozen weights in the blocks that oneDNN's kernels read, laid out once.
 
 Given a plain weight, oneDNN lays it out anew at every call: half of the time of a product with one
-row, a fifth with 64, a tenth of a training step's. A copy follows its weights: where one of them
-has changed, it is made again. Copies are shared by all who ask, and live as long as the module.
+row, a fifth with 64, a twentieth with 800. A copy follows its weights: where one of them has
+changed, it is made again. Copies of the same weights in the same direction are shared by all who
+ask, and live as long as the module.
 
     linear(x, copy, b) = x W' + b        W the stacked weights, or with `transposed` their transpose
 """
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swlora.models.anatomy import weight_out_in
 
-PACK_LIMIT_BYTES = 2 << 30  # of copies in one model; what does not fit runs from its own weights
+PACK_LIMIT_BYTES = 2 << 30  # of copies for one use; what does not fit runs from its own weights
 SAMPLE = 64  # numbers of a weight that are compared
 MAPS = (nn.Linear, Conv1D)  # exactly these: a subclass may compute something else
 
@@ -47,7 +48,8 @@ class PackedWeight:
     def check(self, modules: Sequence[nn.Module]) -> None:
         """Drop the copy if the weights were written through `.data`, as PEFT does to merge.
 
-        Such a write leaves no trace on the tensor; it shows in a sample of the numbers.
+        Such a write leaves no trace on the tensor. A sample of the numbers shows it where it
+        changes them all, beyond rounding, as merging does.
         """
         if self._state and not all(map(torch.equal, self._sample, _sample(modules))):
             self._state = []
@@ -55,7 +57,7 @@ class PackedWeight:
 
 def _sample(modules: Sequence[nn.Module]) -> list[Tensor]:
     """Return some numbers of each weight, spread over all of it."""
-    weights = (module.get_parameter("weight").detach().view(-1) for module in modules)
+    weights = (module.get_parameter("weight").detach().flatten() for module in modules)
     return [weight[:: 1 + len(weight) // SAMPLE].clone() for weight in weights]
 
 

@@ -168,7 +168,7 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         return lines
     if name == "arms" and isinstance(before, list) and isinstance(now, list):
         named, as_named = ({arm["name"]: arm for arm in arms} for arms in (before, now))
-        in_order = [f"{name}: another order"] if before != now else []
+        in_order = [f"{name}: another order"] if list(named) != list(as_named) else []
         return differences(named, as_named, name) or in_order
     return [] if before == now else [f"{name}: {_brief(before)} there, {_brief(now)} here"]
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from swlora.config import TrainSpec, problem_lines, read_mapping, set_dotted
 from swlora.errors import UserError
 from swlora.study.arms import arms_of, expected_controls
-from swlora.study.spec import ArmSpec, StudySpec, check_policy
+from swlora.study.spec import ArmSpec, StudySpec, check_policy, is_found
 
 # What all arms of a study share, or what the study itself decides
 SHARED = {
@@ -76,7 +76,11 @@ def arm_problems(spec: StudySpec, arm: ArmSpec) -> list[str]:
         return problem_lines(error)
     except UserError as error:
         return [str(error)]
-    return [CONSTANT] if arm.overrides.get("train.schedule") == "constant" else []
+    if arm.control_seeds and not is_found(run.adapter.layers):
+        problems.append("control_seeds: it has no controls, which layers that are found have")
+    if arm.overrides.get("train.schedule") == "constant":
+        problems.append(CONSTANT)
+    return problems
 
 
 def _parse(name: str, tree: dict[str, Any]) -> StudyFile:
@@ -132,7 +136,7 @@ def _problems(spec: StudySpec, names_in_file: list[str]) -> list[str]:
     """List what is wrong with settings that are valid each for itself."""
     names = [arm.name for arm in spec.arms]
     known = {*names, *names_in_file}
-    seeds = {seed for arm in spec.arms for seed in arm.seeds or spec.seeds}
+    seeds = {s for a in spec.arms for s in (*(a.seeds or spec.seeds), *(a.control_seeds or ()))}
     problems = [f"arm {name}: listed twice" for name in sorted(known) if names.count(name) > 1]
     if spec.baseline not in known:
         problems.append(f"baseline: there is no arm {spec.baseline!r}")

@@ -3,11 +3,12 @@
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -35,12 +36,30 @@ def serve(spec: RunSpec, make_progress: Callable[[], Progress]) -> None:
     with closing(listening_socket(own.host, own.port)) as listener:
         from swlora.web.service import load_service  # takes seconds, unlike what is checked above
 
-        with ThreadPoolExecutor(1) as pool:  # see "One thread computes" in docs/decisions.md
-            service = pool.submit(load_service, spec, make_progress()).result()
+        service = _in_a_thread(load_service, spec, make_progress())
         configure_logging()
         print(f"serving http://{shown_address(listener)} (Ctrl-C stops)", flush=True)
         with _signals_are_over():
             Server(service, policy).run(sockets=[listener])
+
+
+def _in_a_thread(load: Callable[..., "Service"], *arguments: Any) -> "Service":
+    """Return what `load` returns or raise what it raises, by a thread that then ends.
+
+    See "One thread computes" in docs/decisions.md. Ctrl-C does not wait for it.
+    """
+    done: Future[Service] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(load(*arguments))
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join()
+    return done.result()
 
 
 class Server(uvicorn.Server):

@@ -344,7 +344,7 @@ def test_a_model_without_adapters_runs_as_it_is() -> None:
 
 
 def test_a_frozen_map_without_an_adapter_has_the_same_products() -> None:
-    model, x = Projections().requires_grad_(False), make_input().requires_grad_()
+    model = Projections().requires_grad_(False)
     for module in model.modules():
         if not isinstance(module, torch.nn.Linear | Conv1D):
             continue

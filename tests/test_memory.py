@@ -1,9 +1,12 @@
-"""Freed memory stays with the process, and its peak is the process's own."""
+"""Freed memory stays with the process, kernels do not, and its peak is the process's own."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from swlora.memory import KERNELS_KEPT, keep_few_kernels
 
 PROGRAM = """
 import resource, sys
@@ -55,3 +58,53 @@ def test_the_peak_is_this_programs_own() -> None:
     before, after = map(int, done.stdout.split())
     assert 5 << 20 < before < len(parent)
     assert 195 << 20 < after - before < 205 << 20
+
+
+KERNELS_PROGRAM = """
+import ctypes, sys
+import torch
+from swlora import memory
+if sys.argv[1] == "few":
+    memory.keep_few_kernels()
+
+class Usage(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena ordblks smblks hblks hblkhd usmblks "
+                "fsmblks in_use_bytes fordblks keepcost").split()]
+
+mallinfo2 = getattr(ctypes.CDLL("libc.so.6"), "mallinfo2", None)
+if mallinfo2 is None or not torch.backends.mkldnn.is_available():
+    sys.exit("nothing to measure here")
+mallinfo2.restype = Usage
+packed = torch.ops.mkldnn._reorder_linear_weight(torch.randn(96, 64), 64)
+def multiply(sizes):
+    for n_rows in sizes:
+        torch.ops.mkldnn._linear_pointwise.default(
+            torch.ones(n_rows, 64), packed, None, "none", [], "")
+    return mallinfo2().in_use_bytes
+before = multiply(range(1, 80))
+print(multiply(range(80, 600)) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator only")
+def test_kernels_of_old_shapes_are_let_go() -> None:
+    kept_bytes = {}
+    clean = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
+    for mode in ("few", "default"):
+        done = subprocess.run(
+            [sys.executable, "-c", KERNELS_PROGRAM, mode], capture_output=True, text=True, env=clean
+        )
+        if "nothing to measure" in done.stderr:
+            pytest.skip("the kernels are not oneDNN's, or the C library is not glibc")
+        kept_bytes[mode] = int(done.stdout)
+    assert kept_bytes["default"] > 520 * 1000
+    assert kept_bytes["few"] < kept_bytes["default"] / 10
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "")  # so that it is given back in the end
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    keep_few_kernels()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    assert os.environ["LRU_CACHE_CAPACITY"] == str(KERNELS_KEPT)

@@ -12,7 +12,7 @@ from typing import Any
 from swlora.config import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
 from swlora.errors import UserError
 from swlora.hub import cached_file, hub_reachable
-from swlora.memory import keep_freed_memory
+from swlora.memory import keep_few_kernels, keep_freed_memory
 from swlora.models.anatomy import context_tokens, family_of
 from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
 
@@ -51,6 +51,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     from transformers import GenerationConfig
 
     keep_freed_memory()
+    keep_few_kernels()
     device = resolve_device(spec.device)
     torch_dtype = resolve_dtype(dtype or spec.dtype, device.type)
     place = _find(spec)

@@ -16,8 +16,9 @@ from benchmarks import measure
 from benchmarks.arms import LEARNING_RATE, LORA_ALPHA, LORA_RANK, Arm
 from swlora.config import AdapterSpec, ModelSpec, RunSpec, TrainSpec
 from swlora.data.encode import encode_examples
-from swlora.data.rows import Example
-from swlora.data.tree_rows import TokenSequences, build_row
+from swlora.data.examples import Example
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row
 from swlora.models.anatomy import Anatomy
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Silent

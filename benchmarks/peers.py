@@ -20,7 +20,7 @@ from benchmarks import measure
 from benchmarks.arms import LEARNING_RATE, LORA_ALPHA, LORA_RANK, PACKED_ROW_TOKENS, Arm
 from benchmarks.rows import length_grouped
 from swlora.data.encode import encode_examples
-from swlora.data.rows import Example
+from swlora.data.examples import Example
 
 ORIGINAL_TOKENS = 512
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -26,7 +26,9 @@ from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, DataSpec, ModelSpec, TrainSpec
 from swlora.data.encode import encode_examples
 from swlora.data.sources import load_dataset
-from swlora.data.tree_rows import StepOrder, TokenSequences, build_row
+from swlora.data.steps import StepOrder
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row
 from swlora.engine.attention import TreeLayout
 from swlora.engine.schedule import Schedule
 from swlora.engine.split_model import SplitModel

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from swlora.config import DataSpec
-from swlora.data.rows import Example
+from swlora.data.examples import Example
 from swlora.data.sources import Dataset, group_references, load_dataset
 
 E2E_ROWS = 42_061

@@ -35,16 +35,18 @@ def main() -> None:
     turns, load = runner.Turns(), runner.load()
     turns.run(jobs, 1)
     results = turns.rounds[0]
-    if failed := [f"{n} rows: {r['error']}" for n, r in results.items() if "error" in r]:
+    failed = [f"{n} rows: {r['error']}" for n, r in results.items() if "error" in r]
+    points = [_point(n, results[str(n)]) for n in sizes if "error" not in results[str(n)]]
+    if len(points) < 2:
         raise SystemExit("; ".join(failed))
-    points = [_point(n, results[str(n)]) for n in sizes]
+    done = [p["rows"] for p in points]
     report = {
         "benchmark": "scaling",
         "arm": ARM,
         "machine": runner.machine(),
         "load_average": {"start": load, "end": runner.load()},
         "points": points,
-        "fit": {key: fit(sizes, [p[key] for p in points]) for key in ("epoch_s", "preparation_s")},
+        "fit": {key: fit(done, [p[key] for p in points]) for key in ("epoch_s", "preparation_s")},
         "runs": results,
     }
     from swlora.files import write_json
@@ -59,6 +61,8 @@ def main() -> None:
     print(runner.table(header, lines))
     for key, found in report["fit"].items():
         print(f"{key}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    if failed:
+        raise SystemExit("not run: " + "; ".join(failed))
 
 
 def _point(n_rows: int, result: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from swlora.adapters.layers import (
     time_budget,
 )
 from swlora.config import RunSpec
-from swlora.data.rows import Example
+from swlora.data.examples import Example
 from swlora.data.sources import Dataset, load_dataset
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.token_sequences import TokenSequences
 from swlora.loss_sum import LossSum
 from swlora.memory import peak_memory_bytes
 from swlora.models.load import LoadedModel, load_model
@@ -222,11 +222,12 @@ def evaluate(job: Job, model: Any, untouched: LossSum) -> Result:
     Leaves predictions.csv, segments.json (what was measured of each prompt) and result.json in the
     run folder.
     """
+    from swlora.data.sources import number_prompts
     from swlora.evaluation.decode import generate
     from swlora.evaluation.loss import grouped_losses
     from swlora.evaluation.metrics import segment_statistics
     from swlora.evaluation.report import write_predictions
-    from swlora.evaluation.segments import Segments, number_prompts
+    from swlora.evaluation.segments import Segments
 
     spec, split, tokenizer = job.spec, job.spec.data.eval_split, job.loaded.tokenizer
     examples, references, prompts = evaluation_rows(job)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swlora.data.tree_rows import TokenSequences, TreeRow, build_row
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import TreeRow, build_row
 from swlora.engine.attention import (
     TreeLayout,
     tree_attention,

@@ -11,7 +11,8 @@ from torch import nn
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import METHODS, adapt, train_mode
 from swlora.config import AdapterSpec
-from swlora.data.tree_rows import TokenSequences, build_row
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row
 from swlora.engine.lora import FastLora, fast_lora
 from swlora.engine.plain import PlainStep
 from swlora.engine.tree_step import TreeStep

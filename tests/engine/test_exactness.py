@@ -19,7 +19,9 @@ from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_mod
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec
-from swlora.data.tree_rows import TokenSequences, build_row, plan_steps
+from swlora.data.steps import plan_steps
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row
 from swlora.engine.plain import PlainStep
 from swlora.engine.tree_step import TreeStep
 from swlora.models.anatomy import FAMILIES

@@ -15,7 +15,9 @@ import torch
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
-from swlora.data.tree_rows import TokenSequences, build_row, number_nodes, plan_steps
+from swlora.data.steps import plan_steps
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row, count_nodes
 from swlora.engine.attention import TreeLayout
 from swlora.engine.frozen_prefix import GIB, PrefixCache, content_key
 from swlora.engine.split_model import SplitModel
@@ -423,7 +425,7 @@ def size_on_disk(folder: Path) -> int:
 
 def needed_bytes(sequences: TokenSequences) -> int:
     """A state of 24 float32 and a flag a node."""
-    return number_nodes(sequences)[1] * (24 * 4 + 1)
+    return count_nodes(sequences) * (24 * 4 + 1)
 
 
 class Filled(NamedTuple):

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.token_sequences import TokenSequences
 from swlora.engine.plain import PlainStep
 from swlora.engine.tree_step import TreeStep
 

@@ -7,7 +7,7 @@ import torch
 
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.token_sequences import TokenSequences
 from swlora.engine.layer_choice import LayerProfile, choose, profile, table
 from swlora.engine.plain import PlainStep
 from swlora.engine.schedule import step_plan

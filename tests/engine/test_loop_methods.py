@@ -18,7 +18,7 @@ from swlora.adapters.adalora import AdaLora
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import METHODS, adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.token_sequences import TokenSequences
 from swlora.engine.loop import train
 from swlora.engine.plain import pad
 from swlora.engine.schedule import Schedule

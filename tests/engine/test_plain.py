@@ -8,7 +8,7 @@ import torch
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.token_sequences import TokenSequences
 from swlora.engine.plain import PaddedBatch, PlainStep, completion_loss, pad
 
 EOS = 257

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from swlora.config import TrainSpec
-from swlora.data.tree_rows import TokenSequences, plan_steps
+from swlora.data.steps import plan_steps
+from swlora.data.token_sequences import TokenSequences
 from swlora.engine.schedule import Schedule, learning_rate
 from swlora.errors import RunFailedError
 

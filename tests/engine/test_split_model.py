@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swlora.data.tree_rows import TokenSequences, TreeRow, build_row
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import TreeRow, build_row
 from swlora.engine.attention import TreeLayout
 from swlora.engine.split_model import SplitModel
 from swlora.errors import RunFailedError

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
-from swlora.data.tree_rows import TokenSequences, TreeRow
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import TreeRow
 from swlora.engine.attention import TreeLayout
 from swlora.engine.frozen_prefix import PrefixCache
 from swlora.engine.plain import PlainStep

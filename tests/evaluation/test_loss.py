@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from swlora.adapters.methods import METHODS, adapt, attach, trainable_parameters
 from swlora.config import AdapterSpec
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.token_sequences import TokenSequences
 from swlora.engine.plain import completion_loss, pad
 from swlora.evaluation.loss import (
     ENGLISH_WINDOWS,

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swlora.data.rows import Example
 from swlora.errors import UserError
 from swlora.evaluation.meteor import METEOR_COLUMNS
 from swlora.evaluation.metrics import Rows, SegmentStatistics, segment_statistics
-from swlora.evaluation.segments import FILE, Segments, number_prompts
+from swlora.evaluation.segments import FILE, Segments
 from swlora.loss_sum import LossSum
 
 PREDICTIONS = ["the pub is near the river", "a cafe", "Aromi serves food for adults", "it is"]
@@ -84,9 +83,3 @@ def test_damaged_files_are_told(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({k: v for k, v in values.items() if k != "bleu"}))
     with pytest.raises(UserError, match="evaluate that run again"):
         Segments.read(tmp_path)
-
-
-def test_rows_are_numbered_by_their_distinct_prompt() -> None:
-    chat = (("user", "hi"),)
-    rows = [Example("a", "1"), Example("b", "2"), Example("a", "3"), Example("", "4", chat)]
-    assert number_prompts(rows).tolist() == [0, 1, 0, 2]

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from swlora.data.rows import Example
+from swlora.data.examples import Example
 from swlora.errors import UserError
 from swlora.web.folders import RunFolders
 from swlora.web.restaurant import References, meaning_fields, meaning_text

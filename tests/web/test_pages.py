@@ -238,7 +238,7 @@ def test_a_restaurant_becomes_a_prompt(client):
 def test_the_datas_restaurants_can_be_looked_at_one_after_the_other(client):
     from dataclasses import replace
 
-    from swlora.data.rows import Example
+    from swlora.data.examples import Example
     from swlora.web.restaurant import References
 
     rows = [("name[Aromi], food[Thai]", "Thai food at Aromi."), ("name[Zizzi]", "It is Zizzi.")]

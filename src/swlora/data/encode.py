@@ -8,11 +8,11 @@ Prompt and completion are tokenised apart, so that training and generation see t
 a prompt that comes again among the next few thousand rows is tokenised once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from swlora.data.rows import Example
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.examples import Example
+from swlora.data.token_sequences import TokenSequences
 from swlora.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -44,27 +44,32 @@ def encode_examples(
     """
     if context_tokens < 2:
         raise UserError(f"a context of {context_tokens} tokens holds no prompt and completion")
-    parts: list[TokenSequences] = []
-    long: list[tuple[int, int, int]] = []  # number of the row, tokens of its prompt and completion
-    for start in range(0, len(examples) or 1, CHUNK_ROWS):
-        chunk = examples[start : start + CHUNK_ROWS]
-        prompts = encode_prompts(chunk, separator, tokenizer)
-        pairs = list(zip(prompts, _encode_completions(chunk, tokenizer), strict=True))
-        for i, (prompt, completion) in enumerate(pairs):
-            if len(prompt) + len(completion) > context_tokens:
-                long.append((start + i, len(prompt), len(completion)))
-                kept = prompt[-(context_tokens - 1) :]
-                pairs[i] = kept, completion[: context_tokens - len(kept)]
-        parts.append(TokenSequences.from_lists(pairs))
-    if long and not truncate:
-        row, n_prompt, n_completion = long[0]
-        more = f" (and {len(long) - 1} more such rows)" if len(long) > 1 else ""
+    n_long, first_long = 0, ""
+
+    def encoded() -> Iterator[TokenSequences]:
+        nonlocal n_long, first_long
+        for start in range(0, len(examples) or 1, CHUNK_ROWS):
+            chunk = list(examples[start : start + CHUNK_ROWS])
+            prompts = encode_prompts(chunk, separator, tokenizer)
+            pairs = list(zip(prompts, _encode_completions(chunk, tokenizer), strict=True))
+            for i, (prompt, completion) in enumerate(pairs):
+                if len(prompt) + len(completion) > context_tokens:
+                    n_long += 1
+                    first_long = first_long or (
+                        f"row {start + i + 1} has {len(prompt) + len(completion)} tokens, "
+                        f"{len(prompt)} of prompt and {len(completion)} of completion"
+                    )
+                    kept = prompt[-(context_tokens - 1) :]
+                    pairs[i] = kept, completion[: context_tokens - len(kept)]
+            yield TokenSequences.from_lists(pairs)
+
+    sequences = TokenSequences.joined(encoded())
+    if n_long and not truncate:
+        more = f" (and {n_long - 1} more such rows)" if n_long > 1 else ""
         raise DataError(
-            f"row {row + 1} has {n_prompt + n_completion} tokens, {n_prompt} of prompt and "
-            f"{n_completion} of completion, but the model's context is {context_tokens}{more}; "
-            "--truncate cuts them"
+            f"{first_long}, but the model's context is {context_tokens}{more}; --truncate cuts them"
         )
-    return TokenSequences.joined(parts), len(long)
+    return sequences, n_long
 
 
 def encode_prompts(

@@ -1,4 +1,4 @@
-"""Rows of files: every row is an `Example` or a reason why it cannot be used.
+"""Rows of files: every row is an `Example` or a reason why it cannot be used; read one by one.
 
 Bad rows stop the load with the file, the physical line and the reason, or are counted where the
 user asked to leave them out. CSV is read strictly: nothing after a broken quotation is trusted.
@@ -7,25 +7,13 @@ user asked to leave them out. CSV is read strictly: nothing after a broken quota
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from swlora.data.examples import Example, kept
 from swlora.errors import DataError, UserError
 
 ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row: a prompt and its completion, or the turns of a chat and its last answer.
-
-    `messages` holds the (role, content) turns before the completion; `prompt` is "" then.
-    """
-
-    prompt: str
-    completion: str
-    messages: tuple[tuple[str, str], ...] = ()
 
 
 Row = tuple[int, Example | str]  # number in the file; the example, or why it cannot be used
@@ -33,7 +21,7 @@ Row = tuple[int, Example | str]  # number in the file; the example, or why it ca
 
 def read_rows(
     path: Path, columns: tuple[str, str], skip_bad_rows: bool
-) -> tuple[list[Example], int]:
+) -> tuple[Sequence[Example], int]:
     """Read a file; (examples, number of bad rows left out). DataError for the first bad row."""
     try:
         return collect_rows(
@@ -43,16 +31,23 @@ def read_rows(
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def collect_rows(rows: Iterable[Row], where: str, skip_bad_rows: bool) -> tuple[list[Example], int]:
+def collect_rows(
+    rows: Iterable[Row], where: str, skip_bad_rows: bool
+) -> tuple[Sequence[Example], int]:
     """Separate usable rows from bad ones; (examples, number of bad rows)."""
-    examples: list[Example] = []
     first_problem, n_bad = "", 0
-    for number, row in rows:
-        if isinstance(row, Example):
-            examples.append(row)
-            continue
-        n_bad += 1
-        first_problem = first_problem or f"{where} {number}: {row}"
+
+    def usable() -> Iterator[Example]:
+        nonlocal first_problem, n_bad
+        for number, row in rows:
+            if isinstance(row, Example):
+                if skip_bad_rows or not n_bad:  # else the load ends in an error, with a count
+                    yield row
+            else:
+                n_bad += 1
+                first_problem = first_problem or f"{where} {number}: {row}"
+
+    examples = kept(usable())
     if n_bad and not skip_bad_rows:
         rest = f"and {n_bad - 1} more; --skip-bad-rows leaves them out"
         raise DataError(

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swlora.data.tree_rows import TokenSequences, TreeRow, number_nodes
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import TreeRow, count_nodes, number_nodes
 from swlora.engine.attention import TreeLayout
 from swlora.engine.split_model import SplitModel
 from swlora.errors import RunFailedError
@@ -47,15 +48,23 @@ class PrefixCache:
     ) -> None:
         self._split = split
         self._say = say
-        self._numbers, self._n_nodes = number_nodes(sequences)
+        self._n_nodes = count_nodes(sequences)
         parameter = next(split.base_model.parameters())
         self._width = int(split.base_model.config.hidden_size)
         self._dtype: torch.dtype = parameter.dtype
         self._row_bytes = self._width * parameter.element_size()
         self._data: int | None = None
         self.n_read_rows = self.n_computed_rows = 0
+        n_bytes, limit_bytes = self._n_nodes * (self._row_bytes + 1), int(limit_gb * GIB)
+        if n_bytes > limit_bytes:
+            say(
+                f"no prefix cache: it needs {n_bytes / GIB:.1f} GiB and --cache-gb allows "
+                f"{limit_gb:g}"
+            )
+            return
+        self._numbers = number_nodes(sequences)
         try:
-            self._open(content_key(split, sequences), limit_gb)
+            self._open(content_key(split, sequences), limit_bytes - n_bytes)
         except (OSError, RunFailedError) as error:
             self._give_up(error)
 
@@ -84,18 +93,11 @@ class PrefixCache:
             os.close(self._lock)
             self._data = None
 
-    def _open(self, key: str, limit_gb: float) -> None:
-        n_bytes = self._n_nodes * (self._row_bytes + 1)
-        if n_bytes > limit_gb * GIB:
-            self._say(
-                f"no prefix cache: it needs {n_bytes / GIB:.1f} GiB and --cache-gb allows "
-                f"{limit_gb:g}"
-            )
-            return
+    def _open(self, key: str, others_bytes: int) -> None:
         root = cache_dir() / "prefix"
         folder = root / key
         root.mkdir(parents=True, exist_ok=True)
-        _make_room(root, folder, int(limit_gb * GIB) - n_bytes)
+        _make_room(root, folder, others_bytes)
         folder.mkdir(exist_ok=True)
         self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(self._lock, fcntl.LOCK_SH)  # in use: not to be evicted

@@ -23,7 +23,8 @@ import torch
 
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import RunSpec
-from swlora.data.tree_rows import TokenSequences, build_row
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row
 from swlora.engine.attention import TreeLayout
 from swlora.engine.schedule import step_plan
 from swlora.engine.split_model import SplitModel

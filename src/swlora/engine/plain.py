@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.token_sequences import TokenSequences
 
 IGNORED = -100
 

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from swlora.config import TrainSpec
-from swlora.data.tree_rows import TokenSequences, plan_steps
+from swlora.data.steps import plan_steps
+from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
 
 Step = Sequence[np.ndarray]

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from swlora.data.tree_rows import TokenSequences, TreeRow, build_row
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import TreeRow, build_row
 from swlora.engine.decode_attention import Layout, attending
 
 PREFILL_TOKENS = 512  # run at once, if nothing else is asked for

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from swlora.adapters.methods import adapted_layers, trainable_parameters
 from swlora.config import TrainSpec
-from swlora.data.tree_rows import TokenSequences, TreeRow, build_row
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import TreeRow, build_row
 from swlora.engine.attention import TreeLayout
 from swlora.engine.frozen_prefix import PrefixCache
 from swlora.engine.fused import fused_modules

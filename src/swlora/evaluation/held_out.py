@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from swlora.adapters.methods import train_mode
-from swlora.data.tree_rows import TokenSequences
+from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.loss import dataset_loss
 from swlora.progress import Silent
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from swlora.data.tree_rows import Ints, TokenSequences, TreeRow, build_row, number_nodes, plan_steps
+from swlora.data.steps import plan_steps
+from swlora.data.token_sequences import Ints, TokenSequences
+from swlora.data.tree_rows import TreeRow, build_row, number_nodes
 from swlora.engine.attention import TreeLayout
 from swlora.engine.plain import completion_loss, pad
 from swlora.engine.split_model import SplitModel
@@ -47,7 +49,8 @@ def grouped_losses(
         raise ValueError("group_of must number the group of every sequence, from 0 without gaps")
     base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
     split = SplitModel(base_model, 0)
-    node_numbers, _ = number_nodes(sequences)
+    n_groups = int(group_of.max()) + 1
+    node_numbers = number_nodes(sequences) if n_groups > 1 else np.empty(0, dtype=np.int64)
     steps = plan_steps(
         sequences,
         sequences_per_step=SEQUENCES_AT_ONCE,
@@ -56,7 +59,7 @@ def grouped_losses(
         seed=0,
         epoch=0,
     )
-    totals = [LossSum()] * (int(group_of.max()) + 1)
+    totals = [LossSum()] * n_groups
     with progress.task("loss", len(sequences)) as task, fast_modules(model):
         for ids in (ids for step in steps for ids in step):
             if split.anatomy.family.has_attention_interface:

@@ -5,16 +5,12 @@ on the same prompts need neither a model nor Java. Segments are in the order of 
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from swlora.data.rows import Example
-from swlora.data.sources import group_references
-from swlora.data.tree_rows import Ints
 from swlora.errors import UserError
 from swlora.evaluation.metrics import Rows, SegmentStatistics
 from swlora.files import write_text
@@ -83,10 +79,3 @@ class Segments:
         if len(lengths) != 1:
             raise UserError(f"{path} is damaged: its lists have lengths {sorted(lengths)}")
         return cls(statistics, sums, tokens)
-
-
-def number_prompts(examples: Sequence[Example]) -> Ints:
-    """Return the number (n,) of each row's distinct prompt, in the order of `group_references`."""
-    distinct = [example for example, _ in group_references(examples)]
-    numbers = {(e.prompt, e.messages): i for i, e in enumerate(distinct)}
-    return np.array([numbers[e.prompt, e.messages] for e in examples], dtype=np.int64)

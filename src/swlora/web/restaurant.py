@@ -6,7 +6,7 @@ name[Aromi], eatType[pub], area[riverside]
 import re
 from collections.abc import Mapping, Sequence
 
-from swlora.data.rows import Example
+from swlora.data.examples import Example
 from swlora.data.sources import Dataset, group_references
 from swlora.errors import UserError
 

@@ -13,7 +13,7 @@ from fastapi import Request
 
 from swlora.config import BUILTIN_MODEL, DataSpec, RunSpec, ServeSpec
 from swlora.data.encode import encode_prompts
-from swlora.data.rows import Example
+from swlora.data.examples import Example
 from swlora.data.sources import load_dataset
 from swlora.engine.batch_decoder import DecodeRequest
 from swlora.engine.sampling import Sampling

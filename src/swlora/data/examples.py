@@ -1,0 +1,106 @@
+"""What a row of data is, and where many of them are kept.
+
+Rows stay in memory up to about MEMORY_BYTES. Beyond that they lie in a file, and only where each
+begins is in memory; they are read back where they are asked for.
+"""
+
+import json
+from array import array
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Self, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swlora.data.scratch import ScratchFile
+
+MEMORY_BYTES = 1 << 28
+_OBJECT_BYTES = 100  # of a string or a tuple, beyond its characters, as Python keeps it
+_WRITE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: a prompt and its completion, or the turns of a chat and its last answer.
+
+    `messages` holds the (role, content) turns before the completion; `prompt` is "" then.
+    """
+
+    prompt: str
+    completion: str
+    messages: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def n_bytes(self) -> int:
+        """About what the example takes in memory."""
+        texts = [self.prompt, self.completion, *(content for _, content in self.messages)]
+        return sum(map(len, texts)) + _OBJECT_BYTES * (len(texts) + 1 + len(self.messages))
+
+
+def kept(examples: Iterable[Example]) -> Sequence[Example]:
+    """Read all examples and keep them: a tuple, or StoredExamples where the text is long.
+
+    Raises RunFailedError where they do not fit on the disk either.
+    """
+    iterator, in_memory, n_bytes = iter(examples), deque[Example](), 0
+    for example in iterator:
+        in_memory.append(example)
+        n_bytes += example.n_bytes
+        if n_bytes > MEMORY_BYTES:
+            freed_on_the_way = (in_memory.popleft() for _ in range(len(in_memory)))
+            return StoredExamples.written(chain(freed_on_the_way, iterator))
+    return tuple(in_memory)
+
+
+def chosen(examples: Sequence[Example], ids: NDArray[np.int64]) -> Sequence[Example]:
+    """Return the examples `ids`, in that order, kept where the others are."""
+    if isinstance(examples, StoredExamples):
+        return examples.chosen(ids)
+    return tuple(examples[i] for i in ids.tolist())
+
+
+class StoredExamples(Sequence[Example]):
+    """Examples in a file, read one by one; slices and selections of them share the file."""
+
+    def __init__(
+        self, file: ScratchFile, offsets: NDArray[np.int64], ids: NDArray[np.int64]
+    ) -> None:
+        """Take ids (n,) of the examples that begin at offsets (n_stored + 1,) of the file."""
+        self._file, self._offsets, self._ids = file, offsets, ids
+
+    @classmethod
+    def written(cls, examples: Iterable[Example]) -> Self:
+        """Write examples to a file of their own."""
+        file, offsets, waiting = ScratchFile("the rows"), array("q", [0]), bytearray()
+        for example in examples:
+            fields = [example.prompt, example.completion, example.messages]
+            waiting += json.dumps(fields, ensure_ascii=False).encode()
+            offsets.append(file.n_bytes + len(waiting))
+            if len(waiting) > _WRITE_BYTES:
+                file.append(bytes(waiting))
+                waiting.clear()
+        file.append(bytes(waiting))
+        return cls(file, np.array(offsets), np.arange(len(offsets) - 1))
+
+    def chosen(self, ids: NDArray[np.int64] | slice) -> "StoredExamples":
+        """Return the examples `ids` of these, in that order."""
+        return StoredExamples(self._file, self._offsets, self._ids[ids])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, key: int) -> Example: ...
+    @overload
+    def __getitem__(self, key: slice) -> "StoredExamples": ...
+    def __getitem__(self, key: int | slice) -> "Example | StoredExamples":
+        if isinstance(key, slice):
+            return self.chosen(key)
+        i = int(self._ids[key])
+        prompt, completion, messages = json.loads(
+            self._file.read(int(self._offsets[i]), int(self._offsets[i + 1]))
+        )
+        return Example(prompt, completion, tuple((role, content) for role, content in messages))

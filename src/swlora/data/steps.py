@@ -1,0 +1,123 @@
+"""An epoch as optimizer steps: which sequences each takes, and in which tree rows.
+
+What shares a prefix should share a step, so that the prefix is computed once; which neighbours
+meet, and where a large prompt is divided, differs from epoch to epoch.
+"""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swlora.data.token_sequences import Ints, TokenSequences, common_with_previous
+
+StepOrder = Literal["neighbours", "prompts", "iid"]
+
+
+def plan_steps(
+    sequences: TokenSequences,
+    *,
+    sequences_per_step: int,
+    max_tokens_per_row: int,
+    order: StepOrder,
+    seed: int,
+    epoch: int,
+) -> list[list[Ints]]:
+    """Plan one epoch: optimizer steps, each a list of rows, each row the ids for `build_row`.
+
+    Every sequence comes exactly once; the same (seed, epoch) gives the same plan. An epoch always
+    has ceil(n / sequences_per_step) steps, all within one unit of their mean, n / steps:
+    - "iid": single sequences, shuffled;
+    - "prompts": the sequences of one identical prompt stay together, the prompts are shuffled;
+    - "neighbours": so do lexicographically neighbouring prompts; where a step begins differs from
+      epoch to epoch, and the steps are shuffled.
+    Prompts with more sequences than a step holds are split. A step is cut into as few rows as
+    a greedy pass finds with at most `max_tokens_per_row` nodes each; a sequence longer than that
+    has a row of its own, and a prompt is divided between rows only where it does not fit one.
+    """
+    if sequences_per_step < 1 or max_tokens_per_row < 1:
+        raise ValueError("sequences_per_step and max_tokens_per_row must be at least 1")
+    rng = np.random.default_rng([seed, epoch])
+    n_steps = -(-len(sequences) // sequences_per_step)
+    if order == "iid":
+        unit = rng.permutation(len(sequences))
+    elif order == "prompts" or order == "neighbours":
+        unit = _prompt_units(sequences, len(sequences) // n_steps, order, rng)
+    else:
+        raise ValueError(f"unknown order {order!r}: use neighbours, prompts or iid")
+    # A unit goes to the step in whose equal share of the epoch its middle lies, which keeps sizes
+    # closest to the mean. Units are no larger than a share, so no step stays empty.
+    sizes = np.bincount(unit)
+    step_of_unit = (2 * np.cumsum(sizes) - sizes) * n_steps // (2 * len(sequences))
+    step = rng.permutation(n_steps)[step_of_unit[unit]]
+    prompt, context = sequences.ranks
+    ids = np.lexsort((context, prompt, step))
+    return _cut_rows(sequences, ids, step[ids], max_tokens_per_row)
+
+
+def _prompt_units(
+    sequences: TokenSequences, largest: int, order: StepOrder, rng: np.random.Generator
+) -> Ints:
+    """Number the units that stay in one step, (n,): a prompt's sequences, or `largest` of them.
+
+    Larger prompts are divided at another place every time: among neighbouring completions for
+    "neighbours", at random for "prompts".
+    """
+    prompt, context = sequences.ranks
+    within = context if order == "neighbours" else rng.permutation(len(sequences))
+    ids = np.lexsort((within, prompt))
+    sizes = np.bincount(prompt)
+    position = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    shift = np.repeat(np.where(sizes > largest, rng.integers(largest), 0), sizes)
+    piece = (position + shift) // largest
+    unit_sorted = np.cumsum(_starts(prompt[ids], piece)) - 1
+    n_units = int(unit_sorted[-1]) + 1
+    if order == "neighbours":
+        turn = (np.arange(n_units) + rng.integers(n_units)) % n_units
+    else:
+        turn = rng.permutation(n_units)
+    unit = np.empty_like(unit_sorted)
+    unit[ids] = turn[unit_sorted]
+    return unit
+
+
+def _cut_rows(sequences: TokenSequences, ids: Ints, step: Ints, budget: int) -> list[list[Ints]]:
+    """Cut ids, sorted by step and within it by prompt and context, into the rows of every step.
+
+    Counts nodes from common prefixes of neighbours: exact, but for prompts that begin with another
+    prompt of the row, where it may count some twice; so a row never exceeds the budget.
+    """
+    context = (sequences.lengths - 1)[ids]
+    added = context - common_with_previous(sequences, ids)
+    total = np.concatenate([[0], np.cumsum(added)])
+    prompt = sequences.ranks[0][ids]
+    groups = np.append(np.flatnonzero(_starts(step, prompt)), len(ids))
+    # One group, where it fits a row whole, else its sequences one by one.
+    whole = context[groups[:-1]] + total[groups[1:]] - total[groups[:-1] + 1] <= budget
+    splits = [np.arange(a, b) for a, b in zip(groups[:-1][~whole], groups[1:][~whole], strict=True)]
+    parts = np.unique(np.concatenate([groups, *splits]))
+    alone = context[parts[:-1]] + total[parts[1:]] - total[parts[:-1] + 1]
+    joined = total[parts[1:]] - total[parts[:-1]]
+
+    new_step = _starts(step)[parts[:-1]]
+    cuts, used = [], 0
+    columns = (parts[:-1], new_step, alone, joined)
+    for start, first, nodes_alone, nodes_joined in zip(*(c.tolist() for c in columns), strict=True):
+        if first or used + nodes_joined > budget:
+            cuts.append(start)
+            used = nodes_alone
+        else:
+            used += nodes_joined
+    steps: list[list[Ints]] = []
+    for start, row in zip(cuts, np.split(ids, cuts[1:]), strict=True):
+        if start == 0 or step[start] != step[start - 1]:
+            steps.append([])
+        steps[-1].append(row)
+    return steps
+
+
+def _starts(*keys: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Mark the positions where any key differs from the position before; the first is marked."""
+    start = np.ones(len(keys[0]), dtype=np.bool_)
+    start[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    return start

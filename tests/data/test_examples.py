@@ -1,0 +1,192 @@
+"""Rows that are kept in a file are the rows; memory does not grow with their text."""
+
+import errno
+import json
+import os
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from swlora.config import DataSpec
+from swlora.data import examples as examples_module
+from swlora.data.examples import Example, StoredExamples, chosen, kept
+from swlora.data.sources import load_dataset, number_prompts
+from swlora.errors import DataError, RunFailedError
+
+ROWS = [
+    Example("one", "Zwei. “€” \U0001f600\u2028\n\ttab"),
+    Example("", "last answer", (("system", "s"), ("user", "ü"))),
+    Example(" prompt ", "\x1f"),
+    *(Example(f"prompt {i // 3}", f"completion {i}") for i in range(20)),
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
+    monkeypatch.setattr(examples_module, "MEMORY_BYTES", n_bytes)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+turns = st.lists(st.tuples(texts, texts), max_size=3).map(tuple)
+
+
+@given(st.lists(st.builds(Example, texts, texts, turns), max_size=9), st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_stored_rows_are_a_sequence_like_a_tuple(rows: list[Example], data: st.DataObject) -> None:
+    stored, held = StoredExamples.written(rows), tuple(rows)
+    assert tuple(stored) == held and len(stored) == len(held)
+    part = data.draw(st.slices(len(rows)))
+    assert tuple(stored[part]) == held[part]
+    assert tuple(stored[part][::-1]) == held[part][::-1]
+    ids = np.array(data.draw(st.lists(st.sampled_from(range(len(rows))))) if rows else [], int)
+    assert tuple(chosen(stored, ids)) == chosen(held, ids) == tuple(rows[i] for i in ids)
+    for i in range(-len(rows), len(rows)):
+        assert stored[i] == held[i]
+    with pytest.raises(IndexError):
+        stored[len(rows)]
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 2000, 100_000])
+def test_rows_move_to_a_file_once_their_text_is_long(
+    limit_bytes: int, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    limit(monkeypatch, limit_bytes)
+    rows = kept(iter(ROWS))
+    assert isinstance(rows, tuple) == (limit_bytes == 100_000)
+    assert tuple(rows) == tuple(ROWS)
+    assert not cache.exists() or list(cache.iterdir()) == [], "the file has a name"
+
+
+def test_many_rows_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples_module, "_WRITE_BYTES", 100)
+    assert tuple(StoredExamples.written(ROWS)) == tuple(ROWS)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "e2e"])
+@pytest.mark.parametrize(
+    "limits", [{}, {"train_rows": 5}, {"train_prompts": 3, "eval_prompts": 2}], ids=str
+)
+def test_a_data_set_is_the_same_wherever_its_rows_lie(
+    kind: str, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Prompts come again after others, so that "the last distinct ones" are not the last rows.
+    rows = [(f"prompt {i % 23}", f"completion {i}") for i in range(60)]
+    if kind == "jsonl":
+        path = tmp_path / "rows.jsonl"
+        lines = [json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows]
+        path.write_text("".join([*lines[:30], "broken\n", *lines[30:]]))
+    elif kind == "csv":
+        path = tmp_path / "rows.csv"
+        path.write_text("completion,prompt\n" + "".join(f'"{c}","{p}"\n' for p, c in rows))
+    else:
+        path = tmp_path / "e2e"
+        path.mkdir()
+        for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv"):
+            (path / name).write_text("mr,ref\n" + "".join(f"{p},{c}\n" for p, c in rows))
+    spec = DataSpec(name=str(path), skip_bad_rows=True, **limits)
+    held = load_dataset(spec)
+    limit(monkeypatch, 10)
+    stored = load_dataset(spec)
+    assert isinstance(held.train, tuple) and isinstance(stored.train, StoredExamples)
+    for name in ("train", "dev", "test"):
+        assert tuple(getattr(stored, name)) == tuple(getattr(held, name))
+    for name in ("name", "source", "separator", "n_skipped_rows", "sha256"):
+        assert getattr(stored, name) == getattr(held, name)
+
+
+def test_memory_does_not_grow_with_the_text(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
+        for i in range(4000):
+            file.write(json.dumps({"prompt": f"{i:05} " * 800, "completion": "c"}) + "\n")
+    assert path.stat().st_size > 19_000_000
+    limit(monkeypatch, 1_000_000)
+    tracemalloc.start()
+    dataset = load_dataset(DataSpec(name=str(path)))
+    n_characters = sum(len(example.prompt) for example in dataset.train)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_characters == 3800 * 4800
+    assert peak_bytes < 6_000_000
+
+
+def test_a_full_disk_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    limit(monkeypatch, 10)
+
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    message = f"cannot keep the rows in {cache}: No space left on device; SWLORA_CACHE names"
+    with pytest.raises(RunFailedError, match=message):
+        kept(ROWS)
+
+
+def test_a_folder_that_cannot_be_made_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit(monkeypatch, 10)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RunFailedError, match=r"cannot keep the rows in .*file: "):
+        kept(ROWS)
+
+
+def test_an_error_of_the_source_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, 10)
+
+    def broken() -> Iterator[Example]:
+        yield from ROWS
+        raise OSError(errno.EIO, "the source broke")
+
+    with pytest.raises(OSError, match="the source broke"):
+        kept(broken())
+
+
+def test_rows_are_numbered_by_their_distinct_prompt() -> None:
+    chat = (("user", "hi"),)
+    rows = [Example("a", "1"), Example("b", "2"), Example("a", "3"), Example("", "4", chat)]
+    assert number_prompts(rows).tolist() == [0, 1, 0, 2]
+
+
+def test_a_chat_comes_back_from_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "ü?"}, {"role": "assistant", "content": "ja"}]
+    other = [{"role": "user", "content": "no?"}, *turns[1:]]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, other)))
+    held = load_dataset(DataSpec(name=str(path)))
+    limit(monkeypatch, 0)
+    stored = load_dataset(DataSpec(name=str(path)))
+    assert tuple(stored.train) == held.train == (Example("", "ja", (("user", "ü?"),)),)
+    assert stored.sha256 == held.sha256
+
+
+def test_after_a_bad_row_nothing_is_kept_but_all_is_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit(monkeypatch, 0)
+    monkeypatch.setattr(StoredExamples, "written", pytest.fail)
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "p", "completion": "c"}) + "\n"
+    path.write_text("broken\n" + 20 * good + "broken\n")
+    with pytest.raises(DataError, match=r"line 1: not valid JSON.* and 1 more"):
+        load_dataset(DataSpec(name=str(path)))
+
+
+def test_a_file_that_cannot_be_read_back_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = StoredExamples.written(ROWS)
+    monkeypatch.setattr(os, "pread", lambda *_: b"[")
+    with pytest.raises(RunFailedError, match=r"cannot keep the rows .* shorter than it was"):
+        stored[0]

@@ -1,0 +1,113 @@
+"""Tokenised data sets: what is refused, and how parts are joined."""
+
+import errno
+import os
+from itertools import pairwise, takewhile
+from operator import eq
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from tests.data.tries import Pair, data_sets, many_prompts
+
+from swlora.data import scratch, token_sequences
+from swlora.data.token_sequences import TokenSequences, common_with_previous
+from swlora.errors import DataError, RunFailedError, UserError
+
+
+def test_token_sequences_from_lists() -> None:
+    sequences = TokenSequences.from_lists([([1, 2], [3]), ([4], [5, 6, 7])])
+    assert sequences.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert sequences.offsets.tolist() == [0, 3, 7]
+    assert sequences.prompt_lengths.tolist() == [2, 1]
+    assert (len(sequences), sequences.length(0), sequences.length(1)) == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([([1], [2]), ([], [2])], "sequence 1 has no prompt token"),
+        ([([1], [2]), ([1], [2]), ([1], [])], "sequence 2 has no completion token"),
+        ([], "no sequences"),
+    ],
+)
+def test_unusable_lists_are_named(pairs: list[Pair], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TokenSequences.from_lists(pairs)
+
+
+def arrays(
+    offsets: list[int],
+    prompts: list[int],
+    token_type: type = np.int32,
+    offset_type: type = np.int64,
+) -> TokenSequences:
+    flat = np.zeros(6, dtype=token_type)
+    return TokenSequences(flat, np.array(offsets, offset_type), np.array(prompts, np.int32))
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    assert len(arrays([0, 2, 6], [1, 1])) == 2
+    with pytest.raises(DataError, match="sequence 1 has no completion token"):
+        arrays([0, 2, 6], [1, 4])
+    with pytest.raises(DataError, match="sequence 0 has no prompt token"):
+        arrays([0, 2, 6], [0, 1])
+    with pytest.raises(DataError, match="sequence 1 has no completion token"):
+        arrays([0, 2, 2, 6], [1, 1, 1])
+    for offsets, prompts in (([0, 2, 5], [1, 1]), ([1, 2, 6], [1, 1]), ([0, 2, 6], [1])):
+        with pytest.raises(ValueError, match="offsets"):
+            arrays(offsets, prompts)
+    with pytest.raises(ValueError, match="tokens must be one-dimensional int32"):
+        arrays([0, 2, 6], [1, 1], token_type=np.int64)
+    with pytest.raises(ValueError, match="offsets must be one-dimensional int64"):
+        arrays([0, 2, 6], [1, 1], offset_type=np.int32)
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 1000, 1 << 20])
+def test_joined_parts_are_the_whole_wherever_the_tokens_lie(memory_bytes, monkeypatch, tmp_path):
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(scratch, "MEMORY_BYTES", memory_bytes)
+    pairs = many_prompts()
+    whole = TokenSequences.from_lists(pairs)
+    parts = (
+        TokenSequences.from_lists(pairs[start : start + 7]) for start in range(0, len(pairs), 7)
+    )
+    joined = TokenSequences.joined(parts)
+    assert isinstance(joined.tokens, np.memmap) == (memory_bytes < whole.tokens.nbytes)
+    for name in ("tokens", "offsets", "prompt_lengths"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cells", [1, 40, 400])
+@given(pairs=data_sets)
+@settings(max_examples=60, deadline=None)
+def test_ranks_sort_the_data_however_it_is_read(cells: int, pairs: list[Pair]) -> None:
+    """Few columns at a time, whose number changes as sequences drop out, and blocks of rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_sequences, "_CELLS", cells)
+        patch.setattr(token_sequences, "_BLOCK_ROWS", 3)
+        sequences = TokenSequences.from_lists(pairs)
+        prompt, context = sequences.ranks
+        contexts = [(p + c)[:-1] for p, c in pairs]
+        for ranks, texts in ((prompt, [p for p, _ in pairs]), (context, contexts)):
+            in_order = sorted(set(map(tuple, texts)))
+            assert [in_order[rank] for rank in ranks.tolist()] == [*map(tuple, texts)]
+        common = common_with_previous(sequences, np.arange(len(pairs)))
+    expected = [
+        sum(takewhile(bool, map(eq, before, after))) for before, after in pairwise(contexts)
+    ]
+    assert common.tolist() == [0, *expected]
+
+
+def test_tokens_that_do_not_fit_on_the_disk_are_said(monkeypatch, tmp_path):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(scratch, "MEMORY_BYTES", 0)
+    for name in ("write", "fsync"):  # a network's file system may say so late
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(RunFailedError, match=r"cannot keep the tokens in .* No space"):
+                TokenSequences.joined([TokenSequences.from_lists([([1], [2])])])

@@ -13,11 +13,13 @@ import json
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks import runner
-from benchmarks.measure import STATUS, Stopwatch
+from benchmarks.measure import Stopwatch, status_bytes
 from benchmarks.rows import find_e2e, load
 
 STEPS = 100
@@ -98,38 +100,28 @@ def prepare(path: Path, model: str) -> dict[str, Any]:
 
 
 class OwnMemory:
-    """The process's anonymous memory, asked for every 20 ms."""
+    """The most anonymous memory of the process by name, asked for every 20 ms."""
 
     def __init__(self) -> None:
-        self.before_bytes = _own_bytes()
+        self.before_bytes = status_bytes("RssAnon")
         self.peak_bytes: dict[str, int] = {}
 
-    def __call__(self, name: str) -> "OwnMemory":
-        self._name = name
-        return self
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        done = threading.Event()
 
-    def __enter__(self) -> None:
-        self.peak_bytes[self._name] = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
+        def watch() -> None:
+            self.peak_bytes[name] = status_bytes("RssAnon")
+            while not done.wait(0.02):
+                self.peak_bytes[name] = max(self.peak_bytes[name], status_bytes("RssAnon"))
 
-    def __exit__(self, *_exception: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            self.peak_bytes[self._name] = max(self.peak_bytes[self._name], _own_bytes())
-            if self._done.wait(0.02):
-                return
-
-
-def _own_bytes() -> int:
-    for line in STATUS.read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{STATUS} has no RssAnon")
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ class Memory:
     """Peak resident memory of this process, before and during the training, in bytes."""
 
     def __init__(self) -> None:
-        self.load_peak_bytes = _status_bytes("VmHWM")
-        self.rss_before_bytes = _status_bytes("VmRSS")
+        self.load_peak_bytes = status_bytes("VmHWM")
+        self.rss_before_bytes = status_bytes("VmRSS")
         # Resets the peak to what is resident now (proc(5)).
         Path("/proc/self/clear_refs").write_text("5")
 
     def report(self) -> dict[str, int]:
         """Return the peaks; call it when the training is over."""
-        train_peak_bytes = _status_bytes("VmHWM")
+        train_peak_bytes = status_bytes("VmHWM")
         return {
             "rss_before_bytes": self.rss_before_bytes,
             "load_peak_bytes": self.load_peak_bytes,
@@ -55,7 +55,8 @@ class Memory:
         }
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Return a size from the process's own status, such as VmHWM, VmRSS or RssAnon (proc(5))."""
     for line in STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from swlora import pipeline
 from swlora.config import RunSpec, load_spec
-from swlora.data import examples, scratch
+from swlora.data import scratch
 from swlora.errors import DataError, RunFailedError, UserError
 from swlora.evaluation import metrics as official
 from swlora.evaluation.loss import english_loss
@@ -109,8 +109,7 @@ def test_data_in_files_gives_the_same_adapter_and_loss(
     monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
     spec = make_spec(model_folder("llama"), rows, adapter__layers=layers)
     held = run_in(tmp_path / "held", spec)
-    for module in (examples, scratch):
-        monkeypatch.setattr(module, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(scratch, "MEMORY_BYTES", 0)
     for command in ("first", "second"):  # the second reads the cache of states of the first two
         stored = run_in(tmp_path / command, spec)
         assert same_adapters(tmp_path / "held", tmp_path / command)

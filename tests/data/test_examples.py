@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from swlora.config import DataSpec
 from swlora.data import examples as examples_module
+from swlora.data import scratch
 from swlora.data.examples import Example, StoredExamples, chosen, kept
 from swlora.data.sources import load_dataset, number_prompts
 from swlora.errors import DataError, RunFailedError
@@ -33,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
-    monkeypatch.setattr(examples_module, "MEMORY_BYTES", n_bytes)
+    monkeypatch.setattr(scratch, "MEMORY_BYTES", n_bytes)
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -1,7 +1,7 @@
 """What a row of data is, and where many of them are kept.
 
-Rows stay in memory up to about MEMORY_BYTES. Beyond that they lie in a file, and only where each
-begins is in memory; they are read back where they are asked for.
+Rows stay in memory up to about `scratch.MEMORY_BYTES`. Beyond that they lie in a file, and only
+where each begins is in memory; they are read back where they are asked for.
 """
 
 import json
@@ -15,9 +15,8 @@ from typing import Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from swlora.data.scratch import ScratchFile
+from swlora.data import scratch
 
-MEMORY_BYTES = 1 << 28
 _OBJECT_BYTES = 100  # of a string or a tuple, beyond its characters, as Python keeps it
 _WRITE_BYTES = 1 << 20
 
@@ -49,7 +48,7 @@ def kept(examples: Iterable[Example]) -> Sequence[Example]:
     for example in iterator:
         in_memory.append(example)
         n_bytes += example.n_bytes
-        if n_bytes > MEMORY_BYTES:
+        if n_bytes > scratch.MEMORY_BYTES:
             freed_on_the_way = (in_memory.popleft() for _ in range(len(in_memory)))
             return StoredExamples.written(chain(freed_on_the_way, iterator))
     return tuple(in_memory)
@@ -66,7 +65,7 @@ class StoredExamples(Sequence[Example]):
     """Examples in a file, read one by one; slices and selections of them share the file."""
 
     def __init__(
-        self, file: ScratchFile, offsets: NDArray[np.int64], ids: NDArray[np.int64]
+        self, file: scratch.ScratchFile, offsets: NDArray[np.int64], ids: NDArray[np.int64]
     ) -> None:
         """Take ids (n,) of the examples that begin at offsets (n_stored + 1,) of the file."""
         self._file, self._offsets, self._ids = file, offsets, ids
@@ -74,7 +73,7 @@ class StoredExamples(Sequence[Example]):
     @classmethod
     def written(cls, examples: Iterable[Example]) -> Self:
         """Write examples to a file of their own."""
-        file, offsets, waiting = ScratchFile("the rows"), array("q", [0]), bytearray()
+        file, offsets, waiting = scratch.ScratchFile("the rows"), array("q", [0]), bytearray()
         for example in examples:
             fields = [example.prompt, example.completion, example.messages]
             waiting += json.dumps(fields, ensure_ascii=False).encode()

@@ -1,7 +1,7 @@
 """Data larger than memory: appended to a file without a name, which ends with the process.
 
 Such a file lies in the cache folder, since a system's folder for temporary files may be memory.
-Small arrays never see it.
+Small data never see it.
 """
 
 import os
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from swlora.errors import RunFailedError
 from swlora.paths import cache_dir
 
-MEMORY_BYTES = 1 << 28  # an array of more goes to a file
+MEMORY_BYTES = 1 << 28  # of the rows of a file, or of an array: more goes to a scratch file
 
 
 class ScratchFile:

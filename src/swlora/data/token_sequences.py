@@ -102,6 +102,12 @@ class TokenSequences:
         """Lexicographic dense ranks of the prompts and of the contexts, (n,) each."""
         return _prefix_ranks(self, self.prompt_lengths), _prefix_ranks(self, self.lengths - 1)
 
+    @cached_property
+    def sorted_contexts(self) -> tuple[Ints, Ints]:
+        """The sequences in the order of their contexts, and what each shares with the last."""
+        order = np.argsort(self.ranks[1], kind="stable")
+        return order, common_with_previous(self, order)
+
 
 def gather(
     sequences: TokenSequences, ids: Ints, begin: int, width: int, limits: NDArray[np.integer]

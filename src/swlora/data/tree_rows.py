@@ -22,7 +22,6 @@ from swlora.data.token_sequences import (
     Ints,
     TokenSequences,
     argsort_rows,
-    common_with_previous,
     gather,
 )
 
@@ -101,7 +100,7 @@ def build_row(sequences: TokenSequences, ids: Ints) -> TreeRow:
 
 def count_nodes(sequences: TokenSequences) -> int:
     """Count the nodes of the one trie over all sequences."""
-    _, common = _sorted_contexts(sequences)
+    _, common = sequences.sorted_contexts
     return int((sequences.lengths - 1).sum() - common.sum())
 
 
@@ -112,7 +111,7 @@ def number_nodes(sequences: TokenSequences) -> Ints:
     last token of a sequence, which is never a context. Tokens share a number exactly where they
     share everything up to themselves.
     """
-    order, common = _sorted_contexts(sequences)
+    order, common = sequences.sorted_contexts
     numbers = np.full(len(sequences.tokens), -1, dtype=np.int64)
     n_nodes = previous = 0
     for i, shared in zip(order.tolist(), common.tolist(), strict=True):
@@ -122,9 +121,3 @@ def number_nodes(sequences: TokenSequences) -> Ints:
         numbers[start + shared : end] = np.arange(n_nodes, n_nodes + n_new)
         n_nodes, previous = n_nodes + n_new, start
     return numbers
-
-
-def _sorted_contexts(sequences: TokenSequences) -> tuple[Ints, Ints]:
-    """Return the sequences in the order of their contexts, and what each shares with the last."""
-    order = np.argsort(sequences.ranks[1], kind="stable")
-    return order, common_with_previous(sequences, order)

@@ -8,7 +8,7 @@ import pytest
 import typer
 import yaml
 
-from swlora.cli import app
+from swlora.cli.app import app
 from swlora.config import RunSpec, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from swlora import terminal
-from swlora.terminal import Bars, Lines, make_progress
+from swlora.cli import terminal
+from swlora.cli.terminal import Bars, Lines, make_progress
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from typing import Any
 
 from swlora.engine.batch_decoder import DecodeRequest, Event
 from swlora.engine.sampling import Sampling
+from swlora.evaluation.text_stream import Detokeniser, StopFilter
 from swlora.web.metrics import Metrics
 from swlora.web.problems import ApiError
 from swlora.web.scheduler import Scheduler
-from swlora.web.text_stream import Detokeniser, StopFilter
 from swlora.web.tickets import Ended, QueueFullError, ShuttingDownError, Ticket, Variant
 
 _IDS = itertools.count()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swlora.web.text_stream import Detokeniser, StopFilter
+from swlora.evaluation.text_stream import Detokeniser, StopFilter
 
 TEXTS = [
     "plain",

@@ -101,7 +101,8 @@ def _ours(args: argparse.Namespace, examples: list[Any], separator: str) -> Any:
     spec = DecodeSpec(max_new_tokens=MAX_NEW_TOKENS, **_beams(args))
 
     def run(which: slice) -> list[str]:
-        return generate(model, loaded.tokenizer, prompts[which], spec, Silent())
+        ends = loaded.end_token_ids
+        return generate(model, loaded.tokenizer, prompts[which], spec, Silent(), end_token_ids=ends)
 
     return run, {"dtype": str(loaded.model.dtype), "batch": spec.batch_size}
 

@@ -236,7 +236,10 @@ def evaluate(job: Job, model: Any, untouched: LossSum) -> Result:
         losses = grouped_losses(model, sequences, prompt_of, job.progress)
     english = english_text(job, model)
     with job.timed("generate"):
-        texts = generate(model, tokenizer, prompts, spec.decode, job.progress, seed=spec.seed)
+        ends = job.loaded.end_token_ids
+        texts = generate(
+            model, tokenizer, prompts, spec.decode, job.progress, end_token_ids=ends, seed=spec.seed
+        )
     predictions = [" ".join(text.split()) for text in texts]
     with job.timed("score"), job.progress.task("score"):
         statistics = segment_statistics(predictions, references)
@@ -323,7 +326,15 @@ def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Pr
         model = load_adapter(model, folder)
         separator = read_facts(folder).get("separator", "")
     prompt_ids = encode_prompts([Example(prompt, "")], separator, loaded.tokenizer)
-    text = generate(model, loaded.tokenizer, prompt_ids, spec.decode, progress, seed=spec.seed)[0]
+    text = generate(
+        model,
+        loaded.tokenizer,
+        prompt_ids,
+        spec.decode,
+        progress,
+        end_token_ids=loaded.end_token_ids,
+        seed=spec.seed,
+    )[0]
     return {"model": loaded.source, "prompt": prompt, "text": text, "seed": spec.seed}
 
 

@@ -19,7 +19,7 @@ PROMPTS = [list(b"name[A], food[x]"), list(b"z"), list(b"Some longer prompt here
 
 
 def decode(model, tokenizer, spec: DecodeSpec, prompts=PROMPTS, seed: int = 0) -> list[str]:
-    return generate(model, tokenizer, prompts, spec, Silent(), seed=seed)
+    return generate(model, tokenizer, prompts, spec, Silent(), end_token_ids=[EOS], seed=seed)
 
 
 def log_p(model, ids: list[int]) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_no_ngram_comes_twice(make_model, tiny_tokenizer):
 
 def generate_ids(model, tokenizer, spec: DecodeSpec) -> list[list[int]]:
     """Byte ids of what is generated: exact, where text would hide broken UTF-8."""
-    config = generation_config(spec, tokenizer)
+    config = generation_config(spec, [EOS])
     return [
         model.generate(torch.tensor([p]), generation_config=config)[0, len(p) :].tolist()
         for p in PROMPTS
@@ -163,7 +163,9 @@ class Counter(Silent):
 def test_progress_is_told_of_every_prompt(ngrams, make_model, tiny_tokenizer):
     counter, prompts = Counter(), PROMPTS * 5
     spec = DecodeSpec(max_new_tokens=3, batch_size=4, no_repeat_ngram_size=ngrams)
-    texts = generate(make_model("gpt2"), tiny_tokenizer, prompts, spec, counter)
+    texts = generate(
+        make_model("gpt2"), tiny_tokenizer, prompts, spec, counter, end_token_ids=[EOS]
+    )
     assert counter.advances == [1.0] * 20
     assert texts == texts[:4] * 5
 
@@ -193,7 +195,7 @@ def test_sampling_follows_temperature_and_top_p(make_model, tiny_tokenizer):
     kept = tokens[: int((ordered.cumsum(0) < top_p).sum()) + 1].tolist()
     assert 3 < len(kept) < 200
     spec = DecodeSpec(temperature=temperature, top_p=top_p, max_new_tokens=1)
-    config = generation_config(spec, tiny_tokenizer)
+    config = generation_config(spec, [EOS])
     torch.manual_seed(0)
     found = model.generate(torch.tensor([PROMPTS[0]] * n), generation_config=config)[:, -1]
     counts = torch.bincount(found, minlength=264).double()

@@ -14,7 +14,7 @@ from swlora.config import DEFAULT_MODEL, ModelSpec
 from swlora.errors import UnknownFamilyError, UserError
 from swlora.hub import cached_file
 from swlora.models import load
-from swlora.models.load import load_model
+from swlora.models.load import load_model, load_skeleton
 from swlora.models.precision import cast_parameters
 
 TOKENS = torch.tensor([[72, 105, 33, 10, 200]])
@@ -96,6 +96,27 @@ def test_a_models_own_decoding_habits_are_dropped(copy_of):
     habits.save_pretrained(folder)
     kept = load_model(spec(folder)).model.generation_config.to_diff_dict()
     assert set(kept) <= {"transformers_version"}
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [257, 12]}, {}, (12, 257)),
+        ({"eos_token_id": 12}, {"eos_token_id": [13, 13]}, (12, 13, 257)),
+        (None, {"eos_token_id": [257, 40, 7]}, (7, 40, 257)),
+        ({"eos_token_id": [264, 50256, 263]}, {"eos_token_id": None}, (257, 263)),
+    ],
+)
+def test_all_tokens_that_end_a_text(generation, config, expected, copy_of):
+    """From generation_config.json, config.json and the tokenizer; each must have an embedding."""
+    folder = copy_of("llama")
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    settings = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert load_model(spec(folder)).end_token_ids == expected
+    assert load_skeleton(spec(folder)).end_token_ids == expected
 
 
 def test_the_default_gives_way_to_the_embedded_model(monkeypatch, model_folder):

@@ -9,6 +9,8 @@ from swlora.superweights.ablate import scaled, text_loss, zeroed
 from swlora.superweights.effects import DOSES, dose_curve, generations
 from swlora.superweights.meter import Meter
 
+EOS = 257
+
 PROMPTS = ["Apple Inc.", "ä"]
 
 
@@ -49,7 +51,9 @@ def test_texts_are_greedy_continuations(model_type, make_model, tiny_tokenizer, 
     model = make_model(model_type)
     address = planted(model)
     before = weights_sha256(model)
-    found = generations(model, tiny_tokenizer, PROMPTS, [address], max_new_tokens=9)
+    found = generations(
+        model, tiny_tokenizer, PROMPTS, [address], end_token_ids=[EOS], max_new_tokens=9
+    )
     assert [g.prompt for g in found] == PROMPTS
     assert [g.before for g in found] == [greedy(model, tiny_tokenizer, p, 9) for p in PROMPTS]
     with zeroed(Anatomy(model), [address]):
@@ -68,10 +72,10 @@ def test_what_cannot_be_shown(make_model, tiny_tokenizer):
             Meter(model, torch.arange(40).view(2, 20)), WeightAddress(3, "mlp.down_proj", 0, 0)
         )
     with pytest.raises(UserError, match="no prompt"):
-        generations(model, tiny_tokenizer, [], [address])
+        generations(model, tiny_tokenizer, [], [address], end_token_ids=[EOS])
     with pytest.raises(UserError, match="no weight was named"):
-        generations(model, tiny_tokenizer, PROMPTS, [])
+        generations(model, tiny_tokenizer, PROMPTS, [], end_token_ids=[EOS])
     for prompt in ("", "x" * 233):
         with pytest.raises(UserError, match=rf"has {len(prompt)} tokens.* 24 new .* 1 to 232"):
-            generations(model, tiny_tokenizer, [prompt], [address])
-    assert len(generations(model, tiny_tokenizer, ["x" * 232], [address])) == 1
+            generations(model, tiny_tokenizer, [prompt], [address], end_token_ids=[EOS])
+    assert len(generations(model, tiny_tokenizer, ["x" * 232], [address], end_token_ids=[EOS])) == 1

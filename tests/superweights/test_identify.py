@@ -32,7 +32,7 @@ def patched(model: nn.Module) -> list[str]:
 
 
 def of(model: Any, tokenizer: Any, name: str = "tiny") -> LoadedModel:
-    return LoadedModel(model, tokenizer, name, None, f"a {name} model")
+    return LoadedModel(model, tokenizer, name, None, f"a {name} model", (tokenizer.eos_token_id,))
 
 
 @pytest.fixture

@@ -141,7 +141,9 @@ def shuffle(model: Any, seed: int) -> None:
 
 def identified(composed: Composed, tokenizer: Any, folder: Path) -> dict[str, Any]:
     (folder / "text.txt").write_text(composed.text)
-    loaded = LoadedModel(composed.model, tokenizer, "composed", None, "a composed model")
+    loaded = LoadedModel(
+        composed.model, tokenizer, "composed", None, "a composed model", (tokenizer.eos_token_id,)
+    )
     spec = IdentifySpec(text=folder / "text.txt", windows=4, window_tokens=64)
     return identify(loaded, spec)
 

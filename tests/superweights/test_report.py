@@ -21,7 +21,9 @@ def found(make_model, tiny_tokenizer) -> dict[str, Any]:
     """The result of a tiny model with a massive activation and no super weight."""
     model = make_model("gpt2")
     Anatomy(model).projection(0, "mlp.c_proj").weight[5, 17] = 300.0
-    loaded = LoadedModel(model, tiny_tokenizer, "some/model", "abc123", "some/model from the Hub")
+    loaded = LoadedModel(
+        model, tiny_tokenizer, "some/model", "abc123", "some/model from the Hub", (257,)
+    )
     spec = IdentifySpec(
         prompt=[NASTY, "two"], max_candidates=2, controls=3, windows=2, window_tokens=33
     )

@@ -1,6 +1,7 @@
 """The API in OpenAI's shapes, over the application without a socket."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,18 @@ def complete(client, **body):
     response = client.post("/v1/completions", json={"model": "tiny", **GREEDY} | body)
     assert response.status_code == 200, response.text
     return response
+
+
+def test_any_of_several_end_tokens_ends_a_text(loaded, make, browse):
+    prompt = list(b"Hello there")
+    expected = reference(loaded, prompt, 20)
+    token_id = expected[7]
+    ends = replace(loaded, end_token_ids=(token_id, 257))
+    with browse(make(model=ends)) as client:
+        choice = complete(client, prompt="Hello there").json()["choices"][0]
+    kept = expected[: expected.index(token_id)]
+    assert choice["text"] == loaded.tokenizer.decode(kept)
+    assert choice["finish_reason"] == "stop"
 
 
 def test_models_are_listed_by_name(client):

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx2
 import openai
@@ -18,10 +19,14 @@ LONG = {"model": "tiny", "temperature": 0, "max_tokens": 400, "prompt": "Hello"}
 
 
 @pytest.fixture
-def service(loaded, runs, monkeypatch):
-    """A service whose texts end by their length alone, so that a long one is long."""
-    monkeypatch.setattr("swlora.web.variants.end_tokens", lambda *_: [])
-    return make_service(ServeSpec(runs=runs, max_tokens=400, max_rows=2, queue=8), loaded)
+def endless(loaded):
+    """A model whose texts end by their length alone, so that a long one is long."""
+    return replace(loaded, end_token_ids=())
+
+
+@pytest.fixture
+def service(endless, runs):
+    return make_service(ServeSpec(runs=runs, max_tokens=400, max_rows=2, queue=8), endless)
 
 
 @pytest.fixture
@@ -146,10 +151,9 @@ def test_fifty_at_once_are_served_or_told_to_come_back(running, slow):
     assert running.service.scheduler.n_active == 0
 
 
-def test_a_request_that_takes_too_long_is_ended(loaded, runs, run_server, slow, monkeypatch):
-    monkeypatch.setattr("swlora.web.variants.end_tokens", lambda *_: [])
+def test_a_request_that_takes_too_long_is_ended(endless, runs, run_server, slow):
     spec = ServeSpec(runs=runs, deadline_s=0.4)
-    with run_server(make_service(spec, loaded)) as running, running.client() as client:
+    with run_server(make_service(spec, endless)) as running, running.client() as client:
         answer = client.post("/v1/completions", json=LONG)
         assert answer.status_code == 408
         assert answer.headers["x-should-retry"] == "false"

@@ -8,7 +8,8 @@ n-grams, are left to `generate` of transformers, prompts of similar length toget
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,19 @@ def generate(
     spec: DecodeSpec,
     progress: Progress,
     *,
+    end_token_ids: Collection[int],
     seed: int = 0,
 ) -> list[str]:
     """Return the generated text for every prompt (token ids), in their order.
 
-    Generation stops at the tokenizer's end-of-sequence token, which is not part of the text.
+    Generation stops at any of `end_token_ids`, which is not part of the text.
     Raises UserError where a prompt leaves no room in the model's context.
     """
     check_room(model, prompts, spec)
+    ends = frozenset(end_token_ids)
     texts = [""] * len(prompts)
     with progress.task("generate", len(prompts)) as task:
-        for i, token_ids in _way(model, spec)(model, tokenizer, prompts, spec, seed):
+        for i, token_ids in _way(model, spec)(model, ends, prompts, spec, seed):
             texts[i] = tokenizer.decode(token_ids, skip_special_tokens=True)
             task.advance()
     return texts
@@ -69,11 +72,11 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -
 
 
 def _by_rows(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec, seed: int
+    model: Any, ends: frozenset[int], prompts: Sequence[Sequence[int]], spec: DecodeSpec, seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt, its new tokens) as rows finish; neighbours share what they begin with."""
     n_rows = min(spec.batch_size, len(prompts))
-    decoder = BatchDecoder(model, eos_token_ids=[tokenizer.eos_token_id], max_rows=n_rows)
+    decoder = BatchDecoder(model, eos_token_ids=ends, max_rows=n_rows)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))
     token_ids: dict[int, list[int]] = {}
     while waiting or token_ids:
@@ -83,7 +86,8 @@ def _by_rows(
             token_ids |= {i: [] for i in chosen}
             decoder.admit([_request(i, prompts[i], spec, seed) for i in chosen])
         for event in decoder.step():
-            token_ids[event.request_id].append(event.token_id)
+            if event.finish_reason != "eos":
+                token_ids[event.request_id].append(event.token_id)
             if event.finish_reason:
                 yield event.request_id, token_ids.pop(event.request_id)
 
@@ -96,15 +100,14 @@ def _request(i: int, prompt: Sequence[int], spec: DecodeSpec, seed: int) -> Deco
 
 
 def _by_beams(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec, _seed: int
+    model: Any, ends: frozenset[int], prompts: Sequence[Sequence[int]], spec: DecodeSpec, _seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt, its best beam) as prompts are done; neighbours share what they begin with."""
     n_at_once = min(len(prompts), max(1, spec.batch_size // spec.num_beams))
     settings = BeamSettings(
         spec.num_beams, spec.max_new_tokens, spec.length_penalty, spec.no_repeat_ngram_size
     )
-    eos = [tokenizer.eos_token_id]
-    decoder = BeamDecoder(model, settings, eos_token_ids=eos, max_prompts=n_at_once)
+    decoder = BeamDecoder(model, settings, eos_token_ids=ends, max_prompts=n_at_once)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))
     while waiting or decoder.n_free < n_at_once:
         n_new = min(len(waiting), decoder.n_free)
@@ -115,7 +118,7 @@ def _by_beams(
 
 
 def _by_batches(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec, seed: int
+    model: Any, ends: frozenset[int], prompts: Sequence[Sequence[int]], spec: DecodeSpec, seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt, its new tokens), batch by batch from the shortest prompts on."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -124,19 +127,18 @@ def _by_batches(
         torch.manual_seed(seed)
         for start in range(0, len(order), n_at_once):
             chunk = order[start : start + n_at_once]
-            yield from zip(
-                chunk,
-                _generate_batch(model, tokenizer, [prompts[i] for i in chunk], spec),
-                strict=True,
-            )
+            texts = _generate_batch(model, ends, [prompts[i] for i in chunk], spec)
+            for i, token_ids in zip(chunk, texts, strict=True):
+                yield i, list(takewhile(lambda token_id: token_id not in ends, token_ids))
 
 
 @torch.inference_mode()
 def _generate_batch(
-    model: Any, tokenizer: Any, prompts: list[Sequence[int]], spec: DecodeSpec
+    model: Any, ends: frozenset[int], prompts: list[Sequence[int]], spec: DecodeSpec
 ) -> list[list[int]]:
+    config = generation_config(spec, ends)
     length = max(len(prompt) for prompt in prompts)
-    token_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
+    token_ids = torch.full((len(prompts), length), config.pad_token_id)
     attention_mask = torch.zeros_like(token_ids)
     for b, prompt in enumerate(prompts):
         token_ids[b, length - len(prompt) :] = torch.tensor(prompt)
@@ -144,13 +146,13 @@ def _generate_batch(
     out = model.generate(
         input_ids=token_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
-        generation_config=generation_config(spec, tokenizer),
+        generation_config=config,
     )
     return out[:, length:].tolist()  # type: ignore[no-any-return]
 
 
-def generation_config(spec: DecodeSpec, tokenizer: Any) -> Any:
-    """Translate a DecodeSpec into the transformers object.
+def generation_config(spec: DecodeSpec, end_token_ids: Collection[int]) -> Any:
+    """Translate a DecodeSpec into the transformers object; what fills ended rows is an end token.
 
     What it leaves open, transformers takes from the model, which `load_model` has made to say
     nothing.
@@ -167,9 +169,8 @@ def generation_config(spec: DecodeSpec, tokenizer: Any) -> Any:
         do_sample=spec.temperature > 0,
         max_new_tokens=spec.max_new_tokens,
         no_repeat_ngram_size=spec.no_repeat_ngram_size,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=sorted(end_token_ids),
+        pad_token_id=min(end_token_ids),
         **sampling,
         **beams,
     )

@@ -14,18 +14,23 @@ from swlora.errors import UserError
 from swlora.hub import cached_file, hub_reachable
 from swlora.memory import keep_few_kernels, keep_freed_memory
 from swlora.models.anatomy import context_tokens, family_of
+from swlora.models.end_tokens import find_end_tokens
 from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for use, and where it came from (`revision` is a commit or None)."""
+    """A model ready for use, and where it came from (`revision` is a commit or None).
+
+    A text ends at any of `end_token_ids`, which is no part of it.
+    """
 
     model: Any
     tokenizer: Any
     name: str
     revision: str | None
     source: str
+    end_token_ids: tuple[int, ...]
 
     @property
     def context_tokens(self) -> int:
@@ -68,9 +73,11 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
         tokenizer = _load_tokenizer(place.tokenizer, spec.revision if own else None)
     _check_tokenizer(model, tokenizer, place.tokenizer)
     model.requires_grad_(False)
+    ends = find_end_tokens(model, tokenizer, model.generation_config)
     model.generation_config = GenerationConfig()  # DecodeSpec alone says how text is generated
     revision = _commit(place.model, spec.revision)
-    return LoadedModel(model.to(device).eval(), tokenizer, place.model, revision, place.source)
+    model = model.to(device).eval()
+    return LoadedModel(model, tokenizer, place.model, revision, place.source, ends)
 
 
 def load_skeleton(spec: ModelSpec) -> LoadedModel:
@@ -92,8 +99,9 @@ def load_skeleton(spec: ModelSpec) -> LoadedModel:
     own = place.tokenizer == place.model
     tokenizer = _load_tokenizer(place.tokenizer, spec.revision if own else None)
     _check_tokenizer(model, tokenizer, place.tokenizer)
+    ends = find_end_tokens(model, tokenizer, _load_generation_config(place.model, spec.revision))
     revision = _commit(place.model, spec.revision)
-    return LoadedModel(model, tokenizer, place.model, revision, place.source)
+    return LoadedModel(model, tokenizer, place.model, revision, place.source, ends)
 
 
 def _find(spec: ModelSpec) -> _Place:
@@ -165,6 +173,17 @@ def _load_config(name: str, revision: str | None) -> Any:
         raise UserError(f"the model {name} cannot be loaded: {_brief(error)}") from error
     family_of(config.model_type)
     return config
+
+
+def _load_generation_config(name: str, revision: str | None) -> Any:
+    """Return what generation_config.json says; None where there is no such file."""
+    from transformers import GenerationConfig
+
+    where = {"revision": revision, "local_files_only": _is_offline(name)}
+    try:
+        return GenerationConfig.from_pretrained(name, **where)
+    except OSError:  # as transformers does when it loads the model
+        return None
 
 
 def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:

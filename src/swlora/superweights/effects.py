@@ -4,8 +4,9 @@ The dose curve scales one weight by factors from 0 to 2. Perplexity alone can mi
 model may loop long before its perplexity shows it), so the texts stand beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import exp
 from typing import Any
 
@@ -68,6 +69,7 @@ def generations(
     prompts: Sequence[str],
     addresses: Sequence[WeightAddress],
     *,
+    end_token_ids: Collection[int],
     max_new_tokens: int = NEW_TOKENS,
     progress: Progress | None = None,
 ) -> tuple[Generation, ...]:
@@ -80,15 +82,17 @@ def generations(
     anatomy, texts = Anatomy(model), []
     with (progress or Silent()).task("write before and after", len(prompts)) as task:
         for prompt in prompts:
-            before = _continuation(model, tokenizer, prompt, max_new_tokens)
+            before = _continuation(model, tokenizer, prompt, end_token_ids, max_new_tokens)
             with zeroed(anatomy, addresses):
-                after = _continuation(model, tokenizer, prompt, max_new_tokens)
+                after = _continuation(model, tokenizer, prompt, end_token_ids, max_new_tokens)
             texts.append(Generation(prompt, before, after))
             task.advance()
     return tuple(texts)
 
 
-def _continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+def _continuation(
+    model: Any, tokenizer: Any, prompt: str, ends: Collection[int], max_new_tokens: int
+) -> str:
     token_ids = tokenizer(prompt, return_tensors="pt", verbose=False).input_ids.to(model.device)
     n_tokens, room = token_ids.shape[1], context_tokens(model) - max_new_tokens
     if not 0 < n_tokens <= room:
@@ -96,13 +100,13 @@ def _continuation(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) 
             f"a prompt has {n_tokens} tokens; with {max_new_tokens} new ones to follow it can "
             f"have 1 to {room}"
         )
-    eos = tokenizer.eos_token_id
     out = model.generate(
         input_ids=token_ids,
         attention_mask=torch.ones_like(token_ids),
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos,
-        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends),
     )
-    return str(tokenizer.decode(out[0, n_tokens:], skip_special_tokens=True))
+    text_ids = takewhile(lambda token_id: token_id not in ends, out[0, n_tokens:].tolist())
+    return str(tokenizer.decode(list(text_ids), skip_special_tokens=True))

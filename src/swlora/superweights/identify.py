@@ -50,7 +50,9 @@ def identify(
     lead = _leading(proved)
     short = [s.prompt for s in found.settings if len(s.tokens) + NEW_TOKENS < loaded.context_tokens]
     doses = dose_curve(meter, lead, progress=progress)
-    texts = generations(model, tokenizer, list(dict.fromkeys(short)), [lead], progress=progress)
+    short = list(dict.fromkeys(short))
+    ends = loaded.end_token_ids
+    texts = generations(model, tokenizer, short, [lead], end_token_ids=ends, progress=progress)
     verdicts = [(of_one.address, of_one.verdict) for of_one in proved.addresses]
     agreement = known.compare(loaded.name, verdicts)
     return {

@@ -36,7 +36,7 @@ class ModelHost:
     def __init__(
         self, loaded: LoadedModel, folders: RunFolders, weights: ServedWeights, max_rows: int
     ) -> None:
-        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._model, self._end_token_ids = loaded.model, loaded.end_token_ids
         self._folders, self._weights, self._max_rows = folders, weights, max_rows
         self._peft_model: Any = None
         self._loaded: OrderedDict[str, tuple[int, str]] = OrderedDict()  # version, name in PEFT
@@ -48,7 +48,7 @@ class ModelHost:
         """Return an empty decoder for the variant, in whose state the model is."""
         decoder = self._decoders.pop(variant, None) or BatchDecoder(
             self._model,
-            eos_token_ids=end_tokens(self._model, self._tokenizer),
+            eos_token_ids=self._end_token_ids,
             max_rows=self._max_rows,
             prefill_tokens=PREFILL_TOKENS,
         )
@@ -142,10 +142,3 @@ class ModelHost:
         _, inner_name = self._loaded.pop(name)
         if self._peft_model is not None and inner_name in self._peft_model.peft_config:
             self._peft_model.delete_adapter(inner_name)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a text: the tokenizer's, and those that the model names."""
-    named = getattr(model.config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return sorted({int(i) for i in ids if i is not None})

@@ -223,8 +223,10 @@ def test_the_run_folder_explains_itself(model_folder, rows, tmp_path):
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     noted = json.loads((folder / "adapter" / "swlora.json").read_text())
-    origin = {"separator": "", "base_model": spec.model.name}
-    assert noted == {**origin, "layers": [0, 1, 2], "method": "lora"}
+    chosen = {"layers": [0, 1, 2], "layer_policy": "all", "method": "lora", "is_chat": False}
+    assert {key: noted[key] for key in chosen} == chosen
+    assert noted["data"] == {"name": "train.jsonl", "rows": 12, "sha256": facts["data_sha256"]}
+    assert noted["losses_nats_per_token"] == {"training, last step": lines[-1]["loss"]}
 
 
 def test_the_seed_decides(model_folder, rows, tmp_path):

@@ -24,6 +24,7 @@ from swlora.data.sources import Dataset, load_dataset
 from swlora.data.token_sequences import TokenSequences
 from swlora.loss_sum import LossSum
 from swlora.memory import peak_memory_bytes
+from swlora.models.identity import identify_base, weights_sample_sha256
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress
 from swlora.runs import Run, read_metrics
@@ -126,6 +127,7 @@ def train(job: Job) -> tuple[Any, Result]:
     """
     import torch
 
+    from swlora.adapters.card import last_losses, training_facts
     from swlora.adapters.methods import adapt, train_mode
     from swlora.adapters.saved import save_adapter
     from swlora.engine.loop import train as run_loop
@@ -141,6 +143,7 @@ def train(job: Job) -> tuple[Any, Result]:
         held_out = job.encoded(spec.data.eval_split, spec.train.eval_rows)
     loaded, layers = job.loaded, choose_layers(job)
     with job.timed("attach"):
+        facts = training_facts(spec, identify_base(loaded), job.dataset, layers)
         adapted = adapt(
             loaded.model, spec.adapter, layers, seed=spec.seed, n_steps=schedule.n_steps
         )
@@ -160,10 +163,10 @@ def train(job: Job) -> tuple[Any, Result]:
         with job.timed("train"):
             state = run_loop(step, schedule, adapted, job.run, job.progress, observe)
     adapted.finish()
-    facts = {"separator": job.dataset.separator, "base_model": loaded.name, "layers": layers}
-    folder = job.run.folder / "adapter"
-    adapter_bytes = save_adapter(model, folder, {**facts, "method": spec.adapter.method})
     metrics = read_metrics(job.run.folder)
+    folder = job.run.folder / "adapter"
+    facts |= {"losses_nats_per_token": last_losses(metrics)}
+    adapter_bytes = save_adapter(model, folder, facts, loaded.tokenizer)
     draw_loss(metrics, job.run.folder / "loss.png")
     result: Result = {
         "method": spec.adapter.method,
@@ -292,13 +295,17 @@ def evaluation_rows(job: Job) -> tuple[list[Example], list[list[str]], list[list
 
 def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
     """Evaluate the adapter in a folder (a run folder will do), or the base model for None."""
-    from swlora.adapters.saved import adapter_folder, load_adapter
+    from swlora.adapters.saved import adapter_folder, load_adapter, warn_of_other_base
 
     folder = adapter_folder(adapter) if adapter else None
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
     model = job.loaded.model
     untouched = english_text(job, model)
-    return evaluate(job, load_adapter(model, folder) if folder else model, untouched)
+    if folder:
+        sample = weights_sample_sha256(model)
+        warn_of_other_base(folder, job.loaded.source, sample, job.progress.say)
+        model = load_adapter(model, folder)
+    return evaluate(job, model, untouched)
 
 
 def train_evaluate(job: Job) -> Result:
@@ -314,7 +321,12 @@ def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Pr
 
     An adapter that was trained here gets its prompt as in training, separator included.
     """
-    from swlora.adapters.saved import adapter_folder, load_adapter, read_facts
+    from swlora.adapters.saved import (
+        adapter_folder,
+        load_adapter,
+        read_facts,
+        warn_of_other_base,
+    )
     from swlora.data.encode import encode_prompts
     from swlora.evaluation.decode import generate
 
@@ -323,6 +335,8 @@ def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Pr
     progress.say(f"model: {loaded.source}")
     model, separator = loaded.model, ""
     if folder:
+        sample = weights_sample_sha256(model)
+        warn_of_other_base(folder, loaded.source, sample, progress.say)
         model = load_adapter(model, folder)
         separator = read_facts(folder).get("separator", "")
     prompt_ids = encode_prompts([Example(prompt, "")], separator, loaded.tokenizer)

@@ -45,6 +45,7 @@ def test_plain_peft_gives_the_same_logits(model_type, layers, make_model, tmp_pa
         "adapter_config.json",
         "adapter_model.safetensors",
         "swlora.json",
+        "README.md",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     theirs = peft.PeftModel.from_pretrained(make_model(model_type), str(folder)).eval()

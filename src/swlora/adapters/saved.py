@@ -1,22 +1,35 @@
-"""Adapters on disk: a standard PEFT folder, with what training noted beside it in swlora.json."""
+"""Adapters on disk: a standard PEFT folder that means the same on every machine.
+
+    adapter_config.json, adapter_model.safetensors    PEFT's; the base model by a name of the Hub
+    tokenizer*.json, chat_template.jinja              the tokenizer that it was trained with
+    swlora.json                                       what training noted (swlora.adapters.card)
+    README.md                                         the same for people, as a model card
+
+Adapters from elsewhere, with PEFT's two files alone, are loaded too.
+"""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from swlora.adapters.card import Facts, model_card
 from swlora.adapters.methods import quiet_peft
 from swlora.errors import RunFailedError, UserError
-from swlora.files import write_json
+from swlora.files import write_json, write_text
 
+CONFIG = "adapter_config.json"
 FACTS = "swlora.json"
 WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> int:
+def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) -> int:
     """Save a PeftModel's adapter as safetensors; return the bytes of its weights.
 
-    `folder` is replaced by a complete one. Raises RunFailedError where the disk is full.
+    `facts` are what `training_facts` gave, and more; the README.md is made from them. `folder` is
+    replaced by a complete one. Raises RunFailedError where the disk is full.
     """
     from safetensors import SafetensorError
 
@@ -25,8 +38,11 @@ def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
         with quiet_peft():
             model.save_pretrained(str(scratch), save_embedding_layers=False)
-        (scratch / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        config = _portable_config(scratch / CONFIG, facts)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, scratch)
         write_json(scratch / FACTS, facts)
+        write_text(scratch / "README.md", model_card(facts, config))  # in place of PEFT's template
         shutil.rmtree(folder, ignore_errors=True)
         scratch.replace(folder)
         return (folder / WEIGHTS).stat().st_size
@@ -34,12 +50,36 @@ def save_adapter(model: Any, folder: Path, facts: dict[str, Any]) -> int:
         raise RunFailedError(f"cannot write {folder}: {error}") from error
 
 
+def _portable_config(path: Path, facts: Facts) -> dict[str, Any]:
+    """Put the base model's own name where PEFT wrote the path from which it was loaded."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if "base_model" in facts:
+        config["base_model_name_or_path"] = facts["base_model"]
+        config["revision"] = facts.get("base_revision")
+        write_json(path, config)
+    return config
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library has one kind for everything
+        raise OSError(f"the tokenizer: {error}") from error
+    path = folder / TOKENIZER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for local in ("is_local", "local_files_only", "name_or_path"):  # of this machine alone
+        config.pop(local, None)
+    write_json(path, config)
+
+
 def load_adapter(model: Any, folder: Path) -> Any:
     """Wrap `model` with the saved adapter in `folder`, frozen; UserError where it does not fit."""
     from peft import PeftModel
 
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} is no adapter folder: it holds no adapter_config.json")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no adapter folder: it holds no {CONFIG}")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
     try:
@@ -86,10 +126,10 @@ def adapter_folder(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"there is no adapter folder {path}")
     inside = path / "adapter"
-    return inside if (inside / "adapter_config.json").is_file() else path
+    return inside if (inside / CONFIG).is_file() else path
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> Facts:
     """Return what training noted beside the adapter; empty for an adapter from elsewhere."""
     path = folder / FACTS
     if not path.is_file():
@@ -98,3 +138,22 @@ def read_facts(folder: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def warn_of_other_base(folder: Path, source: str, sample: str, say: Callable[[str], None]) -> None:
+    """Say so where the adapter was trained on other weights than those it is to be used with.
+
+    `source` names the model at hand, `sample` is its `weights_sample_sha256`. Other shapes are
+    refused by `load_adapter`; other weights may be right, as those of the same model in another
+    format are, so they are no error.
+    """
+    facts = read_facts(folder)
+    trained_on = facts.get("base_weights_sample_sha256")
+    if trained_on in (None, sample):
+        return
+    say(
+        f"warning: the adapter in {folder} was trained on {facts.get('base_model')}, read from "
+        f"{facts.get('base_read_from')} (sample of its weights: {str(trained_on)[:12]}), and this "
+        f"is {source} ({sample[:12]}): unless that is the same model in another format, what they "
+        "say together means little"
+    )

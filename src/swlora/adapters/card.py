@@ -1,0 +1,180 @@
+"""What a saved adapter says of itself: facts for swlora, and a README.md for people and the Hub.
+
+Nothing in them is a path of the machine that trained: a data file has its name and the hash of its
+rows, a model what `swlora.models.identity` calls it.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import yaml
+
+from swlora.config import LORA_SETTINGS, METHOD_SETTINGS, AdapterSpec, RunSpec
+from swlora.data.examples import Example
+from swlora.data.sources import Dataset
+from swlora.models.identity import BaseModel
+from swlora.runs import package_versions
+
+Facts = dict[str, Any]
+
+TITLES = {
+    "lora": "LoRA",
+    "lora+": "LoRA+",
+    "dora": "DoRA",
+    "adalora": "AdaLoRA",
+    "pissa": "PiSSA",
+    "rslora": "rsLoRA",
+    "full": "Full-rank",
+    "supertuning": "Super-Tuning",
+}
+POLICIES = {
+    "all": "all that the model has",
+    "super": "those in which `swlora identify` verified a super weight",
+    "super+removal": "those with a verified super weight, and those that take its activation away",
+    "auto": "measured: the best predicted time to quality",
+    "last": "asked for as the last ones",
+    "first": "asked for as the first ones",
+    "every": "asked for as evenly spaced",
+    "random": "drawn at random, as a control",
+}
+SAMPLED_ROWS = 1000
+
+
+def training_facts(spec: RunSpec, base: BaseModel, dataset: Dataset, layers: list[int]) -> Facts:
+    """Return what is known of an adapter before its training; all values are JSON's.
+
+    `is_chat` says that its rows are chats (most of the first thousand): such an adapter wants its
+    prompts written by the chat template.
+    """
+    taken = METHOD_SETTINGS.get(spec.adapter.method, LORA_SETTINGS)
+    settings = {n: getattr(spec.adapter, n) for n in AdapterSpec.model_fields if n in taken}
+    return {
+        "separator": dataset.separator,
+        "is_chat": _is_chat(dataset.train),
+        "layers": layers,
+        "layer_policy": spec.adapter.layers,
+        "method": spec.adapter.method,
+        "settings": {n: value for n, value in settings.items() if value is not None},
+        "targets": list(spec.adapter.targets),
+        "base_model": base.name,
+        "base_revision": base.revision,
+        "base_on_hub": base.on_hub,
+        "base_read_from": base.read_from,
+        "base_flag": base.flag,
+        "base_weights_sample_sha256": base.weights_sample_sha256,
+        "data": {
+            "name": dataset.name,
+            "rows": len(dataset.train),
+            "sha256": dataset.sha256,
+        },
+        "training": spec.train.model_dump(
+            mode="json",
+            include={"epochs", "batch_size", "learning_rate", "schedule", "max_steps"},
+            exclude_none=True,
+        ),
+        "seed": spec.seed,
+        "packages": package_versions(),
+    }
+
+
+def _is_chat(examples: Sequence[Example]) -> bool:
+    shown = list(islice(examples, SAMPLED_ROWS))
+    return 2 * sum(bool(example.messages) for example in shown) > len(shown)
+
+
+def last_losses(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the newest losses of a training's metrics, in nats a completion token."""
+    names = {"loss": "training, last step", "eval_nll": "held-out rows"}
+    newest = {k: line[k] for line in metrics for k in names if k in line}
+    return {names[k]: loss for k, loss in newest.items()}
+
+
+def model_card(facts: Facts, config: dict[str, Any]) -> str:
+    """Write README.md from the facts beside an adapter and PEFT's own configuration of it."""
+    method = str(facts.get("method", config.get("peft_type", "adapter"))).lower()
+    title, base = TITLES.get(method, method), facts.get("base_model") or "another model"
+    sections = [
+        f"# {title} adapter for {base}",
+        "A standard PEFT adapter, trained with swlora.",
+        "\n".join(_facts_list(facts, config)),
+        "## Use",
+        *_usage(facts),
+    ]
+    if packages := facts.get("packages"):
+        versions = ", ".join(f"{name} {version}" for name, version in packages.items())
+        sections += ["## Versions", versions]
+    return f"---\n{_front_matter(facts, method)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _front_matter(facts: Facts, method: str) -> str:
+    """Return the metadata that the Hub reads; a licence is the trainer's to choose."""
+    meta: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    tags = [method, "swlora", "transformers"]
+    if facts.get("base_on_hub"):
+        meta |= {"base_model": facts["base_model"], "base_model_relation": "adapter"}
+        tags.append(f"base_model:adapter:{facts['base_model']}")
+    return yaml.safe_dump(meta | {"tags": sorted(tags)}, sort_keys=True, allow_unicode=True)
+
+
+def _facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
+    if facts.get("base_model"):
+        at = f" at {facts['base_revision']}" if facts.get("base_revision") else ""
+        yield f"- Base model: {facts['base_model']}{at}, read from {facts['base_read_from']}"
+        yield f"- Sample of its weights: sha256 {facts['base_weights_sample_sha256']}"
+    if settings := facts.get("settings"):
+        shown = ", ".join(f"{n.replace('_', ' ')} {value:g}" for n, value in settings.items())
+        saved = config.get("r")
+        grown = saved and "rank" in settings and saved != settings["rank"]
+        yield f"- Settings: {shown}" + (f" (saved as LoRA of rank {saved})" if grown else "")
+    if facts.get("layers"):
+        policy = str(facts.get("layer_policy", ""))
+        why = POLICIES.get(policy.partition(":")[0], "a list that was asked for")
+        yield f"- Layers: {', '.join(map(str, facts['layers']))} (`--layers {policy}`: {why})"
+        yield f"- Modules: {', '.join(facts.get('targets', []))}"
+    if data := facts.get("data"):
+        kind = "chats" if facts.get("is_chat") else "prompts with completions"
+        yield f"- Data: {data['name']}, {data['rows']:,} rows ({kind}), sha256 {data['sha256']}"
+    if training := facts.get("training"):
+        shown = ", ".join(f"{n.replace('_', ' ')} {value}" for n, value in training.items())
+        yield f"- Training: {shown}, seed {facts.get('seed', 0)}"
+    for name, loss in facts.get("losses_nats_per_token", {}).items():
+        yield f"- Loss, {name}: {loss:.4f} nats a completion token"
+
+
+def _usage(facts: Facts) -> list[str]:
+    base = facts.get("base_model") or "BASE-MODEL"
+    revision = f", revision={facts['base_revision']!r}" if facts.get("base_revision") else ""
+    lines = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"base = AutoModelForCausalLM.from_pretrained({base!r}{revision})",
+        'model = PeftModel.from_pretrained(base, "THIS-FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS-FOLDER")',
+        *_prompt_lines(facts),
+        "new = model.generate(**ids, max_new_tokens=96)[0, ids.input_ids.shape[1] :]",
+        "print(tokenizer.decode(new, skip_special_tokens=True))",
+    ]
+    sections = ["```python\n" + "\n".join(lines) + "\n```"]
+    if facts.get("base_model") and not facts.get("base_on_hub"):
+        sections.insert(0, f"{base} is not on the Hub by that name: put your path to it there.")
+    flags = f"--model {facts.get('base_flag') or base} --adapter THIS-FOLDER"
+    if facts.get("base_revision"):
+        flags += f" --revision {facts['base_revision']}"
+    verb = "chat" if facts.get("is_chat") else "generate"
+    ask = "" if facts.get("is_chat") else ' --prompt "YOUR PROMPT"'
+    return [*sections, f"```\nswlora {verb} {flags}{ask}\n```"]
+
+
+def _prompt_lines(facts: Facts) -> list[str]:
+    """Return Python that shows the model its prompt as it was in training."""
+    if facts.get("is_chat"):
+        return [
+            'turns = [{"role": "user", "content": "YOUR MESSAGE"}]',
+            "text = tokenizer.apply_chat_template(turns, tokenize=False, "
+            "add_generation_prompt=True)",
+            'ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
+        ]
+    behind = f" + {facts['separator']!r}" if facts.get("separator") else ""
+    return [f'ids = tokenizer("YOUR PROMPT"{behind}, return_tensors="pt")']

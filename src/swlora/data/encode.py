@@ -3,16 +3,19 @@
     sequence = tokens(prompt + separator) ++ tokens(completion) ++ [EOS]
 
 The prompt carries the special tokens that the tokenizer puts in front (BOS), never those it puts
-behind; a chat is written by the tokenizer's own template, which holds its special tokens already.
-Prompt and completion are tokenised apart, so that training and generation see the same prompt, and
-a prompt that comes again among the next few thousand rows is tokenised once.
+behind. It is tokenised by itself, so that training and generation see the same prompt, and once for
+all its rows among the next few thousand; the completion's tokens are those that follow it in one
+text (see `tokenise`). A chat is written by the tokenizer's own template, which holds its special
+tokens already, and ends in the token that ends a turn there, or else in EOS (see `chat`).
 """
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from swlora.data.chat import ChatTemplate, Turns
 from swlora.data.examples import Example
 from swlora.data.token_sequences import TokenSequences
+from swlora.data.tokenise import Following, following_ids, token_ids
 from swlora.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -20,13 +23,14 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
 
+_Prompt = tuple[str, Turns]  # of an example: its prompt, or "" and the turns of its chat
+
 
 def encode_example(
     example: Example, separator: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[int], list[int]]:
-    """Return (prompt ids, completion ids with EOS); both hold one token at least."""
-    prompt = encode_prompts([example], separator, tokenizer)[0]
-    return prompt, _encode_completions([example], tokenizer)[0]
+    """Return (prompt ids, completion ids with their end); both hold one token at least."""
+    return _encode_pairs([example], separator, tokenizer, first_row=1)[0]
 
 
 def encode_examples(
@@ -50,8 +54,7 @@ def encode_examples(
         nonlocal n_long, first_long
         for start in range(0, len(examples) or 1, CHUNK_ROWS):
             chunk = list(examples[start : start + CHUNK_ROWS])
-            prompts = encode_prompts(chunk, separator, tokenizer)
-            pairs = list(zip(prompts, _encode_completions(chunk, tokenizer), strict=True))
+            pairs = _encode_pairs(chunk, separator, tokenizer, first_row=start + 1)
             for i, (prompt, completion) in enumerate(pairs):
                 if len(prompt) + len(completion) > context_tokens:
                     n_long += 1
@@ -79,67 +82,76 @@ def encode_prompts(
 
     Raises UserError for no examples, or for a chat that the tokenizer's template cannot write.
     """
-    if not prompts:
+    ids = _prompt_ids(_prompt_texts(prompts, separator, tokenizer), tokenizer)
+    return [ids[e.prompt, e.messages] or [_start_token(tokenizer)] for e in prompts]
+
+
+def _encode_pairs(
+    examples: Sequence[Example],
+    separator: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    first_row: int,
+) -> list[tuple[list[int], list[int]]]:
+    """Return (prompt ids, completion ids) of each example; the first is row `first_row`."""
+    texts = _prompt_texts(examples, separator, tokenizer)
+    prompts = _prompt_ids(texts, tokenizer)
+    keys = [(e.prompt, e.messages) for e in examples]
+    answers = _completion_texts(examples, texts, tokenizer, first_row)
+    start, eos = _start_token(tokenizer), _eos_token(tokenizer)
+    pairs: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
+    for is_chat in (False, True):
+        numbers = [i for i, e in enumerate(examples) if bool(e.messages) == is_chat]
+        rows = [Following(texts[keys[i]], prompts[keys[i]], answers[i][0]) for i in numbers]
+        completions = following_ids(rows, tokenizer, special=not is_chat)
+        for i, row, ids in zip(numbers, rows, completions, strict=True):
+            pairs[i] = row.prompt_ids or [start], ids if answers[i][1] else [*ids, eos]
+    return pairs
+
+
+def _completion_texts(
+    examples: Sequence[Example],
+    prompt_texts: dict[_Prompt, str],
+    tokenizer: "PreTrainedTokenizerBase",
+    first_row: int,
+) -> list[tuple[str, bool]]:
+    """Return the text of each completion, and whether it holds its end (else EOS follows)."""
+    if not any(e.messages for e in examples):
+        return [(e.completion, False) for e in examples]
+    chats, texts = ChatTemplate(tokenizer), []
+    for row, e in enumerate(examples, start=first_row):
+        try:
+            prompt = prompt_texts[e.prompt, e.messages]
+            answer = chats.answer(e.messages, e.completion, prompt) if e.messages else e.completion
+            texts.append((answer, bool(e.messages) and chats.end.token_id is not None))
+        except UserError as error:
+            raise DataError(f"row {row}: {error}") from error
+    return texts
+
+
+def _prompt_texts(
+    examples: Sequence[Example], separator: str, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[_Prompt, str]:
+    """Write each distinct prompt once; UserError for no examples."""
+    if not examples:
         raise UserError("there are no rows to encode")
-    distinct = list(dict.fromkeys((e.prompt, e.messages) for e in prompts))
-    plain = [prompt for prompt, messages in distinct if not messages]
-    chats = [_chat_text(messages, tokenizer) for _, messages in distinct if messages]
-    plain_ids = _ids([text + separator for text in plain], tokenizer, special=True)
-    n_behind = _special_tokens_behind(tokenizer)
-    plain_iter = iter([ids[: len(ids) - n_behind] for ids in plain_ids])
-    chat_iter = iter(_ids(chats, tokenizer, special=False))
-    encoded = {
-        key: next(chat_iter if key[1] else plain_iter) or [_start_token(tokenizer)]
-        for key in distinct
+    chats = ChatTemplate(tokenizer) if any(e.messages for e in examples) else None
+    return {
+        (prompt, turns): chats.prompt(turns) if chats and turns else prompt + separator
+        for prompt, turns in dict.fromkeys((e.prompt, e.messages) for e in examples)
     }
-    return [encoded[e.prompt, e.messages] for e in prompts]
 
 
-def _encode_completions(
-    examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase"
-) -> list[list[int]]:
-    eos = _eos_token(tokenizer)
-    return [[*ids, eos] for ids in _ids([e.completion for e in examples], tokenizer, special=False)]
-
-
-def _ids(
-    texts: list[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool
-) -> list[list[int]]:
-    if not texts:
-        return []
-    batch = tokenizer(
-        texts,
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,  # the length is checked here, against the model's context
-    )
-    return list(batch["input_ids"])
-
-
-def _chat_text(messages: tuple[tuple[str, str], ...], tokenizer: "PreTrainedTokenizerBase") -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "the rows are chats and the tokenizer has no chat template: use a model made for chat, "
-            "or rows of prompt and completion"
-        )
-    from jinja2 import TemplateError
-
-    turns = [{"role": role, "content": content} for role, content in messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        roles = ", ".join(role for role, _ in messages)
-        raise UserError(f"the chat template refuses the turns {roles}: {error}") from error
-    return str(text)
-
-
-def _special_tokens_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Count the special tokens that this tokenizer appends to a text."""
-    bare, full = (_ids(["a"], tokenizer, special=special)[0] for special in (False, True))
-    n_before = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
-    return len(full) - n_before - len(bare)
+def _prompt_ids(
+    texts: dict[_Prompt, str], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[_Prompt, list[int]]:
+    """Tokenise each prompt; one without text and special tokens has none."""
+    ids: dict[_Prompt, list[int]] = {}
+    for is_chat in (False, True):
+        keys = [key for key in texts if bool(key[1]) == is_chat]
+        found = token_ids([texts[key] for key in keys], tokenizer, special=not is_chat)
+        ids |= zip(keys, found, strict=True)
+    return ids
 
 
 def _eos_token(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -295,3 +295,40 @@ def test_logprobs_are_those_of_a_pass_over_the_whole_text(make_model: MakeModel)
             assert [token for token, _ in event.top_logprobs] == top.indices.tolist()
             values = [value for _, value in event.top_logprobs]
             assert values == pytest.approx(top.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+def test_a_prompts_own_tokens_have_the_probabilities_of_a_pass_over_it(
+    model_type: str, make_model: MakeModel
+) -> None:
+    """Shared beginnings, a prompt twice, stretches of 17 nodes, rows beside them that ask for none.
+
+    A prompt that fills the whole context can be scored, too.
+    """
+    model = make_model(model_type)
+    prompts = [*make_prompts(), list(range(256))]
+    wanted = [3, 0, None, 2, 5, 1, 0, 4, None, 2]
+    requests = [
+        DecodeRequest(i, prompt, 1 if len(prompt) == 256 else 3, prompt_logprobs=n)
+        for i, (prompt, n) in enumerate(zip(prompts, wanted, strict=True))
+    ]
+    events = run(decoder(model, prefill_tokens=17), requests)
+    first: dict[int, Event] = {}
+    for event in events:
+        assert first.setdefault(event.request_id, event) is event or not event.prompt
+    for i, (prompt, n) in enumerate(zip(prompts, wanted, strict=True)):
+        scored = first[i].prompt
+        if n is None:
+            assert scored == ()
+            continue
+        assert [choice.token_id for choice in scored] == prompt
+        assert (scored[0].logprob, scored[0].top_logprobs) == (None, ())
+        with torch.no_grad():
+            log_p = torch.log_softmax(model(torch.tensor([prompt])).logits[0].float(), dim=-1)
+        for t, choice in enumerate(scored[1:]):
+            assert choice.logprob == pytest.approx(float(log_p[t, prompt[t + 1]]), abs=2e-5)
+            best = torch.topk(log_p[t], n).values.tolist()
+            assert [value for _, value in choice.top_logprobs] == pytest.approx(best, abs=2e-5)
+            assert all(
+                float(log_p[t, k]) == pytest.approx(v, abs=2e-5) for k, v in choice.top_logprobs
+            )

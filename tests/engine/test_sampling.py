@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swlora.engine.sampling import Chooser, Sampling, nucleus
+from swlora.engine.sampling import Chooser, Sampling, candidates, nucleus
 from swlora.errors import UserError
 
 LOGITS = torch.randn(37, generator=torch.Generator().manual_seed(4)) * 2
@@ -83,6 +83,41 @@ def test_a_seen_token_is_punished_once_however_often_it_came() -> None:
     torch.testing.assert_close(scores, torch.tensor([2 / 1.2, 1.9 / 1.2, -0.5 * 1.2, -0.6]))
 
 
+def test_written_tokens_are_punished_by_the_formula_of_the_openai_api() -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, c over what was written, not the prompt."""
+    logits = torch.tensor([3.0, 2.9, 1.0, -1.0])
+    settings_ = {"frequency_penalty": 0.25, "presence_penalty": 0.5}
+    chooser = Chooser(Sampling(**settings_), [0, 1, 1, 2])
+    counts = [0, 0, 0, 0]
+    for _ in range(20):
+        mu = [
+            logit - count * 0.25 - (count > 0) * 0.5
+            for logit, count in zip(logits.tolist(), counts, strict=True)
+        ]
+        torch.testing.assert_close(chooser._penalised(logits), torch.tensor(mu))
+        token = chooser.choose(logits).token_id
+        assert token == max(range(4), key=lambda j: mu[j])
+        counts[token] += 1
+    assert counts[0] and counts[1] and counts[2]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+@pytest.mark.parametrize("top_k", [1, 5, 36, 37, 400])
+def test_top_k_and_nucleus_keep_what_transformers_keeps(top_k: int, top_p: float) -> None:
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    scores = TopKLogitsWarper(top_k)(ids, LOGITS[None] / 1.3)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(ids, scores)
+    expected = set(scores[0].isfinite().nonzero().flatten().tolist())
+    found = candidates(torch.softmax(LOGITS / 1.3, dim=-1), top_k, top_p)
+    assert (set(range(len(LOGITS))) if found is None else set(found.tolist())) == expected
+    drawn = draws(300, temperature=1.3, top_k=top_k, top_p=top_p)
+    assert set(drawn) <= expected
+    assert len(set(drawn)) >= min(2, len(expected))
+
+
 def test_what_means_nothing_is_refused() -> None:
     for settings_ in (
         {"temperature": -0.1},
@@ -90,6 +125,8 @@ def test_what_means_nothing_is_refused() -> None:
         {"top_p": 1.1},
         {"repetition_penalty": 0.0},
         {"logprobs": -1},
+        {"top_k": -1},
+        {"presence_penalty": math.inf},
         {"temperature": math.nan},
     ):
         with pytest.raises(UserError):

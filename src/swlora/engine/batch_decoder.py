@@ -9,7 +9,7 @@ with the number of rows). In float32, greedy rows say what `generate` of transfo
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from swlora.engine.row_cache import RowCache
 from swlora.engine.sampling import Choice, Chooser, Sampling
 from swlora.engine.tree_prefill import PREFILL_TOKENS, TreePrefill
 from swlora.errors import UserError
-from swlora.models.anatomy import Anatomy, context_tokens
+from swlora.models.anatomy import Anatomy, context_tokens, n_embeddings
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -30,7 +30,8 @@ FinishReason = Literal["eos", "stop", "length"]
 class DecodeRequest:
     """A text that is asked for: continue `prompt` (token ids) by up to `max_new_tokens`.
 
-    `stop_token_ids` end the text as the end-of-sequence tokens do.
+    `stop_token_ids` end the text as the end-of-sequence tokens do. `prompt_logprobs` asks for the
+    probabilities of the prompt's own tokens, with so many alternatives named.
     """
 
     request_id: int
@@ -38,6 +39,7 @@ class DecodeRequest:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: Collection[int] = ()
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Event:
     """One new token of a request; `finish_reason` says that it is the last one, and why.
 
     The token that ends a text is part of its events. `logprob` and `top_logprobs`, (token id, nats)
-    from the likeliest on, are there where the request's sampling asks for them.
+    from the likeliest on, are there where the request's sampling asks for them. `prompt` comes with
+    the first token where it was asked for: the prompt's tokens, the first one without probability.
     """
 
     request_id: int
@@ -53,6 +56,7 @@ class Event:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
+    prompt: tuple[Choice, ...] = ()
 
 
 class _Row:
@@ -107,7 +111,7 @@ class BatchDecoder:
         self._eos = frozenset(eos_token_ids)
         self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
         self._n_layers, self._context = anatomy.n_layers, context_tokens(self._model)
-        self._n_tokens = int(self._model.get_input_embeddings().num_embeddings)
+        self._n_tokens = n_embeddings(self._model)
         self._cache = RowCache(anatomy.n_layers, max_rows)
         self._rows: list[_Row] = []  # in the order of the cache
         self._waiting: deque[_Row] = deque()
@@ -172,7 +176,8 @@ class BatchDecoder:
         n_prompt, n_new = len(request.prompt), request.max_new_tokens
         if n_prompt < 1 or n_new < 1:
             raise UserError("a request needs a prompt token and a new token at least")
-        if n_prompt + n_new > self._context:
+        n_read = n_prompt if n_new == 1 else n_prompt + n_new
+        if n_read > self._context:  # a prompt that is only scored may fill it
             raise UserError(
                 f"a prompt of {n_prompt} tokens and {n_new} new ones exceed the model's context "
                 f"of {self._context}"
@@ -204,9 +209,12 @@ class BatchDecoder:
 
     def _start_prefill(self) -> None:
         self._prefilled = list(self._waiting)
-        prompts = [row.request.prompt for row in self._waiting]
+        requests = [row.request for row in self._waiting]
         self._waiting.clear()
-        self._prefill = TreePrefill(self._model, prompts, self._n_layers)
+        wanted = {i: r.prompt_logprobs for i, r in enumerate(requests)}
+        scored = {i: n for i, n in wanted.items() if n is not None}
+        prompts = [request.prompt for request in requests]
+        self._prefill = TreePrefill(self._model, prompts, self._n_layers, scored)
 
     def _advance_prefill(self, prefill: TreePrefill) -> list[Event]:
         complete, logits = prefill.advance(self._prefill_tokens)
@@ -214,6 +222,10 @@ class BatchDecoder:
         present = [(n, i, row) for n, i, row in places if row is not None]
         rows = [row for _, _, row in present]
         events = _choose(rows, logits[[n for n, _, _ in present]])
+        events = [
+            replace(event, prompt=prefill.scores(i))
+            for event, (_, i, _) in zip(events, present, strict=True)
+        ]
         going_on = []
         for event, (_, i, row) in zip(events, present, strict=True):
             self._prefilled[i] = None

@@ -21,7 +21,7 @@ from swlora.engine.decode_attention import attending
 from swlora.engine.decode_forwards import DecodeForwards
 from swlora.engine.tree_prefill import PREFILL_TOKENS, TreePrefill
 from swlora.errors import UserError
-from swlora.models.anatomy import Anatomy
+from swlora.models.anatomy import Anatomy, n_embeddings
 
 Continuation = tuple[float, int, int]  # log p of the text it makes, its beam, its token
 
@@ -99,7 +99,7 @@ class BeamDecoder:
         max_prompts: int,
     ) -> None:
         self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        n_tokens = int(self._model.get_input_embeddings().num_embeddings)
+        n_tokens = n_embeddings(self._model)
         if n_tokens < settings.n_beams + len(eos_token_ids):
             raise UserError(f"{n_tokens} tokens are too few for {settings.n_beams} beams")
         self._forwards = DecodeForwards(model)

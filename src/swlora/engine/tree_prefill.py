@@ -7,7 +7,7 @@ its first node, wherever they lie, and itself:
     query i may see key j   iff   j <= i < subtree_end[j]   (and depth_i - depth_j < window)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache
 from swlora.data.token_sequences import TokenSequences
 from swlora.data.tree_rows import TreeRow, build_row
 from swlora.engine.decode_attention import Layout, attending
+from swlora.engine.prompt_scores import PromptScores
+from swlora.engine.sampling import Choice
 
 PREFILL_TOKENS = 512  # run at once, if nothing else is asked for
 RUN_NODES = (64, 128, 256, 512)
@@ -29,10 +31,17 @@ MAX_SCORES = 1 << 25  # of one block; longer prompts are run in shorter stretche
 class TreePrefill:
     """Keys, values and first logits of some prompts, a stretch at a time.
 
-    `n_layers` blocks of `base_model` attend through the interface of `decode_attention`.
+    `n_layers` blocks of `base_model` attend through the interface of `decode_attention`. The tokens
+    of the prompts in `scored` get probabilities too, with so many alternatives named.
     """
 
-    def __init__(self, base_model: Any, prompts: Sequence[Sequence[int]], n_layers: int) -> None:
+    def __init__(
+        self,
+        base_model: Any,
+        prompts: Sequence[Sequence[int]],
+        n_layers: int,
+        scored: Mapping[int, int] | None = None,
+    ) -> None:
         self._model, self._n_layers = base_model, n_layers
         # A completion that numbers its prompt, so that the target says whose node it is.
         pairs = [(list(prompt), [i]) for i, prompt in enumerate(prompts)]
@@ -40,6 +49,8 @@ class TreePrefill:
         self._leaves = dict(
             zip(self._row.target_id.tolist(), self._row.target_position.tolist(), strict=True)
         )
+        wanted = scored or {}
+        self._scores = PromptScores(prompts, {i: self._path(i) for i in wanted}, wanted)
         self._cache = _NodeCache(n_layers, len(self._row.token_ids))
         self._n_heads = int(base_model.config.num_attention_heads)
 
@@ -52,7 +63,9 @@ class TreePrefill:
         end = min(start + self._stretch(start, max_nodes), len(self._row.token_ids))
         complete = [i for i, leaf in self._leaves.items() if start <= leaf < end]
         device = self._model.device
-        leaves = [self._leaves[i] - start for i in complete] or [0]  # a head of no rows is none
+        kept = {self._leaves[i] for i in complete} | self._scores.nodes(start, end)
+        kept = kept or {start}  # a head of no rows is none
+        places = {node: row for row, node in enumerate(sorted(kept))}
         tokens, positions = (
             torch.from_numpy(nodes[None, start:end].astype(np.int64)).to(device)
             for nodes in (self._row.token_ids, self._row.position_ids)
@@ -65,16 +78,26 @@ class TreePrefill:
                 position_ids=positions,
                 past_key_values=self._cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(leaves, device=device),
+                logits_to_keep=torch.tensor([node - start for node in places], device=device),
             )
-        return complete, out.logits[0, : len(complete)]
+        logits = out.logits[0]
+        self._scores.take(start, end, places, logits)
+        return complete, logits[[places[self._leaves[i]] for i in complete]]
+
+    def scores(self, i: int) -> tuple[Choice, ...]:
+        """Return the tokens of a complete prompt with their probabilities, if they were wanted."""
+        return self._scores.of(i)
 
     def states(self, i: int) -> Tensor:
         """Return keys and values of a complete prompt, (layers, 2, H_kv, length, h)."""
         assert self._cache.states is not None
+        path = torch.from_numpy(self._path(i)).to(self._model.device)
+        return self._cache.states.index_select(3, path)
+
+    def _path(self, i: int) -> NDArray[np.int64]:
+        """Return the nodes of a prompt, its first token's first."""
         leaf = self._leaves[i]
-        path = np.flatnonzero(self._row.subtree_end[: leaf + 1] > leaf)
-        return self._cache.states.index_select(3, torch.from_numpy(path).to(self._model.device))
+        return np.flatnonzero(self._row.subtree_end[: leaf + 1] > leaf)
 
     def _stretch(self, start: int, max_nodes: int) -> int:
         deepest = int(self._row.position_ids[start : start + max_nodes].max()) + 1

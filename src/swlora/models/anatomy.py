@@ -259,6 +259,11 @@ def context_tokens(model: Any) -> int:
     return int(getattr(model.config, "max_position_embeddings", 0) or 1_000_000)
 
 
+def n_embeddings(model: Any) -> int:
+    """Return the number of tokens that the model knows, also where an adapter wraps them."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def family_of(model_type: str) -> Family:
     """Return the family of a `config.model_type`; UnknownFamilyError names the known ones."""
     try:

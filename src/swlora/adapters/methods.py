@@ -129,6 +129,7 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
         warnings.filterwarnings("ignore", message=r"Adapter .* tensor\(s\) have invalid shape")
         yield
 

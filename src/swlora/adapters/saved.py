@@ -16,6 +16,7 @@ from typing import Any
 
 from swlora.adapters.card import Facts, model_card
 from swlora.adapters.methods import quiet_peft
+from swlora.adapters.reach import refusal
 from swlora.errors import RunFailedError, UserError
 from swlora.files import write_json, write_text
 
@@ -82,6 +83,8 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise UserError(f"{folder} is no adapter folder: it holds no {CONFIG}")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
+    if reason := _refusal(folder):
+        raise UserError(f"the adapter in {folder} is not supported: {reason}")
     try:
         with quiet_peft():
             peft_model = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
@@ -99,15 +102,28 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return peft_model.eval().requires_grad_(False)  # PEFT leaves some free on bfloat16 models
 
 
+def _refusal(folder: Path) -> str | None:
+    try:
+        return refusal(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return None  # PEFT will say what is wrong with it
+
+
 def _unmatched(peft_model: Any, weights: Path) -> tuple[int, int]:
-    """Count the saved tensors without a place in the model, and the places without a tensor."""
+    """Count the saved tensors without a place in the model, and the places without a tensor.
+
+    Beside an adapter of embeddings or head, PEFT saves the model's own; they may be missing.
+    """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
     with safe_open(weights, "pt") as file:
         saved = set(file.keys())
-    places = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-    return len(saved - places), len(places - saved)
+    needed, known = (
+        set(get_peft_model_state_dict(peft_model, save_embedding_layers=embeddings))
+        for embeddings in (False, True)
+    )
+    return len(saved - known), len(needed - saved)
 
 
 def _undo_rounding(peft_model: Any, weights: Path) -> None:

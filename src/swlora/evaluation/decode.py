@@ -3,18 +3,21 @@
 Rows share a cache, and the place of what is finished goes to the next prompt: greedy and sampled
 rows (`swlora.engine.batch_decoder`), beams and n-gram blocking (`swlora.engine.beam_decoder`). Beam
 search as in the LoRA paper has num_beams 10, length_penalty 0.9 and no_repeat_ngram_size 4 (arXiv
-2106.09685, table 11). Families whose attention cannot be replaced, and samples without repeated
-n-grams, are left to `generate` of transformers, prompts of similar length together.
+2106.09685, table 11). Families whose attention cannot be replaced, adapters of more than
+projections, and samples without repeated n-grams are left to `generate` of transformers, prompts
+of similar length together.
 """
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 import torch
 
+from swlora.adapters.reach import is_covered
 from swlora.config import DecodeSpec
 from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
 from swlora.engine.beam_decoder import BeamDecoder, BeamSettings
@@ -54,7 +57,7 @@ def generate(
 
 def _way(model: Any, spec: DecodeSpec) -> Callable[..., Iterator[tuple[int, list[int]]]]:
     """Return how texts are made: a function that yields (prompt, its new tokens) as they end."""
-    if not family_of(model.config.model_type).has_attention_interface:
+    if not (family_of(model.config.model_type).has_attention_interface and is_covered(model)):
         return _by_batches
     if spec.num_beams == 1 and spec.no_repeat_ngram_size == 0:
         return _by_rows
@@ -123,7 +126,8 @@ def _by_batches(
     """Yield (prompt, its new tokens), batch by batch from the shortest prompts on."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     n_at_once = max(1, spec.batch_size // spec.num_beams)
-    with torch.random.fork_rng(), fast_modules(model):
+    forwards = fast_modules(model) if is_covered(model) else nullcontext()
+    with torch.random.fork_rng(), forwards:
         torch.manual_seed(seed)
         for start in range(0, len(order), n_at_once):
             chunk = order[start : start + n_at_once]

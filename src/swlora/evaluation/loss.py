@@ -6,12 +6,14 @@ that groups share are shared, and each group is scored at its own targets.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from swlora.adapters.reach import is_covered
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.data.tree_rows import TreeRow, build_row, number_nodes
@@ -25,6 +27,7 @@ from swlora.progress import Progress
 from swlora.superweights.ablate import text_loss, text_windows
 
 SEQUENCES_AT_ONCE = 64
+PADDED_AT_ONCE = 8
 ENGLISH_WINDOWS = 4
 ENGLISH_WINDOW_TOKENS = 512
 
@@ -43,7 +46,8 @@ def grouped_losses(
 
     group_of: (n,) int64, the group of each sequence; groups are numbered from 0 without gaps.
     `model` is a causal language model or a PeftModel around one; tree rows are used where the
-    family can run them. Raises ValueError where group_of does not fit.
+    family can run them and the adapter is one of the blocks' projections, else padded batches.
+    Raises ValueError where group_of does not fit.
     """
     if group_of.shape != (len(sequences),) or not np.bincount(group_of).all():
         raise ValueError("group_of must number the group of every sequence, from 0 without gaps")
@@ -60,9 +64,12 @@ def grouped_losses(
         epoch=0,
     )
     totals = [LossSum()] * n_groups
-    with progress.task("loss", len(sequences)) as task, fast_modules(model):
+    is_fast = is_covered(model)
+    has_tree_rows = is_fast and split.anatomy.family.has_attention_interface
+    forwards = fast_modules(model) if is_fast else nullcontext()
+    with progress.task("loss", len(sequences)) as task, forwards:
         for ids in (ids for step in steps for ids in step):
-            if split.anatomy.family.has_attention_interface:
+            if has_tree_rows:
                 row = build_row(sequences, ids)
                 hidden = split.whole(TreeLayout(row, base_model.device))
                 for group, part in _split_targets(sequences, row, group_of, node_numbers):
@@ -70,11 +77,19 @@ def grouped_losses(
                     totals[group] += LossSum(float(loss), part.n_target_tokens)
             else:
                 for group in np.unique(group_of[ids]):
-                    batch = pad(sequences, ids[group_of[ids] == group], model.device)
-                    padded_loss, n_tokens = completion_loss(model, batch)
-                    totals[group] += LossSum(float(padded_loss), n_tokens)
+                    totals[group] += _padded_loss(model, sequences, ids[group_of[ids] == group])
             task.advance(len(ids))
     return totals
+
+
+def _padded_loss(model: Any, sequences: TokenSequences, ids: Ints) -> LossSum:
+    """Return the loss of sequences in padded batches, whose logits take the memory."""
+    total = LossSum()
+    for start in range(0, len(ids), PADDED_AT_ONCE):
+        batch = pad(sequences, ids[start : start + PADDED_AT_ONCE], model.device)
+        loss, n_tokens = completion_loss(model, batch)
+        total += LossSum(float(loss), n_tokens)
+    return total
 
 
 def english_loss(model: Any, tokenizer: Any) -> LossSum:
@@ -84,7 +99,7 @@ def english_loss(model: Any, tokenizer: Any) -> LossSum:
     """
     window_tokens = min(ENGLISH_WINDOW_TOKENS, context_tokens(model))
     windows = text_windows(tokenizer, None, ENGLISH_WINDOWS, window_tokens)
-    with fast_modules(model):
+    with fast_modules(model) if is_covered(model) else nullcontext():
         return text_loss(model, windows)
 
 

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 import torch
 from starlette.testclient import TestClient
+from tests.web.fake_host import FakeHost
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.adapters.saved import save_adapter
@@ -22,8 +23,10 @@ from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.models.load import LoadedModel, load_model
 from swlora.web.app import create_app
 from swlora.web.guard import Guard, Policy
+from swlora.web.scheduler import Scheduler
 from swlora.web.server import Server, listening_socket
 from swlora.web.service import Service, make_service
+from swlora.web.tickets import Limits
 
 BASE = "tiny"
 ZEROED = WeightAddress(1, "mlp.down_proj", 7, 11)
@@ -156,3 +159,27 @@ def _running(service: Service, policy: Policy | None = None) -> Iterator[Running
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
+
+
+# Schedulers whose host only counts
+
+
+@pytest.fixture
+def host() -> FakeHost:
+    return FakeHost()
+
+
+@pytest.fixture
+def make_scheduler(host) -> Iterator:
+    made = []
+
+    def make(**limits) -> Scheduler:
+        standard = {"max_rows": 4, "queue": 8, "deadline_s": 30.0, "cache_tokens": 10_000}
+        made.append(Scheduler(host, Limits(**standard | limits)))
+        return made[-1]
+
+    yield make
+    host.gate.set()
+    for scheduler in made:
+        if scheduler._thread.is_alive():
+            scheduler.stop()

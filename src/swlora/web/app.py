@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from swlora.web import openai_api, page_api
+from swlora.web.generation import MODEL_FAILED
 from swlora.web.guard import Guard, Policy
 from swlora.web.pages import browsing, static, writing
 from swlora.web.pages.render import problem_page, wants_page
@@ -71,7 +72,10 @@ async def health(_request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """Say whether texts are taken on."""
-    if not service_of(request).scheduler.is_ready:
+    scheduler = service_of(request).scheduler
+    if scheduler.is_broken:
+        raise ApiError(503, MODEL_FAILED, code="failed")
+    if not scheduler.is_ready:
         raise ApiError(503, "the server is starting or shutting down")
     return json_response({"status": "ready"})
 

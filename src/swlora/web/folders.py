@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swlora.adapters.reach import switch_refusal
 from swlora.adapters.saved import WEIGHTS, read_facts
 from swlora.errors import UserError
 from swlora.runs import read_metrics, read_run
@@ -64,7 +65,7 @@ class RunFolders:
         self._runs: dict[str, RunEntry] = {}
         self._studies: dict[str, RunEntry] = {}
         self._adapters: dict[str, AdapterEntry] = {}
-        self._told: set[str] = set()
+        self._not_served: dict[str, str] = {}
 
     def runs(self) -> dict[str, RunEntry]:
         """Return the run folders by name."""
@@ -81,6 +82,11 @@ class RunFolders:
         self._refresh()
         return self._adapters
 
+    def not_served(self) -> dict[str, str]:
+        """Return why the other adapters that lie there are not offered, by name."""
+        self._refresh()
+        return self._not_served
+
     def _refresh(self) -> None:
         with self._lock:
             if time.monotonic() - self._walked_s < FRESH_S:
@@ -88,6 +94,7 @@ class RunFolders:
             runs: dict[str, RunEntry] = {}
             studies: dict[str, RunEntry] = {}
             adapters: dict[str, AdapterEntry] = {}
+            not_served: dict[str, str] = {}
             for name, folder, files in _walk(self._root):
                 if "run.json" in files:
                     runs[name] = RunEntry(name, folder)
@@ -96,13 +103,14 @@ class RunFolders:
                 if ADAPTER_CONFIG in files:
                     if folder.name == "adapter" and (folder.parent / "run.json").is_file():
                         name = name.removesuffix("adapter").rstrip("/") or self._root.name
-                    entry = read_adapter_entry(name, folder)
-                    if entry is not None:
-                        adapters[name] = entry
-                    elif name not in self._told:
-                        self._told.add(name)
-                        log.warning("the adapter of %s is not served: it is not plain LoRA", name)
-            self._runs, self._studies, self._adapters = runs, studies, adapters
+                    try:
+                        adapters[name] = read_adapter_entry(name, folder)
+                    except UserError as error:
+                        not_served[name] = str(error)
+            for name in not_served.keys() - self._not_served.keys():
+                log.warning("the adapter of %s is not served: %s", name, not_served[name])
+            self._runs, self._studies = runs, studies
+            self._adapters, self._not_served = adapters, not_served
             self._walked_s = time.monotonic()
 
 
@@ -126,31 +134,22 @@ def _is_plain(name: str) -> bool:
     return name.isprintable() and not name.startswith(".") and len(name) <= 100
 
 
-def read_adapter_entry(name: str, folder: Path) -> AdapterEntry | None:
-    """Return the adapter in `folder`, or None where it is not plain LoRA.
-
-    What would change the base model itself (biases, whole modules, a decomposition of its weights)
-    is left out: other requests would see it.
-    """
+def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:
+    """Return the adapter in `folder`; UserError, with the reason, where it is not served."""
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         version = (folder / WEIGHTS).stat().st_mtime_ns
         facts = read_facts(folder)
-        is_plain = (
-            config["peft_type"] == "LORA"
-            and config.get("bias", "none") == "none"
-            and not config.get("modules_to_save")
-            and not config.get("trainable_token_indices")
-            and not config.get("layer_replication")
-            and config.get("init_lora_weights", True) in (True, False, "gaussian")
-        )
+        reason = switch_refusal(config)
         layers = facts.get("layers")
         separator = str(facts.get("separator", ""))
-        rank = int(config["r"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
-        return None
-    if not is_plain:
-        return None
+        rank = 0 if reason else int(config["r"])
+    except FileNotFoundError as error:
+        raise UserError(f"it has no {WEIGHTS}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"its {ADAPTER_CONFIG} or its facts cannot be read") from error
+    if reason:
+        raise UserError(reason)
     known = tuple(layers) if isinstance(layers, list) else None
     return AdapterEntry(name, folder, version, rank, known, separator)
 

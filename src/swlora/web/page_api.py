@@ -109,6 +109,10 @@ def describe(service: Service) -> dict[str, Any]:
         "base": service.base_name,
         "source": service.loaded.source,
         "adapters": [a for a in adapters if a["name"] != service.base_name],
+        "not_served": [
+            {"name": name, "reason": reason}
+            for name, reason in service.folders.not_served().items()
+        ],
         "weights": [weight.public() for weight in service.weights.offered().values()],
         "has_chat": service.has_chat,
         "context_tokens": service.loaded.context_tokens,

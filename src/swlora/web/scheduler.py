@@ -2,7 +2,9 @@
 
 Every turn: tickets that were cancelled or are overdue go, waiting ones are admitted, and the rows
 of one variant take a step of one token. Variants take turns, and the model is in a variant's state
-for its own steps only. A ticket beyond `max_rows` at work and `queue` waiting is refused.
+for its own steps only. A ticket beyond `max_rows` at work and `queue` waiting is refused. A failure
+ends the tickets of its own variant; after it, the base model must answer as it did at the start, or
+nothing is taken on until it does.
 """
 
 import logging
@@ -14,11 +16,14 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from swlora.engine.batch_decoder import Event
 from swlora.errors import UserError
 from swlora.web.tickets import (
     Decoder,
     Ended,
     Host,
+    Limits,
+    ModelFailedError,
     QueueFullError,
     ShuttingDownError,
     Ticket,
@@ -26,17 +31,8 @@ from swlora.web.tickets import (
 )
 
 FAILED = Ended("failed", "the server failed; its log says why")
+RETRY_S = 5.0  # between attempts to bring the model back
 log = logging.getLogger("swlora.web")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much is taken on; `cache_tokens` bounds rows times the longest of them."""
-
-    max_rows: int
-    queue: int
-    deadline_s: float
-    cache_tokens: int
 
 
 @dataclass
@@ -59,6 +55,7 @@ class Scheduler:
         self._current: Variant | None = None
         self._state = ExitStack()
         self._service_s = 1.0  # what a text took of late
+        self._is_broken = False
         self._thread = threading.Thread(target=self._run, name="swlora-model", daemon=True)
 
     # For everybody
@@ -80,10 +77,12 @@ class Scheduler:
         self._shutdown_s = min(self._shutdown_s, time.monotonic() + seconds)
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Take on all tickets or none; QueueFullError, ShuttingDownError."""
+        """Take on all tickets or none; QueueFullError, ShuttingDownError, ModelFailedError."""
         with self._changed:
             if self._stopping or self._shutdown_s < math.inf:
                 raise ShuttingDownError
+            if self._is_broken:
+                raise ModelFailedError
             n_taken = self._n_active + len(self._waiting)
             if n_taken + len(tickets) > self._limits.max_rows + self._limits.queue:
                 raise QueueFullError(self._retry_after_s())
@@ -104,7 +103,13 @@ class Scheduler:
     @property
     def is_ready(self) -> bool:
         """Whether tickets are taken."""
-        return self._thread.is_alive() and not self._stopping and self._shutdown_s == math.inf
+        is_going = self._thread.is_alive() and not self._stopping and self._shutdown_s == math.inf
+        return is_going and not self._is_broken
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the model failed and has not come back since."""
+        return self._is_broken
 
     @property
     def n_waiting(self) -> int:
@@ -123,21 +128,28 @@ class Scheduler:
     # The thread
 
     def _run(self) -> None:
-        while self._wait():
+        while not self._stopping:
             try:
+                self._wait()
+                if self._is_broken and not self._stopping:
+                    self._mend()
                 self._turn()
             except Exception:  # whatever went wrong, the next request shall find a server
                 log.exception("the model's thread failed")
                 self._forsake(FAILED)
+                self._mend()
         self._forsake(Ended("shutdown", "the server is shutting down"))
+        self._leave()
 
-    def _wait(self) -> bool:
-        """Sleep until there is work; False where the thread shall end."""
+    def _wait(self) -> None:
+        """Sleep until there is something to do."""
+        if not (self._waiting or self._n_active):
+            self._enter(None)
         with self._changed:
-            while not (self._waiting or self._n_active or self._stopping):
-                self._enter(None)
+            while not (self._waiting or self._n_active or self._stopping or self._is_broken):
                 self._changed.wait()
-            return not self._stopping
+            if self._is_broken and not self._stopping:
+                self._changed.wait(RETRY_S)
 
     def _turn(self) -> None:
         self._sweep()
@@ -155,14 +167,22 @@ class Scheduler:
             late = [ticket for ticket in self._waiting if self._due_s(ticket) <= now_s]
             self._waiting = deque(ticket for ticket in self._waiting if ticket not in late)
         for ticket in late:
-            ticket.deliver(self._lateness(ticket))
+            self._tell(ticket, self._lateness(ticket))
         for variant, batch in list(self._batches.items()):
-            for ticket in list(batch.tickets.values()):
-                if ticket.cancelled or self._due_s(ticket) <= now_s:
-                    batch.decoder.drop(ticket.request.request_id)
-                    self._leave_batch(variant, ticket)
-                    ended = Ended("cancelled") if ticket.cancelled else self._lateness(ticket)
-                    ticket.deliver(ended)
+            if variant not in self._batches:  # one before it failed, and took all along
+                continue
+            try:
+                self._sweep_batch(variant, batch, now_s)
+            except Exception:
+                self._fail(variant, "a text could not be taken out")
+
+    def _sweep_batch(self, variant: Variant, batch: _Batch, now_s: float) -> None:
+        for ticket in list(batch.tickets.values()):
+            if ticket.cancelled or self._due_s(ticket) <= now_s:
+                batch.decoder.drop(ticket.request.request_id)
+                self._leave_batch(variant, ticket)
+                ended = Ended("cancelled") if ticket.cancelled else self._lateness(ticket)
+                self._tell(ticket, ended)
 
     def _due_s(self, ticket: Ticket) -> float:
         return min(ticket.due_s, self._shutdown_s)
@@ -175,12 +195,11 @@ class Scheduler:
     def _next_tickets(self) -> dict[Variant, list[Ticket]]:
         """Take waiting tickets, the oldest first, while there are rows and memory for them."""
         groups: dict[Variant, list[Ticket]] = {}
-        longest = max(
-            (n_tokens(t) for b in self._batches.values() for t in b.tickets.values()), default=0
-        )
+        at_work = (t for batch in self._batches.values() for t in batch.tickets.values())
+        longest = max((ticket.n_tokens for ticket in at_work), default=0)
         with self._changed:
             while self._waiting and self._n_active < self._limits.max_rows:
-                longest = max(longest, n_tokens(self._waiting[0]))
+                longest = max(longest, self._waiting[0].n_tokens)
                 if self._n_active and (self._n_active + 1) * longest > self._limits.cache_tokens:
                     break
                 ticket = self._waiting.popleft()
@@ -189,15 +208,17 @@ class Scheduler:
         return groups
 
     def _admit(self, variant: Variant, tickets: list[Ticket]) -> None:
+        if self._is_broken:
+            self._end(tickets, FAILED)
+            return
         try:
             batch = self._batches.get(variant) or self._new_batch(variant)
             batch.decoder.admit([ticket.request for ticket in tickets])
         except UserError as error:  # nothing was taken on
             self._end(tickets, Ended("refused", str(error)))
         except Exception:
-            log.exception("the model could not take a text on")
             self._end(tickets, FAILED)
-            self._discard(variant)
+            self._fail(variant, "the model could not take a text on")
         else:
             batch.tickets.update((ticket.request.request_id, ticket) for ticket in tickets)
             self._batches[variant] = batch
@@ -211,18 +232,15 @@ class Scheduler:
     def _step(self, variant: Variant, batch: _Batch) -> None:
         try:
             self._enter(variant)
-            events = batch.decoder.step()
+            for event in batch.decoder.step():
+                ticket = batch.tickets[event.request_id]
+                self._tell(ticket, event)
+                if event.finish_reason:
+                    self._leave_batch(variant, ticket)
+                    took_s = time.monotonic() - ticket.submitted_s
+                    self._service_s += 0.1 * (took_s - self._service_s)
         except Exception:  # the decoder is in an unknown state; other variants have their own
-            log.exception("the model failed in a step")
-            self._discard(variant)
-            return
-        for event in events:
-            ticket = batch.tickets[event.request_id]
-            ticket.deliver(event)
-            if event.finish_reason:
-                self._leave_batch(variant, ticket)
-                took_s = time.monotonic() - ticket.submitted_s
-                self._service_s += 0.1 * (took_s - self._service_s)
+            self._fail(variant, "the model failed in a step")
 
     def _leave_batch(self, variant: Variant, ticket: Ticket) -> None:
         tickets = self._batches[variant].tickets
@@ -237,7 +255,7 @@ class Scheduler:
         with self._changed:
             self._n_active -= len(tickets)
         for ticket in tickets:
-            ticket.deliver(ended)
+            self._tell(ticket, ended)
 
     def _discard(self, variant: Variant, ended: Ended = FAILED) -> None:
         self._host.forget(variant)
@@ -245,28 +263,66 @@ class Scheduler:
         if batch is not None:
             self._end(list(batch.tickets.values()), ended)
 
+    def _fail(self, variant: Variant, what: str) -> None:
+        """End the tickets of a variant because of the exception that is being handled."""
+        log.exception("%s (%s)", what, variant.adapter or "the base model")
+        self._discard(variant)
+        self._mend()
+
+    def _mend(self) -> None:
+        """Leave the variant, and see to it that the base model is what it was."""
+        self._leave()
+        try:
+            is_whole = self._host.recover(list(self._batches))
+        except Exception:
+            log.exception("the model could not be checked after a failure")
+            is_whole = False
+        if not is_whole:  # then nobody can be sure of what the others would get
+            self._forsake(FAILED)
+            try:
+                is_whole = self._host.rebuild()
+            except Exception:
+                log.exception("the model could not be put together again")
+        if not is_whole:
+            log.error("the model does not answer as it did: no texts are taken on until it does")
+        with self._changed:
+            self._is_broken = not is_whole
+        if self._is_broken:
+            self._forsake(FAILED)  # what came meanwhile
+
     def _forsake(self, ended: Ended) -> None:
-        """End everything, also what waits, and leave the model's variant."""
+        """End everything, also what waits."""
         with self._changed:
             waiting = list(self._waiting)
             self._waiting.clear()
         for ticket in waiting:
-            ticket.deliver(ended)
+            self._tell(ticket, ended)
         for variant in list(self._batches):
             self._discard(variant, ended)
-        self._enter(None)
+
+    def _tell(self, ticket: Ticket, news: Event | Ended) -> None:
+        try:
+            ticket.deliver(news)
+        except Exception:
+            log.exception("a client could not be told")
+            ticket.cancelled = True
 
     def _enter(self, variant: Variant | None) -> None:
         """Switch the model to a variant; None leaves it whole, for nobody's use."""
         if variant == self._current:
             return
-        self._current = None
-        self._state.close()
+        if not self._leave():
+            self._mend()
         if variant is not None:
             self._state.enter_context(self._host.switched(variant))
             self._current = variant
 
-
-def n_tokens(ticket: Ticket) -> int:
-    """Return the tokens that the ticket's row may grow to."""
-    return len(ticket.request.prompt) + ticket.request.max_new_tokens
+    def _leave(self) -> bool:
+        """Leave the model's variant; False where something could not be put back."""
+        self._current = None
+        try:
+            self._state.close()
+        except Exception:
+            log.exception("the model could not be switched back")
+            return False
+        return True

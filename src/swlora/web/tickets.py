@@ -21,6 +21,16 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """How much is taken on; `cache_tokens` bounds rows times the longest of them."""
+
+    max_rows: int
+    queue: int
+    deadline_s: float
+    cache_tokens: int
+
+
+@dataclass(frozen=True)
 class Ended:
     """How a text ended; `message` says more where it was refused or failed."""
 
@@ -41,6 +51,11 @@ class Ticket:
     due_s: float = math.inf
     submitted_s: float = 0.0
     cancelled: bool = False
+
+    @property
+    def n_tokens(self) -> int:
+        """The tokens that the row may grow to."""
+        return len(self.request.prompt) + self.request.max_new_tokens
 
 
 class Decoder(Protocol):
@@ -71,6 +86,15 @@ class Host(Protocol):
     def forget(self, variant: Variant) -> None:
         """Never return the variant's decoder again: it failed, or holds rows that nobody wants."""
 
+    def recover(self, keep: Collection[Variant]) -> bool:
+        """Let go of all but `keep` after a failure; say whether the base model is what it was.
+
+        The model is in no variant's state.
+        """
+
+    def rebuild(self) -> bool:
+        """Put the base model together anew, without any adapter; say whether it is what it was."""
+
 
 class QueueFullError(Exception):
     """Too much waits already; ask again after `retry_after_s`."""
@@ -82,3 +106,7 @@ class QueueFullError(Exception):
 
 class ShuttingDownError(Exception):
     """Nothing new is taken on."""
+
+
+class ModelFailedError(Exception):
+    """The model failed and does not answer as it did; nothing is taken on until it does."""

@@ -1,7 +1,9 @@
 """One model, many variants: adapters loaded when they are first asked for, switched by PEFT.
 
-The base model is never changed for good: only plain LoRA is loaded (see `folders`), and weights at
-zero are put back bit for bit. Used by the scheduler's thread alone.
+The base model is never changed for good: only plain LoRA is loaded (see `folders`), none of the
+model's own tensors is ever read from an adapter's file, and weights at zero are put back bit for
+bit. Whether that holds is seen by what the base model says of a few tokens. Used by the scheduler's
+thread alone.
 """
 
 import logging
@@ -10,18 +12,27 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 
 from swlora.adapters.methods import quiet_peft
-from swlora.engine.batch_decoder import BatchDecoder
+from swlora.adapters.own_tensors import check_tensors
+from swlora.adapters.saved import WEIGHTS
+from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
 from swlora.errors import UserError
+from swlora.models.anatomy import context_tokens, n_embeddings
 from swlora.models.load import LoadedModel
+from swlora.models.module_tree import ModuleTree
 from swlora.web.folders import AdapterEntry, RunFolders
 from swlora.web.tickets import Decoder, Variant
 from swlora.web.weights import ServedWeights
 
 log = logging.getLogger("swlora.web")
+DOES_NOT_FIT = "this adapter does not fit the model that is served"
+CHECK_TOKENS = 16
+TOLERANCE_FLOAT32, TOLERANCE = 1e-3, 0.25  # nats: other orders of summation, in bfloat16 too
 MAX_LOADED = 8  # adapters in memory, beyond those at work
 MAX_DECODERS = 8  # kept for variants that come again; an idle one holds little
 PREFILL_TOKENS = 128  # run at once: between them other texts go on and a client may leave
@@ -43,6 +54,8 @@ class ModelHost:
         self._n_loads = 0
         self._decoders: OrderedDict[Variant, Decoder] = OrderedDict()
         self.decoder(Variant())
+        self._tree = ModuleTree(self._model)
+        self._said = self._say()
 
     def decoder(self, variant: Variant) -> Decoder:
         """Return an empty decoder for the variant, in whose state the model is."""
@@ -92,33 +105,65 @@ class ModelHost:
             self._unload(name)
             raise
 
+    def recover(self, keep: Collection[Variant]) -> bool:
+        """Let go of idle adapters and decoders; say whether the base model answers as it did."""
+        busy = {variant.adapter for variant in keep}
+        for variant in [v for v in self._decoders if v not in keep]:
+            self.forget(variant)
+        for name in [name for name in self._loaded if name not in busy]:
+            self._unload(name)
+        return self._is_whole()
+
+    def rebuild(self) -> bool:
+        """Give every module back what it held at the start; say whether that was enough."""
+        self._decoders.clear()
+        self._loaded.clear()
+        self._peft_model = None
+        self._tree.restore()
+        return self._is_whole()
+
+    def _is_whole(self) -> bool:
+        with self.switched(Variant()):
+            said = self._say()
+        is_float32 = self._model.dtype == torch.float32
+        tolerance = TOLERANCE_FLOAT32 if is_float32 else TOLERANCE
+        return torch.allclose(said, self._said, rtol=0, atol=tolerance, equal_nan=True)
+
+    def _say(self) -> Tensor:
+        """Return what the model, as it is, thinks of some tokens: (n,), in nats, float64."""
+        n_tokens = min(CHECK_TOKENS, n_embeddings(self._model), context_tokens(self._model))
+        decoder = BatchDecoder(self._model, eos_token_ids=(), max_rows=1)
+        decoder.admit([DecodeRequest(0, range(n_tokens), 1, prompt_logprobs=0)])
+        (event,) = decoder.step()
+        return torch.tensor([choice.logprob for choice in event.prompt[1:]], dtype=torch.float64)
+
     @contextmanager
     def switched(self, variant: Variant) -> Iterator[None]:
-        """Put the model into the variant's state while the body runs."""
+        """Put the model into the variant's state while the body runs.
+
+        The state is set from whatever was there before, so that one that was not left as it should
+        have been does no harm.
+        """
         with ExitStack() as stack:
+            if self._peft_model is not None:
+                self._enable(variant.adapter is not None)
             if variant.adapter is not None:
                 _, inner_name = self._loaded[variant.adapter]
                 self._peft_model.set_adapter(inner_name, inference_mode=True)
-            elif self._peft_model is not None:
-                stack.enter_context(self._without_adapters())
             if variant.zeroed:
                 addresses = sorted(variant.zeroed, key=str)
                 stack.enter_context(self._weights.switched_off(addresses))
             yield
 
-    @contextmanager
-    def _without_adapters(self) -> Iterator[None]:
-        layers = [m for m in self._model.modules() if isinstance(m, BaseTunerLayer)]
-        try:
-            for layer in layers:
-                layer.enable_adapters(False)
-            yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
+    def _enable(self, enabled: bool) -> None:
+        for module in self._model.modules():
+            if isinstance(module, BaseTunerLayer) and module.disable_adapters == enabled:
+                module.enable_adapters(enabled)
 
     def _add(self, entry: AdapterEntry, inner_name: str) -> None:
+        """Load an adapter; UserError where it does not fit. The model is whole in either case."""
         try:
+            check_tensors(self._model, entry.folder / WEIGHTS)
             with quiet_peft():
                 if self._peft_model is None:
                     config = LoraConfig.from_pretrained(str(entry.folder))
@@ -128,17 +173,22 @@ class ModelHost:
                 report = self._peft_model.load_adapter(
                     str(entry.folder), inner_name, torch_device=device
                 )
+        except UserError:
+            raise
         except Exception as error:  # PEFT, torch and safetensors raise many kinds
             log.warning("the adapter %s does not fit: %s", entry.name, error)
-            raise UserError("this adapter does not fit the model that is served") from error
+            if self._peft_model is None:  # some modules may be wrapped already
+                self._tree.restore()
+            raise UserError(DOES_NOT_FIT) from error
         n_missing, n_extra = len(report.missing_keys), len(report.unexpected_keys)
         if n_missing or n_extra:
             log.warning(
                 "the adapter %s lacks %d tensors, has %d extra", entry.name, n_missing, n_extra
             )
-            raise UserError("this adapter does not fit the model that is served")
+            raise UserError(DOES_NOT_FIT)
 
     def _unload(self, name: str) -> None:
         _, inner_name = self._loaded.pop(name)
         if self._peft_model is not None and inner_name in self._peft_model.peft_config:
-            self._peft_model.delete_adapter(inner_name)
+            with quiet_peft():
+                self._peft_model.delete_adapter(inner_name)

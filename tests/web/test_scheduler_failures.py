@@ -1,0 +1,109 @@
+"""What fails ends its own tickets, and the model is looked at before anything goes on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from tests.web.fake_host import BROKEN, OTHER, Client, submit
+
+from swlora.web.tickets import ModelFailedError, Variant
+
+
+def test_a_failure_ends_its_own_tickets_and_the_model_is_looked_at(host, make_scheduler):
+    scheduler = make_scheduler()
+    fine, broken = Client(5, OTHER), Client(variant=BROKEN)
+    submit(scheduler, fine, broken)
+    scheduler.start()
+    assert fine.tokens == [1, 2, 3, 4, 5]
+    assert broken.end == "failed"
+    assert host.checks == ["recover, 1 at work"]
+    assert scheduler.is_ready
+
+
+def test_a_model_that_is_not_what_it_was_is_put_together_again(host, make_scheduler, until):
+    """Nobody knows what the others would have got: they end, too."""
+    scheduler = make_scheduler()
+    host.health = [False, True]
+    other, broken = Client(4000, OTHER), Client(variant=BROKEN)
+    submit(scheduler, other, broken)
+    scheduler.start()
+    assert (other.end, broken.end) == ("failed", "failed")
+    until(lambda: host.checks[1:] == ["rebuild"])
+    until(lambda: scheduler.n_active == 0)
+    assert not scheduler.is_broken
+    again = Client()
+    submit(scheduler, again)
+    assert again.tokens == [1, 2, 3]
+
+
+def test_a_model_that_stays_broken_takes_nothing_on_until_it_is_back(
+    host, make_scheduler, until, monkeypatch
+):
+    monkeypatch.setattr("swlora.web.scheduler.RETRY_S", 0.01)
+    scheduler = make_scheduler()
+    host.health = [False] * 6 + [True]
+    broken = Client(variant=BROKEN)
+    submit(scheduler, broken)
+    scheduler.start()
+    assert broken.end == "failed"
+    until(lambda: scheduler.is_broken or not host.health)
+    if not scheduler.is_ready:
+        with pytest.raises(ModelFailedError):
+            submit(scheduler, Client())
+    until(lambda: scheduler.is_ready)
+    assert host.checks.count("rebuild") == 3
+    again = Client()
+    submit(scheduler, again)
+    assert again.tokens == [1, 2, 3]
+
+
+def test_a_failure_while_switching_or_leaving_does_not_end_the_thread(
+    host, make_scheduler, until, monkeypatch
+):
+    scheduler = make_scheduler()
+    scheduler.start()
+    own = host.switched
+
+    @contextmanager
+    def halfway(variant: Variant) -> Iterator[None]:
+        with own(variant):
+            yield
+        raise RuntimeError("could not switch back")
+
+    monkeypatch.setattr(host, "switched", halfway)
+    first = Client()
+    submit(scheduler, first)
+    assert first.tokens == [1, 2, 3]
+    until(lambda: host.checks)  # leaving it failed, with nobody at work
+
+    @contextmanager
+    def never(_variant: Variant) -> Iterator[None]:
+        raise RuntimeError("cannot be switched")
+        yield
+
+    monkeypatch.setattr(host, "switched", never)
+    second = Client(variant=OTHER)
+    submit(scheduler, second)
+    assert second.end == "failed"
+    monkeypatch.setattr(host, "switched", own)
+    third = Client(variant=OTHER)
+    submit(scheduler, third)
+    assert third.tokens == [1, 2, 3]
+    assert scheduler.is_ready
+
+
+def test_a_client_that_cannot_be_told_harms_its_own_variant_only(host, make_scheduler):
+    scheduler = make_scheduler()
+    deaf, fine = Client(3, OTHER), Client(5)
+
+    def raising(_item) -> None:
+        raise RuntimeError("nobody listens")
+
+    deaf.ticket.deliver = raising
+    same = Client(4, OTHER)
+    submit(scheduler, deaf, same, fine)
+    scheduler.start()
+    assert fine.tokens == [1, 2, 3, 4, 5]
+    assert same.tokens == [1, 2, 3, 4]
+    assert scheduler.is_ready
+    assert host.checks == []

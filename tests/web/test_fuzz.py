@@ -29,7 +29,8 @@ GOOD = {
 FIELDS = [
     *("model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p"),
     *("n", "seed", "stop", "stream", "stream_options", "logprobs", "top_logprobs", "best_of"),
-    *("repetition_penalty", "sides", "fields", "zeroed", "echo", "user"),
+    *("repetition_penalty", "sides", "fields", "zeroed", "echo", "user", "top_k", "suffix"),
+    *("frequency_penalty", "presence_penalty", "tools", "metadata", "logit_bias", "store"),
 ]
 # What JSON can carry, and what it should not.
 RAW_VALUES = [
@@ -151,7 +152,7 @@ REFUSED = [
     ({"top_p": 1.1}, "top_p"),
     ({"repetition_penalty": 0.4}, "repetition_penalty"),
     ({"repetition_penalty": 2.1}, "repetition_penalty"),
-    ({"n": 2}, "n"),
+    ({"n": 129}, "n"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"seed": 2**63}, "seed"),
@@ -161,10 +162,10 @@ REFUSED = [
     ({"stop": [""]}, "stop"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [300]}, "prompt"),
-    ({"prompt": ["a", "b"]}, "prompt"),
+    ({"prompt": ["a", 7]}, "prompt"),
     ({"prompt": None}, "prompt"),
-    ({"best_of": 1}, "best_of"),
-    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"best_of": 2}, "best_of"),
+    ({"stream_options": {"include_usage": 1}}, "stream_options"),
 ]
 
 

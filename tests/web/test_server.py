@@ -288,7 +288,7 @@ def test_the_official_client_understands_refusals(official):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         official.completions.create(model="tiny", prompt="Hi", temperature=9)
     with pytest.raises(openai.BadRequestError, match="no such field"):
-        official.completions.create(model="tiny", prompt="Hi", best_of=3)
+        official.completions.create(model="tiny", prompt="Hi", extra_body={"best": 3})
 
 
 def test_the_official_client_that_leaves_a_stream_stops_it(official, running, slow, until):

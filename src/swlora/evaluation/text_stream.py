@@ -20,8 +20,10 @@ class Detokeniser:
     only where something stands before it.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, prompt_ids: Sequence[int] = (), *, skips_special: bool = True
+    ) -> None:
+        self._tokenizer, self._skips_special = tokenizer, skips_special
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         if self._decode(self._ids).endswith(REPLACEMENT):
             self._ids = []
@@ -54,9 +56,18 @@ class Detokeniser:
     def _decode(self, ids: Sequence[int]) -> str:
         return str(
             self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                ids, skip_special_tokens=self._skips_special, clean_up_tokenization_spaces=False
             )
         )
+
+
+def prompt_offsets(tokenizer: Any, prompt_ids: Sequence[int], text: str) -> list[int]:
+    """Return where in `text` each token of a prompt begins; special tokens before it, at 0."""
+    detokeniser, ends = Detokeniser(tokenizer, skips_special=False), [0]
+    for token_id in prompt_ids:
+        ends.append(ends[-1] + len(detokeniser.add(token_id)))
+    n_before = max(0, ends[-1] + len(detokeniser.finish()) - len(text))
+    return [max(0, start - n_before) for start in ends[:-1]]
 
 
 class StopFilter:

@@ -9,8 +9,7 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from swlora.engine.batch_decoder import Event
-from swlora.web.generation import Finish, Generation
+from swlora.web.generation import Finish, Generation, Scored
 from swlora.web.problems import json_text
 
 LEFT = 499  # a status for the log alone: nobody is there to read it
@@ -44,7 +43,7 @@ class WholeText:
     """One text when it is complete."""
 
     text: str = ""
-    tokens: list[Event] = field(default_factory=list)
+    tokens: list[Scored] = field(default_factory=list)
     finish: Finish | None = None
 
 

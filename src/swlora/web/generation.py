@@ -14,25 +14,37 @@ from typing import Any
 
 from swlora.engine.batch_decoder import DecodeRequest, Event
 from swlora.engine.sampling import Sampling
-from swlora.evaluation.text_stream import Detokeniser, StopFilter
+from swlora.evaluation.text_stream import Detokeniser, StopFilter, prompt_offsets
 from swlora.web.metrics import Metrics
 from swlora.web.problems import ApiError
 from swlora.web.scheduler import Scheduler
-from swlora.web.tickets import Ended, QueueFullError, ShuttingDownError, Ticket, Variant
+from swlora.web.tickets import (
+    Ended,
+    ModelFailedError,
+    QueueFullError,
+    ShuttingDownError,
+    Ticket,
+    Variant,
+)
 
 _IDS = itertools.count()
+MODEL_FAILED = "the model failed and does not answer as it did; the server's log says why"
 NO_RETRY = {"x-should-retry": "false"}  # the official client would only wait as long again
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """One text that is asked for, checked and tokenised."""
+    """One text that is asked for, checked and tokenised.
+
+    `echo` is the prompt's text where it shall come first; `max_tokens` may be 0 then.
+    """
 
     variant: Variant
     prompt_ids: list[int]
     max_tokens: int
     sampling: Sampling
     stops: tuple[str, ...] = ()
+    echo: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,15 +57,19 @@ class Finish:
     seconds: float
     error: ApiError | None = None
 
-    @property
-    def usage(self) -> dict[str, int]:
-        """The count of tokens as the OpenAI API gives it."""
-        total = self.n_prompt_tokens + self.n_tokens
-        return {
-            "prompt_tokens": self.n_prompt_tokens,
-            "completion_tokens": self.n_tokens,
-            "total_tokens": total,
-        }
+
+@dataclass(frozen=True)
+class Scored:
+    """A token with its probability in nats (see `Event`), and where in the text it begins.
+
+    `is_end` marks the token that ended the text and is no part of it.
+    """
+
+    token_id: int
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    offset: int
+    is_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Delta:
 
     index: int
     text: str = ""
-    tokens: tuple[Event, ...] = ()
+    tokens: tuple[Scored, ...] = ()
     finish: Finish | None = None
     n_tokens: int = 0
 
@@ -97,6 +113,10 @@ class Generation:
         except ShuttingDownError as error:
             raise ApiError(
                 503, "the server is shutting down", headers={"retry-after": "10"}
+            ) from error
+        except ModelFailedError as error:
+            raise ApiError(
+                503, MODEL_FAILED, code="failed", headers={"retry-after": "10"}
             ) from error
 
     @property
@@ -133,7 +153,11 @@ class Generation:
 
     def _ticket(self, index: int, request: TextRequest) -> Ticket:
         asked = DecodeRequest(
-            next(_IDS), request.prompt_ids, request.max_tokens, sampling=request.sampling
+            next(_IDS),
+            request.prompt_ids,
+            max(1, request.max_tokens),  # after a prompt that is only scored, one costs nothing
+            sampling=request.sampling,
+            prompt_logprobs=None if request.echo is None else request.sampling.logprobs,
         )
         return Ticket(asked, request.variant, partial(self._deliver, index))
 
@@ -150,10 +174,11 @@ class _Text:
 
     def __init__(self, index: int, tokenizer: Any, request: TextRequest) -> None:
         self._index, self._start_s = index, time.perf_counter()
+        self._request, self._tokenizer = request, tokenizer
         self._detokeniser = Detokeniser(tokenizer, request.prompt_ids)
         self._filter = StopFilter(request.stops)
-        self._wants_tokens = request.sampling.logprobs is not None
-        self._tokens: list[Event] = []  # whose text has not been given out
+        self._n_characters = 0
+        self._tokens: list[Scored] = []  # whose text has not been given out
         self.n_prompt_tokens, self.n_tokens = len(request.prompt_ids), 0
         self.finish: Finish | None = None
 
@@ -166,25 +191,48 @@ class _Text:
         """Take news; return what it means for the client."""
         if isinstance(item, Ended):
             return self._delta("", self._finish(item.reason, _error(item)))
+        echo = self._opening(item) if self.n_tokens == 0 else ""
+        if self._request.max_tokens == 0:
+            return self._delta(echo, self._finish("length"))
         self.n_tokens += 1
-        text, ends_here = "", item.finish_reason in ("eos", "stop")
-        if not ends_here:
-            text = self._filter.add(self._detokeniser.add(item.token_id))
-            if self._wants_tokens:
-                self._tokens.append(item)
+        ends_here = item.finish_reason in ("eos", "stop")
+        piece = "" if ends_here else self._detokeniser.add(item.token_id)
+        self._note(item, piece, ends_here)
+        text = self._filter.add(piece)
         if item.finish_reason and not self._filter.stopped:
             text += self._filter.add(self._detokeniser.finish())
             text += self._filter.finish()
         if ends_here or self._filter.stopped:
-            return self._delta(text, self._finish("stop"))
-        return self._delta(text, self._finish("length") if item.finish_reason else None)
+            return self._delta(echo + text, self._finish("stop"))
+        return self._delta(echo + text, self._finish("length") if item.finish_reason else None)
+
+    def _opening(self, first: Event) -> str:
+        """Return the prompt where it shall be given back, and note its tokens."""
+        echo = self._request.echo
+        if echo is None:
+            return ""
+        if first.prompt:
+            offsets = prompt_offsets(self._tokenizer, self._request.prompt_ids, echo)
+            self._tokens = [
+                Scored(choice.token_id, choice.logprob, choice.top_logprobs, offset)
+                for choice, offset in zip(first.prompt, offsets, strict=True)
+            ]
+        self._n_characters = len(echo)
+        return echo
+
+    def _note(self, event: Event, piece: str, is_end: bool) -> None:
+        if event.logprob is not None:
+            top = event.top_logprobs
+            scored = Scored(event.token_id, event.logprob, top, self._n_characters, is_end)
+            self._tokens.append(scored)
+        self._n_characters += len(piece)
 
     def _finish(self, reason: str, error: ApiError | None = None) -> Finish:
         return Finish(reason, self.n_prompt_tokens, self.n_tokens, self.seconds, error)
 
     def _delta(self, text: str, finish: Finish | None) -> Delta:
         self.finish = finish
-        tokens: tuple[Event, ...] = ()
+        tokens: tuple[Scored, ...] = ()
         if text or finish:
             tokens, self._tokens = tuple(self._tokens), []
         return Delta(self._index, text, tokens, finish, self.n_tokens)

@@ -24,7 +24,7 @@ from swlora.errors import UserError
 from swlora.web.metrics import Metrics
 from swlora.web.problems import ApiError
 
-MAX_BODY_BYTES = 64 * 1024
+MAX_BODY_BYTES = 512 * 1024  # a list of prompts, or a long one in four-byte characters
 MAX_HEADER_BYTES = 16 * 1024
 MAX_HEADERS = 100
 BODY_TIMEOUT_S = 10.0

@@ -1,11 +1,15 @@
 """The part of the OpenAI API that a language model can serve: models, completions, chats."""
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -15,6 +19,7 @@ from swlora.web.problems import json_response
 from swlora.web.schemas import ChatBody, CompletionBody
 from swlora.web.service import Service, service_of
 from swlora.web.shapes import ChatShape, CompletionShape, Shape
+from swlora.web.tickets import Variant
 
 COMPLETION_TOKENS = 16  # the API's own default
 CHAT_TOKENS = 512
@@ -40,22 +45,27 @@ def retrieve_model(request: Request, name: str) -> Response:
 
 @router.post("/completions")
 async def complete(request: Request, body: CompletionBody) -> Response:
-    """Continue a prompt, given as text or as tokens."""
+    """Continue prompts, each given as text or as tokens."""
     service = service_of(request)
+    service.check_number(len(body.prompts) * body.n)
     variant = await service.find_variant(body.model)
-    prompt = body.prompt
-    ids = await service.encode(prompt, variant) if isinstance(prompt, str) else prompt
-    text = service.request(
-        variant, ids, body, max_tokens=COMPLETION_TOKENS, n_logprobs=body.logprobs
-    )
+    texts = []
+    for prompt in body.prompts:
+        ids = await service.encode(prompt, variant) if isinstance(prompt, str) else prompt
+        echo = await _echo(service, prompt, variant) if body.echo else None
+        text = service.request(
+            variant, ids, body, max_tokens=COMPLETION_TOKENS, n_logprobs=body.logprobs, echo=echo
+        )
+        texts += choices_of(text, body.n)
     shape = CompletionShape(service.loaded.tokenizer, body.logprobs is not None)
-    return await _answer(request, service, body, text, shape)
+    return await _answer(request, service, body, texts, shape)
 
 
 @router.post("/chat/completions")
 async def chat(request: Request, body: ChatBody) -> Response:
     """Write the next turn of a chat."""
     service = service_of(request)
+    service.check_number(body.n)
     variant = await service.find_variant(body.model)
     ids = await service.encode_chat(body.messages)
     if body.max_completion_tokens is not None:
@@ -63,7 +73,28 @@ async def chat(request: Request, body: ChatBody) -> Response:
     n_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     text = service.request(variant, ids, body, max_tokens=CHAT_TOKENS, n_logprobs=n_logprobs)
     shape = ChatShape(service.loaded.tokenizer, body.logprobs)
-    return await _answer(request, service, body, text, shape)
+    return await _answer(request, service, body, choices_of(text, body.n), shape)
+
+
+def choices_of(text: TextRequest, n: int) -> list[TextRequest]:
+    """Return `n` requests for a text, the first as it is, the others with seeds made from its own.
+
+    So a choice depends on the seed and its place, not on how many there are.
+    """
+    requests = [text]
+    for k in range(1, n):
+        entropy = [text.sampling.seed % 2**64, k]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+        requests.append(replace(text, sampling=replace(text.sampling, seed=seed)))
+    return requests
+
+
+async def _echo(service: Service, prompt: str | list[int], variant: Variant) -> str:
+    """Return the text of a prompt, with what an adapter puts behind it."""
+    if isinstance(prompt, str):
+        return prompt + await service.separator(prompt, variant)
+    decode = partial(service.loaded.tokenizer.decode, clean_up_tokenization_spaces=False)
+    return str(await asyncio.to_thread(decode, prompt))
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
@@ -74,47 +105,63 @@ async def _answer(
     request: Request,
     service: Service,
     body: CompletionBody | ChatBody,
-    text: TextRequest,
+    requests: Sequence[TextRequest],
     shape: Shape,
 ) -> Response:
-    generation = service.generate([text])
+    generation = service.generate(requests)
     id_ = f"{shape.id_prefix}-{secrets.token_hex(12)}"
     head = {"id": id_, "created": int(time.time()), "model": body.model}
     if body.stream:
-        return EventStream(generation, _chunks(generation, head, shape, body.streams_usage))
+        return EventStream(generation, _chunks(generation, head, shape, body))
     texts = await collect(generation, request.receive)
     if texts is None:
         return gone()
-    whole = texts[0]
-    assert whole.finish is not None
-    choice = shape.whole(whole.text, whole.tokens, whole.finish.reason)
-    answer = {"object": shape.whole_name, "choices": [choice], "usage": whole.finish.usage}
-    return json_response({**head, **answer})
+    choices = []
+    for index, text in enumerate(texts):
+        assert text.finish is not None
+        choice = shape.whole(text.text, text.tokens, text.finish.reason)
+        choices.append({"index": index, **choice})
+    usage = _usage([text.finish for text in texts if text.finish], body.n)
+    return json_response({**head, "object": shape.whole_name, "choices": choices, "usage": usage})
 
 
 async def _chunks(
-    generation: Generation, head: dict[str, Any], shape: Shape, with_usage: bool
+    generation: Generation, head: dict[str, Any], shape: Shape, body: CompletionBody | ChatBody
 ) -> AsyncGenerator[str]:
-    """Write a stream: pieces of text, the reason of its end, perhaps the usage, and [DONE]."""
+    """Write a stream: pieces of the texts, the reason of each end, perhaps the usage, and [DONE].
+
+    The first text that fails ends them all.
+    """
     head = {**head, "object": shape.part_name}
-    no_usage = {"usage": None} if with_usage else {}
+    no_usage = {"usage": None} if body.streams_usage else {}
 
-    def chunk(choice: dict[str, Any]) -> str:
-        return sse({**head, "choices": [choice], **no_usage})
+    def chunk(index: int, choice: dict[str, Any]) -> str:
+        return sse({**head, "choices": [{"index": index, **choice}], **no_usage})
 
-    finish: Finish | None = None
-    for choice in shape.opening():
-        yield chunk(choice)
+    finishes: dict[int, Finish] = {}
+    for index in range(generation.n_texts):
+        for choice in shape.opening():
+            yield chunk(index, choice)
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            finish = delta.finish
             if delta.text or delta.tokens:
-                yield chunk(shape.part(delta.text, delta.tokens, None))
-    assert finish is not None
-    if finish.error is not None:
-        yield sse(finish.error.body())
-    else:
-        yield chunk(shape.part("", (), finish.reason))
-        if with_usage:
-            yield sse({**head, "choices": [], "usage": finish.usage})
+                yield chunk(delta.index, shape.part(delta.text, delta.tokens, None))
+            if delta.finish is None:
+                continue
+            if delta.finish.error is not None:
+                yield sse(delta.finish.error.body())
+                break
+            finishes[delta.index] = delta.finish
+            yield chunk(delta.index, shape.part("", (), delta.finish.reason))
+    if body.streams_usage and len(finishes) == generation.n_texts:
+        usage = _usage([finishes[index] for index in sorted(finishes)], body.n)
+        yield sse({**head, "choices": [], "usage": usage})
     yield "data: [DONE]\n\n"
+
+
+def _usage(finishes: Sequence[Finish], n: int) -> dict[str, int]:
+    """Count the tokens of texts, `n` of each prompt; a prompt counts once, as in the OpenAI API."""
+    n_prompt = sum(finish.n_prompt_tokens for finish in finishes[::n])
+    n_new = sum(finish.n_tokens for finish in finishes)
+    total = n_prompt + n_new
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": total}

@@ -14,6 +14,12 @@ from starlette.responses import Response
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+_PLAIN_WORDS = {  # for pydantic's own, by the kind of the problem
+    "extra_forbidden": "there is no such field",
+    **dict.fromkeys(("model_attributes_type", "model_type", "dict_type"), "an object is needed"),
+}
+
+
 class ApiError(Exception):
     """A request that is refused, with its HTTP status and what to do instead."""
 
@@ -60,9 +66,8 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     where = where.encode("ascii", "replace").decode()[:80]
-    unknown = first["type"] == "extra_forbidden"
     broken = first["type"] == "json_invalid"
-    message = "there is no such field" if unknown else str(first["msg"])
+    message = _PLAIN_WORDS.get(first["type"], str(first["msg"]))
     message = message.removeprefix("Value error, ").encode("ascii", "replace").decode()[:200]
     if broken:
         return ApiError(400, "the body is not valid JSON", code="invalid_json")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,20 @@ from swlora.data.sources import load_dataset
 from swlora.engine.batch_decoder import DecodeRequest
 from swlora.engine.sampling import Sampling
 from swlora.errors import UserError
+from swlora.models.anatomy import n_embeddings
 from swlora.models.builtin import unpacked_folder
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress
+from swlora.web.chat_turns import turns_for
 from swlora.web.folders import RunFolders
 from swlora.web.generation import Generation, TextRequest
 from swlora.web.metrics import Metrics
+from swlora.web.neutral import Message
 from swlora.web.problems import ApiError
 from swlora.web.restaurant import References
-from swlora.web.scheduler import Limits, Scheduler
-from swlora.web.schemas import Message, SamplingBody
-from swlora.web.tickets import Ticket, Variant
+from swlora.web.scheduler import Scheduler
+from swlora.web.schemas import SamplingBody
+from swlora.web.tickets import Limits, Ticket, Variant
 from swlora.web.variants import ModelHost
 from swlora.web.weights import ServedWeights
 
@@ -86,11 +89,15 @@ class Service:
 
     async def encode(self, prompt: str, variant: Variant) -> list[int]:
         """Turn a prompt into tokens as in training: with what the adapter puts behind it."""
-        entry = None
-        if variant.adapter is not None:
-            entry = (await asyncio.to_thread(self.folders.adapters)).get(variant.adapter)
-        separator = "" if entry is None or prompt.endswith(entry.separator) else entry.separator
-        return await self._encode(Example(prompt, ""), separator)
+        separator = await self.separator(prompt, variant)
+        return await self._encode(lambda: Example(prompt, ""), separator)
+
+    async def separator(self, prompt: str, variant: Variant) -> str:
+        """Return what the adapter puts behind a prompt, if it is not there already."""
+        if variant.adapter is None:
+            return ""
+        entry = (await asyncio.to_thread(self.folders.adapters)).get(variant.adapter)
+        return "" if entry is None or prompt.endswith(entry.separator) else entry.separator
 
     async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Write a chat by the tokenizer's template (in jinja's sandbox) and turn it into tokens."""
@@ -98,14 +105,17 @@ class Service:
             raise ApiError(
                 400, "this model has no chat template; use /v1/completions", code="no_chat_template"
             )
-        turns = tuple((message.role, message.content) for message in messages)
-        return await self._encode(Example("", "", turns), "")
-
-    async def _encode(self, example: Example, separator: str) -> list[int]:
-        """Tokenise in another thread: a long prompt shall not hold up the others."""
         tokenizer = self.loaded.tokenizer
+        return await self._encode(lambda: Example("", "", turns_for(tokenizer, messages)), "")
+
+    async def _encode(self, make: Callable[[], Example], separator: str) -> list[int]:
+        """Tokenise in another thread: a long prompt shall not hold up the others."""
+
+        def encode() -> list[list[int]]:
+            return encode_prompts([make()], separator, self.loaded.tokenizer)
+
         try:
-            encoded = await asyncio.to_thread(encode_prompts, [example], separator, tokenizer)
+            encoded = await asyncio.to_thread(encode)
         except UserError as error:
             raise ApiError(400, str(error)[:300], code="invalid_prompt") from error
         except Exception as error:  # a template may fail in any way
@@ -122,16 +132,20 @@ class Service:
         *,
         max_tokens: int,
         n_logprobs: int | None = None,
+        echo: str | None = None,
     ) -> TextRequest:
         """Check a request against the model's limits; ApiError where it exceeds them.
 
-        `max_tokens` counts where the client did not say; it gives way to the limits.
+        `max_tokens` counts where the client did not say; it gives way to the limits. `echo` is
+        what is given back before the new text, if anything.
         """
-        n_embeddings = self.loaded.model.get_input_embeddings().num_embeddings
-        if max(prompt_ids) >= n_embeddings:
-            raise ApiError(400, f"the model knows tokens below {n_embeddings}", param="prompt")
+        n_known = n_embeddings(self.loaded.model)
+        if max(prompt_ids) >= n_known:
+            raise ApiError(400, f"the model knows tokens below {n_known}", param="prompt")
         room = self.loaded.context_tokens - len(prompt_ids)
-        wanted = body.max_tokens or min(max_tokens, self.spec.max_tokens, max(1, room))
+        wanted = body.max_tokens
+        if wanted is None:
+            wanted = min(max_tokens, self.spec.max_tokens, max(1, room))
         if wanted > room:
             raise ApiError(
                 400,
@@ -143,8 +157,27 @@ class Service:
             message = f"at most {self.spec.max_tokens} new tokens may be asked for"
             raise ApiError(400, message, param="max_tokens")
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        sampling = Sampling(body.temperature, body.top_p, body.repetition_penalty, seed, n_logprobs)
-        return TextRequest(variant, prompt_ids, wanted, sampling, body.stops)
+        sampling = Sampling(
+            body.temperature,
+            body.top_p,
+            body.repetition_penalty,
+            seed,
+            n_logprobs,
+            top_k=max(0, body.top_k),
+            frequency_penalty=body.frequency_penalty,
+            presence_penalty=body.presence_penalty,
+        )
+        return TextRequest(variant, prompt_ids, wanted, sampling, body.stops, echo)
+
+    def check_number(self, n_texts: int) -> None:
+        """Raise ApiError for more texts than could ever be taken on together."""
+        n_most = self.spec.max_rows + self.spec.queue
+        if n_texts > n_most:
+            raise ApiError(
+                400,
+                f"{n_texts} texts were asked for, prompts times n; this server takes {n_most}",
+                code="too_many_texts",
+            )
 
     def generate(self, requests: Sequence[TextRequest]) -> Generation:
         """Start writing texts, all or none; ApiError where too much is asked for already."""

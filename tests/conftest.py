@@ -9,6 +9,8 @@ import pytest
 
 # Waiting threads sleep: spinning ones bring a busy machine to a halt.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# One thread: tiny models gain nothing from more, and no test hangs on how busy the machine is.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 BOS, EOS = 256, 257

@@ -86,6 +86,12 @@ class ModelSpec(Spec):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads [default: the cores that other programs leave free]",
+    )
 
 
 class DataSpec(Spec):

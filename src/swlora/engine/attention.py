@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swlora.data.tree_rows import TreeRow
 from swlora.errors import RunFailedError
+from swlora.threads import adapt_threads
 
 NAME = "swlora_tree"
 MASKED = -1e30  # finite, so that padded queries, which see nothing, stay finite too
@@ -182,6 +183,7 @@ class _RunAttention(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
+        adapt_threads()
         n_groups = query.shape[1] // key.shape[1]
         q = _query_runs(query, runs, key.shape[1]) * scale  # (S * H_kv, G * Lq, h)
         k, v = _key_runs(key, runs), _key_runs(value, runs)  # (S * H_kv, A + Lq, h)
@@ -197,6 +199,7 @@ class _RunAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        adapt_threads()
         q, k, v, p = ctx.saved_tensors
         runs: Runs = ctx.runs
         n_kv = k.shape[0] // runs.n_runs

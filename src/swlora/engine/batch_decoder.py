@@ -22,6 +22,7 @@ from swlora.engine.sampling import Choice, Chooser, Sampling
 from swlora.engine.tree_prefill import PREFILL_TOKENS, TreePrefill
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, context_tokens, n_embeddings
+from swlora.threads import adapt_threads
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -145,6 +146,7 @@ class BatchDecoder:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Give every active row one token and run a stretch of the prompts that wait."""
+        adapt_threads()
         with self._forwards.active():
             events = self._decode() if self._rows else []
             if self._prefill is None and self._waiting:

@@ -22,6 +22,7 @@ from swlora.engine.decode_forwards import DecodeForwards
 from swlora.engine.tree_prefill import PREFILL_TOKENS, TreePrefill
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, n_embeddings
+from swlora.threads import adapt_threads
 
 Continuation = tuple[float, int, int]  # log p of the text it makes, its beam, its token
 
@@ -145,6 +146,7 @@ class BeamDecoder:
         """
         if not self._searches:
             return []
+        adapt_threads()
         device = self._model.device
         tokens = torch.tensor([[text[-1] for text in s.texts] for s in self._searches])
         positions = torch.tensor(self._cache.lengths)[:, None].expand(tokens.shape)

@@ -25,6 +25,7 @@ from swlora.engine.schedule import Schedule, Step
 from swlora.errors import RunFailedError
 from swlora.progress import Progress
 from swlora.runs import Run
+from swlora.threads import adapt_threads, adapted_threads
 
 Observer = Callable[[int], dict[str, Any]]
 
@@ -36,6 +37,7 @@ class StepFunction(Protocol):
         """Run forward and backward over the rows of one step."""
 
 
+@adapted_threads()
 def train(
     step_function: StepFunction,
     schedule: Schedule,
@@ -106,6 +108,7 @@ def _one_step(
     accelerator: Any,
     schedule: Schedule,
 ) -> dict[str, Any]:
+    adapt_threads()
     start_s = time.perf_counter()
     totals, optimizer, adapted = state.totals, state.optimizer, state.adapted
     rate = schedule.learning_rate(totals.step)
@@ -142,6 +145,7 @@ def _one_step(
         "grad_norm": norm,
         "examples_per_s": totals.rows / totals.elapsed_s,
         "elapsed_s": totals.elapsed_s,
+        "threads": torch.get_num_threads(),
     }
 
 

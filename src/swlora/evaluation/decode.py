@@ -26,10 +26,12 @@ from swlora.engine.tree_step import fast_modules
 from swlora.errors import UserError
 from swlora.models.anatomy import context_tokens, family_of
 from swlora.progress import Progress
+from swlora.threads import adapted_threads
 
 REFILL_SHARE = 8  # prompts wait until one place in so many is free: they are cheaper together
 
 
+@adapted_threads()
 def generate(
     model: Any,
     tokenizer: Any,

@@ -25,6 +25,7 @@ from swlora.loss_sum import LossSum
 from swlora.models.anatomy import context_tokens
 from swlora.progress import Progress
 from swlora.superweights.ablate import text_loss, text_windows
+from swlora.threads import adapted_threads
 
 SEQUENCES_AT_ONCE = 64
 PADDED_AT_ONCE = 8
@@ -38,6 +39,7 @@ def dataset_loss(model: Any, sequences: TokenSequences, progress: Progress) -> L
     return grouped_losses(model, sequences, one_group, progress)[0]
 
 
+@adapted_threads()
 @torch.inference_mode()
 def grouped_losses(
     model: Any, sequences: TokenSequences, group_of: Ints, progress: Progress
@@ -92,6 +94,7 @@ def _padded_loss(model: Any, sequences: TokenSequences, ids: Ints) -> LossSum:
     return total
 
 
+@adapted_threads()
 def english_loss(model: Any, tokenizer: Any) -> LossSum:
     """Return the loss over the first windows of the English sample that ships with the package.
 

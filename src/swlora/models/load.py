@@ -16,6 +16,7 @@ from swlora.memory import keep_few_kernels, keep_freed_memory
 from swlora.models.anatomy import context_tokens, family_of
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
+from swlora.threads import fix_threads
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
 
     keep_freed_memory()
     keep_few_kernels()
+    if spec.threads is not None:
+        fix_threads(spec.threads)
     device = resolve_device(spec.device)
     torch_dtype = resolve_dtype(dtype or spec.dtype, device.type)
     place = _find(spec)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from swlora.errors import UserError
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy, WeightAddress
+from swlora.threads import adapt_threads
 
 
 def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) -> Tensor:
@@ -43,6 +44,7 @@ def text_loss(model: Any, windows: Tensor) -> LossSum:
     """Return the loss over windows (n, T); the first token of a window is not predicted."""
     sum_nats = 0.0
     for window in torch.split(windows.to(model.device), 1):
+        adapt_threads()
         logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
         sum_nats += float(F.cross_entropy(logits, window[0, 1:], reduction="sum"))
     return LossSum(sum_nats, windows.shape[0] * (windows.shape[1] - 1))

@@ -21,10 +21,12 @@ from swlora.superweights import ablate, known, proof, search
 from swlora.superweights.detect import trace
 from swlora.superweights.effects import NEW_TOKENS, dose_curve, generations
 from swlora.superweights.meter import Meter
+from swlora.threads import adapted_threads
 
 Result = dict[str, Any]
 
 
+@adapted_threads()
 def identify(
     loaded: LoadedModel, spec: IdentifySpec, *, seed: int = 0, progress: Progress | None = None
 ) -> Result:

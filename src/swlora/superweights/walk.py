@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from swlora.models.anatomy import Anatomy
 from swlora.models.fast_linear import fast_linears, linear
 from swlora.models.patching import patched_forwards
+from swlora.threads import adapt_threads
 
 HEAD_ROWS = 256  # rows of logits alive at a time
 SOFTMAX_ROWS = 16  # of these, rows that stay in a CPU's cache while they are read twice
@@ -80,6 +81,7 @@ class Walk:
 
     def _block_forward(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            adapt_threads()
             if layer < self._start:
                 return (hidden,) if self._blocks_return_tuples else hidden
             if layer == self._start and self._entry is not None:

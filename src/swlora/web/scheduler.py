@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from swlora.engine.batch_decoder import Event
 from swlora.errors import UserError
+from swlora.threads import adapted_threads
 from swlora.web.tickets import (
     Decoder,
     Ended,
@@ -127,6 +128,7 @@ class Scheduler:
 
     # The thread
 
+    @adapted_threads()
     def _run(self) -> None:
         while not self._stopping:
             try:

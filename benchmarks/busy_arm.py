@@ -1,0 +1,98 @@
+"""Work without end, and say on stdout how far it is: "seconds of the clock, units done" a line.
+
+python -m benchmarks.busy_arm train|peft|eval --model FOLDER --data FOLDER [--threads N]
+
+`train` and `peft` count rows that were trained on (LoRA r = 4, all layers, 32 and 8 rows a step);
+`eval` counts prompts: the loss of each row of 32 prompts, and 32 tokens of greedy text for each.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+POOL_ROWS = 640
+EVAL_PROMPTS, EVAL_TOKENS = 32, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Work until killed.")
+    parser.add_argument("name", choices=("train", "peft", "eval"))
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--threads", type=int, help="a fixed number of threads")
+    args = parser.parse_args()
+
+    from benchmarks import rows
+    from swlora.threads import fix_threads
+
+    if args.threads:
+        fix_threads(args.threads)
+    dataset = rows.load(args.data)
+    if args.name == "eval":
+        evaluate(args.model, dataset)
+    else:
+        train(args.name, args.model, dataset)
+
+
+def tell(units: int) -> None:
+    """Say how much is done."""
+    print(f"{time.monotonic():.3f} {units}", flush=True)
+
+
+def train(name: str, model: str, dataset: Any) -> None:
+    """Train for ever, by our own loop or by PEFT and the Trainer."""
+    from benchmarks import rows
+    from benchmarks.arms import ARMS
+
+    pool = rows.pool(dataset.train, POOL_ROWS)
+    if name == "train":
+        from benchmarks import ours
+
+        class Clock(ours.StepClock):
+            def advance(self, amount: float = 1.0, note: str = "") -> None:
+                super().advance(amount, note)
+                tell(ours_arm.batch * len(self.ticks))
+
+        ours_arm = replace(ARMS["ours-32"], epochs=60)
+        ours.run(ours_arm, model, dataset.separator, pool, Clock())
+    else:
+        from benchmarks import peers
+
+        class Ticks(peers.TickCallback):
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                super().on_step_end(*args, **kwargs)
+                tell(ARMS["peft-8"].batch * len(self.ticks))
+
+        peers.run(ARMS["peft-8"], model, dataset.separator, pool, POOL_ROWS, Ticks())
+
+
+def evaluate(model: str, dataset: Any) -> None:
+    """Evaluate for ever, every time the same prompts."""
+    from swlora.config import DecodeSpec, ModelSpec
+    from swlora.data.encode import encode_examples, encode_prompts
+    from swlora.data.sources import group_references
+    from swlora.evaluation.decode import generate
+    from swlora.evaluation.loss import dataset_loss
+    from swlora.models.load import load_model
+    from swlora.progress import Silent
+
+    loaded = load_model(ModelSpec(name=model))
+    groups = group_references(dataset.dev)[:EVAL_PROMPTS]
+    prompts = encode_prompts([e for e, _ in groups], dataset.separator, loaded.tokenizer)
+    chosen = {example.prompt for example, _ in groups}
+    examples = [example for example in dataset.dev if example.prompt in chosen]
+    limits = {"context_tokens": loaded.context_tokens, "truncate": False}
+    sequences, _ = encode_examples(examples, dataset.separator, loaded.tokenizer, **limits)
+    spec = DecodeSpec(max_new_tokens=EVAL_TOKENS)
+    done = 0
+    while True:
+        dataset_loss(loaded.model, sequences, Silent())
+        generate(loaded.model, loaded.tokenizer, prompts, spec, Silent())
+        done += EVAL_PROMPTS
+        tell(done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""How many CPU threads compute: fewer while other programs need the cores, all of them again after.
+
+The threads of a product take equal parts and wait for one another, so one that loses its core to
+another program holds up the rest: one busy program on two cores took training to a fifth of its
+rate, where a single thread, left alone on the other core, keeps more than half. So
+
+    others = (CPU seconds of the whole machine - those of this process) / seconds
+    threads <= cores - others, rounded
+
+looked at twice a second, while the work goes on. In bfloat16 a training is the same to the last bit
+with any number of threads; in float32 torch's BLAS splits long sums among them, so that a run that
+has to repeat there to the last bit names its number (`fix_threads`).
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+WINDOW_S = 0.5
+FRESH_S = 5.0  # so long a choice holds for work that begins anew
+# A core counts as free where others use less of it. On two cores both choices train equally fast
+# where a program would use half of one; beside two threads it gets 0.3 of it then, and 0.5 beside
+# one. (Measured by benchmarks/busy.py.)
+TAKEN_SHARE = 0.45
+
+
+@dataclass(frozen=True)
+class CpuClock:
+    """What has been used so far, in seconds: wall clock, this process, all of its cores."""
+
+    wall_s: float
+    own_s: float
+    all_s: float
+
+
+class ThreadChoice:
+    """Chooses between 1 and `most` threads on a machine with `n_cores` cores.
+
+    `read` tells the time; a look is made where the last one is WINDOW_S old.
+    """
+
+    def __init__(self, most: int, n_cores: int, read: Callable[[], CpuClock]) -> None:
+        self.n = most
+        self._most, self._n_cores, self._read = most, n_cores, read
+        self._last = read()
+        self._spare_before = 0.0  # cores that the last look found free for us
+
+    def look(self) -> int:
+        """Return the number of threads to use from here on."""
+        now = self._read()
+        elapsed_s = now.wall_s - self._last.wall_s
+        others = ((now.all_s - self._last.all_s) - (now.own_s - self._last.own_s)) / elapsed_s
+        self._last = now
+        spare = self._n_cores - max(0.0, others)
+        # More only where two looks agree: a program may pause for a moment.
+        lasting = min(spare, self._spare_before)
+        self.n = min(max(self.n, self._fitting(lasting)), self._fitting(spare))
+        self._spare_before = spare
+        return self.n
+
+    def _fitting(self, spare: float) -> int:
+        return max(1, min(self._most, int(spare + TAKEN_SHARE)))
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last look."""
+        return time.monotonic() - self._last.wall_s
+
+
+def read_clock() -> CpuClock:
+    """Read the clocks of this process and of the cores that it may run on.
+
+    Time in which a core waits for the disk, or that a hypervisor took, counts as free.
+    """
+    cores = psutil.cpu_times(percpu=True)
+    allowed = [times for number, times in enumerate(cores) if number in _allowed(len(cores))]
+    kinds = ("user", "nice", "system", "irq", "softirq")
+    all_s = sum(getattr(times, kind, 0.0) for times in allowed for kind in kinds)
+    return CpuClock(time.monotonic(), time.process_time(), all_s)
+
+
+def _allowed(n_cores: int) -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(n_cores))
+
+
+@dataclass
+class _Process:
+    """What holds for the whole process; a choice outlives the work that asked for it."""
+
+    is_fixed: bool = False
+    choice: ThreadChoice | None = None
+    n_adapting: int = 0
+
+
+_process = _Process()
+
+
+def fix_threads(n: int) -> None:
+    """Compute with `n` threads from here on, whatever else runs."""
+    torch.set_num_threads(n)
+    _process.is_fixed = True
+
+
+@contextmanager
+def adapted_threads() -> Iterator[None]:
+    """Let `adapt_threads` have an effect while the body runs; the number is put back after it.
+
+    Where the machine does not tell how busy it is, or `fix_threads` was called, nothing changes.
+    """
+    most = torch.get_num_threads()
+    if _process.choice is None and most > 1 and not _process.is_fixed:
+        with suppress(OSError, NotImplementedError, RuntimeError):
+            n_cores = len(_allowed(os.cpu_count() or most))
+            _process.choice = ThreadChoice(most, n_cores, read_clock)
+    choice = _process.choice
+    if choice is not None and not _process.is_fixed and choice.age_s < FRESH_S:
+        torch.set_num_threads(choice.n)
+    _process.n_adapting += 1
+    try:
+        yield
+    finally:
+        _process.n_adapting -= 1
+        torch.set_num_threads(most)
+
+
+def adapt_threads() -> None:
+    """Use as many threads as the machine has to spare; called often, between pieces of work."""
+    choice = _process.choice
+    if choice is None or not _process.n_adapting or _process.is_fixed or choice.age_s < WINDOW_S:
+        return
+    n = choice.look()
+    if n != torch.get_num_threads():
+        torch.set_num_threads(n)

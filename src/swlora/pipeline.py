@@ -134,7 +134,7 @@ def train(job: Job) -> tuple[Any, Result]:
     from swlora.engine.schedule import Schedule
     from swlora.engine.tree_step import make_step
     from swlora.evaluation.held_out import held_out_observer
-    from swlora.evaluation.report import draw_loss
+    from swlora.evaluation.loss_curve import draw_loss
 
     spec, sequences = job.spec, job.encoded("train")  # before identification, which takes long
     schedule = Schedule.of(sequences, spec.train, spec.seed)

@@ -1,12 +1,10 @@
 """Reports: what is written is read back; a score that is missing says why."""
 
 import csv
-import struct
 
 import pytest
 
-from swlora.errors import RunFailedError
-from swlora.evaluation.report import draw_loss, scores_table, write_predictions
+from swlora.evaluation.report import scores_table, write_predictions
 
 SCORES = {"BLEU": 0.5, "NIST": 7.12345, "METEOR": None, "ROUGE_L": 0.25, "CIDEr": 2.0}
 
@@ -48,31 +46,3 @@ def test_a_table_of_scores():
     line = scores_table(SCORES | english).splitlines()[-1]
     assert line == "PPL         25.47  of English text; 20.00 before training"
     assert "METEOR     0.3000" in scores_table(SCORES | {"METEOR": 0.3})
-
-
-def test_the_loss_curve_is_a_png_of_the_given_losses(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    drawn: dict[str, tuple[list[float], list[float]]] = {}
-    plot = Axes.plot
-
-    def recording(self, x, y, **style):
-        drawn[style["label"]] = list(x), list(y)
-        return plot(self, x, y, **style)
-
-    monkeypatch.setattr(Axes, "plot", recording)
-    metrics = [{"rows": 8 * k, "loss": 1 / k} for k in (1, 2, 4)]
-    draw_loss(metrics, tmp_path / "loss.png")
-    assert drawn["each step"] == ([8, 16, 32], [1, 0.5, 0.25])
-    assert drawn["running mean"] == ([8, 16, 32], pytest.approx([1, 0.95, 0.88]))
-    content = (tmp_path / "loss.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    width, height = struct.unpack(">II", content[16:24])
-    assert width > 500
-    assert height > 300
-
-
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunFailedError, match="cannot write"):
-        draw_loss([{"rows": 1, "loss": 1.0}], tmp_path / "file" / "loss.png")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swlora.web.pages.charts import Series, finite, line_chart, smoothed, thinned
+from swlora.web.pages.charts import Series, finite, line_chart, thinned
 
 LABELS = ("x", "y")
 
@@ -83,15 +83,6 @@ def test_many_points_become_means_of_equal_shares():
     assert few[-1] == points[-1]
     assert all(y == pytest.approx(0.5) for _, y in few[:-1])
     assert thinned(points[:9], 9) == points[:9]
-
-
-def test_smoothing_is_the_mean_around():
-    points = [(float(k), float(k * k % 7)) for k in range(50)]
-    reach = 2  # half of 8 % of 50
-    smooth = smoothed(points, share=0.08)
-    for k, (x, y) in enumerate(smooth):
-        around = [v for _, v in points[max(0, k - reach) : k + reach + 1]]
-        assert (x, y) == (k, pytest.approx(sum(around) / len(around)))
 
 
 @pytest.mark.parametrize(

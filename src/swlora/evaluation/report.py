@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: predictions as CSV, scores as a table, the loss curve."""
+"""What an evaluation leaves behind: predictions as CSV, scores as a table."""
 
 import csv
 from collections.abc import Sequence
@@ -42,26 +42,3 @@ def scores_table(scores: dict[str, Any]) -> str:
         value, before = (f"{scores[f'english_perplexity{k}']:.2f}" for k in ("", "_before"))
         lines.append(f"{'PPL':<8} {value:>8}  of English text; {before} before training")
     return "\n".join(lines)
-
-
-def draw_loss(metrics: Sequence[dict[str, Any]], target: Path) -> None:
-    """Draw the training loss of every step, and its running mean, against rows seen, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panel = figure.subplots()
-    rows = [m["rows"] for m in metrics]
-    losses = [m["loss"] for m in metrics]
-    smooth: list[float] = []
-    for loss in losses:
-        smooth.append(loss if not smooth else 0.9 * smooth[-1] + 0.1 * loss)
-    panel.plot(rows, losses, alpha=0.3, linewidth=1, color="tab:blue", label="each step")
-    panel.plot(rows, smooth, color="tab:blue", label="running mean")
-    panel.set_xlabel("rows of the data set seen")
-    panel.set_ylabel("loss, nats a completion token")
-    panel.grid(True, alpha=0.3)
-    panel.legend()
-    with atomic_path(target) as scratch:
-        figure.savefig(scratch, format="png", dpi=140)

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from swlora.evaluation.loss_curve import smoothed
 from swlora.study import statistics as stats
 from swlora.study.collect import ArmRun
 from swlora.study.statistics import Point
@@ -90,8 +91,5 @@ def loss_curve(runs: Sequence[ArmRun], pace: Pace) -> Result:
 
 
 def _smooth(metrics: Sequence[dict[str, Any]]) -> list[Point]:
-    smooth: list[Point] = []
-    for m in metrics:
-        before = smooth[-1].nll if smooth else m["loss"]
-        smooth.append(Point(m["step"], m["elapsed_s"], 0.9 * before + 0.1 * m["loss"]))
-    return smooth
+    course = smoothed([(m["elapsed_s"], m["loss"]) for m in metrics])
+    return [Point(m["step"], *point) for m, point in zip(metrics, course, strict=True)]

@@ -8,10 +8,11 @@ dashes come from the style sheet by the names of the series.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
-Point = tuple[float, float]
+from swlora.evaluation.loss_curve import Point
+
 Tick = tuple[float, str]  # percent from the left or the top, label
 
 SIDE = 1000.0
@@ -99,17 +100,6 @@ def thinned(points: Sequence[Point], n: int = N_POINTS) -> list[Point]:
     edges = [round(k * (len(points) - 1) / (n - 1)) for k in range(n)]
     shares = [points[a:b] for a, b in pairwise(edges)]
     return [(_mean(x for x, _ in s), _mean(y for _, y in s)) for s in shares] + [points[-1]]
-
-
-def smoothed(points: Sequence[Point], share: float = 0.04) -> list[Point]:
-    """Return the means of y over about `share` of the points around each, fewer at both ends."""
-    reach = round(share * len(points) / 2)
-    sums = [0.0, *accumulate(y for _, y in points)]
-    means = []
-    for number, (x, _) in enumerate(points):
-        first, end = max(0, number - reach), min(len(points), number + reach + 1)
-        means.append((x, (sums[end] - sums[first]) / (end - first)))
-    return means
 
 
 @dataclass(frozen=True)

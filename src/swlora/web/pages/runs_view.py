@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from swlora.errors import UserError
+from swlora.evaluation.loss_curve import Point, smoothed
 from swlora.runs import read_metrics
 from swlora.study.live import duration, snapshot
 from swlora.web.folders import RunEntry, run_figures, run_result, run_summary
 from swlora.web.page_api import without_paths
-from swlora.web.pages.charts import Chart, Point, Series, finite, line_chart, smoothed
+from swlora.web.pages.charts import Chart, Series, finite, line_chart
 
 MAX_SHOWN = 200
 QUIET_S = 600.0  # a training that says nothing for that long may have been killed

@@ -40,3 +40,11 @@ class Silent:
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         """Show nothing."""
+
+
+def duration(seconds: float) -> str:
+    """Write seconds for a person: 45 s, 12 min, 3 h 5 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -28,8 +28,8 @@ def test_a_line_when_ten_seconds_are_over_and_ten_seconds_after_that(clock):
             clock[0] = second
             task.advance(1, f"loss {second}")
     assert written(console) == [
-        "train: 5/40, about 84 s left  loss 12",
-        "train: 9/40, about 83 s left  loss 24",
+        "train: 5/40, 12 s gone, about 84 s left  loss 12",
+        "train: 9/40, 24 s gone, about 83 s left  loss 24",
     ]
 
 
@@ -53,6 +53,7 @@ def test_bars_show_progress_and_notes():
     bars.say("[done] as it is")
     output = console.file.getvalue()
     assert "4/4" in output
+    assert "gone" in output and "left" in output
     assert "loss 3" in output
     assert "load" in output
     assert "[done] as it is" in output  # no markup

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from swlora.config import RunSpec
+from swlora.progress import duration
 from swlora.study import live
-from swlora.study.live import Board, LineView, LiveView, duration, make_view, snapshot, study_left
+from swlora.study.live import Board, LineView, LiveView, make_view, snapshot, study_left
 from swlora.study.plan import Task
 
 

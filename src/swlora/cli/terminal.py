@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichBars
 
-from swlora.progress import Progress, Task
+from swlora.progress import Progress, Task, duration
 
 LINE_EVERY_S = 10.0
 
@@ -44,8 +44,11 @@ class Bars:
         """Show a bar (or a spinner, where the length is unknown) while the body runs."""
         columns = [SpinnerColumn(), TextColumn("{task.description}")]
         if total is not None:
-            columns += [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)]
-        columns += [TimeElapsedColumn(), TextColumn("{task.fields[note]}")]
+            columns += [BarColumn(bar_width=20), MofNCompleteColumn()]
+        columns += [TimeElapsedColumn(), TextColumn("gone")]
+        if total is not None:
+            columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
+        columns += [TextColumn("{task.fields[note]}")]
         with RichBars(*columns, console=self._console, transient=False) as bars:
             task_id = bars.add_task(description, total=total, note="")
 
@@ -90,8 +93,9 @@ class _LineTask:
         if now_s - self._shown_s < LINE_EVERY_S or not self._total or not self._done:
             return
         self._shown_s = now_s
-        left_s = (now_s - self._start_s) * (self._total - self._done) / self._done
+        gone_s = now_s - self._start_s
+        left_s = gone_s * (self._total - self._done) / self._done
         self._lines.say(
             f"{self._description}: {self._done:.0f}/{self._total:.0f}, "
-            f"about {left_s:.0f} s left  {note}".rstrip()
+            f"{duration(gone_s)} gone, about {duration(left_s)} left  {note}".rstrip()
         )

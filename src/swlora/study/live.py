@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from swlora.progress import duration
 from swlora.study.plan import Task
 
 LINE_EVERY_S = 30.0
@@ -207,14 +208,6 @@ def study_left(board: Board) -> str:
     if not (seconds or complete):
         left = "time unknown"
     return f"study: {n_left} of {len(board.tasks)} runs left, {left}"
-
-
-def duration(seconds: float) -> str:
-    """Write seconds for a person: 45 s, 12 min, 3 h 5 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _summary(states: list[str]) -> str:

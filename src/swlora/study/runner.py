@@ -21,9 +21,10 @@ from typing import Any
 from swlora.config import dump_yaml, load_spec
 from swlora.errors import UserError
 from swlora.paths import cache_dir
+from swlora.progress import duration
 from swlora.runs import lock_folder
 from swlora.study.folder import StudyFolder, remove
-from swlora.study.live import Board, View, duration
+from swlora.study.live import Board, View
 from swlora.study.plan import Task
 
 LOG = "log.txt"

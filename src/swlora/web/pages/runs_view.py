@@ -12,8 +12,9 @@ from typing import Any
 
 from swlora.errors import UserError
 from swlora.evaluation.loss_curve import Point, smoothed
+from swlora.progress import duration
 from swlora.runs import read_metrics
-from swlora.study.live import duration, snapshot
+from swlora.study.live import snapshot
 from swlora.web.folders import RunEntry, run_figures, run_result, run_summary
 from swlora.web.page_api import without_paths
 from swlora.web.pages.charts import Chart, Series, finite, line_chart

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from swlora.errors import UserError
+from swlora.progress import duration
 from swlora.study import tables
 from swlora.study.folder import read_study
-from swlora.study.live import duration
 from swlora.study.tables import Arm, Column
 from swlora.web.folders import RunEntry, run_figures
 from swlora.web.pages.charts import finite

@@ -184,8 +184,15 @@ def test_yaml_that_is_no_mapping(text, tmp_path):
         ("adapter: {method: supertuning, rank: 8}", ["method supertuning has no rank; "]),
         ("adapter: {method: supertuning, sparsity: 1}", ["adapter.sparsity: "]),
         ("adapter: {method: pissa, sparsity: 0.5}", ["method pissa has no sparsity; "]),
-        ("train: {eval_rows: 8}", ["train: eval_rows needs eval_every_steps"]),
-        ("train: {eval_every_steps: 0}", ["train.eval_every_steps: "]),
+        (
+            "train: {eval_rows: 8, eval_every_steps: 0}",
+            ["train: eval_rows needs held-out losses; eval_every_steps 0 measures none"],
+        ),
+        (
+            "train: {early_stopping: 2, eval_every_steps: 0}",
+            ["train: early_stopping needs held-out losses"],
+        ),
+        ("train: {eval_every_steps: -1}", ["train.eval_every_steps: "]),
         ("train: {learning_rate: .nan}", ["train.learning_rate: "]),
         ("train: {learning_rate: .inf}", ["train.learning_rate: "]),
         ("train: {epochs: 0, batch_size: 0}", ["train.epochs: ", "train.batch_size: "]),

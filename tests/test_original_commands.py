@@ -43,7 +43,8 @@ class Recorder:
 
     def train(self, job: Job) -> tuple[None, dict[str, object]]:
         self._note("train", job)
-        return None, {"rows": 1, "train_s": 1.0, "examples_per_s": 1.0, "adapter": "adapter"}
+        done = {"rows": 1, "steps": 1, "train_s": 1.0, "examples_per_s": 1.0, "adapter": "adapter"}
+        return None, {**done, "final_loss": 1.0, "final_loss_steps": 1}
 
     def train_evaluate(self, job: Job) -> dict[str, object]:
         trained = self.train(job)[1]

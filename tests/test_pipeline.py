@@ -226,7 +226,10 @@ def test_the_run_folder_explains_itself(model_folder, rows, tmp_path):
     chosen = {"layers": [0, 1, 2], "layer_policy": "all", "method": "lora", "is_chat": False}
     assert {key: noted[key] for key in chosen} == chosen
     assert noted["data"] == {"name": "train.jsonl", "rows": 12, "sha256": facts["data_sha256"]}
-    assert noted["losses_nats_per_token"] == {"training, last step": lines[-1]["loss"]}
+    assert noted["losses_nats_per_token"] == {
+        "training, last step": lines[-1]["loss"],
+        "held-out rows": lines[-1]["eval_nll"],
+    }
 
 
 def test_the_seed_decides(model_folder, rows, tmp_path):

@@ -158,7 +158,7 @@ def test_held_out_loss_is_measured_off_the_clock_and_changes_nothing(
 ) -> None:
     """With dropout, which is random: the training must not notice the measurements."""
     changes: dict[str, Any] = {"adapter__dropout": 0.3}
-    without = make_spec(model_folder("llama"), data, **changes)
+    without = make_spec(model_folder("llama"), data, train__eval_every_steps=0, **changes)
     observed = make_spec(model_folder("llama"), data, train__eval_every_steps=3, **changes)
     train_in(tmp_path / "without", without)
     model, _, job = train_in(tmp_path / "observed", observed)
@@ -226,8 +226,8 @@ def test_the_first_rows_are_measured(
 
 
 def test_rows_that_are_never_measured_are_refused(model_folder: ModelFolder) -> None:
-    with pytest.raises(UserError, match="eval_rows needs eval_every_steps"):
-        make_spec(model_folder("llama"), {}, train__eval_rows=3)
+    with pytest.raises(UserError, match="eval_rows needs held-out losses"):
+        make_spec(model_folder("llama"), {}, train__eval_rows=3, train__eval_every_steps=0)
 
 
 # The prefix cache

@@ -26,6 +26,7 @@ DEFAULT_MODEL = "openai-community/gpt2"
 BUILTIN_MODEL = "builtin"
 DEFAULT_DATASET = "tuetschek/e2e_nlg"
 SAMPLE_DATASET = "sample"
+DEFAULT_BATCH_SIZE = 32
 
 
 def split_list(value: object) -> object:
@@ -163,7 +164,12 @@ class TrainSpec(Spec):
     """The optimisation."""
 
     epochs: int = Field(default=1, ge=1)
-    batch_size: int = Field(default=32, ge=1, description="data-set rows per optimizer step")
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="data-set rows per optimizer step "
+        f"[default: {DEFAULT_BATCH_SIZE}, fewer where that makes less than 20 steps]",
+    )
     learning_rate: float = Field(default=2e-3, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -185,16 +191,29 @@ class TrainSpec(Spec):
         default=300.0, gt=0, description="seconds between checkpoints"
     )
     eval_every_steps: int | None = Field(
-        default=None, ge=1, description="also measure the loss on held-out rows, every N steps"
+        default=None,
+        ge=0,
+        description="measure the loss on held-out rows every N steps and keep the best adapter; "
+        "0: never [default: a few times, on few rows]",
     )
     eval_rows: int | None = Field(
-        default=None, ge=1, description="measure it on the first N rows of --split [default: all]"
+        default=None,
+        ge=1,
+        description="measure it on the first N rows of --split [default: all with "
+        "--eval-every-steps, else few]",
+    )
+    early_stopping: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop when N measurements of the held-out loss in a row were no better; keep "
+        "the best adapter",
     )
 
     @model_validator(mode="after")
-    def _rows_are_for_evaluation(self) -> Self:
-        if self.eval_rows is not None and self.eval_every_steps is None:
-            raise ValueError("eval_rows needs eval_every_steps: nothing is measured without it")
+    def _held_out_rows_are_measured(self) -> Self:
+        for name in ("eval_rows", "early_stopping"):
+            if getattr(self, name) is not None and self.eval_every_steps == 0:
+                raise ValueError(f"{name} needs held-out losses; eval_every_steps 0 measures none")
         return self
 
 

@@ -5,6 +5,7 @@ JSON is strict: a NaN or an infinity is refused here rather than by the reader.
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,37 @@ def write_json(target: Path, value: Any) -> None:
     except ValueError as error:
         raise RunFailedError(f"cannot write {target}: a number in it is not finite") from error
     write_text(target, text + "\n")
+
+
+def replace_folder(scratch: Path, target: Path) -> None:
+    """Put the complete folder `scratch` into the place of the folder `target`.
+
+    A kill at any moment leaves one of the two, for `restore_folder` to put right. Raises OSError.
+    """
+    restore_folder(target)
+    for path in scratch.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    previous = _previous(target)
+    if target.exists():
+        target.replace(previous)
+    scratch.replace(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def restore_folder(target: Path) -> None:
+    """Put back the folder `target` where a `replace_folder` was killed before its end."""
+    previous = _previous(target)
+    if target.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+    elif previous.exists():
+        previous.replace(target)
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}-previous")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swlora.adapters.layers import (
     Identified,
@@ -28,6 +28,9 @@ from swlora.models.identity import identify_base, weights_sample_sha256
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress
 from swlora.runs import Run, read_metrics
+
+if TYPE_CHECKING:
+    from swlora.evaluation.held_out import Measurements
 
 Result = dict[str, Any]
 
@@ -123,7 +126,8 @@ def identify(job: Job, figure: Path | None = None) -> Result:
 def train(job: Job) -> tuple[Any, Result]:
     """Train the adapter of `job.spec`; return (the PeftModel, what was done).
 
-    Leaves adapter/ (a standard PEFT adapter), metrics.jsonl and loss.png in the run folder.
+    Leaves adapter/ (a standard PEFT adapter), metrics.jsonl and loss.png in the run folder, and
+    best/ where held-out losses were asked for: the adapter with the lowest.
     """
     import torch
 
@@ -131,19 +135,21 @@ def train(job: Job) -> tuple[Any, Result]:
     from swlora.adapters.methods import adapt, train_mode
     from swlora.adapters.saved import save_adapter
     from swlora.engine.loop import train as run_loop
-    from swlora.engine.schedule import Schedule
+    from swlora.engine.schedule import Schedule, batch_note
     from swlora.engine.tree_step import make_step
-    from swlora.evaluation.held_out import held_out_observer
-    from swlora.evaluation.loss_curve import draw_loss
+    from swlora.evaluation.held_out import planned_measurements, watch_of
+    from swlora.evaluation.loss_curve import draw_loss, training_result
 
     spec, sequences = job.spec, job.encoded("train")  # before identification, which takes long
     schedule = Schedule.of(sequences, spec.train, spec.seed)
-    held_out = None
-    if spec.train.eval_every_steps:
-        held_out = job.encoded(spec.data.eval_split, spec.train.eval_rows)
+    if note := batch_note(spec.train, len(sequences)):
+        job.progress.say(note)
+    planned = planned_measurements(spec.train, n_steps=schedule.n_steps, n_rows=schedule.n_rows)
+    held_out = held_out_rows(job, planned) if planned else None
     loaded, layers = job.loaded, choose_layers(job)
     with job.timed("attach"):
-        facts = training_facts(spec, identify_base(loaded), job.dataset, layers)
+        resolved = spec.model_copy(update={"train": schedule.spec})
+        facts = training_facts(resolved, identify_base(loaded), job.dataset, layers)
         adapted = adapt(
             loaded.model, spec.adapter, layers, seed=spec.seed, n_steps=schedule.n_steps
         )
@@ -155,37 +161,54 @@ def train(job: Job) -> tuple[Any, Result]:
         f"on {len(sequences):,} rows"
     )
 
-    observe = held_out_observer(model, held_out) if held_out else None
+    def save(folder: Path, losses_nats: dict[str, float], **more: Any) -> int:
+        noted = {**facts, "losses_nats_per_token": losses_nats, **more}
+        return save_adapter(model, folder, noted, loaded.tokenizer)
+
+    watch = None
+    if planned and held_out:
+        watch = watch_of(adapted, held_out, planned, save, job.run.folder / "best")
     with job.timed("prepare"):
         ready = make_step(model, sequences, spec.train, job.progress.say)
     with closing(ready) as step:
         torch.manual_seed(spec.seed)  # dropout
         with job.timed("train"):
-            state = run_loop(step, schedule, adapted, job.run, job.progress, observe)
+            state = run_loop(step, schedule, adapted, job.run, job.progress, watch)
     adapted.finish()
     metrics = read_metrics(job.run.folder)
     folder = job.run.folder / "adapter"
-    facts |= {"losses_nats_per_token": last_losses(metrics)}
-    adapter_bytes = save_adapter(model, folder, facts, loaded.tokenizer)
+    adapter_bytes = save(folder, last_losses(metrics))
     draw_loss(metrics, job.run.folder / "loss.png")
     result: Result = {
         "method": spec.adapter.method,
         "layers": layers,
         "n_trainable": n_trainable,
         "adapter_bytes": adapter_bytes,
-        "rows": state.totals.rows,
-        "steps": state.totals.step,
-        "train_s": state.totals.elapsed_s,
-        "examples_per_s": state.totals.rows / state.totals.elapsed_s,
+        **training_result(state, schedule, metrics),
         "peak_memory_bytes": peak_memory_bytes(model.device.type),
-        "last_loss": metrics[-1]["loss"],
         "adapter": str(folder),
         "loss_figure": str(job.run.folder / "loss.png"),
     }
     if adapted.ranks is not None:
         result["rank_pattern"] = adapted.ranks
+    if watch and watch.best_folder:
+        result["best_adapter"] = str(watch.best_folder)
     job.run.write_result({"train": result})
     return model, result
+
+
+def held_out_rows(job: Job, planned: "Measurements") -> TokenSequences | None:
+    """Return the rows whose loss is measured while training; None where nobody asked for any."""
+    split = job.spec.data.eval_split
+    if not planned.is_asked and not len(job.dataset.dev if split == "dev" else job.dataset.test):
+        job.progress.say(f"the data set has no {split} split, so no held-out loss is measured")
+        return None
+    if split == "test" and job.spec.train.early_stopping:
+        job.progress.say(
+            "early stopping looks at the test rows, so that scores on them will flatter; "
+            "--split dev leaves them unseen"
+        )
+    return job.encoded(split, planned.n_rows)
 
 
 def choose_layers(job: Job) -> list[int]:

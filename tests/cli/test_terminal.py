@@ -1,9 +1,12 @@
 """Progress: bars on a terminal, sparse lines elsewhere, nothing on stdout."""
 
 import io
+import re
+import time
 
 import pytest
 from rich.console import Console
+from rich.progress import Task as RichTask
 
 from swlora.cli import terminal
 from swlora.cli.terminal import Bars, Lines, make_progress
@@ -53,10 +56,23 @@ def test_bars_show_progress_and_notes():
     bars.say("[done] as it is")
     output = console.file.getvalue()
     assert "4/4" in output
-    assert "gone" in output and "left" in output
+    assert "0 s gone" in output
     assert "loss 3" in output
     assert "load" in output
     assert "[done] as it is" in output  # no markup
+
+
+def test_a_narrow_terminal_shows_counts_times_and_notes(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
+    monkeypatch.setattr(RichTask, "elapsed", 12.0)
+    monkeypatch.setattr(RichTask, "time_remaining", 30.0)
+    note = "loss 0.523  held-out 1.234 (best 1.200)  17.0 examples/s"
+    with Bars(console).task("train", 102) as task:
+        task.advance(30, note)
+        time.sleep(0.3)  # until it is drawn again
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert re.search(r"train \S+ +30/102 12 s gone, about 30 s left *\n", plain)
+    assert f"\n  {note}" in plain
 
 
 def test_a_bar_does_not_hide_a_failure():

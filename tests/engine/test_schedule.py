@@ -8,7 +8,7 @@ import pytest
 from swlora.config import TrainSpec
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences
-from swlora.engine.schedule import Schedule, learning_rate
+from swlora.engine.schedule import Schedule, batch_note, learning_rate, rows_per_step
 from swlora.errors import RunFailedError
 
 
@@ -106,3 +106,61 @@ def test_the_schedule_of_sequences_is_that_of_plan_steps(order, batch_size):
     assert len(found) == len(expected) == schedule.n_steps
     for ours, theirs in zip(found, expected, strict=True):
         assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
+
+
+# Few rows
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "changes", "size", "n_steps"),
+    [
+        (57, {}, 2, 29),  # 3 rows make 19 steps
+        (60, {}, 3, 20),
+        (61, {}, 3, 21),
+        (12, {}, 1, 12),
+        (1, {}, 1, 1),
+        (609, {}, 32, 20),
+        (608, {}, 31, 20),
+        (100, {"epochs": 5}, 32, 20),
+        (96, {"epochs": 5}, 31, 20),
+        (60, {"epochs": 20}, 32, 40),
+        (60, {"max_steps": 5}, 14, 5),
+        (60, {"batch_size": 32}, 32, 2),
+        (60, {"batch_size": 1}, 1, 60),
+    ],
+)
+def test_few_rows_get_a_batch_that_makes_twenty_steps(n_rows, changes, size, n_steps):
+    train_spec = TrainSpec(**changes)
+    assert rows_per_step(train_spec, n_rows) == size
+    sequences = TokenSequences.from_lists([([5, i], [i, 0]) for i in range(n_rows)])
+    schedule = Schedule.of(sequences, train_spec, seed=0)
+    assert schedule.n_steps == n_steps
+    assert schedule.spec.batch_size == size
+    assert len(list(schedule.steps())) == n_steps
+
+
+@pytest.mark.parametrize("n_rows", range(1, 700, 7))
+@pytest.mark.parametrize("epochs", [1, 2, 3, 20])
+def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
+    train_spec = TrainSpec(epochs=epochs)
+    size = rows_per_step(train_spec, n_rows)
+    assert 1 <= size <= 32
+    assert size == 1 or epochs * math.ceil(n_rows / size) >= 20
+    assert size == 32 or epochs * math.ceil(n_rows / (size + 1)) < 20
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "changes", "said"),
+    [
+        (57, {}, "57 rows would make 2 steps of 32 rows; taking 2 rows a step, 29 steps"),
+        (57, {"batch_size": 32}, "57 rows make only 2 steps of 32 rows; more --epochs or a"),
+        (20, {"batch_size": 20}, "20 rows make only 1 step of 20 rows; more --epochs or a"),
+        (12, {"batch_size": 1}, "12 rows make only 12 steps of 1 rows; more --epochs makes"),
+        (57, {"batch_size": 2}, None),
+        (57, {"batch_size": 20, "max_steps": 3}, None),
+        (640, {}, None),
+    ],
+)
+def test_few_steps_are_said(n_rows, changes, said):
+    note = batch_note(TrainSpec(**changes), n_rows)
+    assert note is None if said is None else note.startswith(said)

@@ -3,8 +3,10 @@
 import pytest
 import yaml
 
-from swlora.config import TrainSpec, dump_yaml
+from swlora.config import TrainSpec, dump_yaml, load_spec
 from swlora.errors import UserError
+from swlora.study.arms import arms_of
+from swlora.study.plan import rate_tasks
 from swlora.study.spec import StudySpec
 from swlora.study.study_file import read_studies
 
@@ -22,6 +24,27 @@ def arms(tmp_path, text):
     assert not study.problems
     assert study.spec is not None
     return {arm.name: study.spec.run_spec(arm.overrides) for arm in study.spec.arms}
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("{}", (32, 0, None)),
+        ("{batch_size: 5, eval_every_steps: 7}", (5, 7, None)),
+        ("{early_stopping: 2}", (32, None, 2)),
+    ],
+)
+def test_what_a_run_would_choose_by_its_data_is_fixed(tmp_path, train, expected):
+    """All runs of a study take equal steps; the short ones measure nothing on the way."""
+    study = read(tmp_path, f"train: {train}\narms: [lora]\nrate: {{grid: [0.1, 0.2]}}")
+    (arm,) = arms_of(study.spec, 3)
+    settings = arm.run_spec(seed=0, rate=0.1).train
+    assert (settings.batch_size, settings.eval_every_steps, settings.early_stopping) == expected
+    short = [task.spec for task in rate_tasks(arm, study.spec, n_train_rows=57)]
+    assert len(short) == 2
+    for run in short:
+        assert (run.train.batch_size, run.train.eval_every_steps) == (expected[0], 0)
+        assert load_spec(None, run.model_dump(mode="json")) == run  # as its child reads it
 
 
 # Short forms
@@ -52,7 +75,8 @@ arms:
     assert (found["dora"].adapter.method, found["dora"].adapter.layers) == ("dora", "super")
     assert (found["super"].adapter.method, found["super"].adapter.layers) == ("rslora", "super")
     assert found["super"].adapter.rank == 2
-    assert found["mine"].train == TrainSpec(epochs=3, weight_decay=0.25)
+    fixed = {"batch_size": 32, "eval_every_steps": 0}
+    assert found["mine"].train == TrainSpec(epochs=3, weight_decay=0.25, **fixed)
     assert (found["mine"].adapter.layers, found["mine"].adapter.alpha) == ("1,2", 16)
 
 

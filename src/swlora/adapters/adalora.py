@@ -8,6 +8,8 @@ the term that keeps A and B orthogonal, weight x mean ||P'P - I||_F. Both are do
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +104,27 @@ class AdaLora(Adapted):
         allocator.ipt = dict(by_kind["score"])  # its names say that there are scores already
         kept = {name: mask.tolist() for name, mask in by_kind["kept"].items()}
         self._config.rank_pattern = kept or None
+
+    def finish(self) -> None:
+        """Keep every triplet that is not 0: between two prunings, pruned ones grow again.
+
+        PEFT drops the others where it saves. Before the first pruning it keeps all of them.
+        """
+        if self._config.rank_pattern:
+            self._config.rank_pattern = {
+                name: (self.model.base_model.model.get_parameter(name) != 0).flatten().tolist()
+                for name in self._config.rank_pattern
+            }
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Have the ranks of this step while the body runs."""
+        allotted = self._config.rank_pattern
+        self.finish()
+        try:
+            yield
+        finally:
+            self._config.rank_pattern = allotted
 
     @property
     def ranks(self) -> dict[str, int] | None:

@@ -5,6 +5,8 @@ be done after a step; a checkpoint asks for the state that is in no parameter; a
 used after the training is made by `finish`. Most methods need nothing of all this.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +47,11 @@ class Adapted:
 
     def finish(self) -> None:
         """Make the model what is saved and used from now on; nothing is trained after it."""
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Be what `finish` makes while the body saves it; afterwards, bit for bit as before."""
+        yield
 
     @property
     def ranks(self) -> dict[str, int] | None:

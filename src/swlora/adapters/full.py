@@ -7,6 +7,9 @@ the model, so that its own loader puts them back. They are saved in the model's 
 were used.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,3 +74,16 @@ class Full(Adapted):
         """Cast the masters to the model's dtype."""
         for wrapper in self._wrappers:
             wrapper.modules_to_save[NAME].to(wrapper.original_module.weight.dtype)
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Put cast copies into the masters' places while the body runs."""
+        masters = [wrapper.modules_to_save[NAME] for wrapper in self._wrappers]
+        try:
+            for wrapper, master in zip(self._wrappers, masters, strict=True):
+                wrapper.modules_to_save[NAME] = copy.deepcopy(master)
+            self.finish()
+            yield
+        finally:
+            for wrapper, master in zip(self._wrappers, masters, strict=True):
+                wrapper.modules_to_save[NAME] = master

@@ -9,6 +9,8 @@ rounding; in float32 the two agree to float32's own. The original weights are ke
 given back bit for bit.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,10 @@ class Pissa(Adapted):
 
     def finish(self) -> None:
         """Give the original weights back; the adapter becomes the difference, of rank 2r."""
+        self._convert()
+        self._starts = []
+
+    def _convert(self) -> None:
         for layer, original, a_start, b_start in self._starts:
             layer.get_base_layer().weight.data = original
             a, b = layer.lora_A[NAME], layer.lora_B[NAME]
@@ -46,4 +52,22 @@ class Pissa(Adapted):
             layer.lora_alpha[NAME] *= 2  # the scale, alpha / r, stays
         config = self.model.peft_config[NAME]
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        self._starts = []
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Be the adapter of rank 2r on the original weights while the body runs."""
+        layers = [layer for layer, *_ in self._starts]
+        residuals = [layer.get_base_layer().weight.data for layer in layers]
+        trained = [(layer.lora_A[NAME].weight, layer.lora_B[NAME].weight) for layer in layers]
+        self._convert()
+        try:
+            yield
+        finally:
+            for layer, residual, (a, b) in zip(layers, residuals, trained, strict=True):
+                layer.get_base_layer().weight.data = residual
+                layer.lora_A[NAME].weight, layer.lora_B[NAME].weight = a, b
+                layer.r[NAME] //= 2
+                layer.lora_A[NAME].out_features = layer.lora_B[NAME].in_features = layer.r[NAME]
+                layer.lora_alpha[NAME] /= 2
+            config = self.model.peft_config[NAME]
+            config.r, config.lora_alpha = config.r // 2, config.lora_alpha / 2

@@ -18,7 +18,7 @@ from swlora.adapters.card import Facts, model_card
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.reach import refusal
 from swlora.errors import RunFailedError, UserError
-from swlora.files import write_json, write_text
+from swlora.files import replace_folder, write_json, write_text
 
 CONFIG = "adapter_config.json"
 FACTS = "swlora.json"
@@ -30,7 +30,8 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
     """Save a PeftModel's adapter as safetensors; return the bytes of its weights.
 
     `facts` are what `training_facts` gave, and more; the README.md is made from them. `folder` is
-    replaced by a complete one. Raises RunFailedError where the disk is full.
+    replaced by a complete one; a kill leaves the old or the new one. Raises RunFailedError where
+    the disk is full.
     """
     from safetensors import SafetensorError
 
@@ -44,8 +45,7 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
             _save_tokenizer(tokenizer, scratch)
         write_json(scratch / FACTS, facts)
         write_text(scratch / "README.md", model_card(facts, config))  # in place of PEFT's template
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.replace(folder)
+        replace_folder(scratch, folder)
         return (folder / WEIGHTS).stat().st_size
     except (OSError, SafetensorError) as error:
         raise RunFailedError(f"cannot write {folder}: {error}") from error

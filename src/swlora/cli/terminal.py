@@ -4,19 +4,14 @@ Everything here goes to stderr; results go to stdout.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, TextColumn
 from rich.progress import Progress as RichBars
+from rich.progress import Task as RichTask
+from rich.text import Text
 
 from swlora.progress import Progress, Task, duration
 
@@ -27,6 +22,29 @@ def make_progress() -> Progress:
     """Return bars where stderr is a terminal, else plain lines."""
     console = Console(stderr=True, highlight=False)
     return Bars(console) if console.is_terminal else Lines(console)
+
+
+def times(gone_s: float, left_s: float | None) -> str:
+    """Say how long work has taken and will take, where that is known."""
+    left = "" if left_s is None else f", about {duration(left_s)} left"
+    return f"{duration(gone_s)} gone{left}"
+
+
+class _Times(ProgressColumn):
+    max_refresh = 0.5
+
+    def render(self, task: RichTask) -> Text:
+        return Text(times(task.elapsed or 0.0, None if task.finished else task.time_remaining))
+
+
+class _BarsAndNotes(RichBars):
+    """Bars with a task's note on a line of its own: beside them it would push the times away."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
 
 
 class Bars:
@@ -42,14 +60,11 @@ class Bars:
     @contextmanager
     def task(self, description: str, total: float | None = None) -> Iterator[Task]:
         """Show a bar (or a spinner, where the length is unknown) while the body runs."""
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
         if total is not None:
             columns += [BarColumn(bar_width=20), MofNCompleteColumn()]
-        columns += [TimeElapsedColumn(), TextColumn("gone")]
-        if total is not None:
-            columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
-        columns += [TextColumn("{task.fields[note]}")]
-        with RichBars(*columns, console=self._console, transient=False) as bars:
+        columns.append(_Times())
+        with _BarsAndNotes(*columns, console=self._console, transient=False) as bars:
             task_id = bars.add_task(description, total=total, note="")
 
             class _Bar:
@@ -97,5 +112,5 @@ class _LineTask:
         left_s = gone_s * (self._total - self._done) / self._done
         self._lines.say(
             f"{self._description}: {self._done:.0f}/{self._total:.0f}, "
-            f"{duration(gone_s)} gone, about {duration(left_s)} left  {note}".rstrip()
+            f"{times(gone_s, left_s)}  {note}".rstrip()
         )

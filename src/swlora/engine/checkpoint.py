@@ -1,8 +1,9 @@
 """The whole state of a training loop as one object, saved and loaded through the run folder.
 
-Trained weights, what else the method keeps, optimizer moments, the random generator and the
-position in the data; learning rate and data order are pure functions of (seed, step), so they need
-no state. A run that resumes here does the same arithmetic as one that never stopped.
+Trained weights, what else the method keeps, optimizer moments, the random generator, the held-out
+losses and the position in the data; learning rate and data order are pure functions of (seed,
+step), so they need no state. A run that resumes here does the same arithmetic as one that never
+stopped.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swlora.adapters.adapted import Adapted
+from swlora.engine.watch import HeldOutState
 from swlora.errors import RunFailedError
 from swlora.runs import load_snapshot, save_snapshot
 
@@ -33,6 +35,7 @@ class LoopState:
     adapted: Adapted
     optimizer: torch.optim.Optimizer
     totals: Totals = field(default_factory=Totals)
+    held_out: HeldOutState = field(default_factory=HeldOutState)
 
     def save(self, folder: Path) -> None:
         """Replace the snapshot in `folder` by this state."""
@@ -45,7 +48,8 @@ class LoopState:
             tensors[f"parameter/{name}"] = parameter.detach().clone()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).clone()
-        save_snapshot(folder, tensors, vars(self.totals))
+        values = {**vars(self.totals), "held_out": self.held_out.as_dict()}
+        save_snapshot(folder, tensors, values)
 
     def load(self, folder: Path) -> bool:
         """Fill this state from the snapshot in `folder`; False where there is none.
@@ -68,6 +72,7 @@ class LoopState:
                 self._load_optimizer_state(name, parameter, tensors)
         own = {n.removeprefix("method/"): t for n, t in tensors.items() if n.startswith("method/")}
         self.adapted.load_state(own)
+        self.held_out = HeldOutState(**values.pop("held_out", {}))  # older ones have none
         self.totals = Totals(**values)
         return True
 

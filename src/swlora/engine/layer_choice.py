@@ -26,7 +26,7 @@ from swlora.config import RunSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.data.tree_rows import build_row
 from swlora.engine.attention import TreeLayout
-from swlora.engine.schedule import step_plan
+from swlora.engine.schedule import rows_per_step, step_plan
 from swlora.engine.split_model import SplitModel
 from swlora.engine.tree_step import TreeStep, fast_modules, row_loss
 from swlora.errors import RunFailedError, UserError
@@ -100,7 +100,7 @@ def profile(
         if not step.split.anatomy.family.has_attention_interface:
             raise UserError("--layers auto needs tree rows, which this family cannot run")
         steps = step_plan(sequences, spec.train, spec.seed)(0)
-        n_steps = max(2, MEASURED_ROWS // spec.train.batch_size)
+        n_steps = max(2, MEASURED_ROWS // rows_per_step(spec.train, len(sequences)))
         return _profile(step, steps[:n_steps], adapted.parameters)
     finally:
         adapted.model.unload()

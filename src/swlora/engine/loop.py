@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -22,12 +22,11 @@ from swlora.adapters.adapted import Adapted
 from swlora.config import TrainSpec
 from swlora.engine.checkpoint import LoopState
 from swlora.engine.schedule import Schedule, Step
+from swlora.engine.watch import HeldOutState, Watch
 from swlora.errors import RunFailedError
 from swlora.progress import Progress
 from swlora.runs import Run
 from swlora.threads import adapt_threads, adapted_threads
-
-Observer = Callable[[int], dict[str, Any]]
 
 
 class StepFunction(Protocol):
@@ -44,16 +43,15 @@ def train(
     adapted: Adapted,
     run: Run,
     progress: Progress,
-    observe: Observer | None = None,
+    watch: Watch | None = None,
 ) -> LoopState:
     """Train `adapted` for the steps of `schedule`, checkpointing into `run`; return the state.
 
     Continues from the run's checkpoint where there is one. SIGINT and SIGTERM end the loop after
     the current step with a checkpoint and KeyboardInterrupt. The last checkpoint is the final
-    state; it goes when the run is done. Every `eval_every_steps` steps, and after the last one,
-    `observe(step)` adds to the metrics of the step, off the clock; it must leave weights, mode and
-    random generators as they were. Raises RunFailedError before a non-finite loss or gradient could
-    reach the weights.
+    state; it goes when the run is done. `watch` measures held-out rows off the clock, keeps the
+    best adapter and may end the training early. Raises RunFailedError before a non-finite loss or
+    gradient could reach the weights.
     """
     from accelerate import Accelerator
 
@@ -70,19 +68,23 @@ def train(
     if state.load(folder):
         progress.say(f"resuming after step {state.totals.step}")
     run.truncate_metrics(state.totals.step)
+    if watch:
+        watch.resume(state.held_out)
     saved_at_s = time.perf_counter()
     with progress.task("train", n_steps) as task, _stop_requested() as stop:
         task.advance(state.totals.step)
         for rows in schedule.steps(state.totals.step):
+            if watch and watch.is_over(state.held_out):
+                break
             try:
                 report = _one_step(step_function, rows, state, accelerator, schedule)
             except RunFailedError:  # raised before the weights changed: nothing is lost
                 state.save(folder)
                 raise
-            if observe and _is_observed(state.totals.step, schedule):
-                report |= observe(state.totals.step)
+            if watch:
+                report |= watch.after_step(state.held_out, state.totals.step, n_steps)
             run.append_metrics(report)
-            task.advance(1, f"loss {report['loss']:.3f}  {report['examples_per_s']:.1f} examples/s")
+            task.advance(1, _note(report, state.held_out))
             stopping = stop.is_set()  # asked once: the signal may come between two questions
             if stopping or time.perf_counter() - saved_at_s > spec.checkpoint_every_s:
                 state.save(folder)
@@ -96,9 +98,11 @@ def train(
     return state
 
 
-def _is_observed(n_done: int, schedule: Schedule) -> bool:
-    every = schedule.spec.eval_every_steps
-    return every is not None and (n_done % every == 0 or n_done == schedule.n_steps)
+def _note(report: dict[str, Any], held_out: HeldOutState) -> str:
+    parts = [f"loss {report['loss']:.3f}", f"{report['examples_per_s']:.1f} examples/s"]
+    if held_out.last is not None:
+        parts.insert(1, f"held-out {held_out.last:.3f} (best {held_out.best:.3f})")
+    return "  ".join(parts)
 
 
 def _one_step(

@@ -9,12 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
-from swlora.config import TrainSpec
+from swlora.config import DEFAULT_BATCH_SIZE, TrainSpec
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
 
 Step = Sequence[np.ndarray]
+FEW_STEPS = 20  # fewer hardly train anything
 
 
 class StepPlan(Protocol):
@@ -42,8 +43,15 @@ class Schedule:
     @classmethod
     def of(cls, sequences: TokenSequences, spec: TrainSpec, seed: int) -> "Schedule":
         """Return the schedule that `spec` asks for on these sequences."""
-        n_steps_per_epoch = math.ceil(len(sequences) / spec.batch_size)  # see plan_steps
+        size = rows_per_step(spec, len(sequences))
+        spec = spec.model_copy(update={"batch_size": size})
+        n_steps_per_epoch = math.ceil(len(sequences) / size)  # see plan_steps
         return cls(spec, step_plan(sequences, spec, seed), n_steps_per_epoch)
+
+    @property
+    def n_rows(self) -> int:
+        """About how many rows are run, each counted once in every epoch."""
+        return self.n_steps * (self.spec.batch_size or 1)
 
     def steps(self, n_done: int = 0) -> Iterator[Step]:
         """Yield the steps that are left after `n_done` of them."""
@@ -63,13 +71,49 @@ class Schedule:
         return learning_rate(self.spec, step, self.n_steps)
 
 
+def rows_per_step(spec: TrainSpec, n_rows: int) -> int:
+    """Return the rows per step: what was asked for, else 32, or fewer where data are few.
+
+    Then it is the largest that makes at least 20 steps, or as many as `max_steps` allows.
+    """
+    if spec.batch_size is not None:
+        return spec.batch_size
+    n_wanted = min(FEW_STEPS, spec.max_steps or FEW_STEPS)
+    sizes = range(DEFAULT_BATCH_SIZE, 1, -1)
+    return next((size for size in sizes if _n_planned(spec, n_rows, size) >= n_wanted), 1)
+
+
+def batch_note(spec: TrainSpec, n_rows: int) -> str | None:
+    """Say what few rows mean for the number of steps, where there is something to say."""
+    size = rows_per_step(spec, n_rows)
+    n_steps = _n_planned(spec, n_rows, size)
+    if spec.batch_size is None and size < DEFAULT_BATCH_SIZE:
+        n_default = _n_planned(spec, n_rows, DEFAULT_BATCH_SIZE)
+        return (
+            f"{n_rows} rows would make {_steps(n_default)} of {DEFAULT_BATCH_SIZE} rows; taking "
+            f"{size} rows a step, {_steps(n_steps)} (--batch-size sets another number)"
+        )
+    if n_steps < min(FEW_STEPS, spec.max_steps or FEW_STEPS):
+        advice = "more --epochs or a smaller --batch-size" if size > 1 else "more --epochs"
+        return f"{n_rows} rows make only {_steps(n_steps)} of {size} rows; {advice} makes more"
+    return None
+
+
+def _n_planned(spec: TrainSpec, n_rows: int, size: int) -> int:
+    return spec.epochs * math.ceil(n_rows / size)  # see plan_steps
+
+
+def _steps(n: int) -> str:
+    return f"{n} step" if n == 1 else f"{n} steps"
+
+
 def step_plan(sequences: TokenSequences, spec: TrainSpec, seed: int) -> StepPlan:
     """Return the plan that `spec` asks for: `plan_steps` as a function of the epoch."""
 
     def plan(epoch: int) -> list[list[np.ndarray]]:
         return plan_steps(
             sequences,
-            sequences_per_step=spec.batch_size,
+            sequences_per_step=rows_per_step(spec, len(sequences)),
             max_tokens_per_row=spec.row_tokens,
             order=spec.order,
             seed=seed,

@@ -2,12 +2,80 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import train_mode
+from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
+from swlora.engine.watch import Watch
 from swlora.evaluation.loss import dataset_loss
 from swlora.progress import Silent
+
+# Where no numbers are given: how many measurements, and how many rows all of them together run
+# (forward only) as a share of the training's rows. What only shows costs hundredths of its time.
+N_SHOWN, SHARE_SHOWN = 5, 0.05
+N_FOR_STOPPING, SHARE_FOR_STOPPING = 20, 0.2
+LEAST_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """How often held-out rows are measured, and how many of them (None: all).
+
+    `is_asked` says that somebody wants them; others are made where there are held-out rows.
+    """
+
+    every_steps: int
+    n_rows: int | None
+    is_asked: bool
+    patience: int | None = None
+
+
+def planned_measurements(spec: TrainSpec, *, n_steps: int, n_rows: int) -> Measurements | None:
+    """Return what `spec` asks for, or what is cheap in a training of `n_steps` over `n_rows` rows.
+
+    `n_rows` counts a row once in every epoch. None where nothing shall be measured.
+    """
+    if spec.eval_every_steps == 0:
+        return None
+    if spec.eval_every_steps is not None:
+        return Measurements(spec.eval_every_steps, spec.eval_rows, True, spec.early_stopping)
+    n_measured, share = N_SHOWN, SHARE_SHOWN
+    if spec.early_stopping is not None:
+        n_measured, share = N_FOR_STOPPING, SHARE_FOR_STOPPING
+    every_steps = -(-n_steps // n_measured)
+    affordable = max(LEAST_ROWS, round(share * n_rows / n_measured))
+    is_asked = not (spec.early_stopping is spec.eval_rows is None)
+    return Measurements(every_steps, spec.eval_rows or affordable, is_asked, spec.early_stopping)
+
+
+def watch_of(
+    adapted: Adapted,
+    sequences: TokenSequences,
+    planned: Measurements,
+    save: Callable[..., Any],
+    best_folder: Path,
+) -> Watch:
+    """Return what the training loop measures on `sequences`; asked for, it keeps the best adapter.
+
+    `save(folder, losses_nats, step=...)` saves the model as it is; it is called while `adapted` is
+    as it would be in the end.
+    """
+
+    def save_best(folder: Path, step: int, loss: float) -> None:
+        with adapted.as_saved():
+            save(folder, {f"held-out rows, after step {step}": loss}, step=step)
+
+    return Watch(
+        held_out_observer(adapted.model, sequences),
+        planned.every_steps,
+        planned.patience,
+        best_folder if planned.is_asked else None,
+        save_best if planned.is_asked else None,
+    )
 
 
 def held_out_observer(model: Any, sequences: TokenSequences) -> Callable[[int], dict[str, Any]]:

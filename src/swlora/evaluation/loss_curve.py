@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swlora.files import atomic_path
 from swlora.loss_sum import LossSum
+
+if TYPE_CHECKING:
+    from swlora.engine.checkpoint import LoopState
+    from swlora.engine.schedule import Schedule
 
 Point = tuple[float, float]
 FINAL_SHARE = 0.1
@@ -31,6 +35,26 @@ def final_loss(metrics: Sequence[dict[str, Any]]) -> tuple[float, int]:
     last = metrics[-max(1, round(FINAL_SHARE * len(metrics))) :]
     total = sum((LossSum(m["sum_nats"], m["n_tokens"]) for m in last), LossSum())
     return total.nats_per_token, len(last)
+
+
+def training_result(
+    state: "LoopState", schedule: "Schedule", metrics: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what a training did as plain values; `held_out` only where it was measured."""
+    totals, held_out = state.totals, state.held_out
+    loss, n_averaged = final_loss(metrics)
+    result = {
+        "rows": totals.rows,
+        "batch_size": schedule.spec.batch_size,
+        "steps": totals.step,
+        "planned_steps": schedule.n_steps,
+        "train_s": totals.elapsed_s,
+        "examples_per_s": totals.rows / totals.elapsed_s,
+        "last_loss": metrics[-1]["loss"],
+        "final_loss": loss,
+        "final_loss_steps": n_averaged,
+    }
+    return result | ({"held_out": held_out.as_dict()} if held_out.n_measured else {})
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], target: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.config import BUILTIN_MODEL, DEFAULT_DATASET, ModelSpec, RunSpec
+from swlora.engine.schedule import rows_per_step
 from swlora.errors import UserError
 from swlora.study.arms import Arm, arms_of
 from swlora.study.spec import StudySpec
@@ -77,7 +78,7 @@ class Checked:
         n_rows = self.n_rows.get("train") if n_rows is None else n_rows
         if n_rows is None:
             return run.train.max_steps
-        n_steps = -(-n_rows // run.train.batch_size) * run.train.epochs
+        n_steps = -(-n_rows // rows_per_step(run.train, n_rows)) * run.train.epochs
         return min(n_steps, run.train.max_steps or n_steps)
 
     def rate_steps(self, arm: Arm) -> int | None:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from swlora.adapters.layers import needs_identification
 from swlora.config import RunSpec
+from swlora.engine.schedule import rows_per_step
 from swlora.study.arms import Arm
 from swlora.study.spec import StudySpec, folder_name, is_found
 
@@ -58,8 +59,9 @@ def rate_tasks(arm: Arm, spec: StudySpec, n_train_rows: int) -> list[Task]:
         rows = {"train_rows": choice.train_rows, "eval_prompts": choice.eval_prompts}
         data = run.data.model_copy(update={**rows, "eval_split": "dev"})
         limits = [n for n in (choice.max_steps, run.train.max_steps) if n is not None]
-        short = {"max_steps": min(limits, default=None), "eval_every_steps": None}
-        train = run.train.model_copy(update={**short, "eval_rows": None})
+        short = {"max_steps": min(limits, default=None), "eval_every_steps": 0}
+        unwatched = {"eval_rows": None, "early_stopping": None}
+        train = run.train.model_copy(update=short | unwatched)
         run = run.model_copy(update={"data": data, "train": train})
         n_rows = min(choice.train_rows, n_train_rows)
         folder = f"rates/{arm.name}/{rate:g}"
@@ -98,4 +100,4 @@ def beam_tasks(runs: list[Task], spec: StudySpec) -> list[Task]:
 def _all_rows(run: RunSpec, n_rows: int) -> int:
     """Return the rows that a run trains on, all epochs counted."""
     rows, limit = n_rows * run.train.epochs, run.train.max_steps
-    return rows if limit is None else min(rows, limit * run.train.batch_size)
+    return rows if limit is None else min(rows, limit * rows_per_step(run.train, n_rows))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
+from swlora.direction import higher_is_better
 from swlora.errors import UserError
 from swlora.files import write_json, write_text
 from swlora.study import statistics as stats
@@ -197,7 +198,7 @@ def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Result:
 
 def _against(name: str, means: Result, draws: dict[str, Draws], reference: _Reference) -> Result:
     found = stats.interval(draws[name] - reference.draws[name])
-    judged = stats.verdict(found, reference.margins[name], larger_is_better=name != "nll")
+    judged = stats.verdict(found, reference.margins[name], larger_is_better=higher_is_better(name))
     difference = means[name] - reference.values[name]
     return {"difference": difference, "interval": list(found), "verdict": judged}
 

@@ -11,10 +11,11 @@ Bare names, and settings beside an arm's name, are short for its dotted `overrid
 import re
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from swlora.adapters.layers import needs_identification, resolve_layers, time_budget
 from swlora.config import (
+    DEFAULT_BATCH_SIZE,
     LORA_SETTINGS,
     METHOD_SETTINGS,
     AdapterSpec,
@@ -122,7 +123,7 @@ class StudySpec(Spec):
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
     adapter: AdapterSpec = AdapterSpec()
-    train: TrainSpec = TrainSpec()
+    train: TrainSpec = Field(default=TrainSpec(), validate_default=True)
     decode: DecodeSpec = DecodeSpec()
     identify: IdentifySpec = IdentifySpec()
     arms: list[ArmSpec] = Field(min_length=1)
@@ -133,6 +134,17 @@ class StudySpec(Spec):
     margin: Margin = Margin()
     controls: bool = Field(default=True, description="add control arms to layers that were found")
     random_draws: int = Field(default=2, ge=1, le=10, description="random controls of such an arm")
+
+    @field_validator("train")
+    @classmethod
+    def _same_for_all_runs(cls, train: TrainSpec) -> TrainSpec:
+        """Fix what a run alone would choose by its data: the short runs have fewer rows."""
+        fixed: dict[str, Any] = {}
+        if train.batch_size is None:
+            fixed["batch_size"] = DEFAULT_BATCH_SIZE
+        if train.eval_every_steps is train.eval_rows is train.early_stopping is None:
+            fixed["eval_every_steps"] = 0
+        return train.model_copy(update=fixed)
 
     def run_spec(self, overrides: dict[str, Any]) -> RunSpec:
         """Return the configuration of an arm; ValidationError or UserError for impossible ones.

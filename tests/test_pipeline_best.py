@@ -1,0 +1,257 @@
+"""Held-out losses through the pipeline: shown, the best adapter kept, the end in time."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from swlora import pipeline
+from swlora.adapters.methods import METHODS
+from swlora.adapters.saved import adapter_folder, read_facts
+from swlora.cli.show import show_training
+from swlora.config import RunSpec, load_spec
+from swlora.evaluation.held_out import Measurements, planned_measurements
+from swlora.evaluation.loss import dataset_loss
+from swlora.models.load import load_model
+from swlora.pipeline import Job
+from swlora.progress import Silent
+from swlora.runs import Run, read_metrics
+from swlora.web.folders import RunFolders
+
+ModelFolder = Callable[[str], Path]
+ROWS = [
+    {"prompt": f"name[{name}], food[{food}]\n", "completion": f"{name} {verb} {food}."}
+    for name, food in (("A", "x"), ("Bo", "yy"), ("Cem", "z"), ("Dora", "xx"))
+    for verb in ("has", "serves", "is the place for")
+]
+DEV = [{"prompt": "name[E], food[x]\n", "completion": f"E {verb} x."} for verb in ("has", "sells")]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, str]:
+    for name, rows in (("train", ROWS), ("dev", DEV)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    return {"data.name": f"{tmp_path}/train.jsonl", "data.eval_file": f"{tmp_path}/dev.jsonl"}
+
+
+def make_spec(
+    model: Path, data: dict[str, str], *, method: str = "lora", **changes: Any
+) -> RunSpec:
+    """Four epochs of four steps, at a rate that soon makes held-out rows worse."""
+    settings: dict[str, Any] = {
+        "model.name": str(model),
+        "model.device": "cpu",
+        "model.dtype": "float32",
+        "adapter.method": method,
+        "adapter.layers": "last:2",
+        "train.epochs": 4,
+        "train.batch_size": 3,
+        "train.learning_rate": 0.1,
+    }
+    sizes = {"full": {}, "supertuning": {"adapter.sparsity": 0.9}}
+    settings |= sizes.get(method, {"adapter.rank": 3, "adapter.dropout": 0.1})
+    return load_spec(None, data | settings | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def train_in(folder: Path, spec: RunSpec, progress: Any = None) -> dict[str, Any]:
+    with Run.create(folder, spec, "train") as run:
+        return pipeline.train(Job(spec, run, progress or Silent()))[1]
+
+
+class Heard(Silent):
+    """Keeps what is said, and the notes beside the bar."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.notes: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002
+        self.notes.append(note)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_best_adapter_is_the_one_that_was_measured(
+    method: str, model_folder: ModelFolder, data: dict[str, str], tmp_path: Path
+) -> None:
+    """In plain PEFT; and the training goes on as if nothing had been saved."""
+    spec = make_spec(
+        model_folder("llama"), data, method=method, train__eval_every_steps=1, train__max_steps=9
+    )
+    result = train_in(tmp_path / "run", spec)
+    best, held_out = Path(result["best_adapter"]), result["held_out"]
+    assert best == tmp_path / "run" / "best" == adapter_folder(best)
+    measured = {row["step"]: row["eval_nll"] for row in read_metrics(tmp_path / "run")}
+    assert held_out["best"] == min(measured.values()) == measured[held_out["best_step"]]
+    assert (held_out["first"], held_out["last"]) == (measured[1], measured[9])
+    step = held_out["best_step"]
+    assert read_facts(best) == read_facts(tmp_path / "run" / "adapter") | {
+        "step": step,
+        "losses_nats_per_token": {f"held-out rows, after step {step}": held_out["best"]},
+    }
+    assert read_facts(best)["training"]["batch_size"] == 3
+
+    loaded = load_model(spec.model)
+    with Run.create(tmp_path / "read", spec, "train") as run:
+        dev = Job(spec, run, Silent()).encoded("dev")
+    plain = PeftModel.from_pretrained(loaded.model, str(best)).eval()
+    loss = dataset_loss(plain, dev, Silent()).nats_per_token
+    assert loss == pytest.approx(held_out["best"], rel=1e-5)
+
+    unmeasured = make_spec(
+        model_folder("llama"), data, method=method, train__eval_every_steps=0, train__max_steps=9
+    )
+    train_in(tmp_path / "unmeasured", unmeasured)
+    assert same(tmp_path / "run" / "adapter", tmp_path / "unmeasured" / "adapter")
+    assert not (tmp_path / "unmeasured" / "best").exists()
+
+
+def signal_in(stop: int) -> Callable[[Run, Any], None]:
+    """Return Run.append_metrics, which a signal follows in step `stop`."""
+    append = Run.append_metrics
+
+    def appended(run: Run, values: Any) -> None:
+        append(run, values)
+        if values["step"] == stop:
+            os.kill(os.getpid(), 15)
+
+    return appended
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "adalora", "full"])
+def test_stopped_early_resumed_or_not(
+    method: str,
+    model_folder: ModelFolder,
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Held-out rows of other letters: what is learnt makes them worse."""
+    other = json.dumps({"prompt": "name[E], food[x]\n", "completion": "~@~@#~"})
+    Path(data["data.eval_file"]).write_text(other + "\n")
+    spec = make_spec(model_folder("llama"), data, method=method, train__early_stopping=2)
+    expected = train_in(tmp_path / "whole", spec)
+    held_out, n_steps = expected["held_out"], expected["steps"]
+    assert n_steps == held_out["best_step"] + 2 < expected["planned_steps"] == 16
+    assert held_out["n_since_best"] == 2
+    assert not same(tmp_path / "whole" / "adapter", tmp_path / "whole" / "best")
+
+    for stop in {1, held_out["best_step"], n_steps}:
+        folder = tmp_path / str(stop)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Run, "append_metrics", signal_in(stop))
+            train_in(folder, spec)
+        run, resumed = Run.reopen(folder, "train")
+        with run:
+            result = pipeline.train(Job(resumed, run, Silent()))[1]
+        assert result["held_out"] == held_out
+        assert (result["steps"], result["final_loss"]) == (n_steps, expected["final_loss"])
+        for name in ("adapter", "best"):
+            assert same(folder / name, tmp_path / "whole" / name)
+
+    show_training(expected)
+    said = capsys.readouterr().out
+    assert f"{held_out['best']:.3f} best (step {held_out['best_step']})" in said
+    assert f"stopped early, after {n_steps} of 16 steps: no better held-out loss in 2" in said
+    assert f"best adapter: {tmp_path / 'whole' / 'best'}" in said
+
+
+def test_the_server_finds_both(
+    model_folder: ModelFolder, data: dict[str, str], tmp_path: Path
+) -> None:
+    spec = make_spec(model_folder("llama"), data, train__eval_every_steps=8)
+    train_in(tmp_path / "runs" / "mine", spec)
+    adapters = RunFolders(tmp_path / "runs").adapters()
+    assert set(adapters) == {"mine", "mine/best"}
+    assert adapters["mine/best"].folder == tmp_path / "runs" / "mine" / "best"
+
+
+# Where nothing is asked for
+
+
+def test_held_out_loss_is_shown_by_itself(
+    model_folder: ModelFolder,
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    heard = Heard()
+    spec = make_spec(model_folder("llama"), data, train__learning_rate=0.01)
+    result = train_in(tmp_path / "run", spec, heard)
+    measured = [row["step"] for row in read_metrics(tmp_path / "run") if "eval_nll" in row]
+    assert measured == [4, 8, 12, 16]
+    last = read_metrics(tmp_path / "run")[-1]
+    best = f"{result['held_out']['best']:.3f}"
+    assert f"held-out {last['eval_nll']:.3f} (best {best})  " in heard.notes[-1]
+    assert "held-out" not in heard.notes[3]
+    assert "best_adapter" not in result
+    assert not (tmp_path / "run" / "best").exists()
+    show_training(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"loss: {result['final_loss']:.3f} (mean of the last 2 of 16 steps)"
+    assert lines[2].startswith(f"held-out loss: {result['held_out']['first']:.3f} first, ")
+
+
+def test_data_without_held_out_rows_train_all_the_same(
+    model_folder: ModelFolder, data: dict[str, str], tmp_path: Path
+) -> None:
+    heard = Heard()
+    changes = {"data__eval_file": None, "data__eval_split": "test", "train__max_steps": 2}
+    spec = make_spec(model_folder("llama"), data, **changes)
+    assert "held_out" not in train_in(tmp_path / "run", spec, heard)
+    assert "the data set has no test split, so no held-out loss is measured" in heard.lines
+
+
+def test_few_rows_get_small_steps_and_are_told(
+    model_folder: ModelFolder, data: dict[str, str], tmp_path: Path
+) -> None:
+    heard = Heard()
+    spec = make_spec(model_folder("llama"), data, train__batch_size=None, train__epochs=2)
+    result = train_in(tmp_path / "run", spec, heard)
+    assert (result["batch_size"], result["steps"]) == (1, 24)
+    said = "12 rows would make 2 steps of 32 rows; taking 1 rows a step, 24 steps"
+    assert any(line.startswith(said) for line in heard.lines)
+    assert load_spec(tmp_path / "run" / "config.yaml", {}) == spec
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Measurements(20, 64, False)),
+        ({"eval_rows": 7}, Measurements(20, 7, True)),
+        ({"early_stopping": 3}, Measurements(5, 64, True, 3)),
+        ({"early_stopping": 3, "eval_every_steps": 9}, Measurements(9, None, True, 3)),
+        ({"eval_every_steps": 9, "eval_rows": 7}, Measurements(9, 7, True)),
+        ({"eval_every_steps": 0}, None),
+    ],
+)
+def test_how_often_and_on_how_many_rows(
+    changes: dict[str, Any], expected: Measurements | None
+) -> None:
+    spec = load_spec(None, {f"train.{name}": value for name, value in changes.items()}).train
+    assert planned_measurements(spec, n_steps=100, n_rows=6400) == expected
+
+
+@pytest.mark.parametrize(("n_steps", "every_steps"), [(1, 1), (3, 1), (11, 3), (29, 6)])
+def test_a_short_training_measures_a_few_rows_all_the_same(n_steps: int, every_steps: int) -> None:
+    planned = planned_measurements(RunSpec().train, n_steps=n_steps, n_rows=2 * n_steps)
+    assert planned == Measurements(every_steps, 16, False)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tests import small_runs
+from tests.small_runs import write_data
 
 from swlora import pipeline
 from swlora.adapters.methods import METHODS
@@ -25,39 +27,17 @@ from swlora.runs import Run, read_metrics
 from swlora.web.folders import RunFolders
 
 ModelFolder = Callable[[str], Path]
-ROWS = [
-    {"prompt": f"name[{name}], food[{food}]\n", "completion": f"{name} {verb} {food}."}
-    for name, food in (("A", "x"), ("Bo", "yy"), ("Cem", "z"), ("Dora", "xx"))
-    for verb in ("has", "serves", "is the place for")
-]
-DEV = [{"prompt": "name[E], food[x]\n", "completion": f"E {verb} x."} for verb in ("has", "sells")]
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, str]:
-    for name, rows in (("train", ROWS), ("dev", DEV)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(lines)
-    return {"data.name": f"{tmp_path}/train.jsonl", "data.eval_file": f"{tmp_path}/dev.jsonl"}
+    return write_data(tmp_path)
 
 
-def make_spec(
-    model: Path, data: dict[str, str], *, method: str = "lora", **changes: Any
-) -> RunSpec:
+def make_spec(model: Path, data: dict[str, str], **changes: Any) -> RunSpec:
     """Four epochs of four steps, at a rate that soon makes held-out rows worse."""
-    settings: dict[str, Any] = {
-        "model.name": str(model),
-        "model.device": "cpu",
-        "model.dtype": "float32",
-        "adapter.method": method,
-        "adapter.layers": "last:2",
-        "train.epochs": 4,
-        "train.batch_size": 3,
-        "train.learning_rate": 0.1,
-    }
-    sizes = {"full": {}, "supertuning": {"adapter.sparsity": 0.9}}
-    settings |= sizes.get(method, {"adapter.rank": 3, "adapter.dropout": 0.1})
-    return load_spec(None, data | settings | {k.replace("__", "."): v for k, v in changes.items()})
+    long = {"train__epochs": 4, "train__learning_rate": 0.1}
+    return small_runs.make_spec(model, data, **long | changes)
 
 
 def train_in(folder: Path, spec: RunSpec, progress: Any = None) -> dict[str, Any]:

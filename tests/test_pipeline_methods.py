@@ -1,6 +1,5 @@
 """Every method through the pipeline: what it reports, saves and resumes; loss while training."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.small_runs import DEV, make_spec, write_data
 
 from swlora import pipeline
 from swlora.adapters.methods import METHODS
 from swlora.adapters.saved import load_adapter, read_facts
-from swlora.config import RunSpec, load_spec
+from swlora.config import RunSpec
 from swlora.engine.frozen_prefix import PrefixCache
 from swlora.errors import UserError
 from swlora.evaluation.loss import dataset_loss
@@ -23,39 +23,11 @@ from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
 
 ModelFolder = Callable[[str], Path]
-ROWS = [
-    {"prompt": f"name[{name}], food[{food}]\n", "completion": f"{name} {verb} {food}."}
-    for name, food in (("A", "x"), ("Bo", "yy"), ("Cem", "z"), ("Dora", "xx"))
-    for verb in ("has", "serves", "is the place for")
-]
-DEV = [{"prompt": "name[E], food[x]\n", "completion": f"E {verb} x."} for verb in ("has", "sells")]
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, str]:
-    for name, rows in (("train", ROWS), ("dev", DEV)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(lines)
-    return {"data.name": f"{tmp_path}/train.jsonl", "data.eval_file": f"{tmp_path}/dev.jsonl"}
-
-
-def make_spec(
-    model: Path, data: dict[str, str], *, method: str = "lora", **changes: Any
-) -> RunSpec:
-    """Two epochs of four steps in the layers 1 and 2 of 3."""
-    settings: dict[str, Any] = {
-        "model.name": str(model),
-        "model.device": "cpu",
-        "model.dtype": "float32",
-        "adapter.method": method,
-        "adapter.layers": "last:2",
-        "train.epochs": 2,
-        "train.batch_size": 3,
-        "train.learning_rate": 0.01,
-    }
-    sizes = {"full": {}, "supertuning": {"adapter.sparsity": 0.9}}
-    settings |= sizes.get(method, {"adapter.rank": 3})
-    return load_spec(None, data | settings | {k.replace("__", "."): v for k, v in changes.items()})
+    return write_data(tmp_path)
 
 
 def train_in(folder: Path, spec: RunSpec) -> tuple[Any, dict[str, Any], Job]:

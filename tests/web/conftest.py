@@ -1,6 +1,7 @@
 """A tiny model behind the web server: in the test's own loop, or on a loopback socket."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -110,6 +111,21 @@ def browse() -> Callable[[Guard], TestClient]:
 def client(make, browse) -> Iterator[TestClient]:
     """A client of the application, in this process and without a socket."""
     with browse(make()) as client:
+        yield client
+
+
+@pytest.fixture
+def own_runs(runs, tmp_path) -> Path:
+    """A copy of the runs that a test may change."""
+    return shutil.copytree(runs, tmp_path / "runs")
+
+
+@pytest.fixture
+def own_client(make, browse, own_runs, monkeypatch) -> Iterator[TestClient]:
+    """A client of an application that sees every change of `own_runs` at once."""
+    monkeypatch.setattr("swlora.web.folders.FRESH_S", 0.0)
+    monkeypatch.setattr("swlora.web.scheduler.RETRY_S", 0.05)
+    with browse(make(runs=own_runs)) as client:
         yield client
 
 

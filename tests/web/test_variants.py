@@ -140,19 +140,6 @@ def test_only_offered_weights_can_be_switched_off(client, loaded):
 # Adapters on disk
 
 
-@pytest.fixture
-def own_runs(runs, tmp_path) -> Path:
-    """A copy of the runs that a test may change."""
-    return shutil.copytree(runs, tmp_path / "runs")
-
-
-@pytest.fixture
-def own_client(make, browse, own_runs, monkeypatch):
-    monkeypatch.setattr("swlora.web.folders.FRESH_S", 0.0)
-    with browse(make(runs=own_runs)) as client:
-        yield client
-
-
 def completion(client, model: str) -> str:
     body = {"model": model, "prompt": "Hello there", "max_tokens": 20, "temperature": 0}
     response = client.post("/v1/completions", json=body)

@@ -29,7 +29,11 @@ def check_tensors(model: Any, weights: Path) -> None:
             own = _own_tensor(model, key)
             brought = file.get_tensor(key)
             if own is None or not torch.equal(brought.to(own), own):
-                raise UserError("this adapter brings tensors of its own for the model's")
+                raise UserError(
+                    "this adapter brings other numbers for the model's own tensors "
+                    f"({key.removeprefix('base_model.model.')[:80]}); PEFT saves those of the "
+                    "model it was trained on, in that model's dtype"
+                )
 
 
 def _own_tensor(model: Any, key: str) -> Any:

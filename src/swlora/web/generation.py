@@ -14,7 +14,7 @@ from typing import Any
 
 from swlora.engine.batch_decoder import DecodeRequest, Event
 from swlora.engine.sampling import Sampling
-from swlora.evaluation.text_stream import Detokeniser, StopFilter, prompt_offsets
+from swlora.evaluation.text_stream import Detokeniser, StopFilter
 from swlora.web.metrics import Metrics
 from swlora.web.problems import ApiError
 from swlora.web.scheduler import Scheduler
@@ -33,10 +33,18 @@ NO_RETRY = {"x-should-retry": "false"}  # the official client would only wait as
 
 
 @dataclass(frozen=True)
+class Echo:
+    """The text of a prompt that shall be given back, and where in it each token begins."""
+
+    text: str
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TextRequest:
     """One text that is asked for, checked and tokenised.
 
-    `echo` is the prompt's text where it shall come first; `max_tokens` may be 0 then.
+    `echo` is there where the prompt shall come first; `max_tokens` may be 0 then.
     """
 
     variant: Variant
@@ -44,7 +52,7 @@ class TextRequest:
     max_tokens: int
     sampling: Sampling
     stops: tuple[str, ...] = ()
-    echo: str | None = None
+    echo: Echo | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class _Text:
 
     def __init__(self, index: int, tokenizer: Any, request: TextRequest) -> None:
         self._index, self._start_s = index, time.perf_counter()
-        self._request, self._tokenizer = request, tokenizer
+        self._request = request
         self._detokeniser = Detokeniser(tokenizer, request.prompt_ids)
         self._filter = StopFilter(request.stops)
         self._n_characters = 0
@@ -211,14 +219,12 @@ class _Text:
         echo = self._request.echo
         if echo is None:
             return ""
-        if first.prompt:
-            offsets = prompt_offsets(self._tokenizer, self._request.prompt_ids, echo)
-            self._tokens = [
-                Scored(choice.token_id, choice.logprob, choice.top_logprobs, offset)
-                for choice, offset in zip(first.prompt, offsets, strict=True)
-            ]
-        self._n_characters = len(echo)
-        return echo
+        self._tokens = [
+            Scored(choice.token_id, choice.logprob, choice.top_logprobs, offset)
+            for choice, offset in zip(first.prompt, echo.offsets, strict=False)  # perhaps no scores
+        ]
+        self._n_characters = len(echo.text)
+        return echo.text
 
     def _note(self, event: Event, piece: str, is_end: bool) -> None:
         if event.logprob is not None:

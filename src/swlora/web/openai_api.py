@@ -6,15 +6,15 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from swlora.evaluation.text_stream import prompt_offsets
 from swlora.web.answers import EventStream, collect, gone, sse
-from swlora.web.generation import Finish, Generation, TextRequest
+from swlora.web.generation import Echo, Finish, Generation, TextRequest
 from swlora.web.problems import json_response
 from swlora.web.schemas import ChatBody, CompletionBody
 from swlora.web.service import Service, service_of
@@ -52,7 +52,7 @@ async def complete(request: Request, body: CompletionBody) -> Response:
     texts = []
     for prompt in body.prompts:
         ids = await service.encode(prompt, variant) if isinstance(prompt, str) else prompt
-        echo = await _echo(service, prompt, variant) if body.echo else None
+        echo = await _echo(service, prompt, ids, variant) if body.echo else None
         text = service.request(
             variant, ids, body, max_tokens=COMPLETION_TOKENS, n_logprobs=body.logprobs, echo=echo
         )
@@ -89,12 +89,19 @@ def choices_of(text: TextRequest, n: int) -> list[TextRequest]:
     return requests
 
 
-async def _echo(service: Service, prompt: str | list[int], variant: Variant) -> str:
-    """Return the text of a prompt, with what an adapter puts behind it."""
+async def _echo(
+    service: Service, prompt: str | list[int], ids: list[int], variant: Variant
+) -> Echo:
+    """Return what is given back of a prompt, with what an adapter puts behind it."""
+    tokenizer, text = service.loaded.tokenizer, None
     if isinstance(prompt, str):
-        return prompt + await service.separator(prompt, variant)
-    decode = partial(service.loaded.tokenizer.decode, clean_up_tokenization_spaces=False)
-    return str(await asyncio.to_thread(decode, prompt))
+        text = prompt + await service.separator(prompt, variant)
+
+    def make() -> Echo:
+        whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if text is None else text
+        return Echo(whole, tuple(prompt_offsets(tokenizer, ids, whole)))
+
+    return await asyncio.to_thread(make)
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

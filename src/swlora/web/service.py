@@ -24,7 +24,7 @@ from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress
 from swlora.web.chat_turns import turns_for
 from swlora.web.folders import RunFolders
-from swlora.web.generation import Generation, TextRequest
+from swlora.web.generation import Echo, Generation, TextRequest
 from swlora.web.metrics import Metrics
 from swlora.web.neutral import Message
 from swlora.web.problems import ApiError
@@ -132,7 +132,7 @@ class Service:
         *,
         max_tokens: int,
         n_logprobs: int | None = None,
-        echo: str | None = None,
+        echo: Echo | None = None,
     ) -> TextRequest:
         """Check a request against the model's limits; ApiError where it exceeds them.
 

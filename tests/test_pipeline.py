@@ -258,6 +258,8 @@ def test_chats(model_folder, make_model, rows, tmp_path):
         _, (shown, _, reference) = csv.reader(file)
     assert (shown, reference) == ("system: Be brief.\nuser: x?", "Yes.")
     assert result["eval"]["n_tokens"] == 5
+    noted = json.loads((tmp_path / "run" / "adapter" / "swlora.json").read_text())
+    assert noted["is_chat"] is True
     model = peft.PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "run" / "adapter"))
     prompt, completion = (
         [256, *b"system:Be brief.;", 256, *b"user:x?;", 256, *b"assistant:"],
@@ -396,6 +398,7 @@ def test_an_adapter_is_evaluated_from_its_folder_or_its_run(model_folder, rows, 
     ):
         with Run.create(tmp_path / f"eval-{name}", spec, "eval") as run:
             results[name] = pipeline.evaluate_adapter(Job(spec, run, Silent()), adapter)
+        assert run.facts.get("adapter") == (None if adapter is None else str(adapter))
     scores = ("BLEU", "NIST", "ROUGE_L", "CIDEr", "n_tokens")
     for name in ("run", "folder"):
         assert [results[name][key] for key in scores] == [expected[key] for key in scores]

@@ -323,6 +323,8 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
     folder = adapter_folder(adapter) if adapter else None
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
     model = job.loaded.model
+    if folder:
+        job.run.record(adapter=str(adapter))
     untouched = english_text(job, model)
     if folder:
         sample = weights_sample_sha256(model)

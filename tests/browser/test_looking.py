@@ -7,7 +7,8 @@ from swlora.files import write_json
 
 pytestmark = [pytest.mark.browser, pytest.mark.allow_hosts(["127.0.0.1"])]
 PAGES = {
-    "write": "/",
+    "write": "/write",
+    "chat": "/",
     "restaurant": "/restaurant",
     "super-weights": "/super-weights",
     "runs": "/runs",
@@ -27,7 +28,7 @@ def test_no_page_is_wider_than_its_window(visit, step_log, name):
         assert page.evaluate("() => document.documentElement.scrollWidth") <= width, width
         for details in page.locator("details:not([open]) > summary").all():
             details.click()
-    expect(page.get_by_role("navigation", name="Pages").get_by_role("link")).to_have_count(4)
+    expect(page.get_by_role("navigation", name="Pages").get_by_role("link")).to_have_count(3)
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -83,7 +84,7 @@ def test_a_strange_name_leads_to_its_run(visit, runs):
 
 
 def test_who_wants_little_motion_gets_none(visit):
-    page = visit("/", reduced_motion="reduce")
+    page = visit("/write", reduced_motion="reduce")
     pulse = "() => getComputedStyle(document.querySelector('.stats'), '::before').animationName"
     page.locator("[data-pane]").first.evaluate("(pane) => pane.setAttribute('aria-busy', 'true')")
     assert page.evaluate(pulse) == "none"

@@ -39,12 +39,12 @@ def metric(server: str, name: str) -> float:
 
 
 def test_a_prompt_streams(visit):
-    page = visit("/")
-    page.get_by_label("Beside it").select_option("")
+    page = visit("/write")
+    page.get_by_label("Compare with").select_option("")
     settings(page, max_tokens=1500, seed=7)
-    page.get_by_label("A beginning").fill("Once")
+    page.get_by_label("Prompt").fill("Once")
     page.evaluate("() => { window.shifted = 0; }")
-    page.get_by_role("button", name="Write").click()
+    page.get_by_role("button", name="Generate").click()
     expect(pane(page)).to_have_attribute("aria-busy", "true")
     expect(written(page)).to_have_text(re.compile(r"\w{20,}"), timeout=WAIT_MS)
     expect(pane(page)).to_have_attribute("aria-busy", "true")  # it is not all there yet
@@ -61,7 +61,7 @@ def test_a_prompt_streams(visit):
 
 
 def test_the_same_seed_writes_the_same_text(visit):
-    page = visit("/")
+    page = visit("/write")
     settings(page, max_tokens=30)
     page.locator("#temperature").fill("1")
     texts = []
@@ -76,9 +76,9 @@ def test_the_same_seed_writes_the_same_text(visit):
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop_stops(visit, server, how):
     before = metric(server, 'swlora_texts_total{reason="cancelled"}')
-    page = visit("/")
+    page = visit("/write")
     settings(page, max_tokens=4000, temperature=1)
-    page.get_by_role("button", name="Write").click()
+    page.get_by_role("button", name="Generate").click()
     expect(written(page)).to_have_text(re.compile(r"\w{20,}"), timeout=WAIT_MS)
     stop = page.get_by_role("button", name="Stop")
     if how == "button":
@@ -99,11 +99,11 @@ def test_stop_stops(visit, server, how):
 
 
 def test_base_and_adapter_stream_side_by_side(visit, screenshots):
-    page = visit("/")
+    page = visit("/write")
     page.get_by_label("Model", exact=True).select_option("tiny")
-    page.get_by_label("Beside it").select_option("mine")
+    page.get_by_label("Compare with").select_option("mine")
     settings(page, max_tokens=2500, seed=1)
-    page.get_by_role("button", name="Write").click()
+    page.get_by_role("button", name="Generate").click()
     for number in (0, 1):
         expect(written(page, number)).to_have_text(re.compile(r"\w{20,}"), timeout=WAIT_MS)
     for number in (0, 1):  # both at once
@@ -114,17 +114,20 @@ def test_base_and_adapter_stream_side_by_side(visit, screenshots):
     left, right = (pane(page, number).bounding_box() for number in (0, 1))
     assert left["y"] == right["y"] and left["x"] + left["width"] < right["x"]
     expect(pane(page, 1).get_by_role("heading")).to_have_text("mine")
-    page.get_by_label("Beside it").select_option("")
+    page.get_by_label("Compare with").select_option("")
     expect(pane(page, 1)).to_be_hidden()
 
 
 def test_keys_are_enough(visit):
-    page = visit("/")
+    page = visit("/write")
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
     page.keyboard.press("Enter")
+    for name in ("Text", "Chat", "Restaurant"):
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("link", name=name, exact=True)).to_be_focused()
     page.keyboard.press("Tab")
-    expect(page.get_by_label("A beginning")).to_be_focused()
+    expect(page.get_by_label("Prompt")).to_be_focused()
     page.keyboard.press("ControlOrMeta+A")
     page.keyboard.type("Keys")
     page.keyboard.press("Control+Enter")
@@ -133,9 +136,9 @@ def test_keys_are_enough(visit):
 
 
 def test_what_the_server_refuses_is_said(visit):
-    page = visit("/", refusals=1)
-    page.get_by_label("A beginning").fill("x" * 5000)
-    page.get_by_role("button", name="Write").click()
+    page = visit("/write", refusals=1)
+    page.get_by_label("Prompt").fill("x" * 5000)
+    page.get_by_role("button", name="Generate").click()
     alert = page.get_by_role("alert")
     expect(alert).to_contain_text("context", timeout=WAIT_MS)
     expect(page.locator("[data-submit]")).to_be_enabled()
@@ -143,9 +146,9 @@ def test_what_the_server_refuses_is_said(visit):
 
 
 def test_a_lost_connection_is_said(visit):
-    page = visit("/", refusals=1)
+    page = visit("/write", refusals=1)
     page.route("**/api/generate", lambda route: route.abort())
-    page.get_by_role("button", name="Write").click()
+    page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("connection")
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
 
@@ -162,7 +165,7 @@ def test_the_restaurant_form_becomes_a_prompt(visit):
     expect(meaning).to_have_text("name[Aromi], eatType[pub], area[riverside]")
     expect(references).to_have_count(2)
     page.get_by_label("Name", exact=True).fill("Nowhere")
-    page.get_by_role("button", name="Describe it").click()  # before the pause is over
+    page.get_by_role("button", name="Generate").click()  # before the pause is over
     expect(written(page)).to_have_text(re.compile(r"\w{20,}"), timeout=WAIT_MS)
     expect(meaning).to_have_text("name[Nowhere], eatType[pub], area[riverside]")
     expect(references).to_have_count(0)
@@ -170,20 +173,24 @@ def test_the_restaurant_form_becomes_a_prompt(visit):
     expect(page.locator("[data-submit]")).to_be_enabled(timeout=WAIT_MS)
 
 
-def test_a_switch_turns_a_weight_off_for_one_text(visit):
+def test_a_tick_sets_a_weight_to_zero_for_one_text(visit):
     page = visit("/super-weights")
-    expect(page.get_by_role("switch").first).to_be_checked()
-    page.get_by_role("switch").first.press("Space")
-    switch = page.get_by_role("switch", name=re.compile(r"layer 1 mlp.down_proj \[out 7, in 11\]"))
-    switch.check()
+    expect(page.get_by_role("checkbox").first).to_be_checked()  # the best proved one
+    expect(pane(page, 1)).to_be_visible()
+    page.get_by_role("checkbox").first.press("Space")
+    expect(pane(page, 1)).to_be_hidden()  # nothing waits for a text that will not come
+    expect(page.get_by_text("No weight is ticked")).to_be_visible()
+    name = re.compile(r"Set to zero layer 1 mlp.down_proj \[out 7, in 11\]")
+    tick = page.get_by_role("checkbox", name=name)
+    tick.check()
     settings(page, max_tokens=60)
     write(page)
     intact, broken = written(page, 0).inner_text(), written(page, 1).inner_text()
     assert intact != broken
     write(page)  # greedy, and nobody else has changed the model
     assert (written(page, 0).inner_text(), written(page, 1).inner_text()) == (intact, broken)
-    switch.press("Space")
-    expect(switch).not_to_be_checked()
+    tick.press("Space")
+    expect(tick).not_to_be_checked()
     write(page)
     assert written(page, 0).inner_text() == intact
     expect(written(page, 1)).to_be_empty()
@@ -191,19 +198,19 @@ def test_a_switch_turns_a_weight_off_for_one_text(visit):
 
 
 def test_forms_work_without_javascript(visit):
-    page = visit("/", refusals=1, java_script_enabled=False)
+    page = visit("/write", refusals=1, java_script_enabled=False)
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
-    page.get_by_label("A beginning").fill("Once")
-    page.get_by_role("button", name="Write").click()
+    page.get_by_label("Prompt").fill("Once")
+    page.get_by_role("button", name="Generate").click()
     expect(written(page, 0)).to_have_text(re.compile(r"\w{20,}"))
     expect(written(page, 1)).to_have_text(re.compile(r"\w{20,}"))
-    expect(page.get_by_label("A beginning")).to_have_value("Once")
+    expect(page.get_by_label("Prompt")).to_have_value("Once")
     page.goto("/restaurant")
-    page.get_by_role("button", name="Describe it").click()
+    page.get_by_role("button", name="Generate").click()
     expect(written(page)).to_have_text(re.compile(r"\w{20,}"))
     page.goto("/super-weights")
-    page.get_by_role("button", name="Write both").click()
+    page.get_by_role("button", name="Generate").click()
     assert written(page, 0).inner_text() != written(page, 1).inner_text()
     page.locator("#prompt").fill(" ")
-    page.get_by_role("button", name="Write both").click()
+    page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_be_visible()

@@ -59,6 +59,7 @@ def test_a_run_is_listed_and_shown(make, browse, root):
         assert '<a href="/runs/mine">mine</a>' in listed
         text = look(client, "/runs/mine")
         assert "<svg role=" in text and "From 2.985 at step 1 to 2.505 at step 50." in text
+        assert "<dt>loss</dt><dd>2.500</dd>" in text and "held-out" not in text
         assert (">400</dd>" in text and ">100 s</dd>" in text) or "2 min" in text
         assert 'data-live="/runs/mine?part=curve"' in text
 
@@ -159,14 +160,16 @@ def test_odd_identifications_never_break_the_page(make, browse, root, key):
 
 def test_the_loss_is_drawn_smoothed_and_beside_held_out_rows():
     rows = [{"step": k, "loss": 2.0 + (k % 2)} for k in range(1, 201)]
-    rows[99] |= {"eval_sum_nats": 150.0, "eval_n_tokens": 100}
+    for step, nats in ((50, 1.75), (100, 1.5), (200, 1.625)):
+        rows[step - 1]["eval_nll"] = nats
     chart = loss_chart(rows)
     assert [name for _, name in chart.legend] == ["every step", "held-out rows", "smoothed"]
-    assert "held-out rows at last 1.500" in chart.description
+    assert "held-out rows at last 1.625, at best 1.500 at step 100." in chart.description
+    held_out = chart.lines[1]
+    heights = [y for _, y in held_out.dots]
+    assert len(heights) == 3 and heights[1] > heights[2] > heights[0]  # downwards on the page
     assert loss_chart([]) is None
-    assert (
-        loss_chart([{"step": 1, "loss": 2.0, "eval_sum_nats": 1, "eval_n_tokens": 0}]) is not None
-    )
+    assert loss_chart([{"step": 1, "loss": 2.0, "eval_nll": None}]) is not None
 
 
 # Studies

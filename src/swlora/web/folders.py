@@ -29,7 +29,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """A LoRA adapter on disk; `version` changes when the file is replaced."""
+    """A LoRA adapter on disk; `version` changes when the file is replaced.
+
+    `format` says what its rows were: "text", "chat", or "" where that is not known.
+    """
 
     name: str
     folder: Path = field(repr=False)
@@ -37,6 +40,12 @@ class AdapterEntry:
     rank: int
     layers: tuple[int, ...] | None
     separator: str
+    format: str = ""
+
+    @property
+    def is_e2e(self) -> bool:
+        """Whether it was trained on E2E data, the only ones with something behind the prompt."""
+        return bool(self.separator)
 
     def public(self) -> dict[str, Any]:
         """Return what a client may know."""
@@ -151,7 +160,14 @@ def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:
     if reason:
         raise UserError(reason)
     known = tuple(layers) if isinstance(layers, list) else None
-    return AdapterEntry(name, folder, version, rank, known, separator)
+    format_ = _format(separator, facts.get("is_chat"))
+    return AdapterEntry(name, folder, version, rank, known, separator, format_)
+
+
+def _format(separator: str, is_chat: Any) -> str:
+    if separator or is_chat is False:
+        return "text"
+    return "chat" if is_chat is True else ""
 
 
 # What a run holds

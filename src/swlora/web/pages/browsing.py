@@ -21,25 +21,30 @@ from swlora.web.service import service_of
 router = APIRouter(include_in_schema=False)
 Part = Annotated[str, Query(max_length=20)]
 Seen = Annotated[str, Query(max_length=40)]
+All = Annotated[int, Query(alias="all", ge=0, le=1)]
 
 
 @router.api_route("/runs", methods=READ)
-def runs(request: Request, part: Part = "", seen: Seen = "") -> Response:
-    """List studies and runs."""
+def runs(request: Request, part: Part = "", seen: Seen = "", everything: All = 0) -> Response:
+    """List studies and runs; those that never started only where everything is asked for."""
     service = service_of(request)
     studies = service.folders.studies()
     within = tuple(study.folder for study in studies.values())
     entries = service.folders.runs().values()
     alone = [e for e in entries if not any(e.folder.is_relative_to(folder) for folder in within)]
+    rows, n_older, n_idle = runs_view.run_rows(alone, shows_all=bool(everything))
     values: dict[str, Any] = {
-        "runs": runs_view.run_rows(alone),
+        "runs": rows,
         "studies": study_view.study_rows(studies.values()),
-        "n_hidden": max(0, len(alone) - runs_view.MAX_SHOWN),
+        "n_older": n_older,
+        "n_idle": n_idle,
+        "shows_all": bool(everything),
         "base_name": service.base_name,
     }
     if part:
         return fragment(seen, "part_runs.html", **values)
-    return page(request, "runs.html", list=_live("part_runs.html", **values))
+    shown = _live("part_runs.html", **values)
+    return page(request, "runs.html", list=shown, everything=everything)
 
 
 @router.api_route("/runs/{name:path}", methods=READ)
@@ -50,7 +55,8 @@ def run(request: Request, name: str, part: Part = "", seen: Seen = "") -> Respon
     try:
         if entry is None:
             raise UserError("no such run")
-        found = runs_view.run_view(entry, service.folders.adapters())
+        folders = service.folders
+        found = runs_view.run_view(entry, folders.adapters(), folders.not_served())
     except UserError as error:
         raise ApiError(404, "there is no such run here, or it cannot be read") from error
     is_over = found.row.status != "running"
@@ -79,7 +85,7 @@ def study(request: Request, name: str, part: Part = "", seen: Seen = "") -> Resp
         raise ApiError(404, "there is no such study here, or it cannot be read") from error
     at_work = service.folders.runs().get(found.current or "")
     try:
-        current = runs_view.run_view(at_work, ()) if at_work else None
+        current = runs_view.run_view(at_work) if at_work else None
     except UserError:
         current = None
     is_over = found.row.status != "running"

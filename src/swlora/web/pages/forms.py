@@ -29,13 +29,9 @@ NUMBERS: dict[str, type[int] | type[float]] = {
     "repetition_penalty": float,
     "seed": int,
 }
-LABELS = {
-    "max_tokens": "the length",
-    "temperature": "surprise",
-    "top_p": "the choice of words",
-    "repetition_penalty": "the penalty for repeating",
-    "seed": "the seed",
-}
+LABELS = {"max_tokens": "max tokens", "top_p": "top-p", "repetition_penalty": "repetition penalty"}
+SAMPLED = {"temperature": "0.7", "top_p": "0.9", "repetition_penalty": "1.1", "seed": ""}
+GREEDY = {"temperature": "0", "top_p": "1", "repetition_penalty": "1", "seed": ""}
 ENDS = {"stop": "ended by itself", "length": "full length"}
 
 
@@ -49,7 +45,7 @@ class Pane:
     text: str = ""
     stats: str = ""
     is_shown: bool = True
-    is_off: bool = False
+    is_changed: bool = False  # it shows a model that is not as it was
 
 
 @dataclass
@@ -67,6 +63,11 @@ class Filled:
     def refuse(self, error: ApiError) -> None:
         """Say on the page what went wrong."""
         self.problem, self.status, self.headers = error.message, error.status, error.headers
+
+
+def length(service: Service, n_tokens: int) -> str:
+    """Return what a form asks for at first: `n_tokens`, or all that the server writes."""
+    return str(min(n_tokens, service.spec.max_tokens))
 
 
 async def read_form(request: Request, filled: Filled) -> FormData:
@@ -89,12 +90,12 @@ async def read_form(request: Request, filled: Filled) -> FormData:
     return form
 
 
-def body_of(values: dict[str, str], sides: Sequence[dict[str, Any]]) -> GenerateBody:
-    """Return the request that a form makes; ApiError for what the API would refuse.
+def settings_of(values: dict[str, str]) -> dict[str, Any]:
+    """Return the numbers of a form as the API takes them; ApiError for what is none.
 
     A seed is drawn where none is given, so that the page can tell it.
     """
-    fields: dict[str, Any] = {"sides": list(sides)}
+    fields: dict[str, Any] = {}
     for name, kind in NUMBERS.items():
         text = values.get(name, "").strip()
         if not text:
@@ -103,19 +104,29 @@ def body_of(values: dict[str, str], sides: Sequence[dict[str, Any]]) -> Generate
             fields[name] = kind(text)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
-            raise ApiError(400, f"{LABELS[name]} must be {what}") from None
-    fields.setdefault("seed", secrets.randbits(31))
-    prompt = values.get("prompt", "")
-    if not prompt.strip():
-        raise ApiError(400, "write something to go on from")
-    if values.get("mode") == "chat":
-        fields["messages"] = [{"role": "user", "content": prompt}]
-    else:
-        fields["prompt"] = prompt
+            raise ApiError(400, f"{LABELS.get(name, name)} must be {what}") from None
+    return {"seed": secrets.randbits(31), **fields}
+
+
+def body_of(
+    settings: dict[str, Any], sides: Sequence[dict[str, Any]], **source: Any
+) -> GenerateBody:
+    """Return the request for `source`, a prompt or messages; ApiError where the API refuses it."""
     try:
-        return GenerateBody.model_validate(fields)
+        return GenerateBody.model_validate({**settings, "sides": list(sides), **source})
     except ValidationError as error:
         raise validation_problem(error.errors()) from error
+
+
+async def collected(
+    request: Request, service: Service, bodies: Sequence[GenerateBody]
+) -> list[WholeText] | None:
+    """Return the texts of all bodies' sides; None where the client has left meanwhile.
+
+    Raises ApiError for what is refused, or does not end well.
+    """
+    wanted = [one for body in bodies for one in await text_requests(service, body)]
+    return await collect(service.generate(wanted), request.receive)
 
 
 async def write_texts(
@@ -132,38 +143,48 @@ async def write_texts(
     before its continuation.
     """
     try:
-        body = body_of(filled.values, sides)
-        generation = service.generate(await text_requests(service, body))
-        texts = await collect(generation, request.receive)
+        settings, prompt = settings_of(filled.values), filled.values.get("prompt", "")
+        if not prompt.strip():
+            raise ApiError(400, "write a prompt")
+        texts = await collected(request, service, [body_of(settings, sides, prompt=prompt)])
     except ApiError as error:
         filled.refuse(error)
         return True
     if texts is None:
         return False
-    filled.seed = body.seed
+    filled.seed = settings["seed"]
     for pane, text in zip(filled.panes, texts, strict=False):
         pane.stats = stats(text)
-        pane.prompt = before(service, pane.name, body) if shows_prompt else ""
+        pane.prompt = before(service, pane.name, prompt) if shows_prompt else ""
         pane.text = text.text if pane.prompt else text.text.lstrip()
     return True
 
 
-def before(service: Service, model: str, body: GenerateBody) -> str:
+def before(service: Service, model: str, prompt: str) -> str:
     """Return what stands before a continuation: the prompt, and what the adapter puts behind it."""
-    if body.prompt is None:
-        return ""
-    separator = separators(service).get(model, "")
-    return body.prompt + ("" if body.prompt.endswith(separator) else separator)
+    entry = service.folders.adapters().get(model)
+    separator = entry.separator if entry else ""
+    return prompt + ("" if prompt.endswith(separator) else separator)
 
 
 def offer(service: Service) -> dict[str, Any]:
     """Return what may be chosen on a form."""
-    return {**describe(service), "separators": separators(service)}
+    adapters = service.folders.adapters().values()
+    has_restaurant = service.references is not None or any(entry.is_e2e for entry in adapters)
+    formats = {"/write": "Text", "/chat": "Chat", "/restaurant": "Restaurant"}
+    there = {"/write": True, "/chat": service.has_chat, "/restaurant": has_restaurant}
+    return {
+        **describe(service),
+        "separators": {entry.name: entry.separator for entry in adapters},
+        "trained_on": {entry.name: entry.format for entry in adapters},
+        "formats": {url: name for url, name in formats.items() if there[url]},
+    }
 
 
-def separators(service: Service) -> dict[str, str]:
-    """Return what every adapter puts between prompt and completion."""
-    return {name: entry.separator for name, entry in service.folders.adapters().items()}
+def opens_in_chat(service: Service, model: str) -> bool:
+    """Say whether a model is for chats: an instruct model, and adapters that saw no other rows."""
+    entry = service.folders.adapters().get(model)
+    return service.has_chat and (entry is None or entry.format != "text")
 
 
 def stats(text: WholeText) -> str:

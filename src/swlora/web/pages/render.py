@@ -16,11 +16,10 @@ from swlora.web.problems import ApiError
 from swlora.web.service import service_of
 
 FOLDER = Path(__file__).parents[1] / "templates"
-SECTIONS = (
-    ("/", "Write"),
-    ("/restaurant", "Restaurant"),
-    ("/super-weights", "Super weights"),
-    ("/runs", "Runs"),
+SECTIONS = (  # where it leads, its name, the pages that are part of it
+    ("/", "Write", ("/write", "/chat", "/restaurant")),
+    ("/super-weights", "Super weights", ()),
+    ("/runs", "Runs", ("/runs/", "/studies/")),
 )
 UNCHANGED = 204
 READ = ["GET", "HEAD"]

@@ -4,8 +4,9 @@ A run folder is read as it is at that moment: half written, torn, or of another 
 less on the page and never an error.
 """
 
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 from swlora.errors import UserError
 from swlora.evaluation.loss_curve import Point, smoothed
 from swlora.progress import duration
-from swlora.runs import read_metrics
+from swlora.runs import read_metrics, read_run
 from swlora.study.live import snapshot
 from swlora.web.folders import RunEntry, run_figures, run_result, run_summary
-from swlora.web.page_api import without_paths
 from swlora.web.pages.charts import Chart, Series, finite, line_chart
+from swlora.web.pages.identified_view import Identified, identified_view
+from swlora.web.pages.run_facts import Fact, is_of_sample, part, plain, run_facts, scores
+from swlora.web.pages.run_files import Prediction, read_predictions
 
 MAX_SHOWN = 200
 QUIET_S = 600.0  # a training that says nothing for that long may have been killed
@@ -28,7 +31,10 @@ LOOKS = {
     "cancelled": "bad",
     "incomplete": "bad",
 }
-SCORES = (("BLEU", 4), ("NIST", 3), ("METEOR", 4), ("ROUGE_L", 4), ("CIDEr", 3), ("nll", 3))
+NEVER_STARTED = ("failed", "cancelled")
+LEFT_BY_WORK = ("metrics.jsonl", "result.json", "adapter", "checkpoint")
+HEADLINE_SCORES = ("BLEU", "NLL, nats a token")
+_KIND = re.compile(r"^\w+(Error|Interrupt): ")  # of the exception, which stands before its message
 
 
 @dataclass(frozen=True)
@@ -47,49 +53,79 @@ class RunRow:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run: its row, numbers (name, value) and pictures."""
+    """One run: its row, numbers (name, value), pictures, what it was and what it generated."""
 
     row: RunRow
-    numbers: list[tuple[str, str]]
+    is_of_sample: bool
+    numbers: list[Fact]
+    scores: list[Fact]
     chart: Chart | None
+    identified: Identified | None
     figures: list[str]
-    facts: list[tuple[str, str]]
+    facts: list[Fact]
+    predictions: list[Prediction]
     has_adapter: bool
-    has_identified: bool
+    refusal: str  # why its adapter cannot be served
 
 
-def run_rows(entries: Iterable[RunEntry]) -> list[RunRow]:
-    """Return the runs that can be read, the newest first."""
-    found = []
+def run_rows(
+    entries: Iterable[RunEntry], *, shows_all: bool = False
+) -> tuple[list[RunRow], int, int]:
+    """Return the runs that can be read, the newest first; how many older ones there are, and how
+    many that never started, which are left out unless `shows_all`.
+    """
+    found, n_idle = [], 0
     for entry in entries:
         try:
-            found.append((entry, run_summary(entry)))
+            facts = run_summary(entry)
         except UserError:  # it is just being written or removed
             continue
+        if _never_started(entry, facts):
+            n_idle += 1
+            if not shows_all:
+                continue
+        found.append((entry, facts))
     found.sort(key=lambda pair: str(pair[1]["started_at"]), reverse=True)
-    return [_row(entry, facts) for entry, facts in found[:MAX_SHOWN]]
+    rows = [_row(entry, facts) for entry, facts in found[:MAX_SHOWN]]
+    return rows, len(found) - len(rows), n_idle
 
 
-def run_view(entry: RunEntry, adapters: Iterable[str]) -> RunView:
-    """Return one run; UserError where it cannot be read just now."""
-    facts = run_summary(entry)
+def run_view(
+    entry: RunEntry, adapters: Iterable[str] = (), not_served: Mapping[str, str] | None = None
+) -> RunView:
+    """Return one run; UserError where it cannot be read just now.
+
+    `adapters` are served, those of `not_served` are not, with the reason.
+    """
+    facts = read_run(entry.folder)
+    summary = run_summary(entry)
     metrics = [row for row in read_metrics(entry.folder) if isinstance(row, dict)]
-    result = without_paths(run_result(entry))
+    result = run_result(entry)
+    n_steps = finite(metrics[-1].get("step")) if metrics else None
+    identified = identified_view(part(result, "identify"))
+    chart = loss_chart(metrics)
+    drawn = {"loss.png"} if chart else set()  # by the page itself
+    if identified:
+        drawn |= identified.figures
     return RunView(
-        row=_row(entry, facts),
-        numbers=[*_progress(metrics), *_scores(result)],
-        chart=loss_chart(metrics),
-        figures=[name for name in run_figures(entry) if name != "loss.png"],
-        facts=_facts(facts, result),
+        row=_row(entry, summary),
+        is_of_sample=is_of_sample(facts, result),
+        numbers=_progress(metrics),
+        scores=scores(result),
+        chart=chart,
+        identified=identified,
+        figures=[name for name in run_figures(entry) if name not in drawn],
+        facts=run_facts(entry.folder, facts, result, n_steps),
+        predictions=read_predictions(entry.folder),
         has_adapter=entry.name in adapters,
-        has_identified=isinstance(result.get("identify"), dict),
+        refusal=(not_served or {}).get(entry.name, ""),
     )
 
 
 def loss_chart(metrics: Sequence[dict[str, Any]]) -> Chart | None:
     """Return the loss of every step, its smoothed course, and that on held-out rows."""
     steps = _points(metrics, lambda row: row["loss"])
-    held_out = _points(metrics, lambda row: row["eval_sum_nats"] / row["eval_n_tokens"])
+    held_out = _points(metrics, lambda row: row["eval_nll"])
     if not steps:
         return None
     course = smoothed(steps)
@@ -98,7 +134,9 @@ def loss_chart(metrics: Sequence[dict[str, Any]]) -> Chart | None:
     said = f"From {course[0][1]:.3f} at step {course[0][0]:.0f} to {course[-1][1]:.3f} at step "
     said += f"{course[-1][0]:.0f}."
     if held_out:
-        said += f" On held-out rows at last {held_out[-1][1]:.3f}."
+        best = min(held_out, key=lambda point: point[1])
+        said += f" On held-out rows at last {held_out[-1][1]:.3f}"
+        said += f", at best {best[1]:.3f} at step {best[0]:.0f}." if best != held_out[-1] else "."
     return line_chart(
         "Loss",
         said,
@@ -134,6 +172,13 @@ def _points(metrics: Sequence[dict[str, Any]], value: Any) -> list[Point]:
     return points
 
 
+def _never_started(entry: RunEntry, facts: dict[str, Any]) -> bool:
+    """Say whether a run ended before it had done anything."""
+    if facts["status"] not in NEVER_STARTED:
+        return False
+    return not any((entry.folder / name).exists() for name in LEFT_BY_WORK)
+
+
 def _row(entry: RunEntry, facts: dict[str, Any]) -> RunRow:
     status = str(facts["status"])
     timings = facts["timings_s"]
@@ -155,20 +200,21 @@ def _headline(entry: RunEntry, facts: dict[str, Any]) -> str:
     if facts["status"] == "running":
         return _at_work(entry.folder)
     if facts["status"] != "done":
-        return str(facts["reason"] or "")
+        return _KIND.sub("", plain(facts["reason"]))
     result = run_result(entry)
     identified = result.get("identify")
     if isinstance(identified, dict):
         layers = identified.get("layers") or []
         found = ", ".join(map(str, layers)) if isinstance(layers, list) else ""
         return f"super weight in layer {found}" if found else "no super weight"
-    said = [f"{name} {value}" for name, value in _scores(result) if name in ("BLEU", "NLL")]
+    said = [f"{n.split(',')[0]} {value}" for n, value in scores(result) if n in HEADLINE_SCORES]
     trained = result.get("train")
     if not said and isinstance(trained, dict):
         loss, rate = finite(trained.get("last_loss")), finite(trained.get("examples_per_s"))
         said = [f"loss {loss:.3f}"] if loss is not None else []
         said += [f"{rate:.1f} examples/s"] if rate is not None else []
-    return " · ".join(said)
+    sample = ["made-up sample data"] if said and is_of_sample(facts, result) else []
+    return " · ".join([*said, *sample])
 
 
 def _at_work(folder: Path) -> str:
@@ -196,7 +242,7 @@ def _quiet(folder: Path) -> str:
 
 
 def _progress(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the last step's numbers."""
+    """Return the last step's numbers, and the last held-out loss."""
     last = metrics[-1] if metrics else {}
     formats = {
         "step": ("steps", "{:,.0f}"),
@@ -212,42 +258,8 @@ def _progress(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     elapsed_s = finite(last.get("elapsed_s"))
     if elapsed_s is not None:
         numbers.append(("training", duration(elapsed_s)))
+    for label, name in (("loss", "loss"), ("held-out loss", "eval_nll")):
+        measured = _points(metrics, lambda row, name=name: row[name])
+        if measured:
+            numbers.append((label, f"{measured[-1][1]:.3f}"))
     return numbers
-
-
-def _scores(result: dict[str, Any]) -> list[tuple[str, str]]:
-    evaluated = result.get("eval")
-    if not isinstance(evaluated, dict):
-        return []
-    numbers = []
-    for name, digits in SCORES:
-        value = finite(evaluated.get(name))
-        if value is not None:
-            label = name.upper() if name == "nll" else name.replace("_", "-")
-            numbers.append((label, f"{value:.{digits}f}"))
-    return numbers
-
-
-def _facts(facts: dict[str, Any], result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what else is known of a run, in words."""
-    trained = result.get("train")
-    trained = trained if isinstance(trained, dict) else {}
-    layers = trained.get("layers")
-    n_trainable, memory = (
-        finite(trained.get("n_trainable")),
-        finite(trained.get("peak_memory_bytes")),
-    )
-    timings = facts["timings_s"] if isinstance(facts["timings_s"], dict) else {}
-    steps = [
-        f"{name.replace('_', ' ')} {duration(seconds)}"
-        for name, value in timings.items()
-        if name != "total" and (seconds := finite(value)) is not None
-    ]
-    found = [
-        ("seed", "" if facts["seed"] is None else str(facts["seed"])),
-        ("layers", ", ".join(map(str, layers)) if isinstance(layers, list) else ""),
-        ("trained weights", "" if n_trainable is None else f"{n_trainable:,.0f}"),
-        ("peak memory", "" if memory is None else f"{memory / 1e9:.2f} GB"),
-        ("time", ", ".join(steps)),
-    ]
-    return [(name, value) for name, value in found if value]

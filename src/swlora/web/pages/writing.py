@@ -1,4 +1,4 @@
-"""The pages that write: a prompt, a restaurant, and with super weights switched off.
+"""The pages that write: a prompt, a restaurant, and with super weights at zero.
 
 Each is a form that also works without JavaScript: it is sent back filled, with the texts.
 """
@@ -12,43 +12,47 @@ from starlette.responses import Response
 
 from swlora.web.answers import gone
 from swlora.web.page_api import meaning_and_references
-from swlora.web.pages import forms, restaurant_view, weights_view
+from swlora.web.pages import chatting, forms, restaurant_view, weights_view
 from swlora.web.pages.forms import Filled, Pane
 from swlora.web.pages.render import READ, Name, page
 from swlora.web.problems import ApiError
 from swlora.web.service import Service, service_of
 
 FIELD_PREFIX = "field."
-SETTINGS = {"temperature": "0.7", "top_p": "0.9", "repetition_penalty": "1.1", "seed": ""}
-GREEDY = {"temperature": "0", "top_p": "1", "repetition_penalty": "1", "seed": ""}
 WRITE_PROMPT = "The best thing about a quiet morning is"
 WEIGHT_PROMPT = "The capital of France is Paris. It is known for"
-PART_TOKENS = {"write": "128", "restaurant": "80", "weights": "64"}
 
 router = APIRouter(include_in_schema=False)
 
 
-# Write
+# A prompt
 
 
 @router.api_route("/", methods=READ)
+def home(request: Request, model: Name = "") -> Response:
+    """Open the format that fits the model, or the adapter that `model` names."""
+    is_chat = forms.opens_in_chat(service_of(request), model)
+    return (chatting.chat if is_chat else write)(request, model)
+
+
+@router.api_route("/write", methods=READ)
 def write(request: Request, model: Name = "") -> Response:
     """Show the form for a prompt; `model` chooses the adapter that it starts with."""
     service = service_of(request)
     filled = _write_form(service)
     if model in service.model_names():
-        filled.values["beside"] = model if model != service.base_name else ""
-        filled.panes = _panes([service.base_name, filled.values["beside"]])
+        filled.values["compare"] = model if model != service.base_name else ""
+        filled.panes = _panes([service.base_name, filled.values["compare"]])
     return _write_page(request, filled)
 
 
-@router.post("/")
+@router.post("/write")
 async def write_posted(request: Request) -> Response:
     """Continue a prompt, for a browser without JavaScript."""
     service = service_of(request)
     filled = await asyncio.to_thread(_write_form, service)
     await forms.read_form(request, filled)
-    names = [filled.values["model"], filled.values["beside"]]
+    names = [filled.values["model"], filled.values["compare"]]
     sides = [{"model": name} for name in names if name]
     filled.panes = _panes(names)
     if not await forms.write_texts(request, service, filled, sides):
@@ -57,12 +61,12 @@ async def write_posted(request: Request) -> Response:
 
 
 def _write_form(service: Service) -> Filled:
-    """Return the form as it starts: the base model, and beside it the newest adapter."""
+    """Return the form as it starts: the base model, compared with the newest adapter."""
     base, adapters = service.base_name, service.folders.adapters()
     names = [name for name in adapters if name != base]
     newest = max(names, key=lambda name: adapters[name].version, default="")
-    values = {"prompt": WRITE_PROMPT, "mode": "text", "model": base, "beside": newest}
-    values |= {"max_tokens": _length(service, "write"), **SETTINGS}
+    values = {"prompt": WRITE_PROMPT, "model": base, "compare": newest}
+    values |= {"max_tokens": forms.length(service, 128), **forms.SAMPLED}
     return Filled(values, panes=_panes([base, newest]))
 
 
@@ -72,12 +76,8 @@ def _write_page(request: Request, filled: Filled) -> Response:
 
 
 def _panes(names: list[str]) -> list[Pane]:
-    first, beside = names
-    return [Pane(first), Pane(beside, is_shown=bool(beside))]
-
-
-def _length(service: Service, kind: str) -> str:
-    return str(min(int(PART_TOKENS[kind]), service.spec.max_tokens))
+    first, second = names
+    return [Pane(first), Pane(second, is_shown=bool(second))]
 
 
 # Restaurant
@@ -105,7 +105,7 @@ async def restaurant_posted(request: Request) -> Response:
         for name, value in form.items()
         if name.startswith(FIELD_PREFIX) and isinstance(value, str)
     }
-    names = [filled.values["model"], filled.values["beside"]]
+    names = [filled.values["model"], filled.values["compare"]]
     filled.panes = _panes(names)
     try:
         filled.values["prompt"] = meaning_and_references(service, fields)["prompt"]
@@ -120,7 +120,7 @@ async def restaurant_posted(request: Request) -> Response:
 
 def _restaurant_form(service: Service) -> Filled:
     filled = _write_form(service)
-    filled.values |= GREEDY | {"prompt": "", "max_tokens": _length(service, "restaurant")}
+    filled.values |= forms.GREEDY | {"prompt": "", "max_tokens": forms.length(service, 80)}
     return filled
 
 
@@ -148,7 +148,7 @@ def _restaurant_page(request: Request, filled: Filled, fields: dict[str, str]) -
 
 @router.api_route("/super-weights", methods=READ)
 def super_weights(request: Request, run: Name = "") -> Response:
-    """Show the super weights that were found, and the form that switches them off."""
+    """Show the super weights that were found, and the form that sets them to zero."""
     service = service_of(request)
     return _weights_page(request, _weights_form(service), run)
 
@@ -164,21 +164,24 @@ async def super_weights_posted(request: Request, run: Name = "") -> Response:
     sides: list[dict[str, Any]] = [{"model": model}]
     if filled.chosen:
         sides.append({"model": model, "zeroed": filled.chosen})
-    filled.panes = _weight_panes(model)
+    filled.panes = _weight_panes(model, filled.chosen)
     if not await forms.write_texts(request, service, filled, sides):
         return gone()
     return await asyncio.to_thread(_weights_page, request, filled, run)
 
 
 def _weights_form(service: Service) -> Filled:
-    values = {"prompt": WEIGHT_PROMPT, "mode": "text", "model": service.base_name}
-    values |= {"max_tokens": _length(service, "weights"), **GREEDY}
-    offered = list(service.weights.offered().values())
-    return Filled(values, [w.id for w in offered[:1]], _weight_panes(service.base_name))
+    """Return the form as it starts: the model as it is beside the best proved weight at zero."""
+    base = service.base_name
+    values = {"prompt": WEIGHT_PROMPT, "model": base}
+    values |= {"max_tokens": forms.length(service, 64), **forms.GREEDY}
+    chosen = [weight.id for weight in service.weights.offered().values()][:1]
+    return Filled(values, chosen, _weight_panes(base, chosen))
 
 
-def _weight_panes(model: str) -> list[Pane]:
-    return [Pane(model, "as it is"), Pane(model, "weights off", is_off=True)]
+def _weight_panes(model: str, chosen: list[str]) -> list[Pane]:
+    changed = Pane(model, "ticked weights at zero", is_shown=bool(chosen), is_changed=True)
+    return [Pane(model, "as it is"), changed]
 
 
 def _weights_page(request: Request, filled: Filled, run: str) -> Response:

@@ -7,6 +7,7 @@ export class Pane {
   #node;
   #text;
   #parts;
+  #prompt = "";
   #startMs = 0;
   #tokens = 0;
 
@@ -30,9 +31,25 @@ export class Pane {
     this.#node.hidden = !value;
   }
 
+  /** The text that was written last. */
+  get text() {
+    return this.#text.data;
+  }
+
+  /** Say nothing of the last text any more. */
+  forget() {
+    this.#parts.stats.textContent = "";
+  }
+
+  /** Write the next text into another place of the pane. */
+  writeInto(place) {
+    this.#parts.written = place;
+  }
+
   /** Make room for a new text. */
   begin(prompt, isUsed) {
-    this.#parts.prompt.textContent = isUsed ? prompt : "";
+    this.#prompt = isUsed ? prompt : "";
+    if (this.#parts.prompt) this.#parts.prompt.textContent = this.#prompt;
     this.#text = document.createTextNode("");
     this.#parts.written.replaceChildren(this.#text);
     this.#parts.stats.textContent = isUsed ? "waiting" : "";
@@ -71,7 +88,7 @@ export class Pane {
   #append(text) {
     const scroller = this.#parts.scroller;
     const room = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
-    const isFirst = !this.#text.length && !this.#parts.prompt.textContent;
+    const isFirst = !this.#text.length && !this.#prompt;
     this.#text.appendData(isFirst ? text.trimStart() : text);
     if (room < 40) scroller.scrollTop = scroller.scrollHeight;
   }
@@ -85,7 +102,7 @@ export class Pane {
 
   #refuse(message) {
     const said = document.createElement("span");
-    said.className = "said";
+    said.className = "refused";
     said.textContent = message;
     this.#parts.written.append(said);
   }

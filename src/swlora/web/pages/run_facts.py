@@ -1,0 +1,160 @@
+"""What a run was, and what came out of it, as names and values for a person."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
+from swlora.data.sources import SAMPLE_SOURCE
+from swlora.progress import duration
+from swlora.study.tables import layer_ranges
+from swlora.web.pages.charts import finite
+from swlora.web.pages.run_files import adapter_bytes, read_config
+
+Fact = tuple[str, str]
+
+# Name in the result, label, digits
+SCORES = (
+    *(("BLEU", "BLEU", 4), ("NIST", "NIST", 3), ("METEOR", "METEOR", 4)),
+    *(("ROUGE_L", "ROUGE-L", 4), ("CIDEr", "CIDEr", 3)),
+    ("nll", "NLL, nats a token", 3),
+    ("english_perplexity_before", "English perplexity before", 2),
+    ("english_perplexity", "English perplexity", 2),
+)
+TRAINED = ("train", "train-eval")
+_FOLDERS = re.compile(r"(?<!\S)/(?:[^/;,]*/)*")  # the part of a path before its last name
+
+
+def run_facts(
+    folder: Path, facts: Mapping[str, Any], result: Mapping[str, Any], n_steps: float | None
+) -> list[Fact]:
+    """Return what a run worked on and how; `n_steps` is how far its training has come."""
+    config, command = read_config(folder), facts.get("command")
+    model, data = part(config, "model"), part(config, "data")
+    found = [("Model", facts.get("model_source") or model.get("name"))]
+    if command != "identify":
+        found.append(("Data", facts.get("data_source") or data.get("name")))
+    if command in TRAINED:
+        found += _training(config, part(result, "train"), n_steps)
+    found.append(("Adapter", _adapter(folder, facts)))
+    if command in ("eval", "train-eval"):
+        found += _evaluation(part(result, "eval"))
+    found += [
+        ("dtype", model.get("dtype")),
+        ("Seed", facts.get("seed")),
+        ("Time", _timings(facts.get("timings_s"))),
+        ("Versions", _versions(facts.get("packages"))),
+    ]
+    return [(name, plain(value)) for name, value in found if plain(value)]
+
+
+def scores(result: Mapping[str, Any]) -> list[Fact]:
+    """Return the scores of an evaluation that are there."""
+    evaluated = part(result, "eval")
+    values = [(label, finite(evaluated.get(name)), digits) for name, label, digits in SCORES]
+    return [(label, f"{value:.{n}f}") for label, value, n in values if value is not None]
+
+
+def is_of_sample(facts: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    """Say whether a run worked on the rows that swlora makes itself."""
+    sources = (facts.get("data_source"), part(result, "eval").get("data"))
+    return any(str(source).startswith(SAMPLE_SOURCE) for source in sources)
+
+
+def part(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a part of a JSON object that is one itself; else an empty one."""
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def plain(value: Any) -> str:
+    """Write a value of a file as text without the folders of this machine; "" for a tree."""
+    if value is None or isinstance(value, dict | list | bool):
+        return ""
+    number = finite(value)
+    if number is not None:
+        return f"{number:,.0f}" if number.is_integer() else f"{number:g}"
+    return _FOLDERS.sub("", str(value)[:500]) if isinstance(value, str) else ""
+
+
+def _training(
+    config: Mapping[str, dict[str, Any]], trained: dict[str, Any], n_steps: float | None
+) -> list[tuple[str, Any]]:
+    adapter, train = part(config, "adapter"), part(config, "train")
+    method = adapter.get("method")
+    settings = next((own for name, own in METHOD_SETTINGS.items() if name == method), LORA_SETTINGS)
+    taken = {name: adapter.get(name) for name in ("rank", "alpha", "dropout") if name in settings}
+    memory, n_trainable = (finite(trained.get(k)) for k in ("peak_memory_bytes", "n_trainable"))
+    return [
+        ("Method", method),
+        *((name.capitalize(), value) for name, value in taken.items()),
+        ("Targets", _listed(adapter.get("targets"))),
+        ("Layers", _layers(adapter.get("layers"), trained.get("layers"))),
+        ("Trained weights", n_trainable),
+        ("Rows", trained.get("rows")),
+        ("Epochs", train.get("epochs")),
+        ("Steps", _steps(finite(trained.get("steps")) or n_steps, trained.get("planned_steps"))),
+        ("Batch size", train.get("batch_size")),
+        ("Learning rate", train.get("learning_rate")),
+        ("Peak memory", None if memory is None else f"{memory / 1e9:.2f} GB"),
+    ]
+
+
+def _steps(n_steps: float | None, planned: Any) -> str:
+    """Write how many steps were done, and where they ended early, of how many."""
+    asked = finite(planned)
+    said = plain(n_steps)
+    return f"{said} of {asked:,.0f}" if said and asked and n_steps != asked else said
+
+
+def _evaluation(evaluated: dict[str, Any]) -> list[tuple[str, Any]]:
+    decode = part(evaluated, "decode")
+    beams, temperature = finite(decode.get("num_beams")), finite(decode.get("temperature"))
+    how = "greedy"
+    if beams is not None and beams > 1:
+        how = f"{beams:.0f} beams"
+    elif temperature:
+        how = f"sampled at temperature {temperature:g}"
+    return [
+        ("Evaluated on", evaluated.get("split") and f"{evaluated['split']} split"),
+        ("Prompts", evaluated.get("n_prompts")),
+        ("Decoding", how if decode else None),
+    ]
+
+
+def _layers(policy: Any, layers: Any) -> str:
+    """Write the layers, and behind them the policy that chose them."""
+    asked = plain(policy)
+    try:
+        ranges = layer_ranges(layers) if layers else ""
+    except (TypeError, ValueError, IndexError, KeyError):
+        ranges = ""
+    chosen = asked if asked and not asked.replace(",", "").isdigit() else ""
+    return f"{ranges} ({chosen})" if ranges and chosen else ranges or asked
+
+
+def _adapter(folder: Path, facts: Mapping[str, Any]) -> str:
+    sizes = {name: adapter_bytes(folder / name) for name in ("adapter", "best")}
+    left = [f"{name}/ ({n / 1e6:.2f} MB)" for name, n in sizes.items() if n is not None]
+    return ", ".join(left) or plain(facts.get("adapter"))
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(plain, value[:20])) if isinstance(value, list) else plain(value)
+
+
+def _timings(timings: Any) -> str:
+    steps = timings.items() if isinstance(timings, dict) else ()
+    return ", ".join(
+        f"{str(name).replace('_', ' ')} {duration(seconds)}"
+        for name, value in steps
+        if (seconds := finite(value)) is not None and seconds >= 0.5
+    )
+
+
+def _versions(packages: Any) -> str:
+    found: Sequence[tuple[Any, Any]] = (
+        list(packages.items())[:20] if isinstance(packages, dict) else ()
+    )
+    return ", ".join(f"{name} {plain(version)}" for name, version in found)

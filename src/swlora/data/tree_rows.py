@@ -34,6 +34,7 @@ class TreeRow:
     scored) and target_id: (K,) int64, sorted, each pair once; target_weight: (K,) float32, the
     sequences that train it. sequence_ids: int64, the data-set rows held, in layout order.
     node_source: (T,) int64, where in `TokenSequences.tokens` each node was first read.
+    shortest_tokens, longest_tokens: of its sequences, the last token counted.
     """
 
     token_ids: NDArray[np.int32]
@@ -44,6 +45,8 @@ class TreeRow:
     target_weight: NDArray[np.float32]
     sequence_ids: NDArray[np.int64]
     node_source: NDArray[np.int64]
+    shortest_tokens: int
+    longest_tokens: int
 
     @property
     def n_sequences(self) -> int:
@@ -95,6 +98,8 @@ def build_row(sequences: TokenSequences, ids: Ints) -> TreeRow:
         target_id=pair & 0xFFFFFFFF,
         target_weight=count.astype(np.float32),
         sequence_ids=ids,
+        shortest_tokens=int(sequences.lengths[ids].min()),
+        longest_tokens=int(sequences.lengths[ids].max()),
     )
 
 

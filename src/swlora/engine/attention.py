@@ -72,6 +72,7 @@ class TreeLayout:
         self.token_ids = torch.from_numpy(row.token_ids.astype(np.int64)).to(device)[None]
         self.position_ids = torch.from_numpy(row.position_ids.astype(np.int64)).to(device)[None]
         self.subtree_end = torch.from_numpy(row.subtree_end.astype(np.int64)).to(device)
+        self.sequence_tokens = row.shortest_tokens, row.longest_tokens
         self._row = row
         self.n_attentions = 0  # how often attention followed this layout
         self._masks: dict[int | None, Tensor] = {}

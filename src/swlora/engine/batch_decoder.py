@@ -22,6 +22,7 @@ from swlora.engine.sampling import Choice, Chooser, Sampling
 from swlora.engine.tree_prefill import PREFILL_TOKENS, TreePrefill
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, context_tokens, n_embeddings
+from swlora.models.rotary import RotaryLengths
 from swlora.threads import adapt_threads
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -66,19 +67,24 @@ class _Row:
     def __init__(self, request: DecodeRequest, eos_token_ids: frozenset[int]) -> None:
         self.request = request
         self.chooser = Chooser(request.sampling, request.prompt)
-        self.last_token = -1
-        self._n_new, self._eos = 0, eos_token_ids
+        self.new_tokens: list[int] = []
+        self._eos = eos_token_ids
+
+    @property
+    def text(self) -> list[int]:
+        """The prompt and what has been said."""
+        return [*self.request.prompt, *self.new_tokens]
 
     def take(self, choice: Choice) -> Event:
         """Add a token."""
-        self.last_token = token_id = choice.token_id
-        self._n_new += 1
+        token_id = choice.token_id
+        self.new_tokens.append(token_id)
         reason: FinishReason | None = None
         if token_id in self._eos:
             reason = "eos"
         elif token_id in self.request.stop_token_ids:
             reason = "stop"
-        elif self._n_new == self.request.max_new_tokens:
+        elif len(self.new_tokens) == self.request.max_new_tokens:
             reason = "length"
         id_ = self.request.request_id
         return Event(id_, token_id, choice.logprob, choice.top_logprobs, reason)
@@ -114,6 +120,7 @@ class BatchDecoder:
         self._n_layers, self._context = anatomy.n_layers, context_tokens(self._model)
         self._n_tokens = n_embeddings(self._model)
         self._cache = RowCache(anatomy.n_layers, max_rows)
+        self._rotary = RotaryLengths(self._model)
         self._rows: list[_Row] = []  # in the order of the cache
         self._waiting: deque[_Row] = deque()
         self._prefill: TreePrefill | None = None
@@ -148,6 +155,7 @@ class BatchDecoder:
         """Give every active row one token and run a stretch of the prompts that wait."""
         adapt_threads()
         with self._forwards.active():
+            self._turn_back()
             events = self._decode() if self._rows else []
             if self._prefill is None and self._waiting:
                 self._start_prefill()
@@ -187,11 +195,21 @@ class BatchDecoder:
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._n_tokens:
             raise UserError(f"a prompt holds a token that is not one of 0..{self._n_tokens - 1}")
 
+    def _turn_back(self) -> None:
+        """Let rows whose next token makes the model turn all positions anew wait as prompts."""
+        if not self._rotary.recomputes:
+            return
+        side = self._rotary.side
+        for i in reversed([i for i, n in enumerate(self._cache.lengths) if side(n) < side(n + 1)]):
+            self._waiting.appendleft(self._rows[i])
+            self._remove(i)
+
     def _decode(self) -> list[Event]:
         device = self._model.device
         positions = torch.tensor(self._cache.lengths, device=device)[:, None]
-        tokens = torch.tensor([row.last_token for row in self._rows], device=device)[:, None]
-        with attending(self._model.config, self._cache.advance(), self._n_layers):
+        tokens = torch.tensor([row.new_tokens[-1] for row in self._rows], device=device)[:, None]
+        turned = self._rotary.of(positions + 1)
+        with attending(self._model.config, self._cache.advance(), self._n_layers), turned:
             out = self._model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -210,13 +228,15 @@ class BatchDecoder:
         self._rows.pop()
 
     def _start_prefill(self) -> None:
-        self._prefilled = list(self._waiting)
-        requests = [row.request for row in self._waiting]
-        self._waiting.clear()
-        wanted = {i: r.prompt_logprobs for i, r in enumerate(requests)}
-        scored = {i: n for i, n in wanted.items() if n is not None}
-        prompts = [request.prompt for request in requests]
-        self._prefill = TreePrefill(self._model, prompts, self._n_layers, scored)
+        sides = [self._rotary.side(len(row.text)) for row in self._waiting]
+        rows = list(zip(sides, self._waiting, strict=True))
+        together = [row for side, row in rows if side == sides[0]]
+        self._waiting = deque(row for side, row in rows if side != sides[0])
+        self._prefilled = list(together)
+        wanted = {i: row.request.prompt_logprobs for i, row in enumerate(together)}
+        scored = {i: n for i, n in wanted.items() if n is not None and not together[i].new_tokens}
+        prompts = [row.text for row in together]
+        self._prefill = TreePrefill(self._model, prompts, self._n_layers, self._rotary, scored)
 
     def _advance_prefill(self, prefill: TreePrefill) -> list[Event]:
         complete, logits = prefill.advance(self._prefill_tokens)

@@ -22,6 +22,7 @@ from swlora.engine.decode_forwards import DecodeForwards
 from swlora.engine.tree_prefill import PREFILL_TOKENS, TreePrefill
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, n_embeddings
+from swlora.models.rotary import RotaryLengths
 from swlora.threads import adapt_threads
 
 Continuation = tuple[float, int, int]  # log p of the text it makes, its beam, its token
@@ -107,6 +108,7 @@ class BeamDecoder:
         self._settings, self._eos = settings, frozenset(eos_token_ids)
         self._max_prompts = max_prompts
         self._n_layers = Anatomy(self._model).n_layers
+        self._rotary = RotaryLengths(self._model)
         self._cache = BeamCache(self._n_layers, settings.n_beams)
         self._searches: list[_Search] = []  # in the order of the cache
 
@@ -119,15 +121,20 @@ class BeamDecoder:
     def admit(self, prompts: dict[int, Sequence[int]]) -> list[tuple[int, list[int]]]:
         """Run prompts (token ids by a number of their own); return those that are done at once.
 
-        ValueError for more than `n_free` prompts.
+        ValueError for more than `n_free` prompts, or one whose text may grow beyond a limit of its
+        model's rotary frequencies.
         """
         if len(prompts) > self.n_free:
             raise ValueError("more prompts than there is room for")
         if not prompts:
             return []
+        longest = max(map(len, prompts.values())) + self._settings.max_new_tokens
+        if self._rotary.side(longest):
+            raise ValueError("beams cannot grow beyond a limit of the rotary frequencies")
         new = [_Search(i, list(prompt), self._settings) for i, prompt in prompts.items()]
         with self._forwards.active():
-            prefill = TreePrefill(self._model, [search.prompt for search in new], self._n_layers)
+            starts = [search.prompt for search in new]
+            prefill = TreePrefill(self._model, starts, self._n_layers, self._rotary)
             n_complete = 0
             while n_complete < len(new):
                 complete, logits = prefill.advance(PREFILL_TOKENS)

@@ -151,7 +151,8 @@ def content_key(split: SplitModel, sequences: TokenSequences) -> str:
     config = split.base_model.config.to_dict()
     for volatile in ("_name_or_path", "transformers_version", "use_cache"):
         config.pop(volatile, None)
-    digest.update(json.dumps([FORMAT, split.cut, config], sort_keys=True, default=str).encode())
+    facts = [FORMAT, split.cut, config, *split.rotary.limits_tokens]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(np.ascontiguousarray(sequences.tokens).data)
     digest.update(np.ascontiguousarray(sequences.offsets).data)
     above = {id(p) for block in split.anatomy.blocks[split.cut :] for p in block.parameters()}

@@ -185,7 +185,7 @@ def _partial_times_s(step: TreeStep, steps: Sequence[Sequence[np.ndarray]]) -> t
     frozen_s = head_s = 0.0
     split: SplitModel = step.split
     with fast_modules(split.base_model):
-        for ids in (ids for rows in steps for ids in rows):
+        for ids in (ids for rows in steps for ids in step.parts(rows)):
             row = build_row(step.sequences, ids)
             layout = TreeLayout(row, step.base_model.device)
             start_s = time.perf_counter()

@@ -2,6 +2,8 @@
 
     L = sum over completion tokens of -log p(token | everything before it)
 
+Sequences whose rotary frequencies differ by their length have batches of their own.
+
 Deliberately the obvious way. It is the oracle that every faster step must equal.
 """
 
@@ -14,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from swlora.data.token_sequences import TokenSequences
+from swlora.loss_sum import LossSum
+from swlora.models.rotary import RotaryLengths
 
 IGNORED = -100
 
@@ -35,13 +39,17 @@ class PlainStep:
         self.model = model
         self.sequences = sequences
         self.label_smoothing = label_smoothing
+        self._rotary = RotaryLengths(model)
 
     def __call__(self, rows: Sequence[np.ndarray]) -> tuple[float, int]:
         """Add the gradient of the summed loss; return (sum_nats, n_tokens) of the step."""
-        batch = pad(self.sequences, np.concatenate(list(rows)), self.model.device)
-        loss, n_tokens = completion_loss(self.model, batch, self.label_smoothing)
-        torch.autograd.backward(loss)
-        return float(loss.detach()), n_tokens
+        total = LossSum()
+        for ids in self._rotary.sides(np.concatenate(list(rows)), self.sequences.lengths):
+            batch = pad(self.sequences, ids, self.model.device)
+            loss, n_tokens = completion_loss(self.model, batch, self.label_smoothing)
+            torch.autograd.backward(loss)
+            total += LossSum(float(loss.detach()), n_tokens)
+        return total.sum_nats, total.n_tokens
 
     def close(self) -> None:
         """Hold nothing, so let go of nothing."""

@@ -17,6 +17,7 @@ from swlora.engine.attention import TreeLayout, tree_attention
 from swlora.errors import RunFailedError
 from swlora.models.anatomy import Anatomy
 from swlora.models.patching import patched_forwards
+from swlora.models.rotary import RotaryLengths
 
 
 class _PrefixDoneError(Exception):
@@ -37,6 +38,7 @@ class SplitModel:
         self.anatomy = Anatomy(base_model)
         self.base_model = base_model
         self.cut = cut
+        self.rotary = RotaryLengths(base_model)
 
     def prefix(self, layout: TreeLayout) -> Tensor:
         """Return the hidden state at the input of block `cut`, (1, T, D), without a graph."""
@@ -71,7 +73,14 @@ class SplitModel:
             return self._forward(layout)
 
     def _forward(self, layout: TreeLayout) -> Tensor:
-        with tree_attention(self.base_model.config), layout.active():
+        shortest, longest = layout.sequence_tokens
+        if self.rotary.side(shortest) != self.rotary.side(longest):
+            raise RunFailedError(
+                f"a row has sequences of {shortest} and of {longest} tokens, whose rotary "
+                "frequencies differ, so the loss would be wrong"
+            )
+        turned = self.rotary.of(longest)
+        with tree_attention(self.base_model.config), layout.active(), turned:
             out = self.anatomy.backbone(
                 input_ids=layout.token_ids, position_ids=layout.position_ids, use_cache=False
             )

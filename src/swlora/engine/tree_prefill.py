@@ -21,6 +21,7 @@ from swlora.data.tree_rows import TreeRow, build_row
 from swlora.engine.decode_attention import Layout, attending
 from swlora.engine.prompt_scores import PromptScores
 from swlora.engine.sampling import Choice
+from swlora.models.rotary import RotaryLengths
 
 PREFILL_TOKENS = 512  # run at once, if nothing else is asked for
 RUN_NODES = (64, 128, 256, 512)
@@ -31,8 +32,9 @@ MAX_SCORES = 1 << 25  # of one block; longer prompts are run in shorter stretche
 class TreePrefill:
     """Keys, values and first logits of some prompts, a stretch at a time.
 
-    `n_layers` blocks of `base_model` attend through the interface of `decode_attention`. The tokens
-    of the prompts in `scored` get probabilities too, with so many alternatives named.
+    `n_layers` blocks of `base_model` attend through the interface of `decode_attention`. The
+    prompts must lie on one side of every limit of `rotary`. The tokens of those in `scored` get
+    probabilities too, with so many alternatives named.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class TreePrefill:
         base_model: Any,
         prompts: Sequence[Sequence[int]],
         n_layers: int,
+        rotary: RotaryLengths,
         scored: Mapping[int, int] | None = None,
     ) -> None:
         self._model, self._n_layers = base_model, n_layers
@@ -53,6 +56,7 @@ class TreePrefill:
         self._scores = PromptScores(prompts, {i: self._path(i) for i in wanted}, wanted)
         self._cache = _NodeCache(n_layers, len(self._row.token_ids))
         self._n_heads = int(base_model.config.num_attention_heads)
+        self._rotary, self._longest_tokens = rotary, max(map(len, prompts))
 
     def advance(self, max_nodes: int) -> tuple[list[int], Tensor]:
         """Run up to `max_nodes` nodes more.
@@ -72,7 +76,8 @@ class TreePrefill:
         )
         self._cache.start, self._cache.end = start, end
         layout = StretchLayout(self._row, start, end, device)
-        with attending(self._model.config, layout, self._n_layers):
+        turned = self._rotary.of(self._longest_tokens)
+        with attending(self._model.config, layout, self._n_layers), turned:
             out = self._model(
                 input_ids=tokens,
                 position_ids=positions,

@@ -43,7 +43,7 @@ def make_step(
         raise UserError(f"{family.model_types[0]} models cannot run tree rows; use --engine plain")
     if spec.engine == "plain" or not family.has_attention_interface:
         return PlainStep(peft_model, sequences, label_smoothing=spec.label_smoothing)
-    if spec.cache_gb and step.split.cut > 0:
+    if spec.cache_gb and step.split.cut > 0 and _one_side(step, sequences, say):
         step.prefix_source = PrefixCache(step.split, sequences, limit_gb=spec.cache_gb, say=say)
     return step
 
@@ -71,15 +71,20 @@ class TreeStep:
     def __call__(self, rows: Sequence[np.ndarray]) -> tuple[float, int]:
         """Add the gradient of the summed loss; return (sum_nats, n_tokens) of the step."""
         while True:
-            parts = [p for ids in rows for p in np.array_split(ids, self._n_parts) if len(p)]
             try:
-                total = self._run(parts)
+                total = self._run(self.parts(rows))
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
                 self._halve(rows)
                 continue
             return total.sum_nats, total.n_tokens
+
+    def parts(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Cut rows into what is run: sequences that may run together, as many as memory holds."""
+        rotary, lengths = self.split.rotary, self.sequences.lengths
+        together = [part for ids in rows for part in rotary.sides(ids, lengths)]
+        return [p for ids in together for p in np.array_split(ids, self._n_parts) if len(p)]
 
     def _run(self, parts: Sequence[np.ndarray]) -> LossSum:
         total = LossSum()
@@ -105,6 +110,18 @@ class TreeStep:
         for parameter in trainable_parameters(self.peft_model).values():
             parameter.grad = None
         self._say(f"memory ran out: rows are run in {self._n_parts} parts from here on")
+
+
+def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], None]) -> bool:
+    """Say whether every prefix has one state, however long the sequence is that it belongs to."""
+    if len(step.parts([np.arange(len(sequences))])) == 1:
+        return True
+    limits = " and ".join(map(str, step.split.rotary.limits_tokens))
+    say(
+        f"no prefix cache: this model's rotary frequencies change beyond {limits} tokens, and the "
+        "data have sequences on both sides"
+    )
+    return False
 
 
 @contextmanager

@@ -9,7 +9,7 @@ of similar length together.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any
@@ -25,10 +25,12 @@ from swlora.engine.sampling import Sampling
 from swlora.engine.tree_step import fast_modules
 from swlora.errors import UserError
 from swlora.models.anatomy import context_tokens, family_of
+from swlora.models.rotary import RotaryLengths
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
 
 REFILL_SHARE = 8  # prompts wait until one place in so many is free: they are cheaper together
+Prompts = Mapping[int, Sequence[int]]  # token ids by the prompt's number
 
 
 @adapted_threads()
@@ -51,10 +53,28 @@ def generate(
     ends = frozenset(end_token_ids)
     texts = [""] * len(prompts)
     with progress.task("generate", len(prompts)) as task:
-        for i, token_ids in _way(model, spec)(model, ends, prompts, spec, seed):
+        for i, token_ids in _token_ids(model, ends, dict(enumerate(prompts)), spec, seed):
             texts[i] = tokenizer.decode(token_ids, skip_special_tokens=True)
             task.advance()
     return texts
+
+
+def _token_ids(
+    model: Any, ends: frozenset[int], prompts: Prompts, spec: DecodeSpec, seed: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (prompt, its new tokens) as they end.
+
+    Where rotary frequencies change with a text's length, each prompt whose text may grow so long is
+    left to `generate` of transformers by itself, unless rows can do it.
+    """
+    way, rotary = _way(model, spec), RotaryLengths(model)
+    beyond = {}
+    if way is not _by_rows:
+        beyond = {i: p for i, p in prompts.items() if rotary.side(len(p) + spec.max_new_tokens)}
+    if together := {i: prompt for i, prompt in prompts.items() if i not in beyond}:
+        yield from way(model, ends, together, spec, seed)
+    for i, prompt in beyond.items():
+        yield from _by_batches(model, ends, {i: prompt}, spec, _seed_of(i, seed))
 
 
 def _way(model: Any, spec: DecodeSpec) -> Callable[..., Iterator[tuple[int, list[int]]]]:
@@ -77,12 +97,12 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -
 
 
 def _by_rows(
-    model: Any, ends: frozenset[int], prompts: Sequence[Sequence[int]], spec: DecodeSpec, seed: int
+    model: Any, ends: frozenset[int], prompts: Prompts, spec: DecodeSpec, seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt, its new tokens) as rows finish; neighbours share what they begin with."""
     n_rows = min(spec.batch_size, len(prompts))
     decoder = BatchDecoder(model, eos_token_ids=ends, max_rows=n_rows)
-    waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))
+    waiting = deque(sorted(prompts, key=lambda i: tuple(prompts[i])))
     token_ids: dict[int, list[int]] = {}
     while waiting or token_ids:
         n_new = min(len(waiting), decoder.n_free)
@@ -99,13 +119,16 @@ def _by_rows(
 
 def _request(i: int, prompt: Sequence[int], spec: DecodeSpec, seed: int) -> DecodeRequest:
     """Return prompt i's request; its randomness depends on the seed and on i."""
-    own_seed = int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
-    sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=own_seed)
+    sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=_seed_of(i, seed))
     return DecodeRequest(i, prompt, spec.max_new_tokens, sampling)
 
 
+def _seed_of(i: int, seed: int) -> int:
+    return int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
+
+
 def _by_beams(
-    model: Any, ends: frozenset[int], prompts: Sequence[Sequence[int]], spec: DecodeSpec, _seed: int
+    model: Any, ends: frozenset[int], prompts: Prompts, spec: DecodeSpec, _seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt, its best beam) as prompts are done; neighbours share what they begin with."""
     n_at_once = min(len(prompts), max(1, spec.batch_size // spec.num_beams))
@@ -113,7 +136,7 @@ def _by_beams(
         spec.num_beams, spec.max_new_tokens, spec.length_penalty, spec.no_repeat_ngram_size
     )
     decoder = BeamDecoder(model, settings, eos_token_ids=ends, max_prompts=n_at_once)
-    waiting = deque(sorted(range(len(prompts)), key=lambda i: tuple(prompts[i])))
+    waiting = deque(sorted(prompts, key=lambda i: tuple(prompts[i])))
     while waiting or decoder.n_free < n_at_once:
         n_new = min(len(waiting), decoder.n_free)
         if n_new >= min(len(waiting), max(1, n_at_once // REFILL_SHARE)) > 0:
@@ -123,10 +146,10 @@ def _by_beams(
 
 
 def _by_batches(
-    model: Any, ends: frozenset[int], prompts: Sequence[Sequence[int]], spec: DecodeSpec, seed: int
+    model: Any, ends: frozenset[int], prompts: Prompts, spec: DecodeSpec, seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt, its new tokens), batch by batch from the shortest prompts on."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(prompts, key=lambda i: len(prompts[i]))
     n_at_once = max(1, spec.batch_size // spec.num_beams)
     forwards = fast_modules(model) if is_covered(model) else nullcontext()
     with torch.random.fork_rng(), forwards:

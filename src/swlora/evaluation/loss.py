@@ -70,7 +70,8 @@ def grouped_losses(
     has_tree_rows = is_fast and split.anatomy.family.has_attention_interface
     forwards = fast_modules(model) if is_fast else nullcontext()
     with progress.task("loss", len(sequences)) as task, forwards:
-        for ids in (ids for step in steps for ids in step):
+        rows = (ids for step in steps for ids in step)
+        for ids in (part for row in rows for part in split.rotary.sides(row, sequences.lengths)):
             if has_tree_rows:
                 row = build_row(sequences, ids)
                 hidden = split.whole(TreeLayout(row, base_model.device))

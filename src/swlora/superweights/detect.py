@@ -22,6 +22,7 @@ from swlora.models.anatomy import (
     context_tokens,
     weight_out_in,
 )
+from swlora.models.rotary import RotaryLengths
 from swlora.superweights.observe import Observation, followed, observed
 
 DOMINANT_SHARE = 0.5  # super activations come in groups, so the largest channel is not the only one
@@ -156,7 +157,9 @@ def trace(anatomy: Anatomy, sequences: Sequence[Sequence[int]]) -> list[Trace]:
                 candidates[i].append(_candidate(o, x, y, tokens))
 
     batch = torch.tensor(padded, device=anatomy.model.device)
-    with torch.inference_mode(), observed(anatomy, observe), followed(anatomy) as states:
+    lengths = torch.tensor([[len(ids)] for ids in sequences], device=batch.device)
+    turned = RotaryLengths(anatomy.model).of(lengths)
+    with torch.inference_mode(), observed(anatomy, observe), followed(anatomy) as states, turned:
         anatomy.backbone(input_ids=batch, use_cache=False)
     streams = [torch.stack([s[i, : len(ids)] for s in states]) for i, ids in enumerate(sequences)]
     if not all(bool(stream.isfinite().all()) for stream in streams):

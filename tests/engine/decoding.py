@@ -35,6 +35,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3, window": ("gemma3_text", {**WINDOW, "num_hidden_layers": 6}),
     "olmo, clipped": ("olmo", {"clip_qkv": 0.3}),
     "smollm3, rope on some layers": ("smollm3", {"no_rope_layer_interval": 2}),
+    "opt, norms behind, narrow embeddings": (
+        "opt",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 12},
+    ),
     "gpt_neox, not parallel": ("gpt_neox", {"use_parallel_residual": False}),
 }
 

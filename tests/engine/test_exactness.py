@@ -58,6 +58,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "gpt_neox, not parallel": ("gpt_neox", {"use_parallel_residual": False}),
     "opt": ("opt", {}),
+    "opt, norms behind, narrow embeddings": (
+        "opt",
+        {"do_layer_norm_before": False, "word_embed_proj_dim": 12},
+    ),
 }
 FLOAT64_THROUGHOUT = ("gpt2", "gpt2, scores scaled by layer", "gpt_neox", "opt")
 FLOAT64_BUT_NORMS_OR_ANGLES = ("olmo, clipped", "gemma")

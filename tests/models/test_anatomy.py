@@ -66,6 +66,16 @@ def test_head_of_final_norm_is_the_logits(model_type, make_model):
     torch.testing.assert_close(logits, cap * torch.tanh(expected / cap) if cap else expected)
 
 
+def test_opt_with_norms_behind_and_narrow_embeddings(make_model):
+    """OPT-350m: no norm after the last block, which a projection follows; the head is narrow."""
+    model = make_model("opt", do_layer_norm_before=False, word_embed_proj_dim=12)
+    anatomy = Anatomy(model)
+    assert anatomy.final_norm is None
+    hidden = anatomy.backbone(input_ids=TOKENS)[0]
+    assert hidden.shape[-1] == 12
+    torch.testing.assert_close(anatomy.head(hidden), model(input_ids=TOKENS).logits)
+
+
 @each_type
 def test_a_weight_is_addressed_by_the_channels_that_it_connects(model_type, make_model):
     """y[out] += delta * x[in], and no other y moves: the meaning of an address, tried out."""
@@ -195,8 +205,8 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
 
 
 def test_a_variant_without_the_expected_parts_is_refused(make_model):
-    """Some OPT models normalise after each block and have no final norm."""
-    model = make_model("opt", do_layer_norm_before=False)
+    model = make_model("opt")
+    del model.model.decoder.final_layer_norm
     with pytest.raises(UnknownFamilyError, match="opt"):
         Anatomy(model)
 

@@ -70,8 +70,13 @@ def test_every_set_gives_the_losses_of_plain_whole_passes(model_type, cache_byte
         assert not scales or expected != pytest.approx(base, rel=1e-4)
 
 
-def test_batches_and_first_windows_change_nothing(make_model):
-    model, token_ids = make_model("llama"), windows(20, 130)  # 2,600 tokens: two batches
+NARROW = {"do_layer_norm_before": False, "word_embed_proj_dim": 12}  # as OPT-350m
+
+
+@pytest.mark.parametrize(("model_type", "changes"), [("llama", {}), ("opt", NARROW)])
+def test_batches_and_first_windows_change_nothing(model_type, changes, make_model):
+    model = make_model(model_type, **changes)
+    token_ids = windows(20, 130)  # 2,600 tokens: two batches
     addresses = planted(model)
     meter = Meter(model, token_ids)
     meter.measure({}, keep=[1])

@@ -165,7 +165,8 @@ class Anatomy:
         try:
             self.backbone: Any = model.get_submodule(self.family.backbone)
             self.blocks: nn.ModuleList = self.backbone.get_submodule(self.family.blocks)
-            self.final_norm: nn.Module = self.backbone.get_submodule(self.family.final_norm)
+            # None where blocks end in a norm of their own, as those of OPT-350m
+            self.final_norm: nn.Module | None = getattr(self.backbone, self.family.final_norm)
         except AttributeError as error:
             raise UnknownFamilyError(
                 f"this {model.config.model_type} model is not built like others: {error}"

@@ -74,6 +74,8 @@ class Job:
         They are encoded once. Raises UserError where there is no such split.
         """
         from swlora.data.encode import encode_examples
+        from swlora.data.known_tokens import check_rows
+        from swlora.models.anatomy import n_embeddings
 
         if (split, n_rows) in self._encoded:
             return self._encoded[split, n_rows]
@@ -85,6 +87,7 @@ class Job:
                 context_tokens=self.loaded.context_tokens,
                 truncate=self.spec.data.truncate,
             )
+            check_rows(sequences, self.loaded.tokenizer, n_embeddings(self.loaded.model))
         if n_cut:
             self.progress.say(f"{n_cut} rows of the {split} split were cut to the context")
             self.run.record(**{f"n_cut_rows_{split}": n_cut})
@@ -306,12 +309,15 @@ def evaluation_rows(job: Job) -> tuple[list[Example], list[list[str]], list[list
     Raises UserError where there are none, or where the model has no room for an answer.
     """
     from swlora.data.encode import encode_prompts
+    from swlora.data.known_tokens import check_prompts
     from swlora.data.sources import group_references
     from swlora.evaluation.decode import check_room
+    from swlora.models.anatomy import n_embeddings
 
     groups = group_references(job.dataset.split(job.spec.data.eval_split))
     examples = [example for example, _ in groups]
     prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)
+    check_prompts(prompts, job.loaded.tokenizer, n_embeddings(job.loaded.model))
     check_room(job.loaded.model, prompts, job.spec.decode)
     return examples, [references for _, references in groups], prompts
 

@@ -19,12 +19,13 @@ import torch
 
 from swlora.adapters.reach import is_covered
 from swlora.config import DecodeSpec
+from swlora.data.known_tokens import check_prompts
 from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
 from swlora.engine.beam_decoder import BeamDecoder, BeamSettings
 from swlora.engine.sampling import Sampling
 from swlora.engine.tree_step import fast_modules
 from swlora.errors import UserError
-from swlora.models.anatomy import context_tokens, family_of
+from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.rotary import RotaryLengths
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
@@ -47,8 +48,10 @@ def generate(
     """Return the generated text for every prompt (token ids), in their order.
 
     Generation stops at any of `end_token_ids`, which is not part of the text.
-    Raises UserError where a prompt leaves no room in the model's context.
+    Raises UserError where a prompt leaves no room in the model's context, or holds a token that it
+    does not know.
     """
+    check_prompts(prompts, tokenizer, n_embeddings(model))
     check_room(model, prompts, spec)
     ends = frozenset(end_token_ids)
     texts = [""] * len(prompts)

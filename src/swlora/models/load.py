@@ -13,7 +13,7 @@ from swlora.config import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
 from swlora.errors import UserError
 from swlora.hub import cached_file, hub_reachable
 from swlora.memory import keep_few_kernels, keep_freed_memory
-from swlora.models.anatomy import context_tokens, family_of
+from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
 from swlora.threads import fix_threads
@@ -223,10 +223,14 @@ def _load_tokenizer(name: str, revision: str | None) -> Any:
 
 def _check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
     """Refuse a tokenizer that cannot serve the model; take a missing EOS from the model."""
-    n_embeddings = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > n_embeddings:
+    n_known = n_embeddings(model)
+    added = tokenizer.get_added_vocab()
+    beyond = {t for t, token_id in tokenizer.get_vocab().items() if token_id >= n_known}
+    needed = {tokenizer.bos_token, tokenizer.eos_token} & beyond
+    # Gemma 3's tokenizer has a token for images, added for siblings of its text models.
+    if needed or not beyond <= added.keys():
         raise UserError(
-            f"the tokenizer knows {len(tokenizer)} tokens but the model embeds {n_embeddings}; "
+            f"the tokenizer knows {len(tokenizer)} tokens but the model embeds {n_known}; "
             "they do not belong together (see --tokenizer)"
         )
     sample = set(tokenizer("word", add_special_tokens=False).input_ids)
@@ -234,10 +238,10 @@ def _check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
         raise UserError(f"{name} holds no tokenizer with a vocabulary; give one with --tokenizer")
     if tokenizer.eos_token_id is None:
         eos = getattr(model.config, "eos_token_id", None)
-        if not isinstance(eos, int) or eos >= len(tokenizer):
+        if not isinstance(eos, int) or eos >= min(n_known, len(tokenizer)):
             raise UserError("neither tokenizer nor model names the end-of-sequence token")
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= n_known:
         tokenizer.pad_token = tokenizer.eos_token
 
 

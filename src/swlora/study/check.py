@@ -181,17 +181,19 @@ def _check_data(checked: Checked, tokenizer: Any) -> None:
 def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -> None:
     """Raise UserError where rows or generated text would not fit into the model's context."""
     from swlora.data.encode import encode_examples, encode_prompts
+    from swlora.data.known_tokens import check_rows
     from swlora.evaluation.decode import check_room
-    from swlora.models.anatomy import context_tokens
+    from swlora.models.anatomy import context_tokens, n_embeddings
 
     spec, examples = checked.spec, dataset.split(split)
-    encode_examples(
+    sequences, _ = encode_examples(
         examples,
         dataset.separator,
         tokenizer,
         context_tokens=context_tokens(checked.model),
         truncate=spec.data.truncate,
     )
+    check_rows(sequences, tokenizer, n_embeddings(checked.model))
     if split == spec.data.eval_split:
         prompts = encode_prompts(examples, dataset.separator, tokenizer)
         for decode in [spec.decode, spec.beam.decode] if spec.beam.arms else [spec.decode]:

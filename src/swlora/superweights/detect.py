@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swlora.data.known_tokens import check_prompts
 from swlora.errors import UserError
 from swlora.models.anatomy import (
     Anatomy,
     WeightAddress,
     bias_out,
     context_tokens,
+    n_embeddings,
     weight_out_in,
 )
 from swlora.models.rotary import RotaryLengths
@@ -121,6 +123,7 @@ def prompt_tokens(model: Any, tokenizer: Any, prompt: str) -> list[int]:
     token_ids: list[int] = tokenizer(prompt, verbose=False).input_ids
     if not token_ids:
         raise UserError("the prompt has no tokens; give --prompt some text")
+    check_prompts([token_ids], tokenizer, n_embeddings(model))
     return check_length(model, token_ids)
 
 

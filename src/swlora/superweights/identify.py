@@ -12,8 +12,9 @@ from math import exp
 from typing import Any
 
 from swlora.config import IdentifySpec
+from swlora.data.known_tokens import check_prompts
 from swlora.errors import UserError
-from swlora.models.anatomy import Anatomy, WeightAddress
+from swlora.models.anatomy import Anatomy, WeightAddress, n_embeddings
 from swlora.models.load import LoadedModel
 from swlora.progress import Progress, Silent
 from swlora.runs import package_versions
@@ -39,6 +40,7 @@ def identify(
     check(loaded, spec)
     model, tokenizer = loaded.model, loaded.tokenizer
     windows = ablate.text_windows(tokenizer, spec.text, spec.windows, spec.window_tokens)
+    check_prompts(windows.tolist(), tokenizer, n_embeddings(model))
     prompts = spec.prompt or list(search.PROMPTS)
     with progress.task("search"):
         found = search.search(model, tokenizer, prompts, max_candidates=spec.max_candidates)

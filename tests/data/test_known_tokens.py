@@ -1,0 +1,77 @@
+"""A tokenizer with a token that the model has no embedding for, as Gemma 3's text models have."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from swlora.config import DecodeSpec, ModelSpec, RunSpec
+from swlora.data.known_tokens import check_prompts, check_rows
+from swlora.data.token_sequences import TokenSequences
+from swlora.errors import DataError, UserError
+from swlora.models import load
+from swlora.models.load import load_model
+from swlora.pipeline import generate_text
+from swlora.progress import Silent
+from swlora.superweights.detect import prompt_tokens
+
+N_EMBEDDINGS, SEEN = 258, "<image_soft_token>"  # the tokenizer's own tokens, and the one beyond
+
+
+@pytest.fixture
+def folder(make_model, tiny_tokenizer, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(load, "hub_reachable", lambda: False)
+    model = make_model("gemma3_text", vocab_size=N_EMBEDDINGS)
+    model.save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [SEEN]})
+    assert tokenizer(SEEN).input_ids == [N_EMBEDDINGS]
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def spec(folder: Path) -> ModelSpec:
+    return ModelSpec(name=str(folder), dtype="float32", device="cpu")
+
+
+def test_the_model_is_served_and_texts_with_the_token_are_not(folder):
+    loaded = load_model(spec(folder))
+    run = RunSpec(model=spec(folder), decode=DecodeSpec(max_new_tokens=5))
+    ids = loaded.model.generate(torch.tensor([list(b"see")]), max_new_tokens=5, eos_token_id=257)
+    expected = loaded.tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
+    assert generate_text(run, "see", None, Silent())["text"] == expected
+    refused = f"a text holds the token '{SEEN}', which this model has no embedding for"
+    with pytest.raises(UserError, match=refused):
+        generate_text(run, f"see {SEEN}", None, Silent())
+    with pytest.raises(UserError, match=refused):
+        prompt_tokens(loaded.model, loaded.tokenizer, SEEN)
+
+
+def test_rows_are_named(tiny_tokenizer):
+    rows = [([1, 2], [3]), ([4], [5, 6]), ([7, 256], [8]), ([9], [257])]
+    sequences = TokenSequences.from_lists(rows)
+    check_rows(sequences, tiny_tokenizer, 258)
+    with pytest.raises(DataError, match=r"^row 3 holds the token '<s>', which this model"):
+        check_rows(sequences, tiny_tokenizer, 256)
+    with pytest.raises(DataError, match=r"^row 4 holds the token '</s>'"):
+        check_rows(sequences, tiny_tokenizer, 257)
+    check_prompts([[1, 2], [256]], tiny_tokenizer, 257)
+    with pytest.raises(UserError, match="the token '</s>'"):
+        check_prompts([[1, 2], [257]], tiny_tokenizer, 257)
+
+
+@pytest.mark.parametrize("n_embeddings", [257, 200])
+def test_a_tokenizer_of_another_model_is_refused(n_embeddings, folder, make_model):
+    """Its end of sequence, or its ordinary vocabulary, lies beyond the embeddings."""
+    config = {"vocab_size": n_embeddings, "bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 6}
+    make_model("gemma3_text", **config).save_pretrained(folder)
+    with pytest.raises(UserError, match=rf"knows 259 tokens but the model embeds {n_embeddings}"):
+        load_model(spec(folder))
+
+
+def test_a_padding_token_beyond_is_replaced(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": SEEN}))
+    assert load_model(spec(folder)).tokenizer.pad_token == "</s>"

@@ -39,13 +39,19 @@ class StepClock(Silent):
         self.lines.append(message)
 
 
-def run(arm: Arm, model_folder: str, separator: str, rows: list[Example]) -> dict[str, Any]:
+def run(
+    arm: Arm,
+    model_folder: str,
+    separator: str,
+    rows: list[Example],
+    clock: StepClock | None = None,
+) -> dict[str, Any]:
     """Train an adapter on `rows` for the arm's epochs; return what was measured."""
     from swlora.adapters.methods import adapt, train_mode
     from swlora.engine.schedule import Schedule, step_plan
     from swlora.engine.tree_step import make_step
 
-    watch, clock = measure.Stopwatch(), StepClock()
+    watch, clock = measure.Stopwatch(), clock or StepClock()
     with watch("load_model"):
         loaded = load_model(ModelSpec(name=model_folder))
     anatomy = Anatomy(loaded.model)

@@ -61,10 +61,15 @@ class PadRight:
 
 
 def run(
-    arm: Arm, model_folder: str, separator: str, pool: list[Example], n_rows: int
+    arm: Arm,
+    model_folder: str,
+    separator: str,
+    pool: list[Example],
+    n_rows: int,
+    clock: TickCallback | None = None,
 ) -> dict[str, Any]:
     """Train on about `n_rows` rows of the pool; return what was measured."""
-    watch, clock = measure.Stopwatch(), TickCallback()
+    watch, clock = measure.Stopwatch(), clock or TickCallback()
     dtype = torch.float32 if arm.kind == "original" else _fast_dtype()
     with watch("load_model"):
         model = _with_adapters(AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype), arm)

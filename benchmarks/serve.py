@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +76,9 @@ def main() -> None:
 
 
 @contextmanager
-def serving(model: str) -> Iterator[str]:
+def serving(model: str, flags: Sequence[str] = ()) -> Iterator[str]:
     """Start a server on a free port; yield its address."""
-    command = [sys.executable, "-m", "swlora", "serve", "--model", model, "--port", "0"]
+    command = [sys.executable, "-m", "swlora", "serve", "--model", model, "--port", "0", *flags]
     process = subprocess.Popen(
         command, cwd=runner.ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -10,6 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Stamps: present and newer than what they depend on when the installation is complete
 PACKAGE := $(VENV)/.package-installed
 TOOLS := $(VENV)/.tools-installed
+# A process for every core, each of which computes with one thread (tests/conftest.py)
+PARALLEL := --numprocesses auto --maxprocesses 4
 
 .PHONY: help demo test lint lock clean
 .DELETE_ON_ERROR:
@@ -22,9 +24,9 @@ demo: $(PACKAGE)
 
 test: lint
 	$(BIN)/python -c "from swlora.models.builtin import builtin_folder; print('builtin model:', builtin_folder())"
-	$(BIN)/python -m pytest -m "not slow and not gpu and not browser" --cov --cov-report=
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not browser" --cov --cov-report=
 	$(BIN)/python -m pytest -m browser
-	$(BIN)/python -m pytest -m "slow and not gpu" --cov --cov-append --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu" --cov --cov-append --cov-report=term:skip-covered
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .

@@ -86,10 +86,10 @@ def evaluate(model: str, dataset: Any) -> None:
     limits = {"context_tokens": loaded.context_tokens, "truncate": False}
     sequences, _ = encode_examples(examples, dataset.separator, loaded.tokenizer, **limits)
     spec = DecodeSpec(max_new_tokens=EVAL_TOKENS)
-    done = 0
+    done, ends = 0, loaded.end_token_ids
     while True:
         dataset_loss(loaded.model, sequences, Silent())
-        generate(loaded.model, loaded.tokenizer, prompts, spec, Silent())
+        generate(loaded.model, loaded.tokenizer, prompts, spec, Silent(), end_token_ids=ends)
         done += EVAL_PROMPTS
         tell(done)
 

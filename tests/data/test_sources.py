@@ -306,20 +306,6 @@ def test_a_broken_csv_is_an_error_even_where_rows_may_be_skipped(tmp_path, conte
     str(caught.value).encode()  # can be printed
 
 
-def test_chats_end_at_the_last_answer(tmp_path: Path):
-    turns = [
-        ("system", ""),
-        ("user", "Hi"),
-        ("assistant", "Yes?"),
-        ("user", "é"),
-        ("assistant", "E"),
-    ]
-    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    content = json.dumps(chat).encode() + b"\n" + GOOD
-    dataset = load_dataset(DataSpec(name=write(tmp_path / "chat.jsonl", content)))
-    assert dataset.train == (Example("", "E", tuple(turns[:-1])), Example("p", "c"))
-
-
 # Limits, groups, hash
 
 

@@ -39,6 +39,22 @@ class Example:
         return sum(map(len, texts)) + _OBJECT_BYTES * (len(texts) + 1 + len(self.messages))
 
 
+def make_example(prompt: object, completion: object) -> Example | str:
+    """Return the row as an Example, or the reason why it cannot be one."""
+    for what, text in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(text, str):
+            return f"its {what} is not a string"
+        if not text.strip():
+            return f"its {what} is empty"
+        if "\0" in text:
+            return f"its {what} holds a NUL byte"
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return f"its {what} is not valid UTF-8"
+    return Example(str(prompt), str(completion))
+
+
 def kept(examples: Iterable[Example]) -> Sequence[Example]:
     """Read all examples and keep them: a tuple, or StoredExamples where the text is long.
 

@@ -10,11 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from swlora.data.examples import Example, kept
+from swlora.data.chat_rows import make_chat, unused_meaning
+from swlora.data.examples import Example, kept, make_example
 from swlora.errors import DataError, UserError
-
-ROLES = ("system", "user", "assistant")
-
 
 Row = tuple[int, Example | str]  # number in the file; the example, or why it cannot be used
 
@@ -85,7 +83,7 @@ def _jsonl_rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             if raw.strip():
-                yield line, _jsonmake_example(raw.removeprefix(codecs.BOM_UTF8), columns)
+                yield line, _json_row(raw.removeprefix(codecs.BOM_UTF8), columns)
 
 
 READERS: dict[str, Callable[[Path, tuple[str, str]], Iterator[Row]]] = {
@@ -96,7 +94,7 @@ READERS: dict[str, Callable[[Path, tuple[str, str]], Iterator[Row]]] = {
 }
 
 
-def _jsonmake_example(raw: bytes, columns: tuple[str, str]) -> Example | str:
+def _json_row(raw: bytes, columns: tuple[str, str]) -> Example | str:
     try:
         row = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
@@ -105,45 +103,12 @@ def _jsonmake_example(raw: bytes, columns: tuple[str, str]) -> Example | str:
         return f"not valid JSON ({error})"
     if not isinstance(row, dict):
         return "not a JSON object"
-    if "messages" in row and columns[0] not in row:
-        return _chatmake_example(row["messages"])
+    is_chat = "messages" in row and columns[0] not in row
+    if problem := unused_meaning(row, is_chat=is_chat):
+        return problem
+    if is_chat:
+        return make_chat(row["messages"])
     for column in columns:
         if column not in row:
             return f"it has no {column!r}, only {', '.join(map(repr, row)) or 'nothing'}"
     return make_example(row[columns[0]], row[columns[1]])
-
-
-def _chatmake_example(messages: object) -> Example | str:
-    if not isinstance(messages, list) or len(messages) < 2:
-        return "its messages are not a list of two turns or more"
-    turns: list[tuple[str, str]] = []
-    for message in messages:
-        turn = message if isinstance(message, dict) else {}
-        role, content = turn.get("role"), turn.get("content")
-        if role not in ROLES:
-            return f"a message has the role {role!r:.40}, not one of {', '.join(ROLES)}"
-        if not isinstance(content, str):
-            return f"the content of a message of the {role} is not a string"
-        turns.append((str(role), content))
-    if turns[-1][0] != "assistant":
-        return "its last message is not the assistant's"
-    checked = make_example("\n".join(content for _, content in turns[:-1]), turns[-1][1])
-    if isinstance(checked, str):
-        return checked
-    return Example("", checked.completion, tuple(turns[:-1]))
-
-
-def make_example(prompt: object, completion: object) -> Example | str:
-    """Return the row as an Example, or the reason why it cannot be one."""
-    for what, text in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(text, str):
-            return f"its {what} is not a string"
-        if not text.strip():
-            return f"its {what} is empty"
-        if "\0" in text:
-            return f"its {what} holds a NUL byte"
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            return f"its {what} is not valid UTF-8"
-    return Example(str(prompt), str(completion))

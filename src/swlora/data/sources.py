@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swlora.config import DEFAULT_DATASET, SAMPLE_DATASET, DataSpec
-from swlora.data.examples import Example, chosen, kept
-from swlora.data.rows import READERS, collect_rows, make_example, read_rows
+from swlora.data.examples import Example, chosen, kept, make_example
+from swlora.data.rows import READERS, collect_rows, read_rows
 from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
 

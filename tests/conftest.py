@@ -1,5 +1,6 @@
 """Fixtures that several test files share: real data where it is, tiny models everywhere."""
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,26 @@ def tiny_tokenizer() -> Any:
         pad_token="</s>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tiny_tokenizer: Any) -> Callable[..., Any]:
+    """A function says_so=True -> the same tokenizer, but one that puts BOS before every text,
+    whatever its attribute says.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    def make(*, says_so: bool = True) -> Any:
+        other = copy.deepcopy(tiny_tokenizer)
+        other.add_bos_token = says_so
+        other.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+        assert other.add_bos_token == says_so
+        assert other("x").input_ids == [BOS, ord("x")]
+        return other
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -135,6 +135,24 @@ def test_windows_are_the_beginning_of_the_text(tiny_tokenizer, tmp_path):
     assert shipped.shape == (4, 512)
 
 
+@pytest.mark.parametrize("says_so", [True, False])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(says_so, bos_tokenizer, tmp_path):
+    """BOS is one of the window's tokens; the text goes on where the window before it ended."""
+    text = "äbcdefghijk" * 3
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    windows = text_windows(bos_tokenizer(says_so=says_so), tmp_path / "text.txt", 2, 18)
+    ids = list(text.encode())
+    assert windows.tolist() == [[256, *ids[:17]], [256, *ids[17:34]]]
+    with pytest.raises(UserError, match=r"has 36 tokens; 2 windows of 20 need 38 beside BOS: "):
+        text_windows(bos_tokenizer(), tmp_path / "text.txt", 2, 20)
+
+
+def test_a_text_that_begins_with_bos_is_no_tokenizer_that_puts_it(tiny_tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("<s>abcde")
+    windows = text_windows(tiny_tokenizer, tmp_path / "text.txt", 2, 3)
+    assert windows.tolist() == [[256, *b"ab"], [*b"cde"]]
+
+
 def test_texts_that_do_not_do(tiny_tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text("x" * 35)
     with pytest.raises(UserError, match=r"has 35 tokens; 2 windows of 18 need 36"):

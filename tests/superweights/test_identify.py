@@ -1,7 +1,9 @@
 """The whole identification: what it says is consistent, and the model is afterwards what it was."""
 
 import json
+import math
 from dataclasses import replace
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from swlora.config import IdentifySpec, ModelSpec
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.models.load import LoadedModel, load_model
-from swlora.superweights import effects, proof, search
+from swlora.superweights import ablate, effects, proof, search
 from swlora.superweights import identify as identification
 from swlora.superweights.identify import identify
 from swlora.superweights.meter import Meter
@@ -100,6 +102,40 @@ def test_the_path_is_that_of_plain_forward_passes(damaged, tiny_tokenizer):
         assert path[name][:-1] == pytest.approx(expected, rel=1e-4, abs=1e-4)
     others = [max(abs(float(s[k])) for k in range(24) if k != 17) for s in lines["intact"]]
     assert path["others"][:-1] == pytest.approx(others, rel=1e-4)
+
+
+@pytest.mark.parametrize("puts_bos", [True, False])
+def test_text_is_measured_as_plain_transformers_would_after_bos(
+    puts_bos, damaged, tiny_tokenizer, bos_tokenizer, monkeypatch
+):
+    """Perplexity, proof, controls and dose curve; windows as long as the context, BOS included."""
+    model, address = damaged("llama")
+    tokenizer = bos_tokenizer() if puts_bos else tiny_tokenizer
+    spec = SMALL.model_copy(update={"window_tokens": 256})
+    monkeypatch.setattr(proof, "STRONG_RATIO", 0.0)  # controls are measured whatever the ratio
+    result = identify(of(model, tokenizer), spec)
+    assert result["windows_begin_with_bos"] == puts_bos
+    text = resources.files("swlora.superweights").joinpath("english.txt").read_text("utf-8")
+    ids = list(text.encode())
+    n = 256 - puts_bos
+    windows = torch.tensor([[256] * puts_bos + ids[k : k + n] for k in (0, n)])
+
+    def nats(n_windows: int = 2) -> float:
+        log_p = model(input_ids=windows[:n_windows]).logits.double().log_softmax(-1)[:, :-1]
+        return -float(log_p.gather(-1, windows[:n_windows, 1:, None]).mean())
+
+    base, base_first = nats(), nats(1)
+    assert result["perplexity"] == pytest.approx(math.exp(base), rel=1e-5)
+    first = result["candidates"][0]
+    assert WeightAddress(*(first[key] for key in KEYS)) == address
+    with ablate.zeroed(Anatomy(model), [address]):
+        assert first["ratio"] == pytest.approx(math.exp(nats() - base), rel=1e-5)
+        point = next(p for p in result["dose_curve"]["points"] if p["scale"] == 0)
+        assert point["perplexity"] == pytest.approx(math.exp(nats()), rel=1e-5)
+    assert len(first["controls"]) == 2
+    for control, effect in zip(first["controls"], first["control_effects_nats"], strict=True):
+        with ablate.zeroed(Anatomy(model), [WeightAddress(*(control[key] for key in KEYS))]):
+            assert effect == pytest.approx(nats(1) - base_first, abs=2e-6)
 
 
 def test_no_super_weight_is_an_answer(make_model, tiny_tokenizer):

@@ -103,7 +103,10 @@ def test_all_that_repeats_it_is_there(found, tmp_path):
     facts = dict(tables(text)[-1])
     assert facts["model"] == "some/model from the Hub, revision abc123"
     assert facts["arithmetic"] == "float32 on cpu"
-    assert "2 windows of 33 tokens" in facts["text"]
+    said = "2 windows of 33 tokens, without BOS, as the tokenizer has it; sha256 of "
+    assert said in facts["text"]
+    with_bos = dict(tables(report({**found, "windows_begin_with_bos": True}, tmp_path))[-1])
+    assert said.replace("without", "each beginning with") in with_bos["text"]
     assert re.search(r"sha256 of the token ids [0-9a-f]{64}$", facts["text"])
     assert facts["seed"] == "7"
     assert facts["controls"] == "3 a candidate"

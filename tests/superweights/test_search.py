@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from swlora.config import ModelSpec
@@ -46,17 +45,6 @@ def weights_sha256(model: nn.Module) -> str:
 
 def n_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def with_bos(tokenizer, *, says_so: bool):
-    """A tokenizer that puts BOS before every text, whatever its attribute says."""
-    other = copy.deepcopy(tokenizer)
-    other.add_bos_token = says_so
-    other.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BOS)]
-    )
-    assert other.add_bos_token == says_so and other("x").input_ids == [BOS, ord("x")]
-    return other
 
 
 def without_bos(tokenizer):
@@ -175,10 +163,10 @@ def test_the_candidates_are_cut_after_the_sorting(make_model, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("says_so", [False, True])
-def test_bos_is_read_off_the_ids(says_so, make_model, tiny_tokenizer):
+def test_bos_is_read_off_the_ids(says_so, make_model, tiny_tokenizer, bos_tokenizer):
     model = make_model("llama")
     bare = search(model, tiny_tokenizer, PROMPTS[:2], max_candidates=3)
-    own = search(model, with_bos(tiny_tokenizer, says_so=says_so), PROMPTS[:2], max_candidates=3)
+    own = search(model, bos_tokenizer(says_so=says_so), PROMPTS[:2], max_candidates=3)
     assert [s.has_bos for s in bare.settings] == [False, True, False, True]
     assert [s.has_bos for s in own.settings] == [True, False, True, False]
     for setting in (*bare.settings, *own.settings):
@@ -188,7 +176,7 @@ def test_bos_is_read_off_the_ids(says_so, make_model, tiny_tokenizer):
     by_name = [{(s.prompt, s.has_bos): s for s in found.settings} for found in (bare, own)]
     assert by_name[0] == by_name[1]
     # The first setting, which figures show, is the tokenizer's own way
-    for found, tokenizer in ((bare, tiny_tokenizer), (own, with_bos(tiny_tokenizer, says_so=True))):
+    for found, tokenizer in ((bare, tiny_tokenizer), (own, bos_tokenizer(says_so=True))):
         assert found.scan.tokens == scan(model, tokenizer, PROMPTS[0], max_candidates=3).tokens
         assert found.path == found.settings[0].path
 

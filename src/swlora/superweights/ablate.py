@@ -13,14 +13,16 @@ from torch.nn import functional as F
 from swlora.errors import UserError
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy, WeightAddress
+from swlora.superweights.detect import leading_bos
 from swlora.threads import adapt_threads
 
 
 def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) -> Tensor:
     """Return the first `n` windows of a text as token ids of shape (n, window_tokens).
 
-    `text` None takes the English sample that ships with the package.
-    Raises UserError where the text is unreadable or too short.
+    Each begins with the BOS that the tokenizer puts before a text, which counts as one of its
+    tokens; the text is cut without gaps. `text` None takes the English sample that ships with the
+    package. Raises UserError where the text is unreadable or too short.
     """
     if text is None:
         content = resources.files("swlora.superweights").joinpath("english.txt").read_text("utf-8")
@@ -31,12 +33,22 @@ def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) 
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"cannot read the text {text}: {reason}") from error
     token_ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
-    if len(token_ids) < n * window_tokens:
+    start = window_start(tokenizer)
+    n_needed = n * (window_tokens - len(start))
+    if len(token_ids) < n_needed:
         raise UserError(
             f"the text has {len(token_ids)} tokens; {n} windows of {window_tokens} need "
-            f"{n * window_tokens}: give a longer --text or fewer --windows"
+            f"{n_needed}{' beside BOS' * bool(start)}: give a longer --text or fewer --windows"
         )
-    return torch.tensor(token_ids[: n * window_tokens]).view(n, window_tokens)
+    windows = torch.tensor(token_ids[:n_needed]).view(n, -1)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(n, -1), windows], dim=1)
+
+
+def window_start(tokenizer: Any) -> list[int]:
+    """Return what windows of text begin with, as the model was trained to begin: the BOS that the
+    tokenizer puts before every text by itself, [] where it puts none.
+    """
+    return leading_bos(tokenizer, tokenizer("word", verbose=False).input_ids)
 
 
 @torch.inference_mode()

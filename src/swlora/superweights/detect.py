@@ -9,6 +9,7 @@ earlier one. A candidate is no proof all the same; `ablate.py` decides.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -125,6 +126,15 @@ def prompt_tokens(model: Any, tokenizer: Any, prompt: str) -> list[int]:
         raise UserError("the prompt has no tokens; give --prompt some text")
     check_prompts([token_ids], tokenizer, n_embeddings(model))
     return check_length(model, token_ids)
+
+
+def leading_bos(tokenizer: Any, token_ids: Sequence[int]) -> list[int]:
+    """Return the BOS tokens that token ids begin with, [] where there are none.
+
+    Of ids that a tokenizer made it is what it puts before a text by itself: `add_bos_token` says
+    what it would like.
+    """
+    return list(takewhile(lambda token: token == tokenizer.bos_token_id, token_ids))
 
 
 def check_length(model: Any, token_ids: list[int]) -> list[int]:

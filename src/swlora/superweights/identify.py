@@ -109,6 +109,7 @@ def _setup(
         "text_tokens_sha256": hashlib.sha256(str(windows).encode()).hexdigest(),
         "n_windows": spec.windows,
         "window_tokens": spec.window_tokens,
+        "windows_begin_with_bos": bool(ablate.window_start(loaded.tokenizer)),
         "n_controls": spec.controls,
         "seed": seed,
         "thresholds": {

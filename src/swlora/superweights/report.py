@@ -203,7 +203,8 @@ def _repeat(result: Result) -> Iterable[str]:
         "arithmetic": f"{result['dtype']} on {result['device']}",
         "text": (
             f"{result['text']}: {result['n_windows']} windows of {result['window_tokens']} tokens, "
-            f"sha256 of the token ids {result['text_tokens_sha256']}"
+            f"{'each beginning with' if result['windows_begin_with_bos'] else 'without'} BOS, as "
+            f"the tokenizer has it; sha256 of the token ids {result['text_tokens_sha256']}"
         ),
         "prompts": "; ".join(map(_cell, result["prompts"])),
         "seed": result["seed"],

@@ -25,6 +25,7 @@ from swlora.superweights.detect import (
     Scan,
     Trace,
     check_length,
+    leading_bos,
     prompt_tokens,
     trace,
 )
@@ -206,7 +207,7 @@ def _sequences(
 ) -> list[tuple[str, bool, list[int]]]:
     """Return (prompt, has BOS, token ids), for every prompt the tokenizer's own way first.
 
-    Whether a tokenizer puts BOS is read off its ids: `add_bos_token` says what it would like.
+    Whether a tokenizer puts BOS is read off its ids.
     """
     if not prompts:
         raise UserError("a search needs at least one prompt")
@@ -214,7 +215,7 @@ def _sequences(
     sequences: list[tuple[str, bool, list[int]]] = []
     for prompt in dict.fromkeys(prompts):
         own = prompt_tokens(model, tokenizer, prompt)
-        n_bos = next((i for i, token in enumerate(own) if token != bos), len(own))
+        n_bos = len(leading_bos(tokenizer, own))
         sequences.append((prompt, n_bos > 0, own))
         other = own[n_bos:] if n_bos else [bos, *own]
         if bos is not None and other:

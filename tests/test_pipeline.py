@@ -18,8 +18,9 @@ from swlora import pipeline
 from swlora.config import RunSpec, load_spec
 from swlora.data import scratch
 from swlora.errors import DataError, RunFailedError, UserError
+from swlora.evaluation import english
 from swlora.evaluation import metrics as official
-from swlora.evaluation.loss import english_loss
+from swlora.evaluation.english import english_loss
 from swlora.evaluation.segments import Segments
 from swlora.models.anatomy import Anatomy
 from swlora.pipeline import Job
@@ -148,7 +149,8 @@ def test_the_whole_job(
     model_type, engine, model_folder, make_model, tiny_tokenizer, rows, tmp_path
 ):
     """What is reported is what plain PEFT measures with the adapter that was saved."""
-    spec = make_spec(model_folder(model_type), rows, adapter__layers="0,2", train__engine=engine)
+    settings = {"adapter__layers": "0,2", "train__engine": engine, "data__english": True}
+    spec = make_spec(model_folder(model_type), rows, **settings)
     folder = tmp_path / "run"
     result = run_in(folder, spec)
     model = make_model(model_type)
@@ -181,10 +183,13 @@ def test_the_whole_job(
     assert evaluated["english_n_tokens"] == english.n_tokens
     assert (evaluated["METEOR"], evaluated["meteor_reason"]) == (None, "Java is left out here")
     assert all(0 <= evaluated[name] <= 1 for name in ("BLEU", "ROUGE_L"))
+    assert evaluated["intervals"] == Segments.read(folder).intervals()
+    low, high = evaluated["intervals"]["NLL"]
+    assert low <= evaluated["nll"] <= high
 
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         header, *predictions = csv.reader(file)
-    assert header == ["mr", "prediction", "ref_1", "ref_2"]
+    assert header == ["prompt", "prediction", "ref_1", "ref_2"]
     prompts = ["name[E], food[x]\n", "name[Fritz], food[yy]\n"]
     references = [["E has x.", "E serves x."], ["Fritz serves yy.", ""]]
     assert predictions == [
@@ -215,7 +220,7 @@ def test_the_run_folder_explains_itself(model_folder, rows, tmp_path):
     assert facts["data_source"] == f"rows of {rows[0]}, evaluated on {rows[1]}"
     assert len(facts["data_sha256"]) == 64
     assert facts["n_skipped_rows"] == 0
-    timings = {"load_model", "load_data", "tokenise", "train", "loss", "english", "generate"}
+    timings = {"load_model", "load_data", "tokenise", "train", "loss", "generate"}
     assert set(facts["timings_s"]) == timings | {"attach", "prepare", "score", "total"}
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == list(range(1, 13))
@@ -404,6 +409,38 @@ def test_an_adapter_is_evaluated_from_its_folder_or_its_run(model_folder, rows, 
         assert [results[name][key] for key in scores] == [expected[key] for key in scores]
         assert results[name]["nll"] == pytest.approx(expected["nll"], rel=1e-5)
     assert results["base"]["nll"] > expected["nll"]
+
+
+def test_english_text_is_measured_with_e2e_data_or_where_it_is_asked_for(
+    model_folder, rows, tmp_path, monkeypatch
+):
+    """The untouched model once, however many evaluations; without an adapter nothing else."""
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
+    measured, measure = [], english._measured
+    monkeypatch.setattr(english, "_measured", lambda *a: measured.append(a) or measure(*a))
+    sample = {"name": "sample", "eval_file": None, "train_rows": 3, "eval_prompts": 1}
+
+    def evaluated(name: str, asked: bool | None, *, own: bool, command: str = "eval") -> Any:
+        spec = make_spec(model_folder("llama"), rows, train__max_steps=1, data__english=asked)
+        if not own:
+            data = spec.data.model_copy(update=sample)
+            spec = spec.model_copy(update={"data": data})
+        with Run.create(tmp_path / name, spec, command) as run:
+            job = Job(spec, run, Silent())
+            if command == "eval":
+                return pipeline.evaluate_adapter(job, None)
+            return pipeline.train_evaluate(job)["eval"]
+
+    assert "english_perplexity" not in evaluated("own", None, own=True)
+    assert "english_perplexity" not in evaluated("sample-without", False, own=False)
+    assert measured == []
+    for name, asked, own in (("asked", True, True), ("sample", None, False)):
+        result = evaluated(name, asked, own=own)
+        assert result["english_perplexity"] == result["english_perplexity_before"]
+        assert len(measured) == 1
+    result = evaluated("trained", None, own=False, command="train-eval")
+    assert result["english_perplexity"] != result["english_perplexity_before"]
+    assert len(measured) == 2
 
 
 def test_generated_text_sees_the_prompt_as_in_training(

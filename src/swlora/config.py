@@ -116,6 +116,11 @@ class DataSpec(Spec):
     eval_prompts: int | None = Field(
         None, ge=1, description="use the first N distinct prompts only"
     )
+    english: bool | None = Field(
+        default=None,
+        description="also measure perplexity of English text, to see what was forgotten "
+        "[default: with E2E data and the sample]",
+    )
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     skip_bad_rows: bool = False

@@ -244,18 +244,20 @@ def measure_layers(job: Job, budget: float) -> list[int]:
     return choice.layers
 
 
-def evaluate(job: Job, model: Any, untouched: LossSum) -> Result:
+def evaluate(job: Job, model: Any, untouched: LossSum | None) -> Result:
     """Generate once for every distinct prompt, score with all references, measure the losses.
 
-    `untouched` is what `english_text` gave for the base model before it was adapted.
+    `untouched` is what `untouched_english` gave for the base model before it was adapted.
     Leaves predictions.csv, segments.json (what was measured of each prompt) and result.json in the
     run folder.
     """
     from swlora.data.sources import number_prompts
+    from swlora.evaluation import bootstrap
     from swlora.evaluation.decode import generate
     from swlora.evaluation.loss import grouped_losses
     from swlora.evaluation.metrics import segment_statistics
     from swlora.evaluation.report import write_predictions
+    from swlora.evaluation.scales import RAW_SCALE
     from swlora.evaluation.segments import Segments
 
     spec, split, tokenizer = job.spec, job.spec.data.eval_split, job.loaded.tokenizer
@@ -263,7 +265,7 @@ def evaluate(job: Job, model: Any, untouched: LossSum) -> Result:
     sequences, prompt_of = job.encoded(split), number_prompts(job.dataset.split(split))
     with job.timed("loss"):
         losses = grouped_losses(model, sequences, prompt_of, job.progress)
-    english = english_text(job, model)
+    english = _english_text(job, model, untouched)
     with job.timed("generate"):
         ends = job.loaded.end_token_ids
         texts = generate(
@@ -274,17 +276,18 @@ def evaluate(job: Job, model: Any, untouched: LossSum) -> Result:
         statistics = segment_statistics(predictions, references)
     path = job.run.folder / "predictions.csv"
     write_predictions(path, [_prompt_text(e) for e in examples], predictions, references)
-    Segments.of(statistics, losses).write(job.run.folder)
+    segments = Segments.of(statistics, losses)
+    segments.write(job.run.folder)
     loss = sum(losses, LossSum())
     result: Result = {
         **statistics.scores().as_dict(),
         "nll": loss.nats_per_token,
         "nll_sum_nats": loss.sum_nats,
         "n_tokens": loss.n_tokens,
-        "english_perplexity_before": untouched.perplexity,
-        "english_perplexity": english.perplexity,
-        "english_sum_nats": english.sum_nats,
-        "english_n_tokens": english.n_tokens,
+        "scale": RAW_SCALE,
+        "intervals": segments.intervals(),
+        "bootstrap": bootstrap.settings(),
+        **english,
         "n_prompts": len(prompts),
         "split": split,
         "decode": spec.decode.model_dump(mode="json"),
@@ -295,12 +298,35 @@ def evaluate(job: Job, model: Any, untouched: LossSum) -> Result:
     return result
 
 
-def english_text(job: Job, model: Any) -> LossSum:
-    """Measure the loss of the English text that ships with the package: what is forgotten shows."""
-    from swlora.evaluation.loss import english_loss
+def untouched_english(job: Job) -> LossSum | None:
+    """Return the base model's loss of English text, None where the run is not to measure it."""
+    from swlora.evaluation.english import untouched_english_loss
 
-    with job.timed("english"), job.progress.task("loss of English text"):
-        return english_loss(model, job.loaded.tokenizer)
+    wanted, loaded = job.spec.data.english, job.loaded
+    if not (job.dataset.is_e2e if wanted is None else wanted):
+        return None
+    with job.timed("english"), job.progress.task("loss of English text, untouched model"):
+        return untouched_english_loss(
+            loaded.model, loaded.tokenizer, loaded.source, job.progress.say
+        )
+
+
+def _english_text(job: Job, model: Any, untouched: LossSum | None) -> Result:
+    """Measure English text with the adapter on, if it was before: what is forgotten shows."""
+    from swlora.evaluation.english import english_loss
+
+    if untouched is None:
+        return {}
+    loss = untouched
+    if model is not job.loaded.model:
+        with job.timed("english"), job.progress.task("loss of English text"):
+            loss = english_loss(model, job.loaded.tokenizer)
+    return {
+        "english_perplexity_before": untouched.perplexity,
+        "english_perplexity": loss.perplexity,
+        "english_sum_nats": loss.sum_nats,
+        "english_n_tokens": loss.n_tokens,
+    }
 
 
 def evaluation_rows(job: Job) -> tuple[list[Example], list[list[str]], list[list[int]]]:
@@ -331,7 +357,7 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
     model = job.loaded.model
     if folder:
         job.run.record(adapter=str(adapter))
-    untouched = english_text(job, model)
+    untouched = untouched_english(job)
     if folder:
         sample = weights_sample_sha256(model)
         warn_of_other_base(folder, job.loaded.source, sample, job.progress.say)
@@ -342,7 +368,7 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
 def train_evaluate(job: Job) -> Result:
     """Train, then evaluate what was trained, in one run folder."""
     evaluation_rows(job)  # what cannot be evaluated shall be known before the training
-    untouched = english_text(job, job.loaded.model)
+    untouched = untouched_english(job)
     model, trained = train(job)
     return {"train": trained, "eval": evaluate(job, model.eval(), untouched)}
 

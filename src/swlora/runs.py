@@ -17,6 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -153,6 +154,11 @@ class Run:
         finally:
             if self._lock is not None:
                 os.close(self._lock)
+
+
+def started_s(facts: Mapping[str, Any]) -> float:
+    """Return when a run began, by its run.json, in seconds since the epoch."""
+    return datetime.fromisoformat(facts["started_at"]).timestamp()
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The loss of a data set against one padded batch of everything."""
 
 from collections.abc import Callable
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,10 @@ from swlora.adapters.methods import METHODS, adapt, attach, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.engine.plain import completion_loss, pad
+from swlora.evaluation.english import N_WINDOWS, english_loss
 from swlora.evaluation.loss import (
-    ENGLISH_WINDOWS,
     SEQUENCES_AT_ONCE,
     dataset_loss,
-    english_loss,
     grouped_losses,
 )
 from swlora.loss_sum import LossSum
@@ -219,7 +217,7 @@ def test_every_method_is_measured_with_its_adapter_on(
     assert_groups_equal_oracle(model, *nested_prompts())
     adapted_model.finish()
     assert_groups_equal_oracle(model.eval(), *nested_prompts())
-    windows = text_windows(tiny_tokenizer, None, ENGLISH_WINDOWS, 256)
+    windows = text_windows(tiny_tokenizer, None, N_WINDOWS, 256)
     found = english_loss(model, tiny_tokenizer)
     assert found.sum_nats == pytest.approx(text_loss(model, windows).sum_nats, rel=1e-5)
     assert found.sum_nats != pytest.approx(untouched.sum_nats, rel=1e-4)
@@ -238,18 +236,3 @@ def test_groups_that_do_not_fit(make_model: MakeModel, group_of: Any) -> None:
     sequences = TokenSequences.from_lists([([1], [2])] * 3)
     with pytest.raises(ValueError, match="group_of"):
         grouped_losses(make_model("llama"), sequences, group_of, Silent())
-
-
-def test_english_is_predicted_token_by_token(make_model: MakeModel, tiny_tokenizer: Any) -> None:
-    """Windows of the shipped text, as long as the model's context, the adapter's part included."""
-    model = adapted(make_model("llama"))
-    text = resources.files("swlora.superweights").joinpath("english.txt").read_text("utf-8")
-    ids = torch.tensor(list(text.encode())[: ENGLISH_WINDOWS * 256]).view(ENGLISH_WINDOWS, 256)
-    with torch.no_grad():
-        log_p = torch.log_softmax(model(input_ids=ids).logits.double(), dim=-1)[:, :-1]
-    expected = -float(log_p.gather(-1, ids[:, 1:, None]).sum())
-    found = english_loss(model, tiny_tokenizer)
-    assert found.n_tokens == ENGLISH_WINDOWS * 255
-    assert found.sum_nats == pytest.approx(expected, rel=1e-5)
-    with model.disable_adapter():
-        assert english_loss(model, tiny_tokenizer).sum_nats != pytest.approx(expected, rel=1e-3)

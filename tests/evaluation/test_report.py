@@ -16,7 +16,7 @@ def test_predictions_are_read_back_as_they_were(tmp_path):
     write_predictions(tmp_path / "p.csv", prompts, predictions, references)
     with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file, strict=True)
-    assert header == ["mr", "prediction", "ref_1", "ref_2", "ref_3"]
+    assert header == ["prompt", "prediction", "ref_1", "ref_2", "ref_3"]
     assert rows == [
         [prompts[0], predictions[0], "one", "", ""],
         [prompts[1], predictions[1], "a", "b, c", "d\ne"],
@@ -31,18 +31,47 @@ def test_lists_of_unequal_length_are_an_error_and_leave_no_file(tmp_path):
 
 
 def test_a_table_of_scores():
+    """On the scales of papers, as the tables of studies are."""
     lines = scores_table(SCORES | {"meteor_reason": "Java was not found", "nll": 1.25}).splitlines()
-    assert [line.split() for line in lines] == [
-        ["BLEU", "0.5000"],
-        ["NIST", "7.1235"],
-        ["METEOR", "n/a", "(Java", "was", "not", "found)"],
-        ["ROUGE_L", "0.2500"],
-        ["CIDEr", "2.0000"],
-        ["NLL", "1.2500", "nats", "a", "completion", "token"],
+    assert lines == [
+        "BLEU         50.0",
+        "NIST         7.12",
+        "METEOR        n/a  (Java was not found)",
+        "ROUGE-L      25.0",
+        "CIDEr        2.00",
+        "NLL         1.250  (nats a completion token)",
+        "BLEU, METEOR and ROUGE-L are of 100",
     ]
     assert "NLL" not in scores_table(SCORES)
     assert "PPL" not in scores_table(SCORES)
+    assert "PPL" not in scores_table(SCORES | {"english_perplexity": None})
     english = {"english_perplexity": 25.4677, "english_perplexity_before": 20.0}
-    line = scores_table(SCORES | english).splitlines()[-1]
-    assert line == "PPL         25.47  of English text; 20.00 before training"
-    assert "METEOR     0.3000" in scores_table(SCORES | {"METEOR": 0.3})
+    line = scores_table(SCORES | english).splitlines()[-2]
+    assert line == "PPL          25.5  of English text; 20.0 before training"
+
+
+def test_intervals_stand_beside_the_scores():
+    intervals = {"BLEU": [0.4012, 0.6], "NIST": [6.5, 7.25], "NLL": [1.2, 1.3004]}
+    scores = SCORES | {"METEOR": 0.375, "nll": 1.25, "intervals": intervals, "n_prompts": 30}
+    assert scores_table(scores).splitlines() == [
+        "score       value  95% interval",
+        "BLEU         50.0  40.1 to 60.0",
+        "NIST         7.12  6.50 to 7.25",
+        "METEOR       37.5",
+        "ROUGE-L      25.0",
+        "CIDEr        2.00",
+        "NLL         1.250  1.200 to 1.300   (nats a completion token)",
+        "BLEU, METEOR and ROUGE-L are of 100; intervals from 1,000 draws of the 30 prompts",
+    ]
+
+
+def test_few_prompts_are_warned_of():
+    intervals = {"BLEU": [0.4, 0.6]}
+    line = scores_table(SCORES | {"intervals": intervals, "n_prompts": 3}).splitlines()[-1]
+    assert line == (
+        "only 3 prompts: the scores say little of other prompts, and intervals from so few are "
+        "too narrow; evaluate on 30 or more"
+    )
+    line = scores_table(SCORES | {"intervals": {}, "n_prompts": 1}).splitlines()[-1]
+    assert line == "only 1 prompt: the scores say little of other prompts; evaluate on 30 or more"
+    assert "only" not in scores_table(SCORES | {"n_prompts": 30})

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from swlora.errors import DataError, UserError
@@ -18,15 +19,21 @@ def scored(monkeypatch) -> list[tuple[list[str], list[list[str]]]]:
     """Record what is handed to the metrics, which have their own tests."""
     calls: list[tuple[list[str], list[list[str]]]] = []
 
-    class Scores:
+    class Statistics:
+        def scores(self) -> "Statistics":
+            return self
+
         def as_dict(self) -> dict[str, float]:
             return {"BLEU": 0.5}
 
-    def score(outputs, groups) -> Scores:
-        calls.append((outputs, groups))
-        return Scores()
+        def resampled(self, weights) -> dict[str, np.ndarray]:
+            return {"BLEU": weights[:, 0] / weights.sum(axis=1)}
 
-    monkeypatch.setattr(scoring_files, "score", score)
+    def segment_statistics(outputs, groups) -> Statistics:
+        calls.append((outputs, groups))
+        return Statistics()
+
+    monkeypatch.setattr(scoring_files, "segment_statistics", segment_statistics)
     return calls
 
 
@@ -69,6 +76,9 @@ def test_one_output_a_line(text, outputs, scored, tmp_path):
     assert scored == [(outputs, GROUPS)]
     assert result == {
         "BLEU": 0.5,
+        "scale": "as the official script prints them: BLEU, METEOR and ROUGE_L from 0 to 1",
+        "intervals": {"BLEU": [0, 1]},
+        "bootstrap": {"draws": 1000, "seed": 0, "confidence": 0.95},
         "n_prompts": 3,
         "predictions": str(predictions),
         "references": str(references),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from swlora.errors import UserError
+from swlora.evaluation.bootstrap import prompt_weights
 from swlora.evaluation.meteor import METEOR_COLUMNS
 from swlora.evaluation.metrics import Rows, SegmentStatistics, segment_statistics
 from swlora.evaluation.segments import FILE, Segments
@@ -43,6 +44,21 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path, with_meteor: bool)
         assert back.resampled(weights)[name].tolist() == values.tolist()
     assert back.statistics.scores() == segments.statistics.scores()
     assert (back.statistics.meteor is None) != with_meteor
+
+
+def test_intervals_are_the_middle_of_scoring_drawn_prompts_again() -> None:
+    """The obvious loop over draws."""
+    segments = make_segments(with_meteor=True)
+    found = segments.intervals()
+    draws = [segments.statistics.corpus(repeated(row)) for row in prompt_weights(4)]
+    for name, bounds in found.items():
+        if name != "NLL":
+            expected = np.quantile([draw[name] for draw in draws], [0.025, 0.975])
+            assert bounds == pytest.approx(expected.tolist())
+    assert set(found) == {"BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "NLL"}
+    assert found["NLL"][0] < sum(LOSSES, LossSum()).nats_per_token < found["NLL"][1]
+    one = Segments.of(segment_statistics(["a"], [["a b"]], java=False), LOSSES[:1])
+    assert one.intervals() == {}  # draws of a single prompt are all the same
 
 
 def repeated(weights: Rows) -> np.ndarray:

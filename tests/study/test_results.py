@@ -9,6 +9,7 @@ import pytest
 
 from swlora.config import load_spec
 from swlora.errors import UserError
+from swlora.evaluation import bootstrap
 from swlora.evaluation.segments import FILE
 from swlora.study import results as study_results
 from swlora.study import statistics as stats
@@ -105,6 +106,19 @@ def test_scores_are_means_over_seeds_on_the_published_scales(two_arms: Any) -> N
     assert lora["peak_memory_bytes"] == 2_000_000_001
 
 
+def test_english_text_may_not_have_been_measured(two_arms: Any) -> None:
+    folder = two_arms.save()
+    for path in folder.glob("runs/lora/*/result.json"):
+        result = json.loads(path.read_text())
+        result["eval"].pop("english_perplexity")
+        result["eval"].pop("english_perplexity_before")
+        path.write_text(json.dumps(result))
+    lora = arms_of(publish(folder))["lora"]
+    assert (lora["english_perplexity"], lora["english_perplexity_before"]) == (None, None)
+    rows = [line for line in (folder / "results.md").read_text().splitlines() if "lora" in line]
+    assert any(row.endswith("| n/a |") for row in rows)
+
+
 def test_verdicts_come_from_paired_intervals(study: Any, make_segments: Any) -> None:
     study.settings["seeds"] = [0]
     study.settings["margin"] = {"bleu": 2.0, "nll": 0.05}
@@ -119,7 +133,7 @@ def test_verdicts_come_from_paired_intervals(study: Any, make_segments: Any) -> 
     assert (bad["bleu"]["verdict"], bad["nll"]["verdict"]) == ("inferior", "inferior")
     draws = [stats.bootstrap({0: make_segments(q, n)}) for q, n in ((0.6, 1.4), (0.8, 1.2))]
     for name, official, factor in (("bleu", "BLEU", 100), ("nll", "NLL", 1)):
-        expected = stats.interval(factor * (draws[0][official] - draws[1][official]))
+        expected = bootstrap.interval(factor * (draws[0][official] - draws[1][official]))
         assert bad[name]["interval"] == pytest.approx(list(expected))
         assert bad[name]["difference"] == pytest.approx(found["bad"][name] - found["lora"][name])
 

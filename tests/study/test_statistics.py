@@ -5,10 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from swlora.evaluation import bootstrap
+from swlora.evaluation.bootstrap import Interval
 from swlora.evaluation.metrics import SegmentStatistics
 from swlora.evaluation.segments import Segments
 from swlora.study import statistics as stats
-from swlora.study.statistics import Interval, Point
+from swlora.study.statistics import Point
 
 MakeSegments = Callable[..., Segments]
 
@@ -21,7 +23,7 @@ def test_draws_equal_scoring_every_resample_again(make_segments: MakeSegments) -
     segments = {s: make_segments(0.6 + 0.05 * s, 1.2 + 0.1 * s, s, n=13) for s in (2, 0, 5)}
     n_draws = 25
     found = stats.bootstrap(segments, n_draws)
-    prompts = stats.prompt_weights(13, n_draws).astype(int)
+    prompts = bootstrap.prompt_weights(13, n_draws).astype(int)
     shares = stats.seed_weights([0, 2, 5], n_draws)
     assert set(found) == {"BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "NLL"}
     for k in range(n_draws):
@@ -37,7 +39,7 @@ def test_draws_equal_scoring_every_resample_again(make_segments: MakeSegments) -
 
 
 def test_a_draw_holds_as_many_prompts_as_there_are_and_one_seed_less() -> None:
-    weights = stats.prompt_weights(7, 50)
+    weights = bootstrap.prompt_weights(7, 50)
     assert weights.shape == (50, 7)
     assert (weights.sum(axis=1) == 7).all()
     assert (weights != weights[0]).any()
@@ -71,7 +73,7 @@ def test_intervals_cover_what_they_promise() -> None:
     n_times, hits = 400, 0
     for _ in range(n_times):
         draws = stats.bootstrap({0: losses_only(rng.exponential(size=60))}, n_draws=300)["NLL"]
-        low, high = stats.interval(draws)
+        low, high = bootstrap.interval(draws)
         hits += low < 1 < high
     # Percentile intervals of a skewed sample of 60 fall a little short; 3 sd of the count is 0.033
     assert 0.895 < hits / n_times < 0.983
@@ -79,7 +81,7 @@ def test_intervals_cover_what_they_promise() -> None:
 
 def test_an_interval_of_a_normal_sample_has_the_known_width() -> None:
     values = np.random.default_rng(1).normal(5.0, 2.0, size=2000)
-    low, high = stats.interval(stats.bootstrap({0: losses_only(values)})["NLL"])
+    low, high = bootstrap.interval(stats.bootstrap({0: losses_only(values)})["NLL"])
     half = 1.96 * values.std(ddof=1) / np.sqrt(2000)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
 
@@ -91,9 +93,9 @@ def test_paired_differences_forget_what_prompts_have_in_common() -> None:
     base = {s: losses_only(prompts + rng.normal(0, 0.01, 100)) for s in (0, 1)}
     worse = {s: losses_only(b.sum_nats + 0.1) for s, b in base.items()}
     draws, base_draws = stats.bootstrap(worse)["NLL"], stats.bootstrap(base)["NLL"]
-    own = stats.interval(draws)
+    own = bootstrap.interval(draws)
     assert own.high - own.low > 3
-    assert stats.interval(draws - base_draws) == pytest.approx((0.1, 0.1))
+    assert bootstrap.interval(draws - base_draws) == pytest.approx((0.1, 0.1))
 
 
 def test_a_score_that_one_seed_lacks_is_left_out(make_segments: MakeSegments) -> None:

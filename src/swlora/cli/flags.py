@@ -25,7 +25,9 @@ def _fields(group: str) -> tuple[str, ...]:
     return tuple(f"{group}.{name}" for name in _section(group).model_fields)
 
 
-MODEL, DATA = _fields("model"), _fields("data")
+MODEL = _fields("model")
+EVALUATION = ("data.english",)
+DATA = tuple(name for name in _fields("data") if name not in EVALUATION)
 IDENTIFY, ADAPTER = _fields("identify"), _fields("adapter")
 TRAIN, DECODE = _fields("train"), _fields("decode")
 SERVE = _fields("serve")
@@ -71,7 +73,8 @@ def _option(key: str, path: str) -> inspect.Parameter:
     field = _section(group).model_fields[name] if name else RunSpec.model_fields[path]
     default = field.get_default(call_default_factory=True)
     flag = flag_name(path)
-    negative = f"{flag}/--no-{flag[2:]}" if field.annotation is bool else flag
+    kind = _type(field)
+    negative = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     shown = ",".join(default) if isinstance(default, list) else default
     help_text = field.description or ""
     if default not in (None, []):
@@ -82,7 +85,7 @@ def _option(key: str, path: str) -> inspect.Parameter:
         key,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[_type(field) | None, option],
+        annotation=Annotated[kind | None, option],
     )
 
 

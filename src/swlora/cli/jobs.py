@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swlora.cli.app import Overrides
+from swlora.cli.disk import say_what_is_left
 from swlora.cli.flags import flag_name
 from swlora.config import load_spec
 from swlora.errors import UserError
@@ -90,10 +91,13 @@ def quiet_or_job(
 
 def finish(result: dict[str, Any], json: Path | None, job: "Job | None") -> None:
     """Write the result where it was asked for, and say where the run folder is."""
+    from swlora.runs import started_s
+
     if job is not None:
         if not (job.run.folder / "result.json").exists():
             job.run.write_result(result)
         print(f"run folder: {job.run.folder}")
+        say_what_is_left(job.run.folder, started_s(job.run.facts))
     if json is not None:
         from swlora.files import write_json
 

@@ -10,6 +10,7 @@ from swlora.cli.flags import (
     ADAPTER,
     DATA,
     DECODE,
+    EVALUATION,
     IDENTIFY,
     MODEL,
     SERVE,
@@ -76,7 +77,7 @@ def train_command(
 
 
 @app.command("eval")
-@with_flags(*MODEL, *DATA, *DECODE, "seed")
+@with_flags(*MODEL, *DATA, *EVALUATION, *DECODE, "seed")
 def eval_command(
     overrides: Overrides,
     adapter: Adapter = None,
@@ -98,7 +99,7 @@ def eval_command(
 
 
 @app.command("train-eval")
-@with_flags(*MODEL, *DATA, *ADAPTER, *TRAIN, *DECODE, *IDENTIFY, "seed")
+@with_flags(*MODEL, *DATA, *EVALUATION, *ADAPTER, *TRAIN, *DECODE, *IDENTIFY, "seed")
 def train_eval_command(
     overrides: Overrides,
     output: Output = None,

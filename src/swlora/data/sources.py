@@ -22,6 +22,7 @@ from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
 
 E2E_FOLDER_VARIABLE = "SWLORA_E2E"
+E2E_NAME = "E2E NLG"
 E2E_COLUMNS = ("mr", "ref")
 E2E_FILES = ("trainset.csv", "devset.csv", "testset_w_refs.csv")
 # The main branch of the Hub repository is a script, which datasets >= 4 refuses to run.
@@ -44,6 +45,11 @@ class Dataset:
     test: Sequence[Example]
     n_skipped_rows: int
     sha256: str
+
+    @property
+    def is_e2e(self) -> bool:
+        """Say whether the rows are E2E NLG, or the sample that stands in for it."""
+        return self.name in (E2E_NAME, SAMPLE_DATASET)
 
     def split(self, name: str) -> Sequence[Example]:
         """Return the rows of "train", "dev" or "test"; UserError where there are none."""
@@ -145,12 +151,12 @@ def _load_folder(folder: Path, skip_bad_rows: bool) -> Dataset:
     if missing:
         raise UserError(f"the folder {folder} has no {', '.join(missing)}, so it is not E2E data")
     parts = [read_rows(folder / name, E2E_COLUMNS, skip_bad_rows) for name in E2E_FILES]
-    return _assembled("E2E NLG", f"E2E NLG from the folder {folder}", "\n", parts)
+    return _assembled(E2E_NAME, f"E2E NLG from the folder {folder}", "\n", parts)
 
 
 def _load_sample(source: str) -> Dataset:
     parts = [(kept(Example(mr, ref) for mr, ref in pairs), 0) for pairs in make_sample()]
-    return _assembled("sample", source, "\n", parts)
+    return _assembled(SAMPLE_DATASET, source, "\n", parts)
 
 
 def _load_file(path: Path, spec: DataSpec) -> Dataset:
@@ -216,7 +222,7 @@ def _load_hub(skip_bad_rows: bool) -> Dataset:
         rows = ((i, make_example(*pair)) for i, pair in enumerate(pairs, start=1))
         parts.append(collect_rows(rows, f"{DEFAULT_DATASET} {split}, row", skip_bad_rows))
     source = f"E2E NLG from the Hub ({DEFAULT_DATASET}, {HUB_REVISION} at {commit[:12]})"
-    return _assembled("E2E NLG", source, "\n", parts)
+    return _assembled(E2E_NAME, source, "\n", parts)
 
 
 def _hub_commit() -> str:

@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from swlora.caches import ABOUT, LOCK, PREFIX, about, disk_bytes, remove
 from swlora.data.token_sequences import TokenSequences
 from swlora.data.tree_rows import TreeRow, count_nodes, number_nodes
 from swlora.engine.attention import TreeLayout
 from swlora.engine.split_model import SplitModel
 from swlora.errors import RunFailedError
 from swlora.files import write_json
+from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
 
 GIB = 1 << 30
@@ -49,6 +50,8 @@ class PrefixCache:
         self._split = split
         self._say = say
         self._n_nodes = count_nodes(sequences)
+        name = Path(split.base_model.config._name_or_path or "a model").name
+        self._owner = f"{name}: {self._n_nodes:,} tokens, layers below {split.cut}"
         parameter = next(split.base_model.parameters())
         self._width = int(split.base_model.config.hidden_size)
         self._dtype: torch.dtype = parameter.dtype
@@ -94,17 +97,18 @@ class PrefixCache:
             self._data = None
 
     def _open(self, key: str, others_bytes: int) -> None:
-        root = cache_dir() / "prefix"
+        root = cache_dir() / PREFIX
         folder = root / key
         root.mkdir(parents=True, exist_ok=True)
         _make_room(root, folder, others_bytes)
         folder.mkdir(exist_ok=True)
-        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(self._lock, fcntl.LOCK_SH)  # in use: not to be evicted
         header = {"format": FORMAT, "n_nodes": self._n_nodes, "row_bytes": self._row_bytes}
         if _header(folder) != header:
             for stale in ("states", "present"):
                 (folder / stale).unlink(missing_ok=True)
+            write_json(folder / ABOUT, about(self._owner))
             write_json(folder / "header.json", header)
         self._flags = os.open(folder / "present", os.O_RDWR | os.O_CREAT, 0o644)
         self._data = os.open(folder / "states", os.O_RDWR | os.O_CREAT, 0o644)
@@ -148,18 +152,14 @@ class PrefixCache:
 def content_key(split: SplitModel, sequences: TokenSequences) -> str:
     """Hash everything the states at the cut depend on: tokens, frozen weights, cut, dtype."""
     digest = hashlib.sha256()
-    config = split.base_model.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "use_cache"):
-        config.pop(volatile, None)
+    config = config_values(split.base_model.config)
     facts = [FORMAT, split.cut, config, *split.rotary.limits_tokens]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(np.ascontiguousarray(sequences.tokens).data)
     digest.update(np.ascontiguousarray(sequences.offsets).data)
     above = {id(p) for block in split.anatomy.blocks[split.cut :] for p in block.parameters()}
-    for name, tensor in split.anatomy.backbone.named_parameters():
-        if id(tensor) not in above:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    named = split.anatomy.backbone.named_parameters()
+    add_weights(digest, ((name, weight) for name, weight in named if id(weight) not in above))
     return digest.hexdigest()[:32]
 
 
@@ -190,17 +190,6 @@ def _make_room(root: Path, keep: Path, allowed_bytes: int) -> None:
     others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     total_bytes = 0
     for folder in others:
-        total_bytes += sum(f.stat().st_blocks * 512 for f in folder.iterdir())
+        total_bytes += disk_bytes(folder)
         if total_bytes > allowed_bytes:
-            _remove_unused(folder)
-
-
-def _remove_unused(folder: Path) -> None:
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        pass  # another run reads it
-    finally:
-        os.close(lock)
+            remove(PREFIX, folder)

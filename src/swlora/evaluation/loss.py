@@ -1,4 +1,4 @@
-"""Teacher-forced loss: how surprised a model is by each reference token, and by plain English.
+"""Teacher-forced loss: how surprised a model is by each reference token.
 
 Losses come as sums by group of sequences, such as all references of one prompt, so that a bootstrap
 can resample prompts. Every row of the data is still run once, in the tree rows of training: nodes
@@ -22,15 +22,11 @@ from swlora.engine.plain import completion_loss, pad
 from swlora.engine.split_model import SplitModel
 from swlora.engine.tree_step import fast_modules, row_loss
 from swlora.loss_sum import LossSum
-from swlora.models.anatomy import context_tokens
 from swlora.progress import Progress
-from swlora.superweights.ablate import text_loss, text_windows
 from swlora.threads import adapted_threads
 
 SEQUENCES_AT_ONCE = 64
 PADDED_AT_ONCE = 8
-ENGLISH_WINDOWS = 4
-ENGLISH_WINDOW_TOKENS = 512
 
 
 def dataset_loss(model: Any, sequences: TokenSequences, progress: Progress) -> LossSum:
@@ -93,18 +89,6 @@ def _padded_loss(model: Any, sequences: TokenSequences, ids: Ints) -> LossSum:
         loss, n_tokens = completion_loss(model, batch)
         total += LossSum(float(loss), n_tokens)
     return total
-
-
-@adapted_threads()
-def english_loss(model: Any, tokenizer: Any) -> LossSum:
-    """Return the loss over the first windows of the English sample that ships with the package.
-
-    Above the untouched model's it says what fine-tuning made the model forget.
-    """
-    window_tokens = min(ENGLISH_WINDOW_TOKENS, context_tokens(model))
-    windows = text_windows(tokenizer, None, ENGLISH_WINDOWS, window_tokens)
-    with fast_modules(model) if is_covered(model) else nullcontext():
-        return text_loss(model, windows)
 
 
 def _split_targets(

@@ -6,7 +6,10 @@ from typing import Any
 from swlora.data.rows import read_rows
 from swlora.data.sources import E2E_COLUMNS, group_references
 from swlora.errors import DataError, UserError
-from swlora.evaluation.metrics import score
+from swlora.evaluation import bootstrap
+from swlora.evaluation.bootstrap import score_intervals
+from swlora.evaluation.metrics import segment_statistics
+from swlora.evaluation.scales import RAW_SCALE
 
 
 def score_files(predictions: Path, references: Path) -> dict[str, Any]:
@@ -23,9 +26,16 @@ def score_files(predictions: Path, references: Path) -> dict[str, Any]:
             f"{predictions} has {len(outputs)} outputs but {references} has {len(groups)} "
             "distinct MRs; give one output a line, in the file order of the MRs"
         )
-    scores = score(outputs, groups).as_dict()
-    files = {"predictions": str(predictions), "references": str(references)}
-    return {**scores, "n_prompts": len(groups), **files}
+    statistics = segment_statistics(outputs, groups)
+    return {
+        **statistics.scores().as_dict(),
+        "scale": RAW_SCALE,
+        "intervals": score_intervals(statistics.resampled, len(groups)),
+        "bootstrap": bootstrap.settings(),
+        "n_prompts": len(groups),
+        "predictions": str(predictions),
+        "references": str(references),
+    }
 
 
 def read_references(path: Path) -> list[list[str]]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from swlora.errors import UserError
+from swlora.evaluation.bootstrap import score_intervals
 from swlora.evaluation.metrics import Rows, SegmentStatistics
 from swlora.files import write_text
 from swlora.loss_sum import LossSum
@@ -43,6 +44,10 @@ class Segments:
         """Corpus scores and "NLL" (nats a token), (R,) each, of resamples weights (R, n)."""
         scores = self.statistics.resampled(weights)
         return {**scores, "NLL": (weights @ self.sum_nats) / (weights @ self.n_tokens)}
+
+    def intervals(self) -> dict[str, list[float]]:
+        """Return [low, high] of every score and of "NLL"; {} for a single prompt."""
+        return score_intervals(self.resampled, len(self))
 
     def write(self, folder: Path) -> None:
         """Write segments.json into a run folder; floats are read back exactly."""

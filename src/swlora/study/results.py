@@ -15,6 +15,9 @@ import numpy as np
 from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
 from swlora.direction import higher_is_better
 from swlora.errors import UserError
+from swlora.evaluation import bootstrap
+from swlora.evaluation.bootstrap import Draws
+from swlora.evaluation.scales import OF_100, SCALES
 from swlora.files import write_json, write_text
 from swlora.study import statistics as stats
 from swlora.study.collect import ArmRecord, ArmRun, StudyRecord, collect
@@ -22,18 +25,10 @@ from swlora.study.figures import draw_curves, draw_pareto
 from swlora.study.published import PUBLISHED
 from swlora.study.report import markdown_report
 from swlora.study.speed import Pace, loss_curve
-from swlora.study.statistics import Draws
 from swlora.study.tables import csv_table
 
 # Name here: (name in an evaluation, factor to the published scale)
-SCORES = {
-    "bleu": ("BLEU", 100.0),
-    "nist": ("NIST", 1.0),
-    "meteor": ("METEOR", 100.0),
-    "rouge_l": ("ROUGE_L", 100.0),
-    "cider": ("CIDEr", 1.0),
-    "nll": ("NLL", 1.0),
-}
+SCORES = {name.lower(): (name, scale.factor) for name, scale in SCALES.items()}
 JUDGED = ("bleu", "nll")
 
 Result = dict[str, Any]
@@ -69,11 +64,8 @@ def summarise(study: StudyRecord) -> Result:
         "baseline": study.spec.baseline,
         "margin": study.spec.margin.model_dump(),
         "controls": study.spec.controls,
-        "bootstrap": {
-            "draws": stats.N_DRAWS,
-            "seed": stats.BOOTSTRAP_SEED,
-            "confidence": stats.CONFIDENCE,
-        },
+        "scores": OF_100,
+        "bootstrap": bootstrap.settings(),
         "setting": _setting(study),
         "target_nll": yardstick.pace.final_nll if yardstick.pace else None,
         "arms": arms,
@@ -190,14 +182,14 @@ def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Result:
     }
     return {
         **means,
-        "intervals": {name: list(stats.interval(values)) for name, values in draws.items()},
+        "intervals": {name: list(bootstrap.interval(values)) for name, values in draws.items()},
         "spread": {n: stats.spread([scores[n] for scores in by_run]) for n in draws},
         "against_baseline": judged,
     }
 
 
 def _against(name: str, means: Result, draws: dict[str, Draws], reference: _Reference) -> Result:
-    found = stats.interval(draws[name] - reference.draws[name])
+    found = bootstrap.interval(draws[name] - reference.draws[name])
     judged = stats.verdict(found, reference.margins[name], larger_is_better=higher_is_better(name))
     difference = means[name] - reference.values[name]
     return {"difference": difference, "interval": list(found), "verdict": judged}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swlora.caches import ENGLISH, PREFIX
 from swlora.config import dump_yaml, load_spec
 from swlora.errors import UserError
 from swlora.paths import cache_dir
@@ -178,9 +179,10 @@ class Runner:
         """Return a cache folder with everything of the user's but prefixes, as links."""
         cache, shared = self._cache(task), cache_dir().resolve()
         cache.mkdir(parents=True, exist_ok=True)
+        (shared / ENGLISH).mkdir(parents=True, exist_ok=True)  # measured by one run, for all
         for entry in sorted(shared.iterdir()) if shared.is_dir() else []:
             link = cache / entry.name
-            if entry.name != "prefix" and not entry.name.startswith(".") and not link.exists():
+            if entry.name != PREFIX and not entry.name.startswith(".") and not link.exists():
                 link.symlink_to(entry)
         return cache
 

@@ -15,24 +15,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from swlora.evaluation.bootstrap import (
+    BOOTSTRAP_SEED,
+    N_DRAWS,
+    Draws,
+    Interval,
+    prompt_weights,
+)
 from swlora.evaluation.segments import Segments
 
-Draws = NDArray[np.float64]
 Verdict = Literal["non-inferior", "inferior", "undecided"]
 
-N_DRAWS = 1000
-BOOTSTRAP_SEED = 0
-CONFIDENCE = 0.95
 WARM_UP_SHARE = 0.05  # of the steps, at least one: caches fill, memory is first touched
-
-
-class Interval(NamedTuple):
-    """The middle `CONFIDENCE` of the draws."""
-
-    low: float
-    high: float
 
 
 class Point(NamedTuple):
@@ -41,13 +36,6 @@ class Point(NamedTuple):
     step: int
     elapsed_s: float
     nll: float
-
-
-def prompt_weights(n_prompts: int, n_draws: int = N_DRAWS) -> Draws:
-    """Return how often each draw holds each prompt, (R, n); the same for every arm."""
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    shares = np.full(n_prompts, 1 / n_prompts)
-    return rng.multinomial(n_prompts, shares, size=n_draws).astype(np.float64)
 
 
 def seed_weights(seeds: Sequence[int], n_draws: int = N_DRAWS) -> Draws:
@@ -78,13 +66,6 @@ def bootstrap(segments: Mapping[int, Segments], n_draws: int = N_DRAWS) -> dict[
         name: (shares * np.stack([scores[name] for scores in by_seed], axis=1)).sum(axis=1)
         for name in names
     }
-
-
-def interval(draws: Draws) -> Interval:
-    """Return the percentile interval of the draws of a score or of a paired difference."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(float(low), float(high))
 
 
 def verdict(difference: Interval, margin: float, *, larger_is_better: bool) -> Verdict:

@@ -8,19 +8,14 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from swlora.evaluation.scales import SCALES
+
 Arm = dict[str, Any]
 Column = tuple[str, Callable[[Arm], str]]
 
 NONE = "n/a"
-SCORE_DIGITS = {"bleu": 1, "nist": 2, "meteor": 1, "rouge_l": 1, "cider": 2, "nll": 3}
-SCORE_NAMES = {
-    "bleu": "BLEU",
-    "nist": "NIST",
-    "meteor": "METEOR",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-    "nll": "NLL",
-}
+SCORE_DIGITS = {name.lower(): scale.digits for name, scale in SCALES.items()}
+SCORE_NAMES = {name.lower(): scale.name for name, scale in SCALES.items()}
 
 
 def number(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
@@ -178,7 +173,10 @@ def score_columns() -> list[Column]:
 
 
 def _english(arm: Arm) -> str:
-    return f"{number(arm['english_perplexity_before'], 1)} → {number(arm['english_perplexity'], 1)}"
+    before, after = arm["english_perplexity_before"], arm["english_perplexity"]
+    if after is None:  # it was not measured
+        return NONE
+    return f"{number(before, 1)} → {number(after, 1)}"
 
 
 def beam_columns() -> list[Column]:

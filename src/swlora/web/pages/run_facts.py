@@ -7,6 +7,7 @@ from typing import Any
 
 from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
 from swlora.data.sources import SAMPLE_SOURCE
+from swlora.evaluation.scales import SCALES
 from swlora.progress import duration
 from swlora.study.tables import layer_ranges
 from swlora.web.pages.charts import finite
@@ -14,14 +15,10 @@ from swlora.web.pages.run_files import adapter_bytes, read_config
 
 Fact = tuple[str, str]
 
-# Name in the result, label, digits
-SCORES = (
-    *(("BLEU", "BLEU", 4), ("NIST", "NIST", 3), ("METEOR", "METEOR", 4)),
-    *(("ROUGE_L", "ROUGE-L", 4), ("CIDEr", "CIDEr", 3)),
-    ("nll", "NLL, nats a token", 3),
-    ("english_perplexity_before", "English perplexity before", 2),
-    ("english_perplexity", "English perplexity", 2),
-)
+PERPLEXITIES = {
+    "english_perplexity_before": "English perplexity before",
+    "english_perplexity": "English perplexity",
+}
 TRAINED = ("train", "train-eval")
 _FOLDERS = re.compile(r"(?<!\S)/(?:[^/;,]*/)*")  # the part of a path before its last name
 
@@ -50,10 +47,16 @@ def run_facts(
 
 
 def scores(result: Mapping[str, Any]) -> list[Fact]:
-    """Return the scores of an evaluation that are there."""
+    """Return the scores of an evaluation that are there, on the scales of papers."""
     evaluated = part(result, "eval")
-    values = [(label, finite(evaluated.get(name)), digits) for name, label, digits in SCORES]
-    return [(label, f"{value:.{n}f}") for label, value, n in values if value is not None]
+    units = {"NLL": "NLL, nats a token"}
+    found = []
+    for name, scale in SCALES.items():
+        value = finite(evaluated.get("nll" if name == "NLL" else name))
+        if value is not None:
+            found.append((units.get(name, scale.name), scale.number(value)))
+    measured = [(label, finite(evaluated.get(name))) for name, label in PERPLEXITIES.items()]
+    return found + [(label, f"{value:.1f}") for label, value in measured if value is not None]
 
 
 def is_of_sample(facts: Mapping[str, Any], result: Mapping[str, Any]) -> bool:

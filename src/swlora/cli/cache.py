@@ -1,0 +1,100 @@
+"""`swlora cache`: what lies in the cache folder, and its removal."""
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from swlora import caches
+from swlora.caches import Entry
+from swlora.cli.app import Debug, Json, app
+from swlora.cli.disk import ago, size
+from swlora.cli.jobs import finish
+from swlora.errors import UserError
+from swlora.paths import cache_dir
+
+
+@app.command("cache")
+def cache_command(
+    clear: Annotated[
+        str | None,
+        typer.Option(help=f"remove all, or some of {', '.join(caches.KINDS)} (comma-separated)"),
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="only what was not used for so long: 90m, 12h, 7d, 2w")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="with --clear: do not ask")] = False,
+    json: Json = None,
+    debug: Debug = False,  # noqa: ARG001  read by main(), for every verb alike
+) -> None:
+    """List what swlora keeps in its cache folder, and clear it.
+
+    What is in use is never removed; what is removed is made again when it is needed.
+
+    Example: `swlora cache --clear prefix --older-than 7d`
+    """
+    if yes and clear is None:
+        raise UserError("--yes goes with --clear")
+    kinds = caches.KINDS if clear is None else caches.parse_kinds(clear)
+    unused_s = 0.0 if older_than is None else caches.parse_age(older_than)
+    chosen = caches.select(caches.entries(), kinds, unused_s)
+    _show(chosen)
+    cleared = _clear(chosen, yes) if clear is not None else []
+    result = {
+        "folder": str(cache_dir()),
+        "entries": [_plain(entry) for entry in chosen],
+        "cleared": [str(entry.path) for entry in cleared],
+        "freed_bytes": sum(entry.n_bytes for entry in cleared),
+    }
+    finish(result, json, None)
+
+
+def _clear(chosen: Sequence[Entry], yes: bool) -> list[Entry]:
+    """Remove entries, after a question where nobody said yes; return those that are gone."""
+    free = [entry for entry in chosen if not entry.in_use]
+    if not free:
+        print("nothing to clear" + (": all of it is in use" if chosen else ""))
+        return []
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError("nobody can be asked here; --yes clears without a question")
+        if not typer.confirm(f"remove {_count(free)}, {size(_total(free))}?", err=True):
+            print("nothing was removed")
+            return []
+    cleared = caches.clear(free)
+    print(f"removed {_count(cleared)}, {size(_total(cleared))}")
+    if len(cleared) < len(chosen):
+        print(f"{len(chosen) - len(cleared)} in use stayed")
+    return cleared
+
+
+def _show(found: Sequence[Entry]) -> None:
+    print(f"{cache_dir()}: {_count(found)}, {size(_total(found))}")
+    now_s = time.time()
+    rows = [
+        (e.kind, size(e.n_bytes), ago(now_s - e.made_at), _used(e, now_s), e.owner) for e in found
+    ]
+    table = [("kind", "size", "made", "last use", "for"), *rows] if rows else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _used(entry: Entry, now_s: float) -> str:
+    return "in use" if entry.in_use else ago(now_s - entry.used_at)
+
+
+def _count(found: Sequence[Entry]) -> str:
+    return f"{len(found)} entr{'y' if len(found) == 1 else 'ies'}"
+
+
+def _total(found: Iterable[Entry]) -> int:
+    return sum(entry.n_bytes for entry in found)
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    return {**asdict(entry), "path": str(entry.path)}

@@ -181,6 +181,7 @@ def test_the_whole_job(
     assert evaluated["english_perplexity"] == pytest.approx(english.perplexity, rel=1e-4)
     assert evaluated["english_perplexity_before"] == pytest.approx(untouched.perplexity, rel=1e-6)
     assert evaluated["english_n_tokens"] == english.n_tokens
+    assert evaluated["english_windows_begin_with_bos"] is False
     assert (evaluated["METEOR"], evaluated["meteor_reason"]) == (None, "Java is left out here")
     assert all(0 <= evaluated[name] <= 1 for name in ("BLEU", "ROUGE_L"))
     assert evaluated["intervals"] == Segments.read(folder).intervals()
@@ -419,6 +420,7 @@ def test_english_text_is_measured_with_e2e_data_or_where_it_is_asked_for(
     measured, measure = [], english._measured
     monkeypatch.setattr(english, "_measured", lambda *a: measured.append(a) or measure(*a))
     sample = {"name": "sample", "eval_file": None, "train_rows": 3, "eval_prompts": 1}
+    sample |= {"truncate": True}
 
     def evaluated(name: str, asked: bool | None, *, own: bool, command: str = "eval") -> Any:
         spec = make_spec(model_folder("llama"), rows, train__max_steps=1, data__english=asked)

@@ -313,7 +313,7 @@ def untouched_english(job: Job) -> LossSum | None:
 
 def _english_text(job: Job, model: Any, untouched: LossSum | None) -> Result:
     """Measure English text with the adapter on, if it was before: what is forgotten shows."""
-    from swlora.evaluation.english import english_loss
+    from swlora.evaluation.english import english_facts, english_loss
 
     if untouched is None:
         return {}
@@ -321,12 +321,7 @@ def _english_text(job: Job, model: Any, untouched: LossSum | None) -> Result:
     if model is not job.loaded.model:
         with job.timed("english"), job.progress.task("loss of English text"):
             loss = english_loss(model, job.loaded.tokenizer)
-    return {
-        "english_perplexity_before": untouched.perplexity,
-        "english_perplexity": loss.perplexity,
-        "english_sum_nats": loss.sum_nats,
-        "english_n_tokens": loss.n_tokens,
-    }
+    return english_facts(untouched, loss, job.loaded.tokenizer)
 
 
 def evaluation_rows(job: Job) -> tuple[list[Example], list[list[str]], list[list[int]]]:

@@ -210,6 +210,7 @@ def test_train_then_eval_then_generate(swlora, small, model_folder, rows):
     assert "METEOR        n/a  (Java is left out here)\n" in done.out
     assert "only 1 prompt: the scores say little of other prompts" in done.out
     assert "PPL" not in done.out
+    assert "No such option: --english" in swlora("train", *small, "--english").mistake
     assert "predictions: ev/predictions.csv\nrun folder: ev\n" in done.out
     assert read_run(Path("ev"))["command"] == "eval"
 

@@ -26,7 +26,10 @@ def ago(seconds: float) -> str:
 
 def say_what_is_left(folder: Path, since_s: float) -> None:
     """Say on stderr what a run has left on the disk, where that is more than some megabytes."""
-    run_bytes, cache_bytes = caches.left_by_run(folder, since_s)
+    try:
+        run_bytes, cache_bytes = caches.left_by_run(folder, since_s)
+    except OSError:  # a remark is no reason to fail
+        return
     if run_bytes + cache_bytes < WORTH_SAYING_BYTES:
         return
     said = f"on the disk: {size(run_bytes)} in {folder}"

@@ -25,7 +25,7 @@ from swlora.models.anatomy import context_tokens
 from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
 from swlora.runs import package_versions
-from swlora.superweights.ablate import text_loss, text_windows
+from swlora.superweights.ablate import text_loss, text_windows, window_start
 from swlora.threads import adapted_threads
 
 N_WINDOWS = 4
@@ -62,6 +62,17 @@ def untouched_english_loss(
     except RunFailedError as error:
         say(f"the loss of English text is not kept for later: {error}")
     return loss
+
+
+def english_facts(untouched: LossSum, adapted: LossSum, tokenizer: Any) -> dict[str, Any]:
+    """Return what result.json holds of the loss before an adapter was there, and with it."""
+    return {
+        "english_perplexity_before": untouched.perplexity,
+        "english_perplexity": adapted.perplexity,
+        "english_sum_nats": adapted.sum_nats,
+        "english_n_tokens": adapted.n_tokens,
+        "english_windows_begin_with_bos": bool(window_start(tokenizer)),
+    }
 
 
 def content_key(model: Any, windows: Tensor) -> str:

@@ -6,6 +6,7 @@ Made from what results.json holds.
 from collections.abc import Sequence
 from typing import Any
 
+from swlora.evaluation.scales import OF_100
 from swlora.study import tables
 from swlora.study.tables import Arm, markdown_table
 
@@ -111,9 +112,8 @@ def _explanation(results: dict[str, Any]) -> str:
     baseline = results["baseline"]
     return "\n".join(
         [
-            "- Every number of an arm is the mean over its seeds. BLEU, METEOR and ROUGE-L are of "
-            "100; NLL is in nats a completion token, of all references, the end of the text "
-            "included.",
+            f"- Every number of an arm is the mean over its seeds. {OF_100}; NLL is in nats a "
+            "completion token, of all references, the end of the text included.",
             f"- Intervals hold the middle 95 % of {draws} bootstrap draws. A draw takes prompts "
             "(MRs) with replacement, the same for every arm, and one seed fewer than the arm has, "
             "with replacement; differences are paired in both. An arm with one seed has an "

@@ -419,8 +419,8 @@ def test_english_text_is_measured_with_e2e_data_or_where_it_is_asked_for(
     monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
     measured, measure = [], english._measured
     monkeypatch.setattr(english, "_measured", lambda *a: measured.append(a) or measure(*a))
-    sample = {"name": "sample", "eval_file": None, "train_rows": 3, "eval_prompts": 1}
-    sample |= {"truncate": True}
+    sample: dict[str, Any] = {"name": "sample", "eval_file": None, "truncate": True}
+    sample |= {"train_rows": 3, "eval_prompts": 1}
 
     def evaluated(name: str, asked: bool | None, *, own: bool, command: str = "eval") -> Any:
         spec = make_spec(model_folder("llama"), rows, train__max_steps=1, data__english=asked)

@@ -51,7 +51,7 @@ class PrefixCache:
         self._say = say
         self._n_nodes = count_nodes(sequences)
         name = Path(split.base_model.config._name_or_path or "a model").name
-        self._owner = f"{name}: {self._n_nodes:,} tokens, layers below {split.cut}"
+        self._owner = f"{name}: states of {self._n_nodes:,} tokens below layer {split.cut}"
         parameter = next(split.base_model.parameters())
         self._width = int(split.base_model.config.hidden_size)
         self._dtype: torch.dtype = parameter.dtype

@@ -20,7 +20,8 @@ from swlora.adapters.saved import load_adapter
 from swlora.config import DecodeSpec
 from swlora.errors import UserError
 from swlora.evaluation.decode import generate
-from swlora.evaluation.loss import english_loss, grouped_losses
+from swlora.evaluation.english import english_loss
+from swlora.evaluation.loss import grouped_losses
 from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.superweights.ablate import text_loss, text_windows
@@ -143,7 +144,7 @@ def test_it_is_measured_and_continued_as_by_plain_peft(
 def test_its_loss_of_english_text_is_plain_pefts(
     kind: str, make_model: MakeModel, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("swlora.evaluation.loss.ENGLISH_WINDOWS", 1)
+    monkeypatch.setattr("swlora.evaluation.english.N_WINDOWS", 1)
     model_type, changes, _, _ = KINDS[kind]
     folder = saved(make_model, kind, tmp_path)
     plain = peft.PeftModel.from_pretrained(make_model(model_type, **changes), str(folder)).eval()

@@ -64,9 +64,9 @@ def test_a_run_says_what_was_run(make, browse, root):
         "Evaluated on": "test split",
         "Prompts": "100",
         "Decoding": "10 beams",
-        "BLEU": "0.5663",
+        "BLEU": "56.6",
         "NLL, nats a token": "1.444",
-        "English perplexity": "31.12",
+        "English perplexity": "31.1",
         "Time": "",
         "Versions": "",
     }

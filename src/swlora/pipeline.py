@@ -253,7 +253,7 @@ def evaluate(job: Job, model: Any, untouched: LossSum | None) -> Result:
     """
     from swlora.data.sources import number_prompts
     from swlora.evaluation import bootstrap
-    from swlora.evaluation.decode import generate
+    from swlora.evaluation.decode import chat_end_token_ids, generate
     from swlora.evaluation.loss import grouped_losses
     from swlora.evaluation.metrics import segment_statistics
     from swlora.evaluation.report import write_predictions
@@ -267,7 +267,8 @@ def evaluate(job: Job, model: Any, untouched: LossSum | None) -> Result:
         losses = grouped_losses(model, sequences, prompt_of, job.progress)
     english = _english_text(job, model, untouched)
     with job.timed("generate"):
-        ends = job.loaded.end_token_ids
+        is_chat = any(example.messages for example in examples)
+        ends = chat_end_token_ids(job.loaded) if is_chat else job.loaded.end_token_ids
         texts = generate(
             model, tokenizer, prompts, spec.decode, job.progress, end_token_ids=ends, seed=spec.seed
         )

@@ -19,6 +19,7 @@ import torch
 
 from swlora.adapters.reach import is_covered
 from swlora.config import DecodeSpec
+from swlora.data.chat import end_of_turn_token
 from swlora.data.known_tokens import check_prompts
 from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
 from swlora.engine.beam_decoder import BeamDecoder, BeamSettings
@@ -26,6 +27,7 @@ from swlora.engine.sampling import Sampling
 from swlora.engine.tree_step import fast_modules
 from swlora.errors import UserError
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
+from swlora.models.load import LoadedModel
 from swlora.models.rotary import RotaryLengths
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
@@ -60,6 +62,16 @@ def generate(
             texts[i] = tokenizer.decode(token_ids, skip_special_tokens=True)
             task.advance()
     return texts
+
+
+def chat_end_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    """Return the tokens that end an answer in a chat: the model's, and what its template ends in.
+
+    Training teaches the template's; a base model's configuration need not name it.
+    """
+    token_id = end_of_turn_token(loaded.tokenizer)
+    taught = set() if token_id is None else {token_id}
+    return tuple(sorted(taught.union(loaded.end_token_ids)))
 
 
 def _token_ids(

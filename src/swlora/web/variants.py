@@ -22,6 +22,7 @@ from swlora.adapters.own_tensors import check_tensors
 from swlora.adapters.saved import WEIGHTS
 from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
 from swlora.errors import UserError
+from swlora.evaluation.decode import chat_end_token_ids
 from swlora.models.anatomy import context_tokens, n_embeddings
 from swlora.models.load import LoadedModel
 from swlora.models.module_tree import ModuleTree
@@ -47,7 +48,7 @@ class ModelHost:
     def __init__(
         self, loaded: LoadedModel, folders: RunFolders, weights: ServedWeights, max_rows: int
     ) -> None:
-        self._model, self._end_token_ids = loaded.model, loaded.end_token_ids
+        self._model, self._end_token_ids = loaded.model, chat_end_token_ids(loaded)
         self._folders, self._weights, self._max_rows = folders, weights, max_rows
         self._peft_model: Any = None
         self._loaded: OrderedDict[str, tuple[int, str]] = OrderedDict()  # version, name in PEFT

@@ -115,7 +115,9 @@ def test_what_is_not_served_has_a_reason(own_client, own_runs, served_folder, se
     assert entry["name"] == "other"
     assert reason in entry["reason"]
     assert "other" not in [adapter["name"] for adapter in described["adapters"]]
-    assert ask(own_client, "other").status_code == 404
+    refused = ask(own_client, "other")
+    assert refused.status_code == 404
+    assert f"not served, since {entry['reason']}" in refused.json()["error"]["message"]
 
 
 @pytest.mark.filterwarnings("ignore")

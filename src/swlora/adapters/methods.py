@@ -121,14 +121,15 @@ def unfit(spec: AdapterSpec, anatomy: Anatomy, layers: Sequence[int]) -> list[st
 @contextmanager
 def quiet_peft() -> Iterator[None]:
     """Silence what PEFT warns of and the user cannot act on: a renamed attribute that it reads,
-    adapter tensors that are missing, which `load_adapter` refuses, and what AdaLoRA leaves behind:
-    ranks, which it takes for LoRA's and then uses, and matrices without any.
+    adapter tensors that are missing, which `load_adapter` refuses, what a merge would do, and what
+    AdaLoRA leaves behind: ranks, which it takes for LoRA's and then uses, and matrices without any.
     """
     with warnings.catch_warnings():
         message = "`is_gradient_checkpointing` is deprecated"
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
         warnings.filterwarnings("ignore", message=r"Adapter .* tensor\(s\) have invalid shape")
         yield

@@ -69,9 +69,11 @@ class Service:
     def variant(self, model: str, zeroed: Sequence[str] = ()) -> Variant:
         """Return the variant that a request names; ApiError where this server has no such."""
         if model not in self.model_names():
+            reason = self.folders.not_served().get(model)
+            why = f": its adapter is not served, since {reason}" if reason else ""
             raise ApiError(
                 404,
-                "there is no such model here; GET /v1/models lists them",
+                f"there is no such model here{why}; GET /v1/models lists them",
                 param="model",
                 code="model_not_found",
             )

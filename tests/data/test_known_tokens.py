@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.small_runs import make_spec, write_data
 
+from swlora import pipeline
 from swlora.config import DecodeSpec, ModelSpec, RunSpec
 from swlora.data.known_tokens import check_prompts, check_rows
 from swlora.data.token_sequences import TokenSequences
@@ -15,6 +17,7 @@ from swlora.models import load
 from swlora.models.load import load_model
 from swlora.pipeline import generate_text
 from swlora.progress import Silent
+from swlora.runs import Run
 from swlora.superweights.detect import prompt_tokens
 
 N_EMBEDDINGS, SEEN = 258, "<image_soft_token>"  # the tokenizer's own tokens, and the one beyond
@@ -75,3 +78,18 @@ def test_a_padding_token_beyond_is_replaced(folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": SEEN}))
     assert load_model(spec(folder)).tokenizer.pad_token == "</s>"
+
+
+@pytest.mark.parametrize("command", ["train", "train-eval"])
+def test_a_row_with_the_token_stops_the_run(command, folder, tmp_path):
+    data = write_data(tmp_path)
+    name = {"train": "train.jsonl", "train-eval": "dev.jsonl"}[command]
+    rows = (tmp_path / name).read_text().replace("has", SEEN).replace("name[E]", f"name{SEEN}")
+    (tmp_path / name).write_text(rows)
+    spec = make_spec(folder, data)
+    work = {"train": pipeline.train, "train-eval": pipeline.train_evaluate}[command]
+    refusal = pytest.raises(UserError, match=f"holds the token '{SEEN}'")
+    with refusal as refused, Run.create(tmp_path / "run", spec, command) as run:
+        work(pipeline.Job(spec, run, Silent()))
+    assert command == "train-eval" or str(refused.value).startswith("row 1 ")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -241,7 +241,7 @@ def _check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
         if not isinstance(eos, int) or eos >= min(n_known, len(tokenizer)):
             raise UserError("neither tokenizer nor model names the end-of-sequence token")
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= n_known:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= n_known:
         tokenizer.pad_token = tokenizer.eos_token
 
 

@@ -154,6 +154,19 @@ def test_an_adapter_that_is_replaced_is_loaded_again(own_client, own_runs):
     assert completion(own_client, "second.run") == before["study/first"] != before["second.run"]
 
 
+def test_an_adapter_of_other_weights_is_served_and_logged(own_client, own_runs, caplog):
+    """The log is the person's who serves; the shapes fit, so the texts are somebody's wish."""
+    completion(own_client, "study/first")
+    assert not [r for r in caplog.records if "was trained on" in r.getMessage()]
+    facts = own_runs / "second.run" / "adapter" / "swlora.json"
+    noted = {"base_model": "x/y", "base_read_from": "z", "base_weights_sample_sha256": "0" * 64}
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | noted))
+    for _ in range(2):
+        assert completion(own_client, "second.run")
+    (record,) = [r for r in caplog.records if "was trained on" in r.getMessage()]
+    assert "trained on x/y, read from z (sample of its weights: 0000" in record.getMessage()
+
+
 def test_an_adapter_that_goes_is_not_offered_and_a_new_one_is(own_client, own_runs, loaded):
     completion(own_client, "second.run")
     (own_runs / "second.run").rename(own_runs / "renamed")

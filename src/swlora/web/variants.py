@@ -19,11 +19,12 @@ from torch import Tensor
 
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.own_tensors import check_tensors
-from swlora.adapters.saved import WEIGHTS
+from swlora.adapters.saved import WEIGHTS, warn_of_other_base
 from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
 from swlora.errors import UserError
 from swlora.evaluation.decode import chat_end_token_ids
 from swlora.models.anatomy import context_tokens, n_embeddings
+from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel
 from swlora.models.module_tree import ModuleTree
 from swlora.web.folders import AdapterEntry, RunFolders
@@ -49,6 +50,7 @@ class ModelHost:
         self, loaded: LoadedModel, folders: RunFolders, weights: ServedWeights, max_rows: int
     ) -> None:
         self._model, self._end_token_ids = loaded.model, chat_end_token_ids(loaded)
+        self._source, self._sample = loaded.source, weights_sample_sha256(loaded.model)
         self._folders, self._weights, self._max_rows = folders, weights, max_rows
         self._peft_model: Any = None
         self._loaded: OrderedDict[str, tuple[int, str]] = OrderedDict()  # version, name in PEFT
@@ -164,6 +166,7 @@ class ModelHost:
     def _add(self, entry: AdapterEntry, inner_name: str) -> None:
         """Load an adapter; UserError where it does not fit. The model is whole in either case."""
         try:
+            warn_of_other_base(entry.folder, self._source, self._sample, log.warning)
             check_tensors(self._model, entry.folder / WEIGHTS)
             with quiet_peft():
                 if self._peft_model is None:

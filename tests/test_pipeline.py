@@ -21,6 +21,7 @@ from swlora.errors import DataError, RunFailedError, UserError
 from swlora.evaluation import english
 from swlora.evaluation import metrics as official
 from swlora.evaluation.english import english_loss
+from swlora.evaluation.prompting import Prompt, generate_text
 from swlora.evaluation.segments import Segments
 from swlora.models.anatomy import Anatomy
 from swlora.pipeline import Job
@@ -456,11 +457,11 @@ def test_generated_text_sees_the_prompt_as_in_training(
     texts = []
     for separator in ("", "\n> "):
         facts.write_text(json.dumps({"separator": separator}))
-        result = pipeline.generate_text(spec, "name[E]", tmp_path / "run", Silent())
+        result = generate_text(spec, Prompt("name[E]"), tmp_path / "run", Silent())
         texts.append(" ".join(result["text"].split()))
         assert texts[-1] == naive_text(model, tiny_tokenizer, "name[E]" + separator)
     assert texts[0] != texts[1]
-    base = pipeline.generate_text(spec, "name[E]", None, Silent())["text"]
+    base = generate_text(spec, Prompt("name[E]"), None, Silent())["text"]
     assert " ".join(base.split()) == naive_text(make_model("llama"), tiny_tokenizer, "name[E]")
 
 

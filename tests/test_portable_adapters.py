@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swlora import pipeline
 from swlora.adapters.saved import read_facts
 from swlora.config import load_spec
-from swlora.loss_sum import LossSum
 from swlora.pipeline import Job
 from swlora.progress import Silent
 from swlora.runs import Run
@@ -162,7 +161,6 @@ def test_another_base_of_the_same_shape_is_told(
     model_folder, make_model, tiny_tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("swlora.evaluation.metrics.missing_java", lambda: "left out here")
-    monkeypatch.setattr("swlora.pipeline.english_text", lambda *_: LossSum(1.0, 1))
     adapter = trained(tmp_path / "run", model_folder("llama"), ROWS)  # in float32
     assert evaluated(model_folder("llama"), adapter, tmp_path / "same") == []
     other = tmp_path / "other"

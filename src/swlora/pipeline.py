@@ -369,42 +369,6 @@ def train_evaluate(job: Job) -> Result:
     return {"train": trained, "eval": evaluate(job, model.eval(), untouched)}
 
 
-def generate_text(spec: RunSpec, prompt: str, adapter: Path | None, progress: Progress) -> Result:
-    """Continue one prompt with the base model or an adapter.
-
-    An adapter that was trained here gets its prompt as in training, separator included.
-    """
-    from swlora.adapters.saved import (
-        adapter_folder,
-        load_adapter,
-        read_facts,
-        warn_of_other_base,
-    )
-    from swlora.data.encode import encode_prompts
-    from swlora.evaluation.decode import generate
-
-    folder = adapter_folder(adapter) if adapter else None
-    loaded = load_model(spec.model)
-    progress.say(f"model: {loaded.source}")
-    model, separator = loaded.model, ""
-    if folder:
-        sample = weights_sample_sha256(model)
-        warn_of_other_base(folder, loaded.source, sample, progress.say)
-        model = load_adapter(model, folder)
-        separator = read_facts(folder).get("separator", "")
-    prompt_ids = encode_prompts([Example(prompt, "")], separator, loaded.tokenizer)
-    text = generate(
-        model,
-        loaded.tokenizer,
-        prompt_ids,
-        spec.decode,
-        progress,
-        end_token_ids=loaded.end_token_ids,
-        seed=spec.seed,
-    )[0]
-    return {"model": loaded.source, "prompt": prompt, "text": text, "seed": spec.seed}
-
-
 def _prompt_text(example: Example) -> str:
     """Return the prompt for a person to read: its text, or a chat's turns."""
     turns = (f"{role}: {content}" for role, content in example.messages)

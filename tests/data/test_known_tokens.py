@@ -13,9 +13,9 @@ from swlora.config import DecodeSpec, ModelSpec, RunSpec
 from swlora.data.known_tokens import check_prompts, check_rows
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import DataError, UserError
+from swlora.evaluation.prompting import Prompt, generate_text
 from swlora.models import load
 from swlora.models.load import load_model
-from swlora.pipeline import generate_text
 from swlora.progress import Silent
 from swlora.runs import Run
 from swlora.superweights.detect import prompt_tokens
@@ -44,10 +44,10 @@ def test_the_model_is_served_and_texts_with_the_token_are_not(folder):
     run = RunSpec(model=spec(folder), decode=DecodeSpec(max_new_tokens=5))
     ids = loaded.model.generate(torch.tensor([list(b"see")]), max_new_tokens=5, eos_token_id=257)
     expected = loaded.tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
-    assert generate_text(run, "see", None, Silent())["text"] == expected
+    assert generate_text(run, Prompt("see"), None, Silent())["text"] == expected
     refused = f"a text holds the token '{SEEN}', which this model has no embedding for"
     with pytest.raises(UserError, match=refused):
-        generate_text(run, f"see {SEEN}", None, Silent())
+        generate_text(run, Prompt(f"see {SEEN}"), None, Silent())
     with pytest.raises(UserError, match=refused):
         prompt_tokens(loaded.model, loaded.tokenizer, SEEN)
 

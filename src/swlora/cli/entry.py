@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from swlora.cli import cache, verbs  # noqa: F401  they register the commands
+from swlora.cli import cache, chat, verbs  # noqa: F401  they register the commands
 from swlora.cli.app import app
 from swlora.errors import UserError
 

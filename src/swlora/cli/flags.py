@@ -4,7 +4,7 @@ A verb names the fields it takes; each becomes an option whose value overrides t
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -46,8 +46,14 @@ def flag_name(path: str) -> str:
     return NAMES.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
-def with_flags(*fields: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb an option for each named field, collected into its `overrides` argument."""
+def with_flags(
+    *fields: str, defaults: Mapping[str, Any] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb an option for each named field, collected into its `overrides` argument.
+
+    `defaults` are shown in place of the fields' own; the verb sees to it that they hold.
+    """
+    shown = defaults or {}
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(verb).parameters.values())
@@ -58,7 +64,7 @@ def with_flags(*fields: str) -> Callable[[Callable[..., None]], Callable[..., No
             overrides = {path: values.pop(key) for key, path in options.items()}
             verb(overrides=overrides, **values)
 
-        parameters = own + [_option(key, path) for key, path in options.items()]
+        parameters = own + [_option(key, path, shown.get(path)) for key, path in options.items()]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         command.__doc__ = verb.__doc__
@@ -68,10 +74,12 @@ def with_flags(*fields: str) -> Callable[[Callable[..., None]], Callable[..., No
     return decorate
 
 
-def _option(key: str, path: str) -> inspect.Parameter:
+def _option(key: str, path: str, shown_default: Any = None) -> inspect.Parameter:
     group, _, name = path.partition(".")
     field = _section(group).model_fields[name] if name else RunSpec.model_fields[path]
-    default = field.get_default(call_default_factory=True)
+    default = shown_default
+    if default is None:
+        default = field.get_default(call_default_factory=True)
     flag = flag_name(path)
     kind = _type(field)
     negative = f"{flag}/--no-{flag[2:]}" if kind is bool else flag

@@ -189,8 +189,20 @@ def score_command(
 @with_flags(*MODEL, *DECODE, "seed")
 def generate_command(
     overrides: Overrides,
-    prompt: Annotated[str, typer.Option(help="the text to continue")],
+    prompt: Annotated[str, typer.Option(help="the text to continue, or the message to answer")],
     adapter: Adapter = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="write the prompt as a user's turn, by the tokenizer's chat template "
+            "[default: as the adapter was trained]",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="a system turn before the prompt; implies --chat")
+    ] = None,
     output: Output = None,
     config: Config = None,
     json: Json = None,
@@ -201,10 +213,10 @@ def generate_command(
     Example: `swlora generate --model builtin --adapter run --prompt "name[Aromi], area[riverside]"`
     """
     with quiet_or_job("generate", output, config, overrides) as job:
-        from swlora.pipeline import generate_text
+        from swlora.evaluation.prompting import Prompt, generate_text
 
-        spec = load_spec(config, overrides)
-        result = generate_text(spec, prompt, adapter, progress())
+        spec, asked = load_spec(config, overrides), Prompt(prompt, chat, system)
+        result = generate_text(spec, asked, adapter, progress())
     typer.echo(result["text"])
     finish(result, json, job)
 

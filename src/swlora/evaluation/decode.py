@@ -94,11 +94,16 @@ def _token_ids(
 
 def _way(model: Any, spec: DecodeSpec) -> Callable[..., Iterator[tuple[int, list[int]]]]:
     """Return how texts are made: a function that yields (prompt, its new tokens) as they end."""
-    if not (family_of(model.config.model_type).has_attention_interface and is_covered(model)):
+    if not joins_batches(model):
         return _by_batches
     if spec.num_beams == 1 and spec.no_repeat_ngram_size == 0:
         return _by_rows
     return _by_beams if spec.temperature == 0 else _by_batches
+
+
+def joins_batches(model: Any) -> bool:
+    """Say whether BatchDecoder continues texts of this model, adapter included."""
+    return family_of(model.config.model_type).has_attention_interface and is_covered(model)
 
 
 def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -> None:

@@ -1,0 +1,89 @@
+"""Adapters that come and go: while one is on, it is PEFT's; afterwards the model is as before."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from swlora.adapters.methods import adapt, trainable_parameters
+from swlora.adapters.saved import load_adapter, save_adapter
+from swlora.adapters.temporary import adapter_on
+from swlora.config import AdapterSpec
+from swlora.errors import UserError
+
+TOKENS = torch.tensor([[72, 105, 33, 10, 200], [1, 2, 3, 4, 5]])
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    """A function method -> the folder of an adapter of that method with random weights."""
+
+    def save(method: str, model_type: str = "llama"):
+        adapted = adapt(
+            make_model(model_type), AdapterSpec(method=method), [0, 2], seed=1, n_steps=9
+        )
+        generator = torch.Generator().manual_seed(2)
+        for parameter in trainable_parameters(adapted.model).values():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        adapted.finish()
+        save_adapter(adapted.model, tmp_path / method, {})
+        return tmp_path / method
+
+    return save
+
+
+def state(model) -> dict[str, object]:
+    """All that a model is made of."""
+    weights = {name: (id(p), p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    modules = {name: id(module) for name, module in model.named_modules()}
+    return {"weights": weights, "modules": modules, "peft": hasattr(model, "peft_config")}
+
+
+def assert_same(before, after) -> None:
+    assert (before["modules"], before["peft"]) == (after["modules"], after["peft"])
+    assert list(before["weights"]) == list(after["weights"])
+    for name, (place, values, free) in before["weights"].items():
+        assert (place, free) == (after["weights"][name][0], after["weights"][name][2])
+        assert torch.equal(values, after["weights"][name][1])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "pissa", "full", "supertuning"])
+def test_the_model_is_as_before(method, saved, make_model):
+    folder, model = saved(method), make_model("llama")
+    before, logits = state(model), model(input_ids=TOKENS).logits
+    expected = load_adapter(make_model("llama"), folder)(input_ids=TOKENS).logits
+    for _ in range(2):
+        with adapter_on(model, folder) as adapted:
+            assert torch.equal(adapted(input_ids=TOKENS).logits, expected)
+            assert not torch.equal(expected, logits)
+        assert_same(before, state(model))
+        assert torch.equal(model(input_ids=TOKENS).logits, logits)
+
+
+def test_weights_that_peft_computes_anew_come_back(make_model, tmp_path):
+    """A PiSSA adapter of PEFT's own leaves the residual in the model."""
+    config = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj"])
+    get_peft_model(make_model("llama"), config).save_pretrained(tmp_path)
+    model = make_model("llama")
+    before = state(model)
+    with adapter_on(model, tmp_path):
+        inside = model.model.layers[0].self_attn.q_proj.base_layer.weight
+        assert not torch.equal(
+            inside, before["weights"]["model.layers.0.self_attn.q_proj.weight"][1]
+        )
+    assert_same(before, state(model))
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing(saved, make_model):
+    folder, model = saved("lora"), make_model("llama", intermediate_size=44)
+    before = state(model)
+    with pytest.raises(UserError, match="does not fit this model"), adapter_on(model, folder):
+        pass
+    assert_same(before, state(model))
+
+
+def test_an_error_in_the_body_leaves_nothing(saved, make_model):
+    folder, model = saved("full", "gpt2"), make_model("gpt2")
+    before = state(model)
+    with pytest.raises(ZeroDivisionError), adapter_on(model, folder):
+        raise ZeroDivisionError
+    assert_same(before, state(model))

@@ -20,10 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--path_to_model", default=DEFAULT_MODEL, help="Hub id, folder or builtin")
+    model_help = f"Hub id, folder or builtin [default: {DEFAULT_MODEL}]"
+    parser.add_argument("--path_to_model", help=model_help)
     parser.add_argument("--path_to_tokenizer", help="[default: the model's own]")
     given, others = parser.parse_known_args(arguments)
-    flags = ["--model", given.path_to_model]
+    flags = [] if given.path_to_model is None else ["--model", given.path_to_model]
     if given.path_to_tokenizer not in (None, given.path_to_model):
         flags += ["--tokenizer", given.path_to_tokenizer]
     cli.main(["identify", *flags, *others])

@@ -157,10 +157,29 @@ def test_lists_may_be_written_in_every_way(
     assert recorder.spec.adapter.targets == ["attn.c_proj", "c_fc"]
 
 
+def test_what_was_not_named_may_be_replaced_and_what_was_may_not(
+    recorder: Recorder, train_eval: Main
+) -> None:
+    """The defaults here and there are the same, so only what was written arrives as written."""
+    named = ["--path_to_model", "openai-community/gpt2"]
+    identify = _script("super_weights_identification").main
+    for mode in ("train", "eval", "train_eval"):
+        train_eval(["--mode", mode, "--path_to_peft_model", f"{mode}-1"])
+        assert (
+            "name" not in recorder.spec.model.model_fields_set | recorder.spec.data.model_fields_set
+        )
+        dataset = ["--path_to_dataset", "tuetschek/e2e_nlg"]
+        train_eval(["--mode", mode, "--path_to_peft_model", f"{mode}-2", *named, *dataset])
+        assert "name" in recorder.spec.model.model_fields_set & recorder.spec.data.model_fields_set
+    identify([])
+    assert "name" not in recorder.spec.model.model_fields_set
+    identify(named)
+    assert "name" in recorder.spec.model.model_fields_set
+
+
 def test_a_tokenizer_that_is_the_models_own_is_not_named_twice(
     recorder: Recorder, train_eval: Main
 ) -> None:
-    """So that the default model can still give way to the embedded one, tokenizer included."""
     same = ["--path_to_model", "openai-community/gpt2"]
     same += ["--path_to_tokenizer", "openai-community/gpt2"]
     train_eval(["--mode", "train", *same])
@@ -192,10 +211,10 @@ def test_identification_flags_reach_their_fields(recorder: Recorder) -> None:
         ("--mode finetune", "finetune"),
         ("", "--mode"),
         ("--mode train --lora_rank four", "--lora_rank"),
-        ("--mode train --lora_rank 0", "adapter.rank"),
+        ("--mode train --lora_rank 0", "--rank: must be"),
         ("--mode train --lora_rnak 4", "--lora_rnak"),
         ("--mode train --lora_layers_to_transform", "--lora_layers_to_transform"),
-        ("--mode train --lora_dropout 1.5", "adapter.dropout"),
+        ("--mode train --lora_dropout 1.5", "--dropout: must be"),
     ],
 )
 def test_mistakes_are_named_and_end_with_code_2(

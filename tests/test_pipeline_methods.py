@@ -198,7 +198,7 @@ def test_the_first_rows_are_measured(
 
 
 def test_rows_that_are_never_measured_are_refused(model_folder: ModelFolder) -> None:
-    with pytest.raises(UserError, match="eval_rows needs held-out losses"):
+    with pytest.raises(UserError, match="--eval-rows needs held-out losses"):
         make_spec(model_folder("llama"), {}, train__eval_rows=3, train__eval_every_steps=0)
 
 

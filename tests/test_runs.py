@@ -124,6 +124,88 @@ def test_a_resumed_run_must_work_on_the_same(tmp_path):
     assert read_run(tmp_path)["data_sha256"] == "aa"
 
 
+# When a folder is made
+
+
+def test_a_mistake_before_the_work_leaves_no_folder(tmp_path):
+    folder = tmp_path / "a" / "run"
+    for error in (UserError("no such model"), KeyboardInterrupt(), ValueError("x")):
+        run = Run.prepare(folder, SPEC, "train")
+        with pytest.raises(type(error)), run:
+            run.record(n=1)
+            run.add_timing("load_model", 1.0)
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_after_the_work_began_is_recorded(tmp_path):
+    with pytest.raises(UserError), Run.prepare(tmp_path / "run", SPEC, "train") as run:
+        run.record(n=1)
+        run.begin()
+        assert read_run(run.folder)["n"] == 1
+        run.begin()  # a second time changes nothing
+        raise UserError("no more space")
+    facts = read_run(tmp_path / "run")
+    assert (facts["status"], facts["reason"]) == ("failed", "UserError: no more space")
+    assert load_spec(tmp_path / "run" / "config.yaml", {}) == SPEC
+
+
+def test_a_run_that_only_ends_well_is_recorded_too(tmp_path):
+    with Run.prepare(tmp_path / "run", SPEC, "generate"):
+        pass
+    assert read_run(tmp_path / "run")["status"] == "done"
+
+
+def test_a_run_begins_with_what_it_was_settled_on(tmp_path):
+    settled = RunSpec(seed=6)
+    with Run.prepare(tmp_path / "run", SPEC, "train") as run:
+        run.begin(settled)
+    assert load_spec(tmp_path / "run" / "config.yaml", {}) == settled
+
+
+def test_of_two_that_were_prepared_the_first_to_begin_has_the_folder(tmp_path):
+    folder = tmp_path / "run"
+    first, second, third = (Run.prepare(folder, SPEC, "train") for _ in range(3))
+    with pytest.raises(UserError, match="another process is at work in"), first, second:
+        first.begin()
+        second.begin()
+    assert read_run(folder)["status"] == "failed"
+    (folder / "metrics.jsonl").write_text("{}\n")
+    before = (folder / "run.json").read_bytes()
+    with pytest.raises(UserError, match=r"already holds a run \(failed\)"), third:
+        third.begin()
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_default_folders_are_taken_when_runs_begin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda *_: "20260102-030405")
+    runs = [Run.prepare(None, SPEC, "eval") for _ in range(3)]
+    assert not Path("runs").exists()
+    for run in runs:
+        with run:
+            run.begin()
+    stem = "eval-20260102-030405"
+    assert [run.folder.name for run in runs] == [stem, f"{stem}-2", f"{stem}-3"]
+    assert all(read_run(run.folder)["status"] == "done" for run in runs)
+
+
+def test_an_output_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        with pytest.raises(
+            UserError, match="file is a file and no folder; choose another --output"
+        ):
+            start(folder)
+    if Path("/proc/self").exists():
+        with pytest.raises(UserError, match=r"cannot make /proc/run: .*; choose another --output"):
+            start(Path("/proc/run"))
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match="may not be written in; choose another --output"):
+        start(tmp_path / "a" / "run")
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
 # What is there already
 
 
@@ -156,7 +238,7 @@ def test_other_peoples_files_are_not_overwritten(tmp_path):
     with pytest.raises(UserError, match=r"holds a config\.yaml of something else"):
         start(tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "mine: true\n"
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match="is a file and no folder"):
         start(tmp_path / "config.yaml")
     (tmp_path / "config.yaml").rename(tmp_path / "notes.yaml")
     start(tmp_path)  # a folder with other files will do

@@ -18,12 +18,16 @@ MODES = {"train": "train", "eval": "eval", "train_eval": "train-eval"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Translate the original flags and run `swlora` with them; exit codes are those of `swlora`."""
+    """Translate the original flags and run `swlora` with them; exit codes are those of `swlora`.
+
+    A model or data set that was not named is left to `swlora`, whose defaults are the same.
+    """
     parser = _parser()
     given, others = parser.parse_known_args(arguments)
-    flags = ["--model", given.path_to_model, "--dataset", given.path_to_dataset]
+    flags = [] if given.path_to_model is None else ["--model", given.path_to_model]
     if given.path_to_tokenizer not in (None, given.path_to_model):
         flags += ["--tokenizer", given.path_to_tokenizer]
+    flags += [] if given.path_to_dataset is None else ["--dataset", given.path_to_dataset]
     flags += _training(given, parser) if given.mode != "eval" else _evaluation(given, parser)
     if given.mode == "train_eval":
         flags += ["--eval-batch-size", str(given.validation_batch_size)]
@@ -74,10 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--mode", choices=list(MODES), required=True)
-    add("--path_to_model", default=DEFAULT_MODEL, help="Hub id, folder or builtin")
+    add("--path_to_model", help=f"Hub id, folder or builtin [default: {DEFAULT_MODEL}]")
     add("--path_to_tokenizer", help="Hub id or folder [default: the model's own]")
     add("--path_to_peft_model", type=Path, default=PEFT_FOLDER, help="[default: %(default)s]")
-    add("--path_to_dataset", default=DEFAULT_DATASET, help="Hub id, folder or file")
+    add("--path_to_dataset", help=f"Hub id, folder or file [default: {DEFAULT_DATASET}]")
     add("--lora_rank", type=int, default=4, help="[default: %(default)s]")
     add("--lora_alpha", type=float, default=32.0, help="[default: %(default)s]")
     add("--lora_dropout", type=float, default=0.1, help="[default: %(default)s]")

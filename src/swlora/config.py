@@ -5,11 +5,13 @@ The command line overrides single values by their dotted names (`adapter.rank`).
 imports torch, touches the disk beyond the YAML file, or probes the machine.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,6 +23,8 @@ from pydantic import (
 )
 
 from swlora.errors import UserError
+from swlora.layer_policy import parse_policy
+from swlora.settings import explain, flag_name
 
 DEFAULT_MODEL = "openai-community/gpt2"
 BUILTIN_MODEL = "builtin"
@@ -64,7 +68,22 @@ PromptList = Annotated[
 ]
 
 
-LayerPolicy = Annotated[str, BeforeValidator(join_list)]
+def checked_policy(value: str) -> str:
+    """Return a layer policy without spaces; ValueError where it is none."""
+    try:
+        return parse_policy(value).text
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+LayerPolicyText = Annotated[str, BeforeValidator(join_list), AfterValidator(checked_policy)]
+
+
+def checked_device(value: str) -> str:
+    """Return the name of a device; ValueError where there is no such kind."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value, re.ASCII):
+        raise ValueError(f"must be auto, cpu, cuda, cuda:N or mps, not {value!r}")
+    return value
 
 
 class Spec(BaseModel):
@@ -77,7 +96,9 @@ class ModelSpec(Spec):
     """Which language model, and how it is held in memory."""
 
     name: str = Field(
-        default=DEFAULT_MODEL, min_length=1, description="Hub id, folder, .gguf or builtin"
+        default=DEFAULT_MODEL,
+        min_length=1,
+        description="Hub id, folder, .gguf or builtin (offline, the default is builtin)",
     )
     tokenizer: str | None = Field(
         default=None, min_length=1, description="Hub id or folder, where it is not the model's"
@@ -86,7 +107,9 @@ class ModelSpec(Spec):
         default=None, min_length=1, description="commit, tag or branch on the Hub"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    device: Annotated[str, AfterValidator(checked_device)] = Field(
+        default="auto", description="auto, cpu, cuda, cuda:N or mps"
+    )
     threads: int | None = Field(
         default=None,
         ge=1,
@@ -99,7 +122,9 @@ class DataSpec(Spec):
     """Which rows are trained on and which are generated for."""
 
     name: str = Field(
-        default=DEFAULT_DATASET, min_length=1, description="Hub id, folder, file or sample"
+        default=DEFAULT_DATASET,
+        min_length=1,
+        description="Hub id, folder, file or sample (offline, the default is sample)",
     )
     eval_file: Path | None = Field(
         default=None, description="rows to evaluate on, for JSONL or CSV data"
@@ -150,8 +175,10 @@ class AdapterSpec(Spec):
         default=None, ge=0, lt=1, description="supertuning: share left frozen [default: 0.99]"
     )
     targets: NameList = Field(default_factory=lambda: ["all-linear"], min_length=1)
-    layers: LayerPolicy = Field(
-        default="all", min_length=1, description="all, super, last:K or a list: 2,11"
+    layers: LayerPolicyText = Field(
+        default="all",
+        description="all, super (found and proved first), super+removal, auto:0.5 (measured first: "
+        "at most half of the time), last:4, first:4, every:4 (evenly spaced), random:4:SEED, 2,11",
     )
 
     @model_validator(mode="after")
@@ -161,7 +188,8 @@ class AdapterSpec(Spec):
         given = {n for n, f in AdapterSpec.model_fields.items() if getattr(self, n) != f.default}
         ignored = sorted(given & (known - taken))
         if ignored:
-            raise ValueError(f"method {self.method} has no {', no '.join(ignored)}; leave that out")
+            flags = ", no ".join(flag_name(f"adapter.{name}") for name in ignored)
+            raise ValueError(f"--method {self.method} has no {flags}; leave that out")
         return self
 
 
@@ -218,7 +246,10 @@ class TrainSpec(Spec):
     def _held_out_rows_are_measured(self) -> Self:
         for name in ("eval_rows", "early_stopping"):
             if getattr(self, name) is not None and self.eval_every_steps == 0:
-                raise ValueError(f"{name} needs held-out losses; eval_every_steps 0 measures none")
+                flag = flag_name(f"train.{name}")
+                raise ValueError(
+                    f"{flag} needs held-out losses; --eval-every-steps 0 measures none"
+                )
         return self
 
 
@@ -236,9 +267,9 @@ class DecodeSpec(Spec):
     @model_validator(mode="after")
     def _no_sampled_beams(self) -> Self:
         if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError("num_beams > 1 needs temperature 0: beams are searched, not sampled")
+            raise ValueError("--num-beams above 1 needs --temperature 0: beams are not sampled")
         if self.num_beams == 1 and self.length_penalty != 1.0:
-            raise ValueError("length_penalty ranks beams: it needs num_beams > 1")
+            raise ValueError("--length-penalty ranks beams: it needs --num-beams above 1")
         return self
 
 
@@ -307,14 +338,13 @@ def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:
     Raises UserError with all problems in one line.
     """
     tree = {} if path is None else read_mapping(path)
-    for dotted, value in overrides.items():
-        if value is not None:
-            set_dotted(tree, dotted, value)
+    flags = [dotted for dotted, value in overrides.items() if value is not None]
+    for dotted in flags:
+        set_dotted(tree, dotted, overrides[dotted])
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as error:
-        origin = f"{path} or the command line" if path else "the command line"
-        raise UserError(f"in {origin}: " + "; ".join(problem_lines(error))) from error
+        raise UserError(explain(error, RunSpec, path, flags)) from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -323,6 +353,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark or error.context_mark
+        place = f", line {at.line + 1}, column {at.column + 1}" if at else ""
+        detail = " ".join(str(error.problem or error.context).split())
+        raise UserError(f"{path}{place} is not valid YAML: {detail}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {detail}") from error
@@ -345,14 +380,3 @@ def set_dotted(tree: dict[str, Any], dotted: str, value: object) -> None:
             raise UserError(f"'{key}' must be a mapping in the configuration")
         tree = child
     tree[last] = value
-
-
-def problem_lines(error: ValidationError) -> list[str]:
-    """Return each problem that pydantic found as "dotted.name: what is wrong"."""
-    parts = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "configuration"
-        unknown = problem["type"] == "extra_forbidden"
-        message = "there is no such setting" if unknown else problem["msg"]
-        parts.append(f"{where}: {message.removeprefix('Value error, ')}")
-    return parts

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swlora.errors import RunFailedError
+from swlora.errors import RunFailedError, UserError
 
 
 @contextmanager
@@ -38,6 +38,15 @@ def atomic_path(target: Path) -> Iterator[Path]:
     finally:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder, named by `flag`, that is a file, lies below one or cannot be written in."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"{place} is a file and no folder; choose another {flag}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{place} may not be written in; choose another {flag}")
 
 
 def write_text(target: Path, text: str) -> None:

@@ -18,18 +18,19 @@ from swlora.adapters.layers import (
     resolve_layers,
     time_budget,
 )
-from swlora.config import RunSpec
+from swlora.config import SAMPLE_DATASET, RunSpec
 from swlora.data.examples import Example
 from swlora.data.sources import Dataset, load_dataset
 from swlora.data.token_sequences import TokenSequences
 from swlora.loss_sum import LossSum
 from swlora.memory import peak_memory_bytes
 from swlora.models.identity import identify_base, weights_sample_sha256
-from swlora.models.load import LoadedModel, load_model
+from swlora.models.load import LoadedModel, check_model, load_model, settled_model
 from swlora.progress import Progress
 from swlora.runs import Run, read_metrics
 
 if TYPE_CHECKING:
+    from swlora.engine.schedule import Schedule
     from swlora.evaluation.held_out import Measurements
 
 Result = dict[str, Any]
@@ -53,12 +54,15 @@ class Job:
         with self.timed("load_model"), self.progress.task("load the model"):
             loaded = load_model(self.spec.model, dtype="float32" if exact else None)
         self.progress.say(f"model: {loaded.source}")
-        self.run.record_source(model_source=loaded.source, model_revision=loaded.revision)
+        name = settled_model(self.spec.model).name
+        self.run.record_source(model=name, model_revision=loaded.revision)
+        self.run.record(model_source=loaded.source)
         return loaded
 
     @cached_property
     def dataset(self) -> Dataset:
         """The data set, announced by its source."""
+        check_model(self.spec.model)  # its name may be mistyped: before the data, which may be long
         with self.timed("load_data"), self.progress.task("load the data"):
             dataset = load_dataset(self.spec.data)
         self.progress.say(f"data: {dataset.source}")
@@ -94,6 +98,18 @@ class Job:
         self._encoded[split, n_rows] = sequences
         return sequences
 
+    def begin(self) -> None:
+        """Make the run folder: what was asked for can be done, and takes its time from here on.
+
+        Its configuration names the model and the data that are used, so that a run that was left
+        its defaults goes on with the same ones.
+        """
+        spec = self.spec
+        model, data = settled_model(spec.model), spec.data
+        if "dataset" in vars(self) and self.dataset.name == SAMPLE_DATASET:
+            data = data.model_copy(update={"name": SAMPLE_DATASET})
+        self.run.begin(spec.model_copy(update={"model": model, "data": data}))
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Add the time of the body to the run's timings."""
@@ -114,9 +130,12 @@ def identify(job: Job, figure: Path | None = None) -> Result:
     from swlora.superweights.figure import check_format
     from swlora.superweights.report import publish
 
-    figure = figure or job.run.folder / "superweights.png"
-    check_format(figure)
+    if figure is not None:
+        check_format(figure)
     spec, loaded = job.spec, job.loaded
+    identification.check(loaded, spec.identify)
+    job.begin()
+    figure = figure or job.run.folder / "superweights.png"
     with job.timed("identify"):
         found = identification.identify(
             loaded, spec.identify, seed=spec.seed, progress=job.progress
@@ -126,7 +145,7 @@ def identify(job: Job, figure: Path | None = None) -> Result:
     return result
 
 
-def train(job: Job) -> tuple[Any, Result]:
+def train(job: Job, prepared: "Prepared | None" = None) -> tuple[Any, Result]:
     """Train the adapter of `job.spec`; return (the PeftModel, what was done).
 
     Leaves adapter/ (a standard PEFT adapter), metrics.jsonl and loss.png in the run folder, and
@@ -138,17 +157,12 @@ def train(job: Job) -> tuple[Any, Result]:
     from swlora.adapters.methods import adapt, train_mode
     from swlora.adapters.saved import save_adapter
     from swlora.engine.loop import train as run_loop
-    from swlora.engine.schedule import Schedule, batch_note
     from swlora.engine.tree_step import make_step
-    from swlora.evaluation.held_out import planned_measurements, watch_of
+    from swlora.evaluation.held_out import watch_of
     from swlora.evaluation.loss_curve import draw_loss, training_result
 
-    spec, sequences = job.spec, job.encoded("train")  # before identification, which takes long
-    schedule = Schedule.of(sequences, spec.train, spec.seed)
-    if note := batch_note(spec.train, len(sequences)):
-        job.progress.say(note)
-    planned = planned_measurements(spec.train, n_steps=schedule.n_steps, n_rows=schedule.n_rows)
-    held_out = held_out_rows(job, planned) if planned else None
+    spec, prepared = job.spec, prepared or prepare_training(job)  # before a search, which is long
+    sequences, schedule, planned = prepared.sequences, prepared.schedule, prepared.planned
     loaded, layers = job.loaded, choose_layers(job)
     with job.timed("attach"):
         resolved = spec.model_copy(update={"train": schedule.spec})
@@ -169,8 +183,8 @@ def train(job: Job) -> tuple[Any, Result]:
         return save_adapter(model, folder, noted, loaded.tokenizer)
 
     watch = None
-    if planned and held_out:
-        watch = watch_of(adapted, held_out, planned, save, job.run.folder / "best")
+    if planned and prepared.held_out:
+        watch = watch_of(adapted, prepared.held_out, planned, save, job.run.folder / "best")
     with job.timed("prepare"):
         ready = make_step(model, sequences, spec.train, job.progress.say)
     with closing(ready) as step:
@@ -200,6 +214,32 @@ def train(job: Job) -> tuple[Any, Result]:
     return model, result
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a training begins with: its rows and steps, and what is measured on which other rows."""
+
+    sequences: TokenSequences
+    schedule: "Schedule"
+    planned: "Measurements | None"
+    held_out: TokenSequences | None
+
+
+def prepare_training(job: Job) -> Prepared:
+    """Load, encode and check what a training needs, then begin the run."""
+    from swlora.engine.schedule import Schedule, batch_note
+    from swlora.evaluation.held_out import planned_measurements
+
+    spec, sequences = job.spec, job.encoded("train")
+    schedule = Schedule.of(sequences, spec.train, spec.seed)
+    if note := batch_note(spec.train, len(sequences)):
+        job.progress.say(note)
+    planned = planned_measurements(spec.train, n_steps=schedule.n_steps, n_rows=schedule.n_rows)
+    held_out = held_out_rows(job, planned) if planned else None
+    check_adapter(job, schedule.n_steps)
+    job.begin()
+    return Prepared(sequences, schedule, planned, held_out)
+
+
 def held_out_rows(job: Job, planned: "Measurements") -> TokenSequences | None:
     """Return the rows whose loss is measured while training; None where nobody asked for any."""
     split = job.spec.data.eval_split
@@ -212,6 +252,21 @@ def held_out_rows(job: Job, planned: "Measurements") -> TokenSequences | None:
             "--split dev leaves them unseen"
         )
     return job.encoded(split, planned.n_rows)
+
+
+def check_adapter(job: Job, n_steps: int) -> None:
+    """Refuse an adapter that cannot be trained in this model, before any work is done."""
+    from swlora.adapters.methods import check_fit
+    from swlora.models.anatomy import Anatomy
+    from swlora.superweights import identify as identification
+
+    spec, anatomy = job.spec, Anatomy(job.loaded.model)
+    layers = [0]  # of those that are found later: as good as any to look at
+    if needs_identification(spec.adapter.layers):
+        identification.check(job.loaded, spec.identify)
+    elif time_budget(spec.adapter.layers) is None:
+        layers = resolve_layers(spec.adapter.layers, anatomy.n_layers)
+    check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
 
 
 def choose_layers(job: Job) -> list[int]:
@@ -351,21 +406,24 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
     folder = adapter_folder(adapter) if adapter else None
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
     model = job.loaded.model
-    if folder:
-        job.run.record(adapter=str(adapter))
+    evaluation_rows(job)
+    job.encoded(job.spec.data.eval_split)
     untouched = untouched_english(job)
     if folder:
+        job.run.record(adapter=str(adapter))
         sample = weights_sample_sha256(model)
         warn_of_other_base(folder, job.loaded.source, sample, job.progress.say)
         model = load_adapter(model, folder)
+    job.begin()
     return evaluate(job, model, untouched)
 
 
 def train_evaluate(job: Job) -> Result:
     """Train, then evaluate what was trained, in one run folder."""
     evaluation_rows(job)  # what cannot be evaluated shall be known before the training
+    prepared = prepare_training(job)
     untouched = untouched_english(job)
-    model, trained = train(job)
+    model, trained = train(job, prepared)
     return {"train": trained, "eval": evaluate(job, model.eval(), untouched)}
 
 

@@ -17,6 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +25,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from swlora.config import RunSpec, dump_yaml, load_spec
 from swlora.errors import RunFailedError, UserError
-from swlora.files import atomic_path, write_json, write_text
+from swlora.files import atomic_path, check_writable, write_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Status = Literal["running", "done", "failed", "cancelled"]
+DEFAULT_PARENT = Path("runs")
 RESUMABLE = ("train", "train-eval")
 PACKAGES = ("swlora", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
@@ -37,35 +39,68 @@ PACKAGES = ("swlora", "torch", "transformers", "peft", "accelerate", "tokenizers
 class Run:
     """One run folder, used as a context manager that records how the run ended.
 
-    While it is entered, no other process can enter the same folder (UserError).
+    A run is prepared, which writes nothing, and begins when its work does: a mistake that shows
+    before that leaves no folder. While it is entered and has begun, no other process can enter the
+    same folder (UserError).
     """
 
-    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any], spec: RunSpec) -> None:
         self.folder = folder
         self.facts = facts
+        self.has_begun = False
+        self._spec = spec
+        self._is_named = True  # by the user; else a fresh folder is taken when the run begins
         self._start_s = time.perf_counter()
+        self._is_entered = False
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, folder: Path, spec: RunSpec, command: str) -> Self:
-        """Start a run in `folder`; UserError where that would overwrite something."""
-        _check_free(folder)
-        run = cls(
-            folder,
-            {
-                "status": "running",
-                "command": command,
-                "seed": spec.seed,
-                "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "packages": package_versions(),
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-                "timings_s": {},
-            },
-        )
-        write_text(folder / "config.yaml", dump_yaml(spec))
-        run._save()
+    def prepare(cls, folder: Path | None, spec: RunSpec, command: str) -> Self:
+        """Return a run that is to begin in `folder`, or in a fresh one under runs/ for None.
+
+        Raises UserError where that would overwrite something or cannot be written.
+        """
+        check_writable(folder or DEFAULT_PARENT, "--output")
+        if folder is not None:
+            _check_free(folder)
+        facts = {
+            "status": "running",
+            "command": command,
+            "seed": spec.seed,
+            "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "packages": package_versions(),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "timings_s": {},
+        }
+        run = cls(folder or default_folder(command), facts, spec)
+        run._is_named = folder is not None
         return run
+
+    @classmethod
+    def create(cls, folder: Path, spec: RunSpec, command: str) -> Self:
+        """Prepare a run and begin it."""
+        run = cls.prepare(folder, spec, command)
+        run.begin()
+        return run
+
+    def begin(self, spec: RunSpec | None = None) -> None:
+        """Make the folder, with `spec` (default: that of `prepare`) as the configuration.
+
+        Does nothing where the run has begun. Raises UserError where another process was faster.
+        """
+        if self.has_begun:
+            return
+        if self._is_named:
+            _make(self.folder, exist_ok=True)
+        else:
+            self.folder = _made_default_folder(self.facts["command"])
+        if self._is_entered:
+            self._lock = lock_folder(self.folder)
+        _check_free(self.folder)
+        write_text(self.folder / "config.yaml", dump_yaml(spec or self._spec))
+        self.has_begun = True
+        self._save()
 
     @classmethod
     def reopen(cls, folder: Path, command: str) -> tuple[Self, RunSpec]:
@@ -79,7 +114,9 @@ class Run:
             raise UserError(f"{folder} holds a run of {facts['command']}, not of {command}")
         spec = load_spec(folder / "config.yaml", {})
         facts |= {"status": "running", "resumed": facts.get("resumed", 0) + 1}
-        return cls(folder, facts), spec
+        run = cls(folder, facts, spec)
+        run.has_begun = True
+        return run, spec
 
     @property
     def checkpoint(self) -> Path:
@@ -127,11 +164,14 @@ class Run:
         write_json(path, {**before, **result})
 
     def _save(self) -> None:
-        write_json(self.folder / "run.json", self.facts)
+        if self.has_begun:
+            write_json(self.folder / "run.json", self.facts)
 
     def __enter__(self) -> Self:
-        self._lock = lock_folder(self.folder)
-        self._save()
+        self._is_entered = True
+        if self.has_begun:
+            self._lock = lock_folder(self.folder)
+            self._save()
         return self
 
     def __exit__(
@@ -150,6 +190,8 @@ class Run:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
         self.facts["status"] = status
         try:
+            if error is None:
+                self.begin()
             self.add_timing("total", time.perf_counter() - self._start_s)
         finally:
             if self._lock is not None:
@@ -189,8 +231,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _check_free(folder: Path) -> None:
     """Refuse a folder with a run, unless that run came to nothing and left nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; --output names a folder")
     if not (folder / "run.json").exists():
         if (folder / "config.yaml").exists():
             raise UserError(
@@ -230,12 +270,32 @@ def lock_folder(folder: Path) -> int | None:
 def default_folder(command: str) -> Path:
     """Return a fresh folder name under runs/ for a command that was given no --output."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path("runs") / f"{command}-{stamp}"
+    folder = DEFAULT_PARENT / f"{command}-{stamp}"
     suffix = 1
     while folder.exists():
         suffix += 1
-        folder = Path("runs") / f"{command}-{stamp}-{suffix}"
+        folder = DEFAULT_PARENT / f"{command}-{stamp}-{suffix}"
     return folder
+
+
+def _made_default_folder(command: str) -> Path:
+    """Make and return a default folder that no other process has taken."""
+    while True:
+        folder = default_folder(command)
+        with suppress(FileExistsError):
+            _make(folder, exist_ok=False)
+            return folder
+
+
+def _make(folder: Path, *, exist_ok: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder}: {error.strerror}; choose another --output"
+        ) from error
 
 
 def package_versions() -> dict[str, str]:

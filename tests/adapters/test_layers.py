@@ -48,7 +48,7 @@ def test_super_takes_what_was_verified():
     [
         ("7", "layer 7 does not exist; this model has layers 0 to 6"),
         ("2,70", "layer 70 does not exist"),
-        ("last:0", "K must be from 1 to 7"),
+        ("last:0", "K must be 1 or more"),
         ("last:8", "K must be from 1 to 7"),
         ("every:8", "K must be from 1 to 7"),
         ("random:8:0", "K must be from 1 to 7"),
@@ -69,6 +69,7 @@ def test_super_takes_what_was_verified():
         ("ALL", "not understood"),
         (" ", "not understood"),
         ("", "not understood"),
+        ("super:2", "not understood"),
     ],
 )
 def test_mistakes(policy, said):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from swlora.config import DEFAULT_DATASET, DataSpec
 from swlora.data import sources
 from swlora.data.sample import make_sample
-from swlora.data.sources import Example, group_references, load_dataset
+from swlora.data.sources import Example, HubUnreachableError, group_references, load_dataset
 from swlora.errors import DataError, UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -124,7 +124,8 @@ def test_the_sample():
 )
 def test_options_of_files_are_not_ignored_elsewhere(name: str, option: dict[str, str], tmp_path):
     name = write_e2e(tmp_path / "e2e") if name == "folder" else name
-    with pytest.raises(UserError, match=f"data.{next(iter(option))} is for JSONL and CSV"):
+    flag = "--" + next(iter(option)).replace("_", "-")
+    with pytest.raises(UserError, match=f"{flag} is for JSONL and CSV"):
         load_dataset(DataSpec(name=name, **option))
 
 
@@ -154,7 +155,7 @@ def test_the_last_distinct_prompts_are_held_out(tmp_path: Path, n_prompts: int, 
 
 def test_one_prompt_cannot_be_held_out(tmp_path: Path):
     name = write(tmp_path / "rows.jsonl", as_jsonl([("p", "a"), ("p", "b")]))
-    with pytest.raises(UserError, match=r"one distinct prompt.*data\.eval_file"):
+    with pytest.raises(UserError, match=r"one distinct prompt.*give --eval-file"):
         load_dataset(DataSpec(name=name))
 
 
@@ -175,8 +176,19 @@ def test_columns_can_be_named(tmp_path: Path):
     name = write(tmp_path / "rows.csv", as_csv(rows))
     spec = DataSpec(name=name, prompt_column="question", completion_column="answer")
     assert load_dataset(spec).train == (Example("one?", "1!"),)
-    with pytest.raises(DataError, match=r"column 'prompt'; columns found: 'id', 'question', 'ans"):
+    found = r"columns found: 'id', 'question', 'answer' \(name the right one with"
+    with pytest.raises(DataError, match=rf"column 'prompt'; {found} --prompt-column\)$"):
         load_dataset(DataSpec(name=name, skip_bad_rows=True))
+    with pytest.raises(DataError, match=rf"column 'completion'; {found} --completion-column\)$"):
+        load_dataset(spec.model_copy(update={"completion_column": "completion"}))
+    name = write(tmp_path / "rows.jsonl", b'{"question": "one?", "answer": "1!"}\n')
+    found = r"only 'question', 'answer' \(name the right one with --prompt-column\); --skip-bad"
+    with pytest.raises(DataError, match=rf"line 1: it has no 'prompt', {found}"):
+        load_dataset(DataSpec(name=name))
+    write_e2e(tmp_path / "e2e")
+    write(tmp_path / "e2e" / "devset.csv", as_csv(rows))
+    with pytest.raises(DataError, match=r"column 'mr'; columns found: 'id', 'question', 'answer'$"):
+        load_dataset(DataSpec(name=str(tmp_path / "e2e")))
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -460,6 +472,17 @@ def test_offline_goes_straight_to_the_sample(monkeypatch, variable):
     assert "SWLORA_E2E" in dataset.source
     monkeypatch.setenv(variable, "0")
     assert load_dataset(DataSpec()).name == "E2E NLG"
+
+
+def test_data_that_were_named_are_loaded_or_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    named = DataSpec(name=DEFAULT_DATASET)
+    said = r"tuetschek/e2e_nlg cannot be loaded, since .* HF_HUB_OFFLINE is set; .*--dataset sample"
+    with pytest.raises(HubUnreachableError, match=said) as refused:
+        load_dataset(named)
+    assert refused.value.exit_code == 2
+    monkeypatch.setenv("SWLORA_E2E", write_e2e(tmp_path / "e2e"))
+    assert load_dataset(named).name == "E2E NLG"
 
 
 def status(code: int) -> HfHubHTTPError:

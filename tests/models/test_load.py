@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from swlora.config import DEFAULT_MODEL, ModelSpec
 from swlora.errors import UnknownFamilyError, UserError
 from swlora.hub import cached_file
-from swlora.models import load
-from swlora.models.load import load_model, load_skeleton
+from swlora.models import builtin, load
+from swlora.models.load import load_model, load_skeleton, settled_model
 from swlora.models.precision import cast_parameters
 
 TOKENS = torch.tensor([[72, 105, 33, 10, 200]])
@@ -119,21 +120,33 @@ def test_all_tokens_that_end_a_text(generation, config, expected, copy_of):
     assert load_skeleton(spec(folder)).end_token_ids == expected
 
 
-def test_the_default_gives_way_to_the_embedded_model(monkeypatch, model_folder):
+def test_only_a_model_that_was_not_named_gives_way_to_the_embedded_one(monkeypatch, model_folder):
     monkeypatch.setattr(load, "cached_file", lambda *_: None)
     monkeypatch.setattr(load, "_builtin", lambda: str(model_folder("llama")))
-    for tokenizer in (None, DEFAULT_MODEL):
-        loaded = load_model(spec(DEFAULT_MODEL, tokenizer=tokenizer))
-        assert loaded.name == str(model_folder("llama"))
-        assert loaded.model.config.model_type == "llama"
-        assert "embedded model, because openai-community/gpt2 is not cached" in loaded.source
+    left_out = ModelSpec(dtype="float32", device="cpu")
+    assert left_out.name == DEFAULT_MODEL
+    loaded = load_model(left_out)
+    assert loaded.name == str(model_folder("llama"))
+    assert loaded.model.config.model_type == "llama"
+    assert "embedded model, because openai-community/gpt2 is not cached" in loaded.source
     assert "embedded" in load_model(spec("builtin")).source
     for asked in (
         spec("some/model"),
-        spec(DEFAULT_MODEL, revision="main"),
-        spec(DEFAULT_MODEL, tokenizer=str(model_folder("llama"))),
+        spec(DEFAULT_MODEL),
+        ModelSpec(revision="main"),
+        ModelSpec(tokenizer=DEFAULT_MODEL),
+        ModelSpec(tokenizer=str(model_folder("llama"))),
     ):
         assert "is not cached, and the Hugging Face Hub cannot be reached" in refusal(asked)
+
+
+def test_what_is_loaded_has_a_name_that_loads_it_again(monkeypatch):
+    monkeypatch.setattr(load, "cached_file", lambda *_: None)
+    left_out, named = ModelSpec(dtype="float32"), ModelSpec(name=DEFAULT_MODEL)
+    assert settled_model(left_out) == ModelSpec(name="builtin", dtype="float32")
+    assert settled_model(named) == named
+    monkeypatch.setattr(load, "hub_reachable", lambda: True)
+    assert settled_model(left_out) == left_out
 
 
 def test_gpt2s_real_tokenizer_from_a_bare_folder(shared_dir, make_model, tmp_path):
@@ -367,7 +380,8 @@ def write_gguf(model, tokenizer, path: Path, leave_out: tuple[str, ...] = ()) ->
     writer.close()
 
 
-def test_a_gguf_file(make_model, tiny_tokenizer, tmp_path):
+def test_a_gguf_file(make_model, tiny_tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
     expected = make_model("llama", head_dim=6)
     write_gguf(expected, tiny_tokenizer, tmp_path / "model.gguf")
     loaded = load_model(spec(tmp_path / "model.gguf"))
@@ -379,7 +393,7 @@ def test_a_gguf_file(make_model, tiny_tokenizer, tmp_path):
     assert said in refusal(spec(tmp_path / "hole.gguf"))
     assert loaded.source == f"the GGUF file {tmp_path / 'model.gguf'}"
     assert loaded.tokenizer.eos_token_id == 257
-    loaded.model.save_pretrained(tmp_path / "saved")  # transformers refuses a quantised model
-    tiny_tokenizer.save_pretrained(tmp_path / "saved")
+    builtin._convert(tmp_path / "model.gguf", tmp_path / "saved")
+    assert capsys.readouterr() == ("", ""), "no bar of converting, loading or writing"
     again = load_model(spec(tmp_path / "saved"))
     torch.testing.assert_close(again.model(input_ids=TOKENS).logits, logits)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from swlora.adapters.methods import adapt
-from swlora.config import DEFAULT_MODEL
+from swlora.config import DEFAULT_DATASET, DEFAULT_MODEL
 from swlora.models.load import load_model, load_skeleton
 from swlora.study.arms import arms_of
 from swlora.study.check import check
@@ -145,7 +145,7 @@ def test_what_the_hub_has_is_not_replaced(study, monkeypatch):
     assert checked.problems == []
     model, data = checked.unchecked
     assert model.startswith(f"the model: {DEFAULT_MODEL} is not cached")
-    assert data.startswith("the data: the Hub cannot be reached")
+    assert data.startswith(f"the data: {DEFAULT_DATASET} cannot be loaded, since the Hub cannot be")
     assert (checked.n_layers, checked.n_rows) == (None, {})
 
 

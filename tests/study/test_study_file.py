@@ -150,7 +150,7 @@ arms:
 """,
     )
     wanted = [
-        "model.nmae: there is no such setting",
+        "model.nmae: there is no such setting (do you mean model.name?)",
         "seeds: a value is listed twice",
         "rate.grid.1: ",
         "surprise: there is no such setting",
@@ -166,8 +166,8 @@ arms:
         "arm thin: adapter.rank: ",
         "arm own: train.batch_size: cannot be an arm's own",
         "arm own: data.train_rows: an arm changes settings of adapter and train only",
-        "arm policy: --layers 'most' is not understood",
-        "arm budget: --layers 'auto:2' is not understood",
+        "arm policy: adapter.layers: 'most' is not understood",
+        "arm budget: adapter.layers: 'auto:2' is not understood",
         "arm twice: listed twice",
         "train.schedule: constant",
         "arm steady: train.schedule: constant",

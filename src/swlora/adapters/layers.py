@@ -1,24 +1,11 @@
-"""Which layers are trained: a policy such as `last:4`, turned into layer numbers.
-
-    all | super | super+removal | auto:BUDGET | last:K | first:K | every:K | random:K:SEED | 2,11
-
-`super` takes the layers of verified super weights, `super+removal` also those that take the super
-activation out of the residual stream again. `auto:BUDGET` measures (`engine.layer_choice`) and
-stays within that share of the time of all layers. `every:K` takes K evenly spaced layers that
-include the last one; `random:K:SEED` draws K.
-"""
+"""Which layers are trained: a policy such as `last:4`, turned into layer numbers of a model."""
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swlora.errors import UserError
-
-POLICIES = (
-    "all, super, super+removal, auto:BUDGET, last:K, first:K, every:K, random:K:SEED "
-    "or a list such as 2,11"
-)
+from swlora.layer_policy import parse_policy
 
 
 @dataclass(frozen=True)
@@ -39,19 +26,7 @@ def time_budget(policy: str) -> float | None:
 
     Raises UserError where it is no number above 0 and up to 1.
     """
-    kind, _, budget = policy.partition(":")
-    if kind != "auto":
-        return None
-    try:
-        share = float(budget)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise UserError(
-            f"--layers {policy!r} is not understood: auto:0.5 takes at most half of the time that "
-            "all layers take"
-        )
-    return share
+    return parse_policy(policy).numbers[0] if policy.startswith("auto") else None
 
 
 def resolve_layers(policy: str, n_layers: int, identified: Identified | None = None) -> list[int]:
@@ -60,27 +35,29 @@ def resolve_layers(policy: str, n_layers: int, identified: Identified | None = N
     `identified` is needed by `super` and `super+removal` only.
     Raises UserError for an unknown policy, layers out of range, or no layer at all.
     """
-    if policy == "all":
-        return list(range(n_layers))
-    if needs_identification(policy):
-        return _super(policy, identified)
-    if re.fullmatch(r"\d+(,\d+)*", policy.replace(" ", "")):
-        return _checked([int(part) for part in policy.split(",")], n_layers)
-    kind, *numbers = policy.split(":")
-    if not all(part.isdecimal() for part in numbers) or not numbers:
-        raise UserError(f"--layers {policy!r} is not understood; use {POLICIES}")
-    k, *rest = map(int, numbers)
-    if not 1 <= k <= n_layers:
+    parsed = parse_policy(policy)
+    numbers = [int(number) for number in parsed.numbers]
+    match parsed.kind:
+        case "all":
+            return list(range(n_layers))
+        case "super" | "super+removal":
+            return _super(policy, identified)
+        case "list":
+            return _checked(numbers, n_layers)
+        case "auto":
+            raise UserError(f"--layers {policy} needs a measurement of the layers")
+    k = numbers[0]
+    if k > n_layers:
         raise UserError(f"--layers {policy}: K must be from 1 to {n_layers}, the model's layers")
-    if kind == "last" and not rest:
-        return list(range(n_layers - k, n_layers))
-    if kind == "first" and not rest:
-        return list(range(k))
-    if kind == "every" and not rest:
-        return sorted({round((i + 1) * n_layers / k) - 1 for i in range(k)})
-    if kind == "random" and len(rest) == 1:
-        return sorted(random.Random(rest[0]).sample(range(n_layers), k))
-    raise UserError(f"--layers {policy!r} is not understood; use {POLICIES}")
+    match parsed.kind:
+        case "last":
+            return list(range(n_layers - k, n_layers))
+        case "first":
+            return list(range(k))
+        case "every":
+            return sorted({round((i + 1) * n_layers / k) - 1 for i in range(k)})
+        case _:
+            return sorted(random.Random(numbers[1]).sample(range(n_layers), k))
 
 
 def _super(policy: str, identified: Identified | None) -> list[int]:

@@ -78,12 +78,8 @@ def adapt(
     """
     from peft import get_peft_model
 
-    method, anatomy = METHODS[spec.method], Anatomy(model)
-    problems = unfit(spec, anatomy, layers)
-    if problems:
-        raise UserError("; ".join(problems))
-    site = Site(anatomy, resolve_targets(anatomy, spec.targets), list(layers), n_steps)
-    config = method.config(spec, site)
+    method = METHODS[spec.method]
+    site, config = check_fit(Anatomy(model), spec, layers, n_steps=n_steps)
     with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(seed)
         adapted = method.adapted(get_peft_model(model, config), spec)
@@ -91,6 +87,20 @@ def adapt(
     if n_adapted != n_expected:
         raise UserError(f"{n_adapted} modules were adapted where {n_expected} were expected")
     return adapted
+
+
+def check_fit(
+    anatomy: Anatomy, spec: AdapterSpec, layers: Sequence[int], *, n_steps: int | None
+) -> tuple[Site, Any]:
+    """Return where the adapter goes and PEFT's configuration of it.
+
+    Raises UserError where the method does not fit the model, all reasons at once.
+    """
+    problems = unfit(spec, anatomy, layers)
+    if problems:
+        raise UserError("; ".join(problems))
+    site = Site(anatomy, resolve_targets(anatomy, spec.targets), list(layers), n_steps)
+    return site, METHODS[spec.method].config(spec, site)
 
 
 def unfit(spec: AdapterSpec, anatomy: Anatomy, layers: Sequence[int]) -> list[str]:

@@ -79,12 +79,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """Wrap `model` with the saved adapter in `folder`, frozen; UserError where it does not fit."""
     from peft import PeftModel
 
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is no adapter folder: it holds no {CONFIG}")
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
-    if reason := _refusal(folder):
-        raise UserError(f"the adapter in {folder} is not supported: {reason}")
+    _check(folder)
     try:
         with quiet_peft():
             peft_model = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
@@ -138,11 +133,25 @@ def _undo_rounding(peft_model: Any, weights: Path) -> None:
 
 
 def adapter_folder(path: Path) -> Path:
-    """Return the adapter folder that `path` is, or, for a run folder, holds."""
+    """Return the adapter folder that `path` is, or, for a run folder, holds.
+
+    Raises UserError where it holds no adapter, so that this is known before a model is loaded.
+    """
     if not path.is_dir():
         raise UserError(f"there is no adapter folder {path}")
     inside = path / "adapter"
-    return inside if (inside / CONFIG).is_file() else path
+    folder = inside if (inside / CONFIG).is_file() else path
+    _check(folder)
+    return folder
+
+
+def _check(folder: Path) -> None:
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no adapter folder: it holds no {CONFIG}")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
+    if reason := _refusal(folder):
+        raise UserError(f"the adapter in {folder} is not supported: {reason}")
 
 
 def read_facts(folder: Path) -> Facts:

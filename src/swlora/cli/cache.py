@@ -28,7 +28,7 @@ def cache_command(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="with --clear: do not ask")] = False,
     json: Json = None,
-    debug: Debug = False,  # noqa: ARG001  read by main(), for every verb alike
+    debug: Debug = False,  # noqa: ARG001  noted by its own callback
 ) -> None:
     """List what swlora keeps in its cache folder, and clear it.
 

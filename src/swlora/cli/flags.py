@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from swlora.config import RunSpec, join_list
+from swlora.settings import flag_name
 
 
 def _section(group: str) -> type[BaseModel]:
@@ -31,19 +32,6 @@ DATA = tuple(name for name in _fields("data") if name not in EVALUATION)
 IDENTIFY, ADAPTER = _fields("identify"), _fields("adapter")
 TRAIN, DECODE = _fields("train"), _fields("decode")
 SERVE = _fields("serve")
-
-# Flags whose name is not simply the field's
-NAMES = {
-    "model.name": "--model",
-    "data.name": "--dataset",
-    "data.eval_split": "--split",
-    "decode.batch_size": "--eval-batch-size",
-}
-
-
-def flag_name(path: str) -> str:
-    """Return the flag of a field, such as --model for model.name."""
-    return NAMES.get(path, "--" + path.rpartition(".")[2].replace("_", "-"))
 
 
 def with_flags(

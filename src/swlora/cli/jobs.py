@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.cli.app import Overrides
 from swlora.cli.disk import say_what_is_left
-from swlora.cli.flags import flag_name
 from swlora.config import load_spec
 from swlora.errors import UserError
+from swlora.settings import flag_name
 
 if TYPE_CHECKING:
     from swlora.pipeline import Job
@@ -21,12 +21,12 @@ def progress() -> Any:
     """Return what shows a person how work goes on."""
     from swlora.cli.terminal import make_progress
 
-    quiet_libraries()
+    no_library_notes()
     return make_progress()
 
 
-def quiet_libraries() -> None:
-    """Keep libraries' own bars and notes off the terminal."""
+def no_library_notes() -> None:
+    """Keep libraries' own bars and notes off the terminal for as long as the process lives."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -41,8 +41,11 @@ def open_job(
     overrides: Overrides,
     resume: bool = False,
 ) -> Iterator["Job"]:
-    """Open a run folder for a command, or reopen it, and record how it ends."""
-    from swlora.runs import Run, default_folder
+    """Prepare a run of a command, or reopen one, and record how it ends.
+
+    The folder is made when the job begins its work: mistakes that show before leave none.
+    """
+    from swlora.runs import Run
 
     if resume:
         if output is None:
@@ -56,7 +59,7 @@ def open_job(
         run, spec = Run.reopen(output, command)
     else:
         spec = load_spec(config, overrides)
-        run = Run.create(output or default_folder(command), spec, command)
+        run = Run.prepare(output, spec, command)
     with run, sigterm_interrupts():
         from swlora.pipeline import Job
 

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from swlora.cli.app import Adapter, Config, Debug, Json, Output, Overrides, Resume, app
+from swlora.cli.app import (
+    Adapter,
+    Config,
+    Debug,
+    Json,
+    Output,
+    OutputIfAny,
+    Overrides,
+    Resume,
+    app,
+)
 from swlora.cli.flags import (
     ADAPTER,
     DATA,
@@ -19,9 +29,9 @@ from swlora.cli.flags import (
 )
 from swlora.cli.jobs import (
     finish,
+    no_library_notes,
     open_job,
     progress,
-    quiet_libraries,
     quiet_or_job,
     sigterm_interrupts,
 )
@@ -149,7 +159,7 @@ def compare_command(
 
     overrides = {"controls": False if no_controls else None}
     request = compare.Request(config, output or Path("runs") / config.stem, only, overrides)
-    quiet_libraries()
+    no_library_notes()
     if dry_run:
         result = compare.plan(request)
         overview.show_plans(result)
@@ -161,15 +171,12 @@ def compare_command(
 
 
 @app.command("score")
-@with_flags("seed")
 def score_command(
-    overrides: Overrides,
     predictions: Annotated[Path, typer.Option(help="one output a line, in the MRs' order")],
     references: Annotated[
         Path, typer.Option(help="E2E CSV, or groups of lines separated by blank lines")
     ],
-    output: Output = None,
-    config: Config = None,
+    output: OutputIfAny = None,
     json: Json = None,
     debug: Debug = False,
 ) -> None:
@@ -177,7 +184,7 @@ def score_command(
 
     Example: `swlora score --predictions out.txt --references testset_w_refs.csv`
     """
-    with quiet_or_job("score", output, config, overrides) as job:
+    with quiet_or_job("score", output, None, {}) as job:
         from swlora.evaluation.scoring_files import score_files
 
         result = score_files(predictions, references)
@@ -203,7 +210,7 @@ def generate_command(
     system: Annotated[
         str | None, typer.Option(help="a system turn before the prompt; implies --chat")
     ] = None,
-    output: Output = None,
+    output: OutputIfAny = None,
     config: Config = None,
     json: Json = None,
     debug: Debug = False,

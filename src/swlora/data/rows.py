@@ -14,6 +14,7 @@ from swlora.data.chat_rows import make_chat, unused_meaning
 from swlora.data.examples import Example, kept, make_example
 from swlora.errors import DataError, UserError
 
+E2E_COLUMNS = ("mr", "ref")
 Row = tuple[int, Example | str]  # number in the file; the example, or why it cannot be used
 
 
@@ -66,7 +67,10 @@ def _csv_rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
             for column in columns:
                 if header.count(column) != 1:
                     found = ", ".join(map(repr, header)) or "none"
-                    raise DataError(f"{path} needs one column {column!r}; columns found: {found}")
+                    raise DataError(
+                        f"{path} needs one column {column!r}; columns found: {found}"
+                        f"{_choice(column, columns)}"
+                    )
             prompt, completion = (header.index(column) for column in columns)
             line = reader.line_num + 1
             for row in reader:
@@ -77,6 +81,14 @@ def _csv_rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
                 line = reader.line_num + 1
         except csv.Error as error:  # nothing after a broken quotation can be trusted
             raise DataError(f"{path}, line {line}: not valid CSV: {error}") from error
+
+
+def _choice(column: str, columns: tuple[str, str]) -> str:
+    """Return the flag that names another column; nothing where the columns are E2E's own."""
+    if columns == E2E_COLUMNS:
+        return ""
+    flag = "--prompt-column" if column == columns[0] else "--completion-column"
+    return f" (name the right one with {flag})"
 
 
 def _jsonl_rows(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
@@ -110,5 +122,6 @@ def _json_row(raw: bytes, columns: tuple[str, str]) -> Example | str:
         return make_chat(row["messages"])
     for column in columns:
         if column not in row:
-            return f"it has no {column!r}, only {', '.join(map(repr, row)) or 'nothing'}"
+            found = ", ".join(map(repr, row)) or "nothing"
+            return f"it has no {column!r}, only {found}{_choice(column, columns)}"
     return make_example(row[columns[0]], row[columns[1]])

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from swlora.config import DEFAULT_DATASET, SAMPLE_DATASET, DataSpec
 from swlora.data.examples import Example, chosen, kept, make_example
-from swlora.data.rows import READERS, collect_rows, read_rows
+from swlora.data.rows import E2E_COLUMNS, READERS, collect_rows, read_rows
 from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
+from swlora.library_noise import quiet_libraries
+from swlora.settings import flag_name
 
 E2E_FOLDER_VARIABLE = "SWLORA_E2E"
 E2E_NAME = "E2E NLG"
-E2E_COLUMNS = ("mr", "ref")
 E2E_FILES = ("trainset.csv", "devset.csv", "testset_w_refs.csv")
 # The main branch of the Hub repository is a script, which datasets >= 4 refuses to run.
 HUB_REVISION = "refs/convert/parquet"
@@ -89,8 +90,10 @@ def number_prompts(examples: Sequence[Example]) -> NDArray[np.int64]:
 def load_dataset(spec: DataSpec) -> Dataset:
     """Load what `spec.name` names and keep the rows that its limits allow.
 
-    The default Hub id falls back to the folder in SWLORA_E2E before, and the sample after, the
-    Hub. Raises UserError for a name that is no source, DataError for rows that cannot be used.
+    The default Hub id is read from the folder in SWLORA_E2E, if set, else from the Hub. Where no
+    data were named and the Hub cannot be reached, the sample takes their place, and `source` says
+    so. Raises UserError for a name that is no source, HubUnreachableError for data that were named
+    and cannot be had, DataError for rows that cannot be used.
     """
     path = Path(spec.name).expanduser()
     known = spec.name in (SAMPLE_DATASET, DEFAULT_DATASET)
@@ -98,11 +101,12 @@ def load_dataset(spec: DataSpec) -> Dataset:
         return _limited(_load_file(path, spec), spec)
     for option in ("eval_file", "prompt_column", "completion_column"):
         if getattr(spec, option) != DataSpec.model_fields[option].default:
-            raise UserError(f"data.{option} is for JSONL and CSV files, not for {spec.name}")
+            flag = flag_name(f"data.{option}")
+            raise UserError(f"{flag} is for JSONL and CSV files, not for {spec.name}")
     if spec.name == SAMPLE_DATASET:
         return _limited(_load_sample(SAMPLE_SOURCE), spec)
     if spec.name == DEFAULT_DATASET:
-        return _limited(_load_default(spec.skip_bad_rows), spec)
+        return _limited(_load_default(spec), spec)
     if path.is_dir():
         return _limited(_load_folder(path, spec.skip_bad_rows), spec)
     raise UserError(
@@ -133,17 +137,22 @@ def _first_prompts(examples: Sequence[Example], n: int | None) -> Sequence[Examp
 # Sources
 
 
-def _load_default(skip_bad_rows: bool) -> Dataset:
+def _load_default(spec: DataSpec) -> Dataset:
     if folder := os.environ.get(E2E_FOLDER_VARIABLE):
         try:
-            return _load_folder(Path(folder).expanduser(), skip_bad_rows)
+            return _load_folder(Path(folder).expanduser(), spec.skip_bad_rows)
         except UserError as error:
             raise type(error)(f"{E2E_FOLDER_VARIABLE}: {error}") from error
     try:
-        return _load_hub(skip_bad_rows)
-    except _HubUnreachableError as error:
+        return _load_hub(spec.skip_bad_rows)
+    except HubUnreachableError as error:
         hint = f"set {E2E_FOLDER_VARIABLE} to a folder with the E2E files to use those"
-        return _load_sample(f"{SAMPLE_SOURCE}, since the Hub cannot be reached: {error}; {hint}")
+        if "name" in spec.model_fields_set:
+            raise HubUnreachableError(
+                f"{DEFAULT_DATASET} cannot be loaded, since {error}; {hint}, or give --dataset "
+                f"{SAMPLE_DATASET}"
+            ) from error
+        return _load_sample(f"{SAMPLE_SOURCE}, since {error}; {hint}")
 
 
 def _load_folder(folder: Path, skip_bad_rows: bool) -> Dataset:
@@ -174,7 +183,7 @@ def _load_file(path: Path, spec: DataSpec) -> Dataset:
     n_prompts = int(prompts.max()) + 1
     if n_prompts < 2:
         raise UserError(
-            f"{path} has one distinct prompt, so none can be held out: give data.eval_file"
+            f"{path} has one distinct prompt, so none can be held out: give --eval-file"
         )
     n_dev = max(1, n_prompts // 20)
     is_dev = prompts >= n_prompts - n_dev
@@ -194,7 +203,7 @@ def _assembled(
 # The Hub
 
 
-class _HubUnreachableError(Exception):
+class HubUnreachableError(UserError):
     """No connection to the Hub; the message says why."""
 
 
@@ -204,9 +213,10 @@ def _load_hub(skip_bad_rows: bool) -> Dataset:
 
     advice = f"set {E2E_FOLDER_VARIABLE} to a folder with the E2E files, or use {SAMPLE_DATASET}"
     try:
-        tables = datasets.load_dataset(DEFAULT_DATASET, revision=commit)
+        with quiet_libraries():
+            tables = datasets.load_dataset(DEFAULT_DATASET, revision=commit)
     except ConnectionError as error:
-        raise _HubUnreachableError(_brief(error)) from error
+        raise HubUnreachableError(f"the Hub cannot be reached: {_brief(error)}") from error
     except Exception as error:  # its loaders raise errors of many libraries
         raise UserError(f"cannot load {DEFAULT_DATASET}: {_brief(error)}; {advice}") from error
     parts = []
@@ -229,7 +239,7 @@ def _hub_commit() -> str:
     """Resolve the Parquet branch to a commit, by one short request that shows if we are online."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise _HubUnreachableError(f"{variable} is set")
+            raise HubUnreachableError(f"the Hub cannot be reached: {variable} is set")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -251,7 +261,7 @@ def _hub_commit() -> str:
     if isinstance(answer, HfHubHTTPError) and answer.response.status_code < 500:
         raise UserError(f"the Hub refuses {DEFAULT_DATASET}: {_brief(answer)}") from answer
     if isinstance(answer, Exception):
-        raise _HubUnreachableError(_brief(answer)) from answer
+        raise HubUnreachableError(f"the Hub cannot be reached: {_brief(answer)}") from answer
     return answer
 
 

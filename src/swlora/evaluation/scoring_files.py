@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from swlora.data.rows import read_rows
-from swlora.data.sources import E2E_COLUMNS, group_references
+from swlora.data.rows import E2E_COLUMNS, read_rows
+from swlora.data.sources import group_references
 from swlora.errors import DataError, UserError
 from swlora.evaluation import bootstrap
 from swlora.evaluation.bootstrap import score_intervals

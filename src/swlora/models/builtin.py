@@ -16,6 +16,7 @@ from pathlib import Path
 
 from swlora.caches import hold
 from swlora.errors import RunFailedError
+from swlora.library_noise import quiet_libraries
 from swlora.paths import cache_dir
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -99,5 +100,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     from swlora.models.gguf_file import load_gguf
 
     model, tokenizer = load_gguf(gguf)
-    model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
+    with quiet_libraries():
+        model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.errors import UserError
+from swlora.library_noise import quiet_libraries
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
@@ -16,14 +17,15 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with quiet_libraries():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as a GGUF language model: {detail}") from error

@@ -1,17 +1,18 @@
 """A language model and its tokenizer from a Hub id, a local folder, a .gguf file or `builtin`.
 
 Weights come from safetensors (or a GGUF file, read as data) only; code of a model repository is
-never run. Where the model was left at its default and the Hub cannot be reached, the embedded
-model takes its place and `source` says so.
+never run. Where no model was named and the default cannot be had from the Hub, the embedded model
+takes its place and `source` says so; a model that was named is loaded or refused.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from swlora.config import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
+from swlora.config import BUILTIN_MODEL, ModelSpec
 from swlora.errors import UserError
 from swlora.hub import cached_file, hub_reachable
+from swlora.library_noise import quiet_libraries
 from swlora.memory import keep_few_kernels, keep_freed_memory
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.end_tokens import find_end_tokens
@@ -46,6 +47,17 @@ class _Place:
     model: str
     tokenizer: str
     source: str
+
+
+def check_model(spec: ModelSpec) -> None:
+    """Refuse, before anything large is read, a model that is not there or of no known family.
+
+    Raises what `load_model` raises for those, and for a device that this machine has not.
+    """
+    resolve_device(spec.device)
+    place = _find(spec)
+    if not place.model.endswith(".gguf"):
+        _load_config(place.model, spec.revision)
 
 
 def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
@@ -107,8 +119,22 @@ def load_skeleton(spec: ModelSpec) -> LoadedModel:
     return LoadedModel(model, tokenizer, place.model, revision, place.source, ends)
 
 
+def settled_model(spec: ModelSpec) -> ModelSpec:
+    """Return `spec` with the name of what is loaded: `builtin`, where no model was named and the
+    default is neither cached nor to be had from the Hub; else the name that it has.
+    """
+    chosen = "name" in spec.model_fields_set or spec.tokenizer or spec.revision
+    if chosen or cached_file(spec.name, "config.json") or hub_reachable():
+        return spec
+    return spec.model_copy(update={"name": BUILTIN_MODEL})
+
+
 def _find(spec: ModelSpec) -> _Place:
     path = Path(spec.name).expanduser()
+    if (settled := settled_model(spec)) != spec:
+        reason = f"{spec.name} is not cached and the Hugging Face Hub cannot be reached"
+        place = _find(settled)
+        return replace(place, source=f"{place.source}, because {reason}")
     if spec.name == BUILTIN_MODEL:
         name, source = _builtin(), "SmolLM2-135M-Instruct, the embedded model"
     elif spec.name.endswith(".gguf"):
@@ -134,14 +160,6 @@ def _find_on_hub(spec: ModelSpec) -> _Place:
         same = spec.tokenizer in (None, spec.name)
         tokenizer = spec.name if same else _find_tokenizer(str(spec.tokenizer))
         return _Place(spec.name, tokenizer, f"{spec.name} from the Hugging Face Hub")
-    left_at_default = spec.revision is None and spec.tokenizer in (None, DEFAULT_MODEL)
-    if spec.name == DEFAULT_MODEL and left_at_default:
-        folder = _builtin()
-        source = (
-            f"SmolLM2-135M-Instruct, the embedded model, because {DEFAULT_MODEL} "
-            "is not cached and the Hugging Face Hub cannot be reached"
-        )
-        return _Place(folder, folder, source)
     raise UserError(
         f"{spec.name} is not a folder, is not cached, and the Hugging Face Hub cannot be reached; "
         "give --model a local folder, a .gguf file or 'builtin'"
@@ -171,7 +189,8 @@ def _load_config(name: str, revision: str | None) -> Any:
 
     where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
     except Exception as error:  # loaders raise the errors of many libraries
         raise UserError(f"the model {name} cannot be loaded: {_brief(error)}") from error
     family_of(config.model_type)
@@ -194,16 +213,17 @@ def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
 
     config = _load_config(name, revision)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            revision=revision,
-            local_files_only=_is_offline(name),
-        )
+        with quiet_libraries():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                revision=revision,
+                local_files_only=_is_offline(name),
+            )
     except Exception as error:  # loaders raise the errors of many libraries
         raise UserError(f"the model {name} cannot be loaded: {_brief(error)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them at random
@@ -216,7 +236,8 @@ def _load_tokenizer(name: str, revision: str | None) -> Any:
 
     where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     except Exception as error:  # loaders raise the errors of many libraries
         raise UserError(f"the tokenizer of {name} cannot be loaded: {_brief(error)}") from error
 

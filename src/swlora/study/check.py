@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from swlora.config import BUILTIN_MODEL, DEFAULT_DATASET, ModelSpec, RunSpec
+from swlora.config import BUILTIN_MODEL, DataSpec, ModelSpec, RunSpec
 from swlora.engine.schedule import rows_per_step
 from swlora.errors import UserError
 from swlora.study.arms import Arm, arms_of
@@ -153,16 +153,17 @@ def _not_at_hand(spec: ModelSpec, may_fetch: bool) -> str | None:
 
 def _check_data(checked: Checked, tokenizer: Any) -> None:
     """Load the data as runs will, and encode it where the tokenizer is at hand."""
-    from swlora.data.sources import load_dataset
+    from swlora.data.sources import HubUnreachableError, load_dataset
 
     spec, problems = checked.spec, checked.problems
     try:
-        dataset = load_dataset(spec.data)
+        # As runs get it: with every setting named, so that nothing takes the place of the default
+        dataset = load_dataset(DataSpec.model_validate(spec.data.model_dump()))
+    except HubUnreachableError as error:
+        checked.unchecked.append(f"the data: {error}")
+        return
     except UserError as error:
         problems.append(f"data: {error}")
-        return
-    if spec.data.name == DEFAULT_DATASET and dataset.name == "sample":
-        checked.unchecked.append(f"the data: {dataset.source.partition(', since ')[2]}")
         return
     checked.facts |= {"data_source": dataset.source, "data_sha256": dataset.sha256}
     needed = ["train", spec.data.eval_split]

@@ -16,10 +16,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from swlora.config import RunSpec, load_spec, problem_lines, read_mapping
+from swlora.config import RunSpec, load_spec, read_mapping
 from swlora.errors import UserError
 from swlora.evaluation.segments import Segments
 from swlora.runs import read_metrics, read_run
+from swlora.settings import problem_lines
 from swlora.study.folder import fit_seconds, read_study
 from swlora.study.spec import StudySpec
 
@@ -142,7 +143,7 @@ def collect(folder: Path) -> StudyRecord:
     try:
         spec = StudySpec.model_validate(read_mapping(folder / "study.yaml"))
     except ValidationError as error:
-        problems = "; ".join(problem_lines(error))
+        problems = "; ".join(problem_lines(error, StudySpec))
         raise UserError(f"in {folder / 'study.yaml'}: {problems}") from error
     names = _with_controls([arm.name for arm in spec.arms], facts["arms"])
     return StudyRecord(spec, facts, tuple(_arm(folder, spec, facts, name) for name in names))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from swlora.adapters.layers import needs_identification, resolve_layers, time_budget
+from swlora.adapters.layers import needs_identification, time_budget
 from swlora.config import (
     DEFAULT_BATCH_SIZE,
     LORA_SETTINGS,
@@ -31,6 +31,7 @@ from swlora.config import (
     set_dotted,
 )
 from swlora.errors import UserError
+from swlora.layer_policy import parse_policy
 
 METHODS: tuple[str, ...] = get_args(MethodName)
 ALL_SETTINGS = LORA_SETTINGS.union(*METHOD_SETTINGS.values())
@@ -41,7 +42,6 @@ SHORT = {
     "alpha": "adapter.alpha",
     "epochs": "train.epochs",
 }
-MANY_LAYERS = 1_000_000  # accepts every layer number where the model is not known yet
 
 PositiveRate = Annotated[float, Field(gt=0)]
 
@@ -165,16 +165,10 @@ class StudySpec(Spec):
 def is_policy(text: str) -> bool:
     """Say whether `text` is a layer policy, in whatever model."""
     try:
-        check_policy(text)
+        parse_policy(text)
     except UserError:
         return False
     return True
-
-
-def check_policy(policy: str) -> None:
-    """Raise UserError where `policy` is none, in whatever model."""
-    if not is_found(policy):
-        resolve_layers(policy, MANY_LAYERS)
 
 
 def is_found(policy: str) -> bool:

@@ -13,10 +13,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from swlora.config import TrainSpec, problem_lines, read_mapping, set_dotted
+from swlora.config import RunSpec, TrainSpec, read_mapping, set_dotted
 from swlora.errors import UserError
+from swlora.settings import problem_lines
 from swlora.study.arms import arms_of, expected_controls
-from swlora.study.spec import ArmSpec, StudySpec, check_policy, is_found
+from swlora.study.spec import ArmSpec, StudySpec, is_found
 
 # What all arms of a study share, or what the study itself decides
 SHARED = {
@@ -71,9 +72,8 @@ def arm_problems(spec: StudySpec, arm: ArmSpec) -> list[str]:
         return problems
     try:
         run = spec.run_spec(arm.overrides)
-        check_policy(run.adapter.layers)
     except ValidationError as error:
-        return problem_lines(error)
+        return problem_lines(error, RunSpec)
     except UserError as error:
         return [str(error)]
     if arm.control_seeds and not is_found(run.adapter.layers):
@@ -92,7 +92,9 @@ def _parse(name: str, tree: dict[str, Any]) -> StudyFile:
         try:
             spec = StudySpec.model_validate(left)
         except ValidationError as error:
-            problems += [_with_arm_name(line, left["arms"]) for line in problem_lines(error)]
+            problems += [
+                _with_arm_name(line, left["arms"]) for line in problem_lines(error, StudySpec)
+            ]
             left = _without_wrong_parts(left, error)
             if not left.get("arms"):
                 return StudyFile(name, None, problems)

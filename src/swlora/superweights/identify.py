@@ -19,7 +19,7 @@ from swlora.models.load import LoadedModel
 from swlora.progress import Progress, Silent
 from swlora.runs import package_versions
 from swlora.superweights import ablate, known, proof, search
-from swlora.superweights.detect import trace
+from swlora.superweights.detect import prompt_tokens, trace
 from swlora.superweights.effects import NEW_TOKENS, dose_curve, generations
 from swlora.superweights.meter import Meter
 from swlora.threads import adapted_threads
@@ -82,12 +82,15 @@ def identify(
 
 
 def check(loaded: LoadedModel, spec: IdentifySpec) -> None:
-    """Refuse windows that the model has no room for, before any work is done."""
+    """Refuse windows and prompts that the model has no room for, before any work is done."""
     if spec.window_tokens > loaded.context_tokens:
         raise UserError(
             f"--window-tokens {spec.window_tokens} exceeds the model's context of "
             f"{loaded.context_tokens} tokens"
         )
+    ablate.text_windows(loaded.tokenizer, spec.text, spec.windows, spec.window_tokens)
+    for prompt in spec.prompt:
+        prompt_tokens(loaded.model, loaded.tokenizer, prompt)
 
 
 def _setup(

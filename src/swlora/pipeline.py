@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.adapters.layers import (
     Identified,
+    layer_ranges,
     needs_identification,
     resolve_layers,
     time_budget,
@@ -174,8 +175,8 @@ def train(job: Job, prepared: "Prepared | None" = None) -> tuple[Any, Result]:
     train_mode(model)
     n_trainable = sum(p.numel() for p in adapted.parameters.values())
     job.progress.say(
-        f"training {n_trainable:,} weights ({spec.adapter.method}) in layers {_ranges(layers)} "
-        f"on {len(sequences):,} rows"
+        f"training {n_trainable:,} weights ({spec.adapter.method}) in layers "
+        f"{layer_ranges(layers)} on {len(sequences):,} rows"
     )
 
     def save(folder: Path, losses_nats: dict[str, float], **more: Any) -> int:
@@ -286,16 +287,20 @@ def choose_layers(job: Job) -> list[int]:
 
 
 def measure_layers(job: Job, budget: float) -> list[int]:
-    """Choose the layers of `auto:BUDGET` by a short measurement, and say why."""
+    """Choose the layers of `auto:BUDGET` by a short measurement, and say why.
+
+    A resumed run keeps its layers: a stopwatch would not choose the same ones every time.
+    """
     from swlora.engine import layer_choice
 
-    spec, sequences = job.spec, job.encoded("train")
+    if recorded := job.run.read_result().get("layer_choice"):
+        return [int(layer) for layer in recorded["layers"]]
+    sequences, model = job.encoded("train"), job.loaded.model
     with job.timed("measure_layers"), job.progress.task("measure the layers"):
-        found = layer_choice.profile(job.loaded.model, sequences, spec, job.progress.say)
-        choice = layer_choice.choose(found, n_epochs=spec.train.epochs, budget=budget)
-    for line in layer_choice.table(choice):
+        choice = layer_choice.choose(model, sequences, job.spec, budget, job.progress)
+    for line in layer_choice.lines(choice):
         job.progress.say(line)
-    job.run.write_result({"layer_choice": {"budget": budget, **asdict(choice)}})
+    job.run.write_result({"layer_choice": asdict(choice)})
     return choice.layers
 
 
@@ -431,14 +436,3 @@ def _prompt_text(example: Example) -> str:
     """Return the prompt for a person to read: its text, or a chat's turns."""
     turns = (f"{role}: {content}" for role, content in example.messages)
     return example.prompt or "\n".join(turns)
-
-
-def _ranges(layers: list[int]) -> str:
-    """Write [0, 1, 2, 5] as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

@@ -159,9 +159,12 @@ class Run:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Add to result.json what came out of the run, under names such as "train" and "eval"."""
+        write_json(self.folder / "result.json", {**self.read_result(), **result})
+
+    def read_result(self) -> dict[str, Any]:
+        """Return what came out so far; empty where nothing did."""
         path = self.folder / "result.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        write_json(path, {**before, **result})
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
     def _save(self) -> None:
         if self.has_begun:

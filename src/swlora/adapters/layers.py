@@ -60,6 +60,17 @@ def resolve_layers(policy: str, n_layers: int, identified: Identified | None = N
             return sorted(random.Random(numbers[1]).sample(range(n_layers), k))
 
 
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Write [0, 1, 2, 5] as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
 def _super(policy: str, identified: Identified | None) -> list[int]:
     if identified is None:
         raise UserError(f"--layers {policy} needs the layers that identify verified")

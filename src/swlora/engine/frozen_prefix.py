@@ -33,6 +33,12 @@ GIB = 1 << 30
 FORMAT = 1
 
 
+def n_cache_bytes(base_model: Any, sequences: TokenSequences) -> int:
+    """Return the size of a cache for `sequences`: a state and a flag for every node."""
+    state_bytes = int(base_model.config.hidden_size) * next(base_model.parameters()).element_size()
+    return int(count_nodes(sequences) * (state_bytes + 1))
+
+
 class PrefixCache:
     """Serves `split.prefix` from a file where it can; falls back to computing for good.
 
@@ -58,7 +64,7 @@ class PrefixCache:
         self._row_bytes = self._width * parameter.element_size()
         self._data: int | None = None
         self.n_read_rows = self.n_computed_rows = 0
-        n_bytes, limit_bytes = self._n_nodes * (self._row_bytes + 1), int(limit_gb * GIB)
+        n_bytes, limit_bytes = n_cache_bytes(split.base_model, sequences), int(limit_gb * GIB)
         if n_bytes > limit_bytes:
             say(
                 f"no prefix cache: it needs {n_bytes / GIB:.1f} GiB and --cache-gb allows "

@@ -53,17 +53,8 @@ def train(
     best adapter and may end the training early. Raises RunFailedError before a non-finite loss or
     gradient could reach the weights.
     """
-    from accelerate import Accelerator
-
     spec = schedule.spec
-    if not adapted.parameters:
-        raise RunFailedError("no parameter is trainable")
-    device = next(iter(adapted.parameters.values())).device
-    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise RunFailedError("swlora trains in one process; start it without a launcher")
-    optimizer = accelerator.prepare(_optimizer(adapted, spec))
-    state = LoopState(adapted, optimizer.optimizer)
+    accelerator, state = _begin(adapted, spec)
     folder, n_steps = run.checkpoint, schedule.n_steps
     if state.load(folder):
         progress.say(f"resuming after step {state.totals.step}")
@@ -96,6 +87,31 @@ def train(
                 )
     state.save(folder)
     return state
+
+
+def reports(
+    step_function: StepFunction, schedule: Schedule, adapted: Adapted
+) -> Iterator[dict[str, Any]]:
+    """Yield the report of every step of `schedule`, made as `train` makes it; nothing is written.
+
+    Raises RunFailedError before a non-finite loss or gradient could reach the weights.
+    """
+    accelerator, state = _begin(adapted, schedule.spec)
+    for rows in schedule.steps():
+        yield _one_step(step_function, rows, state, accelerator, schedule)
+
+
+def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
+    from accelerate import Accelerator
+
+    if not adapted.parameters:
+        raise RunFailedError("no parameter is trainable")
+    device = next(iter(adapted.parameters.values())).device
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise RunFailedError("swlora trains in one process; start it without a launcher")
+    optimizer = accelerator.prepare(_optimizer(adapted, spec))
+    return accelerator, LoopState(adapted, optimizer.optimizer)
 
 
 def _note(report: dict[str, Any], held_out: HeldOutState) -> str:

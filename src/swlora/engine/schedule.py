@@ -58,13 +58,17 @@ class Schedule:
         while n_done < self.n_steps:
             epoch = n_done // self._n_steps_per_epoch
             first = epoch * self._n_steps_per_epoch
-            steps = self._plan(epoch)
-            if len(steps) != self._n_steps_per_epoch:
-                raise RunFailedError(
-                    f"epoch {epoch} has {len(steps)} steps and not {self._n_steps_per_epoch}"
-                )
-            yield from steps[n_done - first : self.n_steps - first]
+            yield from self.epoch(epoch)[n_done - first : self.n_steps - first]
             n_done = first + self._n_steps_per_epoch
+
+    def epoch(self, number: int) -> list[list[np.ndarray]]:
+        """Return all steps of an epoch (0-based)."""
+        steps = self._plan(number)
+        if len(steps) != self._n_steps_per_epoch:
+            raise RunFailedError(
+                f"epoch {number} has {len(steps)} steps and not {self._n_steps_per_epoch}"
+            )
+        return steps
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of step `step` (0-based)."""

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from swlora.adapters import layers
 from swlora.evaluation.scales import SCALES
 
 Arm = dict[str, Any]
@@ -32,15 +33,9 @@ def span(bounds: Sequence[float], digits: int, *, sign: bool = False) -> str:
     return f"[{low}, {high}]"
 
 
-def layer_ranges(layers: Sequence[int]) -> str:
-    """Write [0, 1, 2, 5] as "0–2, 5"."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and parts[-1][-1] == layer - 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
+def layer_ranges(numbers: Sequence[int]) -> str:
+    """Write [0, 1, 2, 5] as "0–2, 5", with the dashes of a printed text."""
+    return layers.layer_ranges(numbers).replace("-", "–")
 
 
 def csv_table(results: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ reason}; its seconds (`choose_layers` in run.json) hold no loading. The loss is 
 """
 
 import argparse
-import json
 import shutil
 import signal
 from collections.abc import Sequence
@@ -57,9 +56,7 @@ def train_and_measure(job: Job) -> None:
 
 def _found_nothing(job: Job) -> bool:
     """Say whether identification came to its end and verified no super weight."""
-    path = job.run.folder / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return bool(result.get("identify", {}).get("layers") == [])
+    return bool(job.run.read_result().get("identify", {}).get("layers") == [])
 
 
 WORK = {"layers": find_layers, "train": train_and_measure}

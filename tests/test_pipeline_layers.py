@@ -1,0 +1,73 @@
+"""`--layers auto:BUDGET` through the pipeline: what is recorded, said, and kept on resuming."""
+
+from typing import Any
+
+import pytest
+from tests.small_runs import make_spec, write_data
+
+from swlora import pipeline
+from swlora.engine import layer_choice, loop
+from swlora.engine.layer_choice import Choice, Trial
+from swlora.pipeline import Job
+from swlora.progress import Silent
+from swlora.runs import Run
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_few_steps_take_all_layers_and_say_so(model_folder, tmp_path) -> None:
+    spec = make_spec(model_folder("llama"), write_data(tmp_path), adapter__layers="auto:0.5")
+    heard = Listening()
+    with Run.create(tmp_path / "run", spec, "train") as run:
+        _, result = pipeline.train(Job(spec, run, heard))
+        recorded = run.read_result()["layer_choice"]
+    assert result["layers"] == recorded["layers"] == [0, 1, 2]
+    assert [line for line in heard.said if line.startswith("all layers: of the 8 steps")] == [
+        recorded["reason"]
+    ]
+    assert recorded["trials"] == []
+
+
+def test_a_resumed_run_keeps_the_layers_that_were_measured(
+    model_folder, tmp_path, monkeypatch
+) -> None:
+    """A stopwatch may choose others the second time, whose weights the checkpoint would not fit."""
+    trials = [
+        Trial("all", [0, 1, 2], 1.0, 8, 1.2, 1.2),
+        Trial("last:1", [2], 0.4, 17, 1.1, 1.15),
+        Trial("middle", [1], 0.7, 12, 1.3, 1.3),
+    ]
+
+    def choose(*_: Any) -> Choice:
+        return layer_choice.decide(trials, 0.5, {"trials": trials, "loss_before_nats": 4.0})
+
+    step, n_left = loop._one_step, 3
+
+    def stopping(*arguments: Any) -> Any:
+        nonlocal n_left
+        n_left -= 1
+        if n_left < 0:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(layer_choice, "choose", choose)
+    changes = {"adapter__layers": "auto:0.5", "train__checkpoint_every_s": 1e-9}
+    spec = make_spec(model_folder("llama"), write_data(tmp_path), **changes)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_one_step", stopping)
+        with Run.create(tmp_path / "run", spec, "train") as run:
+            pipeline.train(Job(spec, run, Silent()))
+
+    monkeypatch.setattr(layer_choice, "choose", lambda *_: pytest.fail("it measured again"))
+    run, spec = Run.reopen(tmp_path / "run", "train")
+    heard = Listening()
+    with run:
+        _, result = pipeline.train(Job(spec, run, heard))
+    assert "resuming after step 3" in heard.said
+    assert (result["layers"], result["steps"]) == ([2], 8)

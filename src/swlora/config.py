@@ -177,8 +177,9 @@ class AdapterSpec(Spec):
     targets: NameList = Field(default_factory=lambda: ["all-linear"], min_length=1)
     layers: LayerPolicyText = Field(
         default="all",
-        description="all, super (found and proved first), super+removal, auto:0.5 (measured first: "
-        "at most half of the time), last:4, first:4, every:4 (evenly spaced), random:4:SEED, 2,11",
+        description="all, super (found and proved first), super+removal, auto:0.5 (half of the "
+        "time, or all where a trial finds that worse), last:4, first:4, every:4 (evenly spaced), "
+        "random:4:SEED, 2,11",
     )
 
     @model_validator(mode="after")

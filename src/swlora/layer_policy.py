@@ -3,9 +3,9 @@
     all | super | super+removal | auto:BUDGET | last:K | first:K | every:K | random:K:SEED | 2,11
 
 `super` takes the layers of verified super weights, `super+removal` also those that take the super
-activation out of the residual stream again. `auto:BUDGET` measures (`engine.layer_choice`) and
-stays within that share of the time of all layers. `every:K` takes K evenly spaced layers that
-include the last one; `random:K:SEED` draws K.
+activation out of the residual stream again. `auto:BUDGET` measures (`engine.layer_choice`): it
+stays within that share of the time of all layers, or takes all of them. `every:K` takes K evenly
+spaced layers that include the last one; `random:K:SEED` draws K.
 """
 
 import difflib

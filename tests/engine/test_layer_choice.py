@@ -4,18 +4,16 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
-from swlora.data.token_sequences import TokenSequences
-from swlora.engine import layer_choice, layer_trial
+from swlora.engine import layer_choice
 from swlora.engine.layer_choice import Forecast, Trial, decide, lines, middle, options_of, propose
 from swlora.engine.layer_profile import LayerProfile
 from swlora.engine.layer_trial import TrialLosses, TrialPlan
 from swlora.errors import RunFailedError, UserError
 from swlora.progress import Silent
 
-N_LAYERS = 6
+pytestmark = pytest.mark.usefixtures("short_trials")
 
 
 def _profile(norms, *, head=6.0, frozen=0.3, trained=1.0, cached=True):
@@ -109,7 +107,7 @@ def test_what_did_worst_is_never_taken(everything, last, middle_loss, middle_sha
 def test_it_says_what_it_expects_to_lose():
     kept = decide(_trials(1.3, 1.25, 1.4, early=1.34), 0.5, {})
     assert (kept.layers, kept.expected_loss_nats) == ([4, 5], pytest.approx(0.04))
-    assert "in 0.45 of the time, expected +0.040 nats a token" in kept.reason
+    assert "take 0.45 of the time and are expected to end 0.040 nats a token above" in kept.reason
     given_up = decide(_trials(1.3, 1.352, 1.4), 0.5, {})
     assert given_up.layers == list(range(6))
     assert "layers 4-5, ended 0.052 nats a token above them" in given_up.reason
@@ -120,25 +118,10 @@ def test_the_table_shows_every_trial_and_marks_what_was_taken():
     measured = {"trials": trials, "measured_s": 7.2, "loss_before_nats": 4.0}
     choice = decide(trials, 0.5, measured)
     shown = list(lines(choice))
-    assert shown[0].startswith("7 s of measuring;")
+    assert shown[0].startswith("7 s of measuring, with all layers 8 steps;")
     assert [line.split()[0] for line in shown[2:5]] == ["0-5", "4-5", "2-3"]
     assert [line.endswith("<- taken") for line in shown[2:5]] == [False, True, False]
     assert "diverged" in shown[4]
-
-
-@pytest.fixture(autouse=True)
-def short_trials(monkeypatch):
-    monkeypatch.setattr(layer_trial, "TRIAL_ROWS", 16)
-    monkeypatch.setattr(layer_trial, "PROFILED_ROWS", 6)
-
-
-@pytest.fixture
-def sequences():
-    torch.manual_seed(3)
-    prompts = [torch.randint(3, 40, (n,)).tolist() for n in (4, 4, 7, 2)]
-    return TokenSequences.from_lists(
-        [(p, torch.randint(3, 40, (5 + i,)).tolist()) for i, p in enumerate(prompts * 3)]
-    )
 
 
 def _spec(epochs, **adapter):

@@ -15,20 +15,7 @@ from swlora.engine.plain import PlainStep
 from swlora.engine.schedule import Schedule, step_plan
 from swlora.progress import Silent
 
-
-@pytest.fixture(autouse=True)
-def short_trials(monkeypatch):
-    monkeypatch.setattr(layer_trial, "TRIAL_ROWS", 16)
-    monkeypatch.setattr(layer_trial, "PROFILED_ROWS", 6)
-
-
-@pytest.fixture
-def sequences():
-    torch.manual_seed(3)
-    prompts = [torch.randint(3, 40, (n,)).tolist() for n in (4, 4, 7, 2)]
-    return TokenSequences.from_lists(
-        [(p, torch.randint(3, 40, (5 + i,)).tolist()) for i, p in enumerate(prompts * 3)]
-    )
+pytestmark = pytest.mark.usefixtures("short_trials")
 
 
 def _spec(*, epochs=40, batch_size=2, **adapter):

@@ -209,8 +209,9 @@ def decide(trials: list[Trial], budget: float, measured: dict[str, Any]) -> Choi
     else:
         lost = _loss(best.early_loss_nats) - everything.loss_nats
         reason += (
-            f"no worse than all layers in the same seconds; after as many steps, in "
-            f"{best.share_of_time:.2f} of the time, expected {lost:+.3f} nats a token from theirs"
+            f"no worse than all layers in the same seconds. They take {best.share_of_time:.2f} of "
+            f"the time and are expected to end {abs(lost):.3f} nats a token "
+            f"{'above' if lost > 0 else 'below'} all layers, as after as many steps of the trial"
         )
     return Choice(budget, best.layers, reason, lost, **measured)
 
@@ -219,8 +220,8 @@ def lines(choice: Choice) -> Iterator[str]:
     """Lay out a choice and what it was made from, for a person."""
     if choice.trials:
         yield (
-            f"{choice.measured_s:.0f} s of measuring; loss on held-out rows, nats a token, "
-            f"{choice.loss_before_nats:.3f} before:"
+            f"{choice.measured_s:.0f} s of measuring, with all layers {choice.trials[0].n_steps} "
+            f"steps; loss on held-out rows, nats a token, {choice.loss_before_nats:.3f} before:"
         )
         yield "layers      of all layers' time   in the same seconds   after as many steps"
     for trial in choice.trials:

@@ -28,7 +28,7 @@ N_TRIED = 3  # choices of layers: all, the last ones, the middle
 N_HELD_OUT_LOSSES = 2 * N_TRIED  # of each: in the end, and of fewer layers also on the way
 PROFILED_STEPS, PROFILED_ROWS = 3, 96  # at least
 TRIAL_STEPS, TRIAL_ROWS = 8, 256  # with all layers, at least
-TRIAL_SHARE, LONGEST = 0.05, 5  # of what can be saved; at most so many times the shortest trial
+TRIAL_SHARE, LONGEST = 0.08, 5  # of what can be saved; at most so many times the shortest trial
 HELD_OUT_ROWS, HELD_OUT_SHARE = 64, 0.25  # of an epoch; at most
 WORTH = 2.0  # measuring must be able to save so many times what it costs
 
@@ -131,7 +131,8 @@ def try_layers(
                     losses[report["step"]] = _loss(step, plan.held_out)
         except RunFailedError:
             losses[n_steps] = None
-    return TrialLosses(before, losses.get(plan.n_trial), _finite(losses.get(n_steps)))
+    early, last = (_finite(losses.get(n)) for n in (plan.n_trial, n_steps))
+    return TrialLosses(before, early, last)
 
 
 def _schedule(spec: TrainSpec, steps: list[list[np.ndarray]], n_steps: int) -> Schedule:

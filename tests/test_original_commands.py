@@ -15,7 +15,7 @@ import pytest
 import swlora.cli.verbs
 import swlora.pipeline
 from swlora.config import RunSpec, load_spec
-from swlora.pipeline import Job
+from swlora.job import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 Main = Callable[[list[str]], None]

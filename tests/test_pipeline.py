@@ -23,8 +23,8 @@ from swlora.evaluation import metrics as official
 from swlora.evaluation.english import english_loss
 from swlora.evaluation.prompting import Prompt, generate_text
 from swlora.evaluation.segments import Segments
+from swlora.job import Job
 from swlora.models.anatomy import Anatomy
-from swlora.pipeline import Job
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics, read_run
 from swlora.superweights import ablate, proof

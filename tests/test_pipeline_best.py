@@ -20,8 +20,8 @@ from swlora.cli.show import show_training
 from swlora.config import RunSpec, load_spec
 from swlora.evaluation.held_out import Measurements, planned_measurements
 from swlora.evaluation.loss import dataset_loss
+from swlora.job import Job
 from swlora.models.load import load_model
-from swlora.pipeline import Job
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
 from swlora.web.folders import RunFolders

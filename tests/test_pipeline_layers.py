@@ -8,7 +8,7 @@ from tests.small_runs import make_spec, write_data
 from swlora import pipeline
 from swlora.engine import layer_choice, loop
 from swlora.engine.layer_choice import Choice, Trial
-from swlora.pipeline import Job
+from swlora.job import Job
 from swlora.progress import Silent
 from swlora.runs import Run
 

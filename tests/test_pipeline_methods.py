@@ -17,8 +17,8 @@ from swlora.config import RunSpec
 from swlora.engine.frozen_prefix import PrefixCache
 from swlora.errors import UserError
 from swlora.evaluation.loss import dataset_loss
+from swlora.job import Job
 from swlora.models.load import load_model
-from swlora.pipeline import Job
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swlora import pipeline
 from swlora.adapters.saved import read_facts
 from swlora.config import load_spec
-from swlora.pipeline import Job
+from swlora.job import Job
 from swlora.progress import Silent
 from swlora.runs import Run
 

@@ -14,7 +14,7 @@ from swlora.errors import UserError
 from swlora.settings import flag_name
 
 if TYPE_CHECKING:
-    from swlora.pipeline import Job
+    from swlora.job import Job
 
 
 def progress() -> Any:
@@ -61,7 +61,7 @@ def open_job(
         spec = load_spec(config, overrides)
         run = Run.prepare(output, spec, command)
     with run, sigterm_interrupts():
-        from swlora.pipeline import Job
+        from swlora.job import Job
 
         yield Job(spec, run, progress())
 

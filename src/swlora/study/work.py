@@ -16,7 +16,7 @@ from pathlib import Path
 from swlora import pipeline
 from swlora.config import load_spec
 from swlora.errors import UserError
-from swlora.pipeline import Job
+from swlora.job import Job
 from swlora.progress import Silent
 from swlora.runs import Run
 

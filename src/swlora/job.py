@@ -1,0 +1,99 @@
+"""A job: one configuration at work in one run folder, with the model and the data that it needs."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from swlora.adapters.layers import needs_identification
+from swlora.config import SAMPLE_DATASET, RunSpec
+from swlora.data.sources import Dataset, load_dataset
+from swlora.data.token_sequences import TokenSequences
+from swlora.models.load import LoadedModel, check_model, load_model, settled_model
+from swlora.progress import Progress
+from swlora.runs import Run
+
+
+@dataclass
+class Job:
+    """One configuration at work in one run folder; model and data are loaded when first used."""
+
+    spec: RunSpec
+    run: Run
+    progress: Progress
+    _encoded: dict[tuple[str, int | None], TokenSequences] = field(default_factory=dict)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """The model, in float32 where identification comes first (its weights are measured)."""
+        exact = self.run.facts["command"] == "identify" or needs_identification(
+            self.spec.adapter.layers
+        )
+        with self.timed("load_model"), self.progress.task("load the model"):
+            loaded = load_model(self.spec.model, dtype="float32" if exact else None)
+        self.progress.say(f"model: {loaded.source}")
+        name = settled_model(self.spec.model).name
+        self.run.record_source(model=name, model_revision=loaded.revision)
+        self.run.record(model_source=loaded.source)
+        return loaded
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set, announced by its source."""
+        check_model(self.spec.model)  # its name may be mistyped: before the data, which may be long
+        with self.timed("load_data"), self.progress.task("load the data"):
+            dataset = load_dataset(self.spec.data)
+        self.progress.say(f"data: {dataset.source}")
+        if dataset.n_skipped_rows:
+            self.progress.say(f"{dataset.n_skipped_rows} bad rows were left out")
+        self.run.record_source(data_sha256=dataset.sha256)
+        self.run.record(data_source=dataset.source, n_skipped_rows=dataset.n_skipped_rows)
+        return dataset
+
+    def encoded(self, split: str, n_rows: int | None = None) -> TokenSequences:
+        """Return a split, or its first rows, as token ids; rows that are cut are counted and said.
+
+        They are encoded once. Raises UserError where there is no such split.
+        """
+        from swlora.data.encode import encode_examples
+        from swlora.data.known_tokens import check_rows
+        from swlora.models.anatomy import n_embeddings
+
+        if (split, n_rows) in self._encoded:
+            return self._encoded[split, n_rows]
+        with self.timed("tokenise"), self.progress.task(f"tokenise the {split} rows"):
+            sequences, n_cut = encode_examples(
+                self.dataset.split(split)[:n_rows],
+                self.dataset.separator,
+                self.loaded.tokenizer,
+                context_tokens=self.loaded.context_tokens,
+                truncate=self.spec.data.truncate,
+            )
+            check_rows(sequences, self.loaded.tokenizer, n_embeddings(self.loaded.model))
+        if n_cut:
+            self.progress.say(f"{n_cut} rows of the {split} split were cut to the context")
+            self.run.record(**{f"n_cut_rows_{split}": n_cut})
+        self._encoded[split, n_rows] = sequences
+        return sequences
+
+    def begin(self) -> None:
+        """Make the run folder: what was asked for can be done, and takes its time from here on.
+
+        Its configuration names the model and the data that are used, so that a run that was left
+        its defaults goes on with the same ones.
+        """
+        spec = self.spec
+        model, data = settled_model(spec.model), spec.data
+        if "dataset" in vars(self) and self.dataset.name == SAMPLE_DATASET:
+            data = data.model_copy(update={"name": SAMPLE_DATASET})
+        self.run.begin(spec.model_copy(update={"model": model, "data": data}))
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of the body to the run's timings."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.run.add_timing(name, time.perf_counter() - start_s)

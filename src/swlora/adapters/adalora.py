@@ -106,15 +106,19 @@ class AdaLora(Adapted):
         self._config.rank_pattern = kept or None
 
     def finish(self) -> None:
-        """Keep every triplet that is not 0: between two prunings, pruned ones grow again.
+        """Keep the triplets of the last pruning, and those that have grown again since then.
 
         PEFT drops the others where it saves. Before the first pruning it keeps all of them.
         """
         if self._config.rank_pattern:
             self._config.rank_pattern = {
-                name: (self.model.base_model.model.get_parameter(name) != 0).flatten().tolist()
-                for name in self._config.rank_pattern
+                name: (torch.tensor(kept) | self._has_grown(name)).tolist()
+                for name, kept in self._config.rank_pattern.items()
             }
+
+    def _has_grown(self, name: str) -> torch.Tensor:
+        values: torch.Tensor = self.model.base_model.model.get_parameter(name).detach()
+        return (values != 0).flatten().cpu()
 
     @contextmanager
     def as_saved(self) -> Iterator[None]:

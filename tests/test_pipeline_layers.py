@@ -3,12 +3,16 @@
 from typing import Any
 
 import pytest
+import torch
 from tests.small_runs import make_spec, write_data
 
 from swlora import pipeline
 from swlora.engine import layer_choice, loop
 from swlora.engine.layer_choice import Choice, Trial
+from swlora.errors import UserError
+from swlora.evaluation import english
 from swlora.job import Job
+from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.runs import Run
 
@@ -71,3 +75,36 @@ def test_a_resumed_run_keeps_the_layers_that_were_measured(
         _, result = pipeline.train(Job(spec, run, heard))
     assert "resuming after step 3" in heard.said
     assert (result["layers"], result["steps"]) == ([2], 8)
+
+
+def test_auto_is_refused_before_the_run_where_nothing_can_be_measured(
+    model_folder, tmp_path
+) -> None:
+    data = write_data(tmp_path)
+    spec = make_spec(model_folder("falcon"), data, adapter__layers="auto:0.5")
+    run = Run.prepare(tmp_path / "run", spec, "train")
+    with pytest.raises(UserError, match="--layers auto needs tree rows"), run:
+        pipeline.train(Job(spec, run, Silent()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_english_text_is_measured_in_one_dtype_before_and_after(
+    model_folder, tmp_path, monkeypatch
+) -> None:
+    """The search for super weights needs float32; what is trained after it is in bfloat16."""
+    found = {"layers": [1], "removal_layers": []}
+    dtypes: list[Any] = []
+
+    def measure(model: Any, *_: Any) -> LossSum:
+        dtypes.append(model.dtype)
+        return LossSum(2.0, 1)
+
+    monkeypatch.setattr(pipeline, "identify", lambda _job: found)
+    monkeypatch.setattr(english, "untouched_english_loss", measure)
+    monkeypatch.setattr(english, "english_loss", measure)
+    changes = {"adapter__layers": "super", "model__dtype": "bfloat16", "data__english": True}
+    changes |= {"decode__max_new_tokens": 2, "train__epochs": 1, "identify__window_tokens": 64}
+    spec = make_spec(model_folder("llama"), write_data(tmp_path), **changes)
+    with Run.create(tmp_path / "run", spec, "train-eval") as run:
+        pipeline.train_evaluate(Job(spec, run, Silent()))
+    assert dtypes == [torch.bfloat16, torch.bfloat16]

@@ -72,7 +72,8 @@ def remove(kind: str, path: Path) -> bool:
             path.unlink(missing_ok=True)
         else:
             gone = path.with_name(f".removed-{path.name}-{os.getpid()}")
-            path.rename(gone)
+            with suppress(FileNotFoundError):  # another process was faster
+                path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
     return True
 

@@ -22,3 +22,7 @@ class RunFailedError(UserError):
     """Work that was asked for correctly and could not be finished; exit code 1."""
 
     exit_code = 1
+
+
+class DivergedError(RunFailedError):
+    """A training whose loss or gradient is no number any more."""

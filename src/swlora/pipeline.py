@@ -56,9 +56,12 @@ def identify(job: Job, figure: Path | None = None) -> Result:
     return result
 
 
-def train(job: Job, prepared: "Prepared | None" = None) -> tuple[Any, Result]:
+def train(
+    job: Job, prepared: "Prepared | None" = None, layers: list[int] | None = None
+) -> tuple[Any, Result]:
     """Train the adapter of `job.spec`; return (the PeftModel, what was done).
 
+    `prepared` and `layers` are what `prepare_training` and `choose_layers` gave, if asked before.
     Leaves adapter/ (a standard PEFT adapter), metrics.jsonl and loss.png in the run folder, and
     best/ where held-out losses were asked for: the adapter with the lowest.
     """
@@ -74,7 +77,7 @@ def train(job: Job, prepared: "Prepared | None" = None) -> tuple[Any, Result]:
 
     spec, prepared = job.spec, prepared or prepare_training(job)  # before a search, which is long
     sequences, schedule, planned = prepared.sequences, prepared.schedule, prepared.planned
-    loaded, layers = job.loaded, choose_layers(job)
+    loaded, layers = job.loaded, layers or choose_layers(job)
     with job.timed("attach"):
         resolved = spec.model_copy(update={"train": schedule.spec})
         facts = training_facts(resolved, identify_base(loaded), job.dataset, layers)
@@ -168,6 +171,7 @@ def held_out_rows(job: Job, planned: "Measurements") -> TokenSequences | None:
 def check_adapter(job: Job, n_steps: int) -> None:
     """Refuse an adapter that cannot be trained in this model, before any work is done."""
     from swlora.adapters.methods import check_fit
+    from swlora.engine import layer_choice
     from swlora.models.anatomy import Anatomy
     from swlora.superweights import identify as identification
 
@@ -175,7 +179,9 @@ def check_adapter(job: Job, n_steps: int) -> None:
     layers = [0]  # of those that are found later: as good as any to look at
     if needs_identification(spec.adapter.layers):
         identification.check(job.loaded, spec.identify)
-    elif time_budget(spec.adapter.layers) is None:
+    elif time_budget(spec.adapter.layers) is not None:
+        layer_choice.check_family(anatomy)
+    else:
         layers = resolve_layers(spec.adapter.layers, anatomy.n_layers)
     check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
 
@@ -336,9 +342,9 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
 def train_evaluate(job: Job) -> Result:
     """Train, then evaluate what was trained, in one run folder."""
     evaluation_rows(job)  # what cannot be evaluated shall be known before the training
-    prepared = prepare_training(job)
-    untouched = untouched_english(job)
-    model, trained = train(job, prepared)
+    prepared, layers = prepare_training(job), choose_layers(job)
+    untouched = untouched_english(job)  # in the dtype in which it is trained, also after a search
+    model, trained = train(job, prepared, layers)
     return {"train": trained, "eval": evaluate(job, model.eval(), untouched)}
 
 

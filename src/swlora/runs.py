@@ -174,8 +174,16 @@ class Run:
         self._is_entered = True
         if self.has_begun:
             self._lock = lock_folder(self.folder)
+            self._check_unfinished()
             self._save()
         return self
+
+    def _check_unfinished(self) -> None:
+        """Refuse a run that another process ended after this one had read of it."""
+        if read_run(self.folder)["status"] == "done":
+            if self._lock is not None:
+                os.close(self._lock)
+            raise UserError(f"the run in {self.folder} is done; there is nothing to resume")
 
     def __exit__(
         self,

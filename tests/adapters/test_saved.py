@@ -159,3 +159,25 @@ def test_facts_of_adapters_from_elsewhere(saved):
     (saved / "swlora.json").write_text("[1")
     with pytest.raises(UserError, match="is damaged"):
         read_facts(saved)
+
+
+def test_a_full_disk_leaves_no_half_of_an_adapter(saved, make_model, tmp_path, monkeypatch):
+    def full(_scratch: Path, _folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("swlora.adapters.saved.replace_folder", full)
+    folder = tmp_path / "full" / "adapter"
+    with pytest.raises(RunFailedError, match="No space left on device"):
+        save_adapter(trained(make_model("llama"), [1]), folder, {})
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_an_adalora_of_pefts_own_with_a_whole_module_loads(make_model, tmp_path):
+    config = peft.AdaLoraConfig(
+        target_modules=["q_proj"], modules_to_save=["lm_head"], init_r=3, target_r=2, total_step=9
+    )
+    theirs = peft.get_peft_model(make_model("llama"), config)
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    ours = load_adapter(make_model("llama"), tmp_path)
+    assert torch.equal(ours(input_ids=tokens).logits, theirs.eval()(input_ids=tokens).logits)

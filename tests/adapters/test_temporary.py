@@ -59,9 +59,10 @@ def test_the_model_is_as_before(method, saved, make_model):
         assert torch.equal(model(input_ids=TOKENS).logits, logits)
 
 
-def test_weights_that_peft_computes_anew_come_back(make_model, tmp_path):
-    """A PiSSA adapter of PEFT's own leaves the residual in the model."""
-    config = LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_weights_that_peft_computes_anew_come_back(start, make_model, tmp_path):
+    """Such an adapter of PEFT's own leaves a residual in the model; OLoRA's is written in place."""
+    config = LoraConfig(r=2, init_lora_weights=start, target_modules=["q_proj"])
     get_peft_model(make_model("llama"), config).save_pretrained(tmp_path)
     model = make_model("llama")
     before = state(model)

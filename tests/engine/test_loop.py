@@ -19,7 +19,7 @@ from swlora.engine.loop import train
 from swlora.engine.schedule import Schedule, learning_rate
 from swlora.errors import RunFailedError
 from swlora.progress import Silent
-from swlora.runs import Run, read_metrics
+from swlora.runs import Run, load_snapshot, read_metrics
 
 N_ROWS = 11
 TIMES = ("elapsed_s", "examples_per_s")
@@ -300,12 +300,15 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_change(where, valu
     parameters = fresh_parameters()
     step = ToyStep(parameters)
     before: dict[str, torch.Tensor] = {}
+    random_states: list[torch.Tensor] = []
 
     def poisoned(rows) -> tuple[float, int]:
+        random_state = torch.get_rng_state()
         sum_nats, n_tokens = step(rows)
         if step.n_calls < at:
             return sum_nats, n_tokens
         before.update({name: p.detach().clone() for name, p in parameters.items()})
+        random_states.append(random_state)
         if where == "loss":
             return value, n_tokens
         parameters["a"].grad[1, 1] = value
@@ -319,6 +322,8 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_change(where, valu
         train(poisoned, schedule(spec()), adapted(parameters), run, Silent())
     assert len(str(failed.value).splitlines()) == 1
     assert all(torch.equal(parameters[name], before[name]) for name in before)
+    tensors, _ = load_snapshot(run.checkpoint)
+    assert torch.equal(tensors["rng"], random_states[0])  # the step's dropout is drawn again
     assert run.facts["status"] == "failed"
     assert [row["step"] for row in read_metrics(run.folder)] == list(range(1, at))
     saved = fresh_parameters()

@@ -32,7 +32,7 @@ POLICIES = {
     "all": "all that the model has",
     "super": "those in which `swlora identify` verified a super weight",
     "super+removal": "those with a verified super weight, and those that take its activation away",
-    "auto": "measured: the best predicted time to quality",
+    "auto": "as a short trial within the budget decided, or all that the model has",
     "last": "asked for as the last ones",
     "first": "asked for as the first ones",
     "every": "asked for as evenly spaced",

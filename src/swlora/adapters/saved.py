@@ -16,7 +16,7 @@ from typing import Any
 
 from swlora.adapters.card import Facts, model_card
 from swlora.adapters.methods import quiet_peft
-from swlora.adapters.reach import refusal
+from swlora.adapters.reach import HARMLESS_STARTS, refusal
 from swlora.errors import RunFailedError, UserError
 from swlora.files import replace_folder, write_json, write_text
 
@@ -49,6 +49,8 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
         return (folder / WEIGHTS).stat().st_size
     except (OSError, SafetensorError) as error:
         raise RunFailedError(f"cannot write {folder}: {error}") from error
+    finally:  # on a full disk, above all
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _portable_config(path: Path, facts: Facts) -> dict[str, Any]:
@@ -97,11 +99,18 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return peft_model.eval().requires_grad_(False)  # PEFT leaves some free on bfloat16 models
 
 
-def _refusal(folder: Path) -> str | None:
+def starts_from_the_weights(folder: Path) -> bool:
+    """Say whether loading the adapter in `folder` may write into the model's own weights."""
+    return _config(folder).get("init_lora_weights", True) not in HARMLESS_STARTS
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json; empty where that fails, for PEFT will say what is wrong with it."""
     try:
-        return refusal(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
-        return None  # PEFT will say what is wrong with it
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _unmatched(peft_model: Any, weights: Path) -> tuple[int, int]:
@@ -129,7 +138,8 @@ def _undo_rounding(peft_model: Any, weights: Path) -> None:
     from safetensors.torch import load_file
 
     for name, tensor in load_file(weights, device=str(peft_model.device)).items():
-        peft_model.get_parameter(f"{name}.default").data = tensor
+        if name.endswith((".lora_A", ".lora_B", ".lora_E")):
+            peft_model.get_parameter(f"{name}.default").data = tensor
 
 
 def adapter_folder(path: Path) -> Path:
@@ -150,7 +160,7 @@ def _check(folder: Path) -> None:
         raise UserError(f"{folder} is no adapter folder: it holds no {CONFIG}")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
-    if reason := _refusal(folder):
+    if reason := refusal(_config(folder)):
         raise UserError(f"the adapter in {folder} is not supported: {reason}")
 
 

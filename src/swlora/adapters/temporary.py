@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.saved import load_adapter
+from swlora.adapters.saved import load_adapter, starts_from_the_weights
 from swlora.models.module_tree import ModuleTree
 
 
@@ -14,13 +14,17 @@ def adapter_on(model: Any, folder: Path) -> Iterator[Any]:
     """Yield the PeftModel of `model` and the adapter in `folder`; afterwards `model` is without it.
 
     The modules that PEFT wraps or replaces are put back, and so are weights that a method computes
-    anew (PiSSA's residual), bit for bit, also where loading fails. Raises what `load_adapter` does.
+    anew (PiSSA's residual), or in place (OLoRA's), bit for bit, also where loading fails. Raises
+    what `load_adapter` does.
     """
     tree = ModuleTree(model)
-    weights = [(weight, weight.data) for weight in model.parameters()]
+    writes = starts_from_the_weights(folder)
+    weights = [(w, w.data, w.data.clone() if writes else None) for w in model.parameters()]
     try:
         yield load_adapter(model, folder)
     finally:
         tree.restore()
-        for weight, data in weights:
+        for weight, data, copy in weights:
             weight.data = data
+            if copy is not None:
+                data.copy_(copy)

@@ -52,9 +52,12 @@ def chat_command(
     spec = load_spec(config, overrides)
     decode = chat_settings(spec.decode)
     shown = progress()
+    from swlora.adapters.saved import adapter_folder
     from swlora.evaluation.conversation import Conversation
     from swlora.models.load import load_model
 
+    if adapter:
+        adapter_folder(adapter)  # a mistyped one shall not cost a model's loading
     with shown.task("load the model"):
         loaded = load_model(spec.model)
     shown.say(f"model: {loaded.source}")
@@ -82,7 +85,9 @@ def chat_settings(decode: DecodeSpec) -> DecodeSpec:
     """
     for name in ("num_beams", "length_penalty", "no_repeat_ngram_size"):
         if getattr(decode, name) != DecodeSpec.model_fields[name].default:
-            raise UserError(f"chat shows an answer as it is written: it has no decode.{name}")
+            raise UserError(
+                f"chat shows an answer as it is written: leave decode.{name} out of --config"
+            )
     left_open = {n: value for n, value in DEFAULTS.items() if n not in decode.model_fields_set}
     return decode.model_copy(update=left_open)
 

@@ -29,6 +29,7 @@ def _fields(group: str) -> tuple[str, ...]:
 MODEL = _fields("model")
 EVALUATION = ("data.english",)
 DATA = tuple(name for name in _fields("data") if name not in EVALUATION)
+EVAL_DATA = tuple(name for name in DATA if not name.startswith("data.train_"))
 IDENTIFY, ADAPTER = _fields("identify"), _fields("adapter")
 TRAIN, DECODE = _fields("train"), _fields("decode")
 SERVE = _fields("serve")

@@ -20,6 +20,7 @@ from swlora.cli.flags import (
     ADAPTER,
     DATA,
     DECODE,
+    EVAL_DATA,
     EVALUATION,
     IDENTIFY,
     MODEL,
@@ -87,7 +88,7 @@ def train_command(
 
 
 @app.command("eval")
-@with_flags(*MODEL, *DATA, *EVALUATION, *DECODE, "seed")
+@with_flags(*MODEL, *EVAL_DATA, *EVALUATION, *DECODE, "seed")
 def eval_command(
     overrides: Overrides,
     adapter: Adapter = None,

@@ -31,10 +31,19 @@ _MESSAGE_FIELDS = {
 }
 
 
-def unused_meaning(row: dict[str, object], *, is_chat: bool) -> str | None:
-    """Say which field of a row would change its meaning and is not used; None for no such."""
+def unused_meaning(
+    row: dict[str, object], columns: tuple[str, str], *, is_chat: bool
+) -> str | None:
+    """Say which field of a row would change its meaning and is not used; None for no such.
+
+    `columns` are used, whatever their names.
+    """
     fields = _ROW_FIELDS | _CHAT_FIELDS if is_chat else _ROW_FIELDS
-    named = (f"it has the field {name!r}: {why}" for name, why in fields.items() if row.get(name))
+    named = (
+        f"it has the field {name!r}: {why}"
+        for name, why in fields.items()
+        if row.get(name) and name not in columns
+    )
     return next(named, None)
 
 

@@ -116,7 +116,7 @@ def _json_row(raw: bytes, columns: tuple[str, str]) -> Example | str:
     if not isinstance(row, dict):
         return "not a JSON object"
     is_chat = "messages" in row and columns[0] not in row
-    if problem := unused_meaning(row, is_chat=is_chat):
+    if problem := unused_meaning(row, columns, is_chat=is_chat):
         return problem
     if is_chat:
         return make_chat(row["messages"])

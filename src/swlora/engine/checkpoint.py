@@ -3,7 +3,8 @@
 Trained weights, what else the method keeps, optimizer moments, the random generator, the held-out
 losses and the position in the data; learning rate and data order are pure functions of (seed,
 step), so they need no state. A run that resumes here does the same arithmetic as one that never
-stopped.
+stopped; after a kill, steps that are done again may read states from the prefix cache in the
+rounding of another row, and in float32 another number of threads sums in another order.
 """
 
 from dataclasses import dataclass, field
@@ -37,11 +38,22 @@ class LoopState:
     totals: Totals = field(default_factory=Totals)
     held_out: HeldOutState = field(default_factory=HeldOutState)
 
-    def save(self, folder: Path) -> None:
-        """Replace the snapshot in `folder` by this state."""
-        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    def random_state(self) -> dict[str, Tensor]:
+        """Return where the random generators stand."""
+        tensors = {"rng": torch.get_rng_state()}
         if self._device.type == "cuda":
             tensors["rng_cuda"] = torch.cuda.get_rng_state(self._device)
+        return tensors
+
+    def set_random_state(self, tensors: dict[str, Tensor]) -> None:
+        """Put the random generators back to where `random_state` found them."""
+        torch.set_rng_state(tensors["rng"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng_cuda"], self._device)
+
+    def save(self, folder: Path) -> None:
+        """Replace the snapshot in `folder` by this state."""
+        tensors = self.random_state()
         for name, tensor in self.adapted.state().items():
             tensors[f"method/{name}"] = tensor.detach().clone()
         for name, parameter in self.adapted.parameters.items():
@@ -63,9 +75,7 @@ class LoopState:
         saved = {n.removeprefix("parameter/") for n in tensors if n.startswith("parameter/")}
         if saved != set(self.adapted.parameters):
             raise RunFailedError(f"the checkpoint in {folder} belongs to another adapter")
-        torch.set_rng_state(tensors["rng"])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng_cuda"], self._device)
+        self.set_random_state(tensors)
         with torch.no_grad():
             for name, parameter in self.adapted.parameters.items():
                 parameter.copy_(tensors[f"parameter/{name}"])

@@ -120,6 +120,12 @@ class Forecast:
         return self.spent_s + self.trial_s(lowest)
 
 
+def check_family(anatomy: Anatomy) -> None:
+    """Raise UserError where nothing can be measured, for want of tree rows."""
+    if not anatomy.family.has_attention_interface:
+        raise UserError("--layers auto needs tree rows, which this family cannot run")
+
+
 @adapted_threads()
 def choose(
     model: Any, sequences: TokenSequences, spec: RunSpec, budget: float, progress: Progress
@@ -131,8 +137,7 @@ def choose(
     """
     start_s = time.perf_counter()
     anatomy = Anatomy(model)
-    if not anatomy.family.has_attention_interface:
-        raise UserError("--layers auto needs tree rows, which this family cannot run")
+    check_family(anatomy)
     all_layers = list(range(anatomy.n_layers))
     schedule = Schedule.of(sequences, spec.train, spec.seed)
     plan = plan_trial(schedule, sequences, budget)

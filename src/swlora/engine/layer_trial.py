@@ -21,7 +21,7 @@ from swlora.engine.layer_profile import adapters_for_now
 from swlora.engine.loop import reports
 from swlora.engine.schedule import Schedule, Step
 from swlora.engine.tree_step import TreeStep, fast_modules, row_loss
-from swlora.errors import RunFailedError
+from swlora.errors import DivergedError
 from swlora.loss_sum import LossSum
 
 N_TRIED = 3  # choices of layers: all, the last ones, the middle
@@ -113,7 +113,7 @@ def try_layers(
 
     Every call begins with the same weights, rows and random numbers.
     """
-    schedule = _schedule(spec.train, plan.trained, n_steps)
+    schedule = _schedule(spec.train, plan, n_steps)
     losses: dict[int, float | None] = {}
     with (
         adapters_for_now(model, spec.adapter, layers, spec.seed) as adapted,
@@ -129,18 +129,28 @@ def try_layers(
                 advance()
                 if report["step"] in (plan.n_trial, n_steps):
                     losses[report["step"]] = _loss(step, plan.held_out)
-        except RunFailedError:
+        except DivergedError:
             losses[n_steps] = None
     early, last = (_finite(losses.get(n)) for n in (plan.n_trial, n_steps))
     return TrialLosses(before, early, last)
 
 
-def _schedule(spec: TrainSpec, steps: list[list[np.ndarray]], n_steps: int) -> Schedule:
-    """Return `n_steps` steps over and over the same rows, at one rate after the warm-up."""
+def _schedule(spec: TrainSpec, plan: TrialPlan, n_steps: int) -> Schedule:
+    """Return `n_steps` steps over and over the same rows, at one rate after the warm-up.
+
+    The warm-up is that of `plan.n_trial` steps in every trial, so that losses after as many steps
+    come of the same rates.
+    """
+    n_warmup = round(spec.warmup_fraction * plan.n_trial)
     constant = spec.model_copy(
-        update={"schedule": "constant", "max_steps": n_steps, "epochs": n_steps}
+        update={
+            "schedule": "constant",
+            "max_steps": n_steps,
+            "epochs": n_steps,
+            "warmup_fraction": n_warmup / n_steps,
+        }
     )
-    return Schedule(constant, lambda _epoch: steps, len(steps))
+    return Schedule(constant, lambda _epoch: plan.trained, len(plan.trained))
 
 
 @torch.no_grad()

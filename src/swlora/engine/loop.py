@@ -23,7 +23,7 @@ from swlora.config import TrainSpec
 from swlora.engine.checkpoint import LoopState
 from swlora.engine.schedule import Schedule, Step
 from swlora.engine.watch import HeldOutState, Watch
-from swlora.errors import RunFailedError
+from swlora.errors import DivergedError, RunFailedError
 from swlora.progress import Progress
 from swlora.runs import Run
 from swlora.threads import adapt_threads, adapted_threads
@@ -67,9 +67,11 @@ def train(
         for rows in schedule.steps(state.totals.step):
             if watch and watch.is_over(state.held_out):
                 break
+            random_state = state.random_state()
             try:
                 report = _one_step(step_function, rows, state, accelerator, schedule)
             except RunFailedError:  # raised before the weights changed: nothing is lost
+                state.set_random_state(random_state)
                 state.save(folder)
                 raise
             if watch:
@@ -142,7 +144,7 @@ def _one_step(
         torch.autograd.backward(penalty)
     norm = float(accelerator.clip_grad_norm_(parameters, schedule.spec.max_grad_norm))
     if not (math.isfinite(sum_nats) and math.isfinite(norm)):
-        raise RunFailedError(
+        raise DivergedError(
             f"the loss or its gradient is not finite at step {totals.step + 1}; the weights are "
             "still those of the step before: start again with a lower --learning-rate"
         )

@@ -41,6 +41,8 @@ def generate_text(
     with its separator.
     """
     folder = adapter_folder(adapter) if adapter else None
+    if prompt.chat is False and prompt.system is not None:
+        raise UserError("--system is a turn of a chat: leave out --no-chat")
     loaded = load_model(spec.model)
     progress.say(f"model: {loaded.source}")
     facts = read_facts(folder) if folder else {}
@@ -80,8 +82,6 @@ def choose_form(prompt: Prompt, facts: Facts | None, loaded: LoadedModel, say: S
     `facts` are those of the adapter, None without one. Raises UserError where a chat is asked for
     and the tokenizer has no template.
     """
-    if prompt.chat is False and prompt.system is not None:
-        raise UserError("--system is a turn of a chat: leave out --no-chat")
     has_template = bool(getattr(loaded.tokenizer, "chat_template", None))
     trained_on_chats = (facts or {}).get("is_chat")
     asked = True if prompt.system is not None else prompt.chat

@@ -7,6 +7,7 @@ never a path. A name is the path below the folder, with "/" between its parts.
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ log = logging.getLogger("swlora.web")
 MAX_DEPTH = 5
 MAX_FOLDERS = 5_000
 FRESH_S = 2.0
+# The part of a path before its last name; spaces may stand in it
+_FOLDERS = re.compile(r"""(?<![^\s('"])/(?:[^/;,()'"]*/)+""")
 FIGURE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -155,7 +158,9 @@ def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:
         rank = 0 if reason else int(config["r"])
     except FileNotFoundError as error:
         raise UserError(f"it has no {WEIGHTS}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, UserError, RecursionError),
+    ) as error:
         raise UserError(f"its {ADAPTER_CONFIG} or its facts cannot be read") from error
     if reason:
         raise UserError(reason)
@@ -177,7 +182,14 @@ def run_summary(entry: RunEntry) -> dict[str, Any]:
     """Return name, status and times of a run; UserError where run.json is gone or torn."""
     facts = read_run(entry.folder)
     names = ("status", "command", "seed", "started_at", "reason", "timings_s")
-    return {"name": entry.name, **{name: facts.get(name) for name in names}}
+    summary = {"name": entry.name, **{name: facts.get(name) for name in names}}
+    reason = summary["reason"]
+    return summary | {"reason": without_folders(reason) if isinstance(reason, str) else None}
+
+
+def without_folders(text: str) -> str:
+    """Return a text with every absolute path in it cut to its last part."""
+    return _FOLDERS.sub("", text)
 
 
 def run_metrics(entry: RunEntry, since: int) -> dict[str, Any]:
@@ -189,9 +201,10 @@ def run_metrics(entry: RunEntry, since: int) -> dict[str, Any]:
 def run_result(entry: RunEntry) -> dict[str, Any]:
     """Return result.json; empty where the run has come to none yet."""
     try:
-        return dict(json.loads((entry.folder / "result.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        result = json.loads((entry.folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return result if isinstance(result, dict) else {}
 
 
 def run_figures(entry: RunEntry) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from swlora.web.folders import (
     run_metrics,
     run_result,
     run_summary,
+    without_folders,
 )
 from swlora.web.generation import Delta, Generation, TextRequest
 from swlora.web.problems import ApiError, json_response
@@ -107,7 +108,7 @@ def describe(service: Service) -> dict[str, Any]:
     spec = service.spec
     return {
         "base": service.base_name,
-        "source": service.loaded.source,
+        "source": without_folders(service.loaded.source),
         "adapters": [a for a in adapters if a["name"] != service.base_name],
         "not_served": [
             {"name": name, "reason": reason}
@@ -195,9 +196,7 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
-    if isinstance(value, str) and value.startswith("/"):
-        return value.rpartition("/")[2]
-    return value
+    return without_folders(value) if isinstance(value, str) else value
 
 
 def _summary(entry: RunEntry) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class CompletionShape:
         named: dict[str, float] = {}
         for token_id, logprob in token.top_logprobs:  # the likeliest first
             named.setdefault(_text(self._tokenizer, token_id), logprob)
+        named.setdefault(_text(self._tokenizer, token.token_id), token.logprob)  # as OpenAI does
         return named
 
 

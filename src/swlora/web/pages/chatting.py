@@ -76,7 +76,10 @@ def read_history(text: str) -> list[Turn]:
     try:
         return History.validate_json(text or "[]")
     except ValidationError as error:
-        raise ApiError(400, "the chat so far cannot be read: start a new one") from error
+        raise ApiError(
+            400,
+            f"the chat so far cannot be read; a chat has {MAX_TURNS} turns at most",
+        ) from error
 
 
 def messages_of(

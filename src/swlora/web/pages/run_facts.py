@@ -1,6 +1,5 @@
 """What a run was, and what came out of it, as names and values for a person."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from swlora.data.sources import SAMPLE_SOURCE
 from swlora.evaluation.scales import SCALES
 from swlora.progress import duration
 from swlora.study.tables import layer_ranges
+from swlora.web.folders import without_folders
 from swlora.web.pages.charts import finite
 from swlora.web.pages.run_files import adapter_bytes, read_config
 
@@ -20,7 +20,6 @@ PERPLEXITIES = {
     "english_perplexity": "English perplexity",
 }
 TRAINED = ("train", "train-eval")
-_FOLDERS = re.compile(r"(?<!\S)/(?:[^/;,]*/)*")  # the part of a path before its last name
 
 
 def run_facts(
@@ -78,7 +77,7 @@ def plain(value: Any) -> str:
     number = finite(value)
     if number is not None:
         return f"{number:,.0f}" if number.is_integer() else f"{number:g}"
-    return _FOLDERS.sub("", str(value)[:500]) if isinstance(value, str) else ""
+    return without_folders(str(value)[:500]) if isinstance(value, str) else ""
 
 
 def _training(
@@ -98,7 +97,7 @@ def _training(
         ("Rows", trained.get("rows")),
         ("Epochs", train.get("epochs")),
         ("Steps", _steps(finite(trained.get("steps")) or n_steps, trained.get("planned_steps"))),
-        ("Batch size", train.get("batch_size")),
+        ("Batch size", trained.get("batch_size") or train.get("batch_size")),
         ("Learning rate", train.get("learning_rate")),
         ("Peak memory", None if memory is None else f"{memory / 1e9:.2f} GB"),
     ]

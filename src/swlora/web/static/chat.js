@@ -42,7 +42,7 @@ export function setUpChat(form) {
   async function answer(text, before) {
     const names = nameModels(form, panes);
     const used = talks.slice(0, names.length);
-    talks.forEach((talk, side) => talk.begin(before, text, side));
+    talks.forEach((talk, side) => talk.begin(before, text, side, side < names.length));
     allow(false);
     await work.run(used.map((talk) => talk.pane), (signal) => {
       const settings = settingsOf(form);
@@ -108,14 +108,14 @@ class Talk {
     this.toEnd();
   }
 
-  /** Add what is said now, and room for the answer. */
-  begin(turns, text, side) {
+  /** Add what is said now, and room for the answer; a side that is not used waits for none. */
+  begin(turns, text, side, isUsed) {
     this.show(turns, side);
     const answer = line("model", "");
     this.#list.append(line("user", text), answer);
     this.#nothing.hidden = true;
     this.pane.writeInto(answer.lastChild);
-    this.pane.begin("", true);
+    this.pane.begin("", isUsed);
     this.toEnd();
   }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from swlora import pipeline
+from swlora import job
 from swlora.config import DEFAULT_DATASET, DEFAULT_MODEL, load_spec
 from swlora.evaluation import prompting
 from swlora.models import load
@@ -110,7 +110,7 @@ def test_mistakes_in_evaluation(swlora, small, model_folder, rows):
 
 @pytest.mark.parametrize("verb", ["eval", "generate"])
 def test_an_adapter_that_is_none_costs_no_loading(verb, swlora, model_folder, monkeypatch):
-    for module in (pipeline, prompting):
+    for module in (job, prompting):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
     Path("empty").mkdir()
     extra = ["--prompt", "x"] if verb == "generate" else []
@@ -120,7 +120,7 @@ def test_an_adapter_that_is_none_costs_no_loading(verb, swlora, model_folder, mo
 
 @pytest.mark.parametrize("verb", ["train", "eval", "train-eval"])
 def test_a_model_that_is_none_costs_no_reading(verb, swlora, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_dataset", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(job, "load_dataset", lambda _: pytest.fail("it was read"))
     Path("empty").mkdir()
     for name, said in (("./gone", "there is no model folder"), ("empty", "cannot be loaded")):
         assert said in swlora(verb, "--model", name).mistake

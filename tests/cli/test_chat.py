@@ -135,7 +135,7 @@ def test_settings_left_open_are_chats_own():
     given = DecodeSpec(temperature=0.0, max_new_tokens=7)
     assert chat_settings(given) == DecodeSpec(temperature=0.0, max_new_tokens=7, top_p=0.9)
     for setting in ({"num_beams": 2}, {"no_repeat_ngram_size": 3}):
-        with pytest.raises(UserError, match="leave decode.* out of --config"):
+        with pytest.raises(UserError, match=r"leave decode.* out of --config"):
             chat_settings(DecodeSpec(**setting))
 
 

@@ -25,7 +25,7 @@ WINDOW_S = 0.5
 FRESH_S = 5.0  # so long a choice holds for work that begins anew
 # A core counts as free where others use less of it. On two cores both choices train equally fast
 # where a program would use half of one; beside two threads it gets 0.3 of it then, and 0.5 beside
-# one. (Measured by benchmarks/busy.py.)
+# one. (A one-off trial: three steps each, beside programs busy 0.25, 0.5 and 0.75 of the time.)
 TAKEN_SHARE = 0.45
 
 
@@ -78,9 +78,10 @@ def read_clock() -> CpuClock:
     Time in which a core waits for the disk, or that a hypervisor took, counts as free.
     """
     cores = psutil.cpu_times(percpu=True)
-    allowed = [times for number, times in enumerate(cores) if number in _allowed(len(cores))]
+    allowed = _allowed(len(cores))
+    ours = [times for number, times in enumerate(cores) if number in allowed]
     kinds = ("user", "nice", "system", "irq", "softirq")
-    all_s = sum(getattr(times, kind, 0.0) for times in allowed for kind in kinds)
+    all_s = sum(getattr(times, kind, 0.0) for times in ours for kind in kinds)
     return CpuClock(time.monotonic(), time.process_time(), all_s)
 
 

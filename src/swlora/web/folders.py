@@ -28,6 +28,11 @@ FRESH_S = 2.0
 _FOLDERS = re.compile(r"""(?<![^\s('"])/(?:[^/;,()'"]*/)+""")
 FIGURE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 ADAPTER_CONFIG = "adapter_config.json"
+# What reading a file of somebody else's JSON can end in
+UNREADABLE = (
+    *(OSError, ValueError, RecursionError, UserError),
+    *(KeyError, TypeError, AttributeError),  # another shape than ours
+)
 
 
 @dataclass(frozen=True)
@@ -158,9 +163,7 @@ def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:
         rank = 0 if reason else int(config["r"])
     except FileNotFoundError as error:
         raise UserError(f"it has no {WEIGHTS}") from error
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError, UserError, RecursionError),
-    ) as error:
+    except UNREADABLE as error:
         raise UserError(f"its {ADAPTER_CONFIG} or its facts cannot be read") from error
     if reason:
         raise UserError(reason)

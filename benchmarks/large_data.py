@@ -74,7 +74,7 @@ def prepare(path: Path, model: str) -> dict[str, Any]:
     from swlora.data.encode import encode_examples
     from swlora.data.sources import load_dataset
     from swlora.data.tree_rows import build_row
-    from swlora.engine.schedule import step_plan
+    from swlora.training.schedule import step_plan
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     watch, memory = Stopwatch(), OwnMemory()

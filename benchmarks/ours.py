@@ -48,8 +48,8 @@ def run(
 ) -> dict[str, Any]:
     """Train an adapter on `rows` for the arm's epochs; return what was measured."""
     from swlora.adapters.methods import adapt, train_mode
-    from swlora.engine.schedule import Schedule, step_plan
-    from swlora.engine.tree_step import make_step
+    from swlora.training.schedule import Schedule, step_plan
+    from swlora.training.tree_step import make_step
 
     watch, clock = measure.Stopwatch(), clock or StepClock()
     with watch("load_model"):
@@ -100,7 +100,7 @@ def encode(rows: list[Example], separator: str, loaded: LoadedModel) -> TokenSeq
 def _train(
     step: Any, schedule: Any, adapted: Any, spec: RunSpec, clock: StepClock
 ) -> tuple[list[dict[str, Any]], float]:
-    from swlora.engine.loop import train
+    from swlora.training.loop import train
 
     with tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
         folder = Path(scratch) / "run"

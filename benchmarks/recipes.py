@@ -29,14 +29,15 @@ from swlora.data.sources import load_dataset
 from swlora.data.steps import StepOrder
 from swlora.data.token_sequences import TokenSequences
 from swlora.data.tree_rows import build_row
-from swlora.engine.attention import TreeLayout
-from swlora.engine.schedule import Schedule
-from swlora.engine.split_model import SplitModel
-from swlora.engine.tree_step import TreeStep, fast_modules, row_loss
 from swlora.evaluation.loss import dataset_loss
+from swlora.kernels.forwards import fast_modules
+from swlora.kernels.split_model import SplitModel
+from swlora.kernels.tree_attention import TreeLayout
 from swlora.models.anatomy import Anatomy, weight_out_in
 from swlora.models.load import load_model
 from swlora.progress import Silent
+from swlora.training.schedule import Schedule
+from swlora.training.tree_step import TreeStep, row_loss
 
 DEV_PROMPTS = 60
 GRADIENT_ROWS = 64

@@ -387,7 +387,7 @@ def test_a_full_disk_when_the_adapter_is_saved_costs_no_training(
     with monkeypatch.context() as patch, pytest.raises(RunFailedError, match="No space left"):
         patch.setattr(peft.PeftModel, "save_pretrained", full)
         run_in(folder, make_spec(model_folder("llama"), rows))
-    monkeypatch.setattr("swlora.engine.loop._one_step", full)  # must not be needed again
+    monkeypatch.setattr("swlora.training.loop._one_step", full)  # must not be needed again
     assert resume(folder)["train"]["steps"] == 12
 
 

@@ -7,14 +7,14 @@ import torch
 from tests.small_runs import make_spec, write_data
 
 from swlora import pipeline
-from swlora.engine import layer_choice, loop
-from swlora.engine.layer_choice import Choice, Trial
 from swlora.errors import UserError
 from swlora.evaluation import english
 from swlora.job import Job
 from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.runs import Run
+from swlora.training import layer_choice, loop
+from swlora.training.layer_choice import Choice, Trial
 
 
 class Listening(Silent):

@@ -14,13 +14,13 @@ from swlora import pipeline
 from swlora.adapters.methods import METHODS
 from swlora.adapters.saved import load_adapter, read_facts
 from swlora.config import RunSpec
-from swlora.engine.frozen_prefix import PrefixCache
 from swlora.errors import UserError
 from swlora.evaluation.loss import dataset_loss
 from swlora.job import Job
 from swlora.models.load import load_model
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
+from swlora.training.frozen_prefix import PrefixCache
 
 ModelFolder = Callable[[str], Path]
 
@@ -169,7 +169,7 @@ def test_its_time_does_not_count(
         now_s[0] += 1.0
         return values
 
-    monkeypatch.setattr("swlora.engine.tree_step.build_row", _ticking(tick))
+    monkeypatch.setattr("swlora.training.tree_step.build_row", _ticking(tick))
     monkeypatch.setattr("swlora.pipeline.read_metrics", lambda _folder: seen)
     with Run.create(tmp_path / "run", spec, "train") as run:
         _, result = step(Job(spec, run, Silent()))

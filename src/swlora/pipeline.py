@@ -25,8 +25,8 @@ from swlora.models.identity import identify_base, weights_sample_sha256
 from swlora.runs import read_metrics
 
 if TYPE_CHECKING:
-    from swlora.engine.schedule import Schedule
     from swlora.evaluation.held_out import Measurements
+    from swlora.training.schedule import Schedule
 
 Result = dict[str, Any]
 
@@ -70,10 +70,10 @@ def train(
     from swlora.adapters.card import last_losses, training_facts
     from swlora.adapters.methods import adapt, train_mode
     from swlora.adapters.saved import save_adapter
-    from swlora.engine.loop import train as run_loop
-    from swlora.engine.tree_step import make_step
     from swlora.evaluation.held_out import watch_of
     from swlora.evaluation.loss_curve import draw_loss, training_result
+    from swlora.training.loop import train as run_loop
+    from swlora.training.tree_step import make_step
 
     spec, prepared = job.spec, prepared or prepare_training(job)  # before a search, which is long
     sequences, schedule, planned = prepared.sequences, prepared.schedule, prepared.planned
@@ -140,8 +140,8 @@ class Prepared:
 
 def prepare_training(job: Job) -> Prepared:
     """Load, encode and check what a training needs, then begin the run."""
-    from swlora.engine.schedule import Schedule, batch_note
     from swlora.evaluation.held_out import planned_measurements
+    from swlora.training.schedule import Schedule, batch_note
 
     spec, sequences = job.spec, job.encoded("train")
     schedule = Schedule.of(sequences, spec.train, spec.seed)
@@ -171,9 +171,9 @@ def held_out_rows(job: Job, planned: "Measurements") -> TokenSequences | None:
 def check_adapter(job: Job, n_steps: int) -> None:
     """Refuse an adapter that cannot be trained in this model, before any work is done."""
     from swlora.adapters.methods import check_fit
-    from swlora.engine import layer_choice
     from swlora.models.anatomy import Anatomy
     from swlora.superweights import identify as identification
+    from swlora.training import layer_choice
 
     spec, anatomy = job.spec, Anatomy(job.loaded.model)
     layers = [0]  # of those that are found later: as good as any to look at
@@ -207,7 +207,7 @@ def measure_layers(job: Job, budget: float) -> list[int]:
 
     A resumed run keeps its layers: a stopwatch would not choose the same ones every time.
     """
-    from swlora.engine import layer_choice
+    from swlora.training import layer_choice
 
     if recorded := job.run.read_result().get("layer_choice"):
         return [int(layer) for layer in recorded["layers"]]

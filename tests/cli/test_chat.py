@@ -11,7 +11,7 @@ import pytest
 from swlora.cli import main
 from swlora.cli.chat import DEFAULTS, chat_settings
 from swlora.config import DecodeSpec
-from swlora.engine.batch_decoder import BatchDecoder
+from swlora.decoding.batch import BatchDecoder
 from swlora.errors import UserError
 
 GREEDY = ("--temperature", 0, "--max-new-tokens", 8)

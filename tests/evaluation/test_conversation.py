@@ -13,7 +13,7 @@ import torch
 from swlora.adapters.methods import adapt, trainable_parameters
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, DecodeSpec, ModelSpec
-from swlora.engine.batch_decoder import BatchDecoder
+from swlora.decoding.batch import BatchDecoder
 from swlora.errors import UserError
 from swlora.evaluation.conversation import Conversation
 from swlora.models.load import LoadedModel, load_model

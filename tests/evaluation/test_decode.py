@@ -7,7 +7,7 @@ import torch
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec, DecodeSpec
-from swlora.engine.batch_decoder import BatchDecoder
+from swlora.decoding.batch import BatchDecoder
 from swlora.errors import UserError
 from swlora.evaluation.decode import check_room, generate, generation_config
 from swlora.models.anatomy import Anatomy

@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from swlora.adapters.methods import METHODS, adapt, attach, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
-from swlora.engine.plain import completion_loss, pad
 from swlora.evaluation.english import N_WINDOWS, english_loss
 from swlora.evaluation.loss import (
     SEQUENCES_AT_ONCE,
@@ -22,6 +21,7 @@ from swlora.loss_sum import LossSum
 from swlora.models.anatomy import FAMILIES
 from swlora.progress import Silent
 from swlora.superweights.ablate import text_loss, text_windows
+from swlora.training.plain import completion_loss, pad
 
 MakeModel = Callable[..., Any]
 MODEL_TYPES = [model_type for family in FAMILIES for model_type in family.model_types]

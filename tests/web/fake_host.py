@@ -4,7 +4,7 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from swlora.engine.batch_decoder import DecodeRequest, Event
+from swlora.decoding.batch import DecodeRequest, Event
 from swlora.errors import UserError
 from swlora.models.anatomy import WeightAddress
 from swlora.web.scheduler import Scheduler

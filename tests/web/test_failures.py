@@ -185,7 +185,7 @@ def test_a_failing_adapter_ends_its_own_requests_only(own_client, host, loaded, 
         ("swlora.web.variants.BatchDecoder.__init__", 1),
         ("swlora.web.variants.ModelHost.switched", 2),
         ("swlora.web.variants.BatchDecoder.admit", 2),
-        ("swlora.engine.batch_decoder.BatchDecoder.step", 2),
+        ("swlora.decoding.batch.BatchDecoder.step", 2),
     ],
 )
 def test_a_failure_anywhere_on_the_way_leaves_the_model_whole(
@@ -244,7 +244,7 @@ def test_a_model_that_does_not_come_back_is_not_ready(own_client, loaded, until)
 
 
 def test_a_failing_sweep_is_no_end_of_the_thread(own_client, monkeypatch, until):
-    from swlora.engine.batch_decoder import BatchDecoder
+    from swlora.decoding.batch import BatchDecoder
 
     base = text(own_client)
     own = BatchDecoder.drop

@@ -7,7 +7,7 @@ import torch
 from openai import OpenAI
 
 from swlora.config import ServeSpec
-from swlora.engine.batch_decoder import BatchDecoder
+from swlora.decoding.batch import BatchDecoder
 from swlora.web.service import make_service
 
 BODY = {"model": "tiny", "max_tokens": 12, "temperature": 0}

@@ -45,7 +45,7 @@ def slow(service, monkeypatch):
         time.sleep(0.02)
         return real(decoder)
 
-    from swlora.engine.batch_decoder import BatchDecoder
+    from swlora.decoding.batch import BatchDecoder
 
     real = BatchDecoder.step
     monkeypatch.setattr(BatchDecoder, "step", step)

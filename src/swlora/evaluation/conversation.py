@@ -12,8 +12,8 @@ import numpy as np
 from swlora.adapters.saved import adapter_folder, read_facts, warn_of_other_base
 from swlora.adapters.temporary import adapter_on
 from swlora.config import DecodeSpec
-from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
-from swlora.engine.sampling import Sampling
+from swlora.decoding.batch import BatchDecoder, DecodeRequest
+from swlora.decoding.sampling import Sampling
 from swlora.errors import UserError
 from swlora.evaluation.decode import chat_end_token_ids, generate, joins_batches
 from swlora.evaluation.prompting import NOT_A_CHAT, Say, chat_ids

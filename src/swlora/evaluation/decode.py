@@ -1,7 +1,7 @@
 """Text from a model: one generation a prompt.
 
 Rows share a cache, and the place of what is finished goes to the next prompt: greedy and sampled
-rows (`swlora.engine.batch_decoder`), beams and n-gram blocking (`swlora.engine.beam_decoder`). Beam
+rows (`swlora.decoding.batch`), beams and n-gram blocking (`swlora.decoding.beams`). Beam
 search as in the LoRA paper has num_beams 10, length_penalty 0.9 and no_repeat_ngram_size 4 (arXiv
 2106.09685, table 11). Families whose attention cannot be replaced, adapters of more than
 projections, and samples without repeated n-grams are left to `generate` of transformers, prompts
@@ -21,14 +21,14 @@ from swlora.adapters.reach import is_covered
 from swlora.config import DecodeSpec
 from swlora.data.chat import end_of_turn_token
 from swlora.data.known_tokens import check_prompts
-from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
-from swlora.engine.beam_decoder import BeamDecoder, BeamSettings
-from swlora.engine.sampling import Sampling
-from swlora.engine.tree_step import fast_modules
+from swlora.decoding.batch import BatchDecoder, DecodeRequest
+from swlora.decoding.beams import BeamDecoder, BeamSettings
+from swlora.decoding.sampling import Sampling
 from swlora.errors import UserError
+from swlora.kernels.forwards import fast_modules
+from swlora.kernels.rotary import RotaryLengths
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.load import LoadedModel
-from swlora.models.rotary import RotaryLengths
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
 

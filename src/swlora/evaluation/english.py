@@ -17,9 +17,9 @@ from torch import Tensor
 
 from swlora.adapters.reach import is_covered
 from swlora.caches import ENGLISH, about
-from swlora.engine.tree_step import fast_modules
 from swlora.errors import RunFailedError
 from swlora.files import write_json
+from swlora.kernels.forwards import fast_modules
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import context_tokens
 from swlora.models.fingerprint import add_weights, config_values

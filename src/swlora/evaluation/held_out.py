@@ -10,9 +10,9 @@ from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import train_mode
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
-from swlora.engine.watch import Watch
 from swlora.evaluation.loss import dataset_loss
 from swlora.progress import Silent
+from swlora.training.watch import Watch
 
 # Where no numbers are given: how many measurements, and how many rows all of them together run
 # (forward only) as a share of the training's rows. What only shows costs hundredths of its time.

@@ -17,13 +17,14 @@ from swlora.adapters.reach import is_covered
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.data.tree_rows import TreeRow, build_row, number_nodes
-from swlora.engine.attention import TreeLayout
-from swlora.engine.plain import completion_loss, pad
-from swlora.engine.split_model import SplitModel
-from swlora.engine.tree_step import fast_modules, row_loss
+from swlora.kernels.forwards import fast_modules
+from swlora.kernels.split_model import SplitModel
+from swlora.kernels.tree_attention import TreeLayout
 from swlora.loss_sum import LossSum
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
+from swlora.training.plain import completion_loss, pad
+from swlora.training.tree_step import row_loss
 
 SEQUENCES_AT_ONCE = 64
 PADDED_AT_ONCE = 8

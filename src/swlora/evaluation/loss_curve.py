@@ -9,8 +9,8 @@ from swlora.files import atomic_path
 from swlora.loss_sum import LossSum
 
 if TYPE_CHECKING:
-    from swlora.engine.checkpoint import LoopState
-    from swlora.engine.schedule import Schedule
+    from swlora.training.checkpoint import LoopState
+    from swlora.training.schedule import Schedule
 
 Point = tuple[float, float]
 FINAL_SHARE = 0.1

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from swlora.config import BUILTIN_MODEL, DataSpec, ModelSpec, RunSpec
-from swlora.engine.schedule import rows_per_step
 from swlora.errors import UserError
 from swlora.study.arms import Arm, arms_of
 from swlora.study.spec import StudySpec
 from swlora.study.study_file import arm_problems
+from swlora.training.schedule import rows_per_step
 
 MANY_STEPS = 1_000_000_000  # where the number of rows is not known
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")

@@ -12,9 +12,9 @@ from typing import Literal
 
 from swlora.adapters.layers import needs_identification
 from swlora.config import RunSpec
-from swlora.engine.schedule import rows_per_step
 from swlora.study.arms import Arm
 from swlora.study.spec import StudySpec, folder_name, is_found
+from swlora.training.schedule import rows_per_step
 
 Phase = Literal["identify", "rates", "runs", "beam"]
 

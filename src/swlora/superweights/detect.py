@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swlora.data.known_tokens import check_prompts
 from swlora.errors import UserError
+from swlora.kernels.rotary import RotaryLengths
 from swlora.models.anatomy import (
     Anatomy,
     WeightAddress,
@@ -25,7 +26,6 @@ from swlora.models.anatomy import (
     n_embeddings,
     weight_out_in,
 )
-from swlora.models.rotary import RotaryLengths
 from swlora.superweights.observe import Observation, followed, observed
 
 DOMINANT_SHARE = 0.5  # super activations come in groups, so the largest channel is not the only one

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from swlora.errors import RunFailedError, UserError
+from swlora.kernels.block_walk import Walk
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy, WeightAddress, context_tokens
 from swlora.superweights.ablate import scaled
-from swlora.superweights.walk import Walk
 
 BLOCK_TOKENS = 64
 MAX_NATS = 700.0  # no token is charged more, so that every perplexity and ratio is a finite float

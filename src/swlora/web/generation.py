@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from swlora.engine.batch_decoder import DecodeRequest, Event
-from swlora.engine.sampling import Sampling
+from swlora.decoding.batch import DecodeRequest, Event
+from swlora.decoding.sampling import Sampling
 from swlora.evaluation.text_stream import Detokeniser, StopFilter
 from swlora.web.metrics import Metrics
 from swlora.web.problems import ApiError

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from swlora.engine.batch_decoder import Event
+from swlora.decoding.batch import Event
 from swlora.errors import UserError
 from swlora.threads import adapted_threads
 from swlora.web.tickets import (

@@ -15,8 +15,8 @@ from swlora.config import BUILTIN_MODEL, DataSpec, RunSpec, ServeSpec
 from swlora.data.encode import encode_prompts
 from swlora.data.examples import Example
 from swlora.data.sources import load_dataset
-from swlora.engine.batch_decoder import DecodeRequest
-from swlora.engine.sampling import Sampling
+from swlora.decoding.batch import DecodeRequest
+from swlora.decoding.sampling import Sampling
 from swlora.errors import UserError
 from swlora.models.anatomy import n_embeddings
 from swlora.models.builtin import unpacked_folder

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from swlora.engine.batch_decoder import DecodeRequest, Event
+from swlora.decoding.batch import DecodeRequest, Event
 from swlora.models.anatomy import WeightAddress
 
 EndReason = Literal["stop", "length", "deadline", "shutdown", "cancelled", "refused", "failed"]

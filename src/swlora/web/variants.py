@@ -20,7 +20,7 @@ from torch import Tensor
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.own_tensors import check_tensors
 from swlora.adapters.saved import WEIGHTS, warn_of_other_base
-from swlora.engine.batch_decoder import BatchDecoder, DecodeRequest
+from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.errors import UserError
 from swlora.evaluation.decode import chat_end_token_ids
 from swlora.models.anatomy import context_tokens, n_embeddings

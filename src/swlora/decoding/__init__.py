@@ -1,0 +1,1 @@
+"""Generation in batches: prefill, caches, sampling and beams."""

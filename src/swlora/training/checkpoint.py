@@ -1,0 +1,101 @@
+"""The whole state of a training loop as one object, saved and loaded through the run folder.
+
+Trained weights, what else the method keeps, optimizer moments, the random generator, the held-out
+losses and the position in the data; learning rate and data order are pure functions of (seed,
+step), so they need no state. A run that resumes here does the same arithmetic as one that never
+stopped; after a kill, steps that are done again may read states from the prefix cache in the
+rounding of another row, and in float32 another number of threads sums in another order.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from swlora.adapters.adapted import Adapted
+from swlora.errors import RunFailedError
+from swlora.runs import load_snapshot, save_snapshot
+from swlora.training.watch import HeldOutState
+
+
+@dataclass
+class Totals:
+    """What a loop has done so far."""
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+
+
+@dataclass
+class LoopState:
+    """Live references to everything that a resumed run needs."""
+
+    adapted: Adapted
+    optimizer: torch.optim.Optimizer
+    totals: Totals = field(default_factory=Totals)
+    held_out: HeldOutState = field(default_factory=HeldOutState)
+
+    def random_state(self) -> dict[str, Tensor]:
+        """Return where the random generators stand."""
+        tensors = {"rng": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(self._device)
+        return tensors
+
+    def set_random_state(self, tensors: dict[str, Tensor]) -> None:
+        """Put the random generators back to where `random_state` found them."""
+        torch.set_rng_state(tensors["rng"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng_cuda"], self._device)
+
+    def save(self, folder: Path) -> None:
+        """Replace the snapshot in `folder` by this state."""
+        tensors = self.random_state()
+        for name, tensor in self.adapted.state().items():
+            tensors[f"method/{name}"] = tensor.detach().clone()
+        for name, parameter in self.adapted.parameters.items():
+            tensors[f"parameter/{name}"] = parameter.detach().clone()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).clone()
+        values = {**vars(self.totals), "held_out": self.held_out.as_dict()}
+        save_snapshot(folder, tensors, values)
+
+    def load(self, folder: Path) -> bool:
+        """Fill this state from the snapshot in `folder`; False where there is none.
+
+        Raises RunFailedError where the snapshot holds other parameters.
+        """
+        snapshot = load_snapshot(folder)
+        if snapshot is None:
+            return False
+        tensors, values = snapshot
+        saved = {n.removeprefix("parameter/") for n in tensors if n.startswith("parameter/")}
+        if saved != set(self.adapted.parameters):
+            raise RunFailedError(f"the checkpoint in {folder} belongs to another adapter")
+        self.set_random_state(tensors)
+        with torch.no_grad():
+            for name, parameter in self.adapted.parameters.items():
+                parameter.copy_(tensors[f"parameter/{name}"])
+                self._load_optimizer_state(name, parameter, tensors)
+        own = {n.removeprefix("method/"): t for n, t in tensors.items() if n.startswith("method/")}
+        self.adapted.load_state(own)
+        self.held_out = HeldOutState(**values.pop("held_out", {}))  # older ones have none
+        self.totals = Totals(**values)
+        return True
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.adapted.parameters.values())).device
+
+    def _load_optimizer_state(
+        self, name: str, parameter: nn.Parameter, tensors: dict[str, Tensor]
+    ) -> None:
+        state = self.optimizer.state[parameter]
+        for full_name, value in tensors.items():
+            kind, _, rest = full_name.partition("/")
+            key, _, owner = rest.partition("/")
+            if kind == "optimizer" and owner == name:
+                state[key] = value.to(parameter.device, copy=True)

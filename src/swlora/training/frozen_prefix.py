@@ -1,0 +1,201 @@
+"""Hidden states below the lowest adapted block, computed once and kept in a file.
+
+They depend on the tokens up to a node and on frozen weights only, so they are constants: kept by
+node of the data set's trie, (n_nodes, D) in the model's dtype, under a folder named by a hash of
+everything that they depend on. The first epoch writes, later epochs and later runs read; a row is
+read only where all of its nodes are there. Plain reads and writes instead of a mapping, so that a
+full disk is an error that can be caught and the pages do not count as the process's memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swlora.caches import ABOUT, LOCK, PREFIX, about, disk_bytes, remove
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import TreeRow, count_nodes, number_nodes
+from swlora.errors import RunFailedError
+from swlora.files import write_json
+from swlora.kernels.split_model import SplitModel
+from swlora.kernels.tree_attention import TreeLayout
+from swlora.models.fingerprint import add_weights, config_values
+from swlora.paths import cache_dir
+
+GIB = 1 << 30
+FORMAT = 1
+
+
+def n_cache_bytes(base_model: Any, sequences: TokenSequences) -> int:
+    """Return the size of a cache for `sequences`: a state and a flag for every node."""
+    state_bytes = int(base_model.config.hidden_size) * next(base_model.parameters()).element_size()
+    return int(count_nodes(sequences) * (state_bytes + 1))
+
+
+class PrefixCache:
+    """Serves `split.prefix` from a file where it can; falls back to computing for good.
+
+    `say` gets a line when the cache is used, or cannot be.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        sequences: TokenSequences,
+        *,
+        limit_gb: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._split = split
+        self._say = say
+        self._n_nodes = count_nodes(sequences)
+        name = Path(split.base_model.config._name_or_path or "a model").name
+        self._owner = f"{name}: states of {self._n_nodes:,} tokens below layer {split.cut}"
+        parameter = next(split.base_model.parameters())
+        self._width = int(split.base_model.config.hidden_size)
+        self._dtype: torch.dtype = parameter.dtype
+        self._row_bytes = self._width * parameter.element_size()
+        self._data: int | None = None
+        self.n_read_rows = self.n_computed_rows = 0
+        n_bytes, limit_bytes = n_cache_bytes(split.base_model, sequences), int(limit_gb * GIB)
+        if n_bytes > limit_bytes:
+            say(
+                f"no prefix cache: it needs {n_bytes / GIB:.1f} GiB and --cache-gb allows "
+                f"{limit_gb:g}"
+            )
+            return
+        self._numbers = number_nodes(sequences)
+        try:
+            self._open(content_key(split, sequences), limit_bytes - n_bytes)
+        except (OSError, RunFailedError) as error:
+            self._give_up(error)
+
+    def __call__(self, row: TreeRow, layout: TreeLayout) -> Tensor:
+        """Return the hidden state at the cut, (1, T, D), for a tree row."""
+        if self._data is None:
+            return self._split.prefix(layout)
+        nodes = self._numbers[row.node_source]
+        try:
+            if self._present[nodes].all():
+                self.n_read_rows += 1
+                return self._read(nodes).to(layout.token_ids.device)[None]
+            hidden = self._split.prefix(layout)
+            self.n_computed_rows += 1
+            self._write(nodes, hidden[0])
+        except OSError as error:
+            self._give_up(error)
+            return self._split.prefix(layout)
+        return hidden
+
+    def close(self) -> None:
+        """Let go of the files; the cache stays for later runs."""
+        if self._data is not None:
+            os.close(self._data)
+            os.close(self._flags)
+            os.close(self._lock)
+            self._data = None
+
+    def _open(self, key: str, others_bytes: int) -> None:
+        root = cache_dir() / PREFIX
+        folder = root / key
+        root.mkdir(parents=True, exist_ok=True)
+        _make_room(root, folder, others_bytes)
+        folder.mkdir(exist_ok=True)
+        self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)  # in use: not to be evicted
+        header = {"format": FORMAT, "n_nodes": self._n_nodes, "row_bytes": self._row_bytes}
+        if _header(folder) != header:
+            for stale in ("states", "present"):
+                (folder / stale).unlink(missing_ok=True)
+            write_json(folder / ABOUT, about(self._owner))
+            write_json(folder / "header.json", header)
+        self._flags = os.open(folder / "present", os.O_RDWR | os.O_CREAT, 0o644)
+        self._data = os.open(folder / "states", os.O_RDWR | os.O_CREAT, 0o644)
+        n_whole = os.fstat(self._data).st_size // self._row_bytes
+        if os.fstat(self._flags).st_size > n_whole:  # cut off: what it lost is computed again
+            os.ftruncate(self._flags, n_whole)
+        os.utime(folder)
+        self._present = np.zeros(self._n_nodes, dtype=np.uint8)
+        saved = os.pread(self._flags, self._n_nodes, 0)
+        self._present[: len(saved)] = np.frombuffer(saved, dtype=np.uint8)
+        share = float(self._present.mean())
+        if share:
+            self._say(f"prefix cache: {share:.0%} of the states are there from an earlier run")
+
+    def _read(self, nodes: np.ndarray) -> Tensor:
+        states = torch.empty(len(nodes), self._width, dtype=self._dtype)
+        view = states.view(torch.uint8).numpy().data.cast("B")
+        assert self._data is not None
+        for first, start, stop in _stretches(nodes):
+            target = view[start * self._row_bytes : stop * self._row_bytes]
+            if os.preadv(self._data, [target], first * self._row_bytes) != len(target):
+                raise OSError("the prefix cache is shorter than its header says")
+        return states
+
+    def _write(self, nodes: np.ndarray, hidden: Tensor) -> None:
+        states = hidden.detach().to("cpu", self._dtype).contiguous()
+        view = states.view(torch.uint8).numpy().data.cast("B")
+        assert self._data is not None
+        for first, start, stop in _stretches(nodes):
+            source = view[start * self._row_bytes : stop * self._row_bytes]
+            _write_all(self._data, source, first * self._row_bytes)
+            _write_all(self._flags, memoryview(bytes([1]) * (stop - start)), first)
+        self._present[nodes] = 1
+
+    def _give_up(self, error: OSError | RunFailedError) -> None:
+        reason = getattr(error, "strerror", None) or error
+        self._say(f"going on without the prefix cache: {reason}")
+        self.close()
+
+
+def content_key(split: SplitModel, sequences: TokenSequences) -> str:
+    """Hash everything the states at the cut depend on: tokens, frozen weights, cut, dtype."""
+    digest = hashlib.sha256()
+    config = config_values(split.base_model.config)
+    facts = [FORMAT, split.cut, config, *split.rotary.limits_tokens]
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    digest.update(np.ascontiguousarray(sequences.tokens).data)
+    digest.update(np.ascontiguousarray(sequences.offsets).data)
+    above = {id(p) for block in split.anatomy.blocks[split.cut :] for p in block.parameters()}
+    named = split.anatomy.backbone.named_parameters()
+    add_weights(digest, ((name, weight) for name, weight in named if id(weight) not in above))
+    return digest.hexdigest()[:32]
+
+
+def _stretches(nodes: np.ndarray) -> list[tuple[int, int, int]]:
+    """Cut node numbers into stretches that lie together in the file: (first, start, stop)."""
+    bounds = np.flatnonzero(np.diff(nodes) != 1) + 1
+    starts = [0, *bounds.tolist()]
+    stops = [*bounds.tolist(), len(nodes)]
+    return [(int(nodes[a]), a, b) for a, b in zip(starts, stops, strict=True)]
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        n_written = os.pwrite(descriptor, data, offset)
+        data, offset = data[n_written:], offset + n_written
+
+
+def _header(folder: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((folder / "header.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _make_room(root: Path, keep: Path, allowed_bytes: int) -> None:
+    """Remove the least recently used caches until the others fit; those in use stay."""
+    others = [folder for folder in root.iterdir() if folder.is_dir() and folder != keep]
+    others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    total_bytes = 0
+    for folder in others:
+        total_bytes += disk_bytes(folder)
+        if total_bytes > allowed_bytes:
+            remove(PREFIX, folder)

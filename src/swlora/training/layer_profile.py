@@ -1,0 +1,156 @@
+"""What each layer costs and may bring: seconds and gradients, measured over a few steps.
+
+A step runs backward through every block above the lowest adapted one, so adapters in all of these
+cost little more, and the question is only where to begin. With f, c, h the seconds a data-set row
+costs a frozen block, a trained block and the head, E epochs over cached prefixes with the layers
+from l up (of n) take, a row,
+
+    T(l) = l f + E ((n - l) c + h)
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from swlora.adapters.adapted import Adapted
+from swlora.adapters.methods import adapt, train_mode
+from swlora.config import AdapterSpec, RunSpec
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row
+from swlora.kernels.forwards import fast_modules
+from swlora.kernels.split_model import SplitModel
+from swlora.kernels.tree_attention import TreeLayout
+from swlora.threads import adapt_threads
+from swlora.training.frozen_prefix import GIB, n_cache_bytes
+from swlora.training.schedule import Step
+from swlora.training.tree_step import TreeStep, row_loss
+
+# Methods that leave the weights below them alone; LoRA stands in for the others.
+TRIED_AS_THEMSELVES = ("lora", "lora+", "rslora", "dora")
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """What was measured: gradients' L1 norms by layer (nats a token and unit of rate), and the
+    seconds a row costs the head, a frozen block and a trained block.
+
+    `is_cached` says whether later epochs read the states below the lowest adapted layer.
+    """
+
+    gradient_norms: list[float]
+    head_s: float
+    frozen_block_s: float
+    trained_block_s: float
+    is_cached: bool = True
+
+    @property
+    def n_layers(self) -> int:
+        """The number of the model's blocks."""
+        return len(self.gradient_norms)
+
+    @property
+    def forward_s(self) -> float:
+        """The seconds that a row's loss takes, without a gradient in the blocks."""
+        return self.n_layers * self.frozen_block_s + self.head_s
+
+    def pass_s(self, lowest: int, *, is_first: bool) -> float:
+        """Return the seconds a row of an epoch costs, with adapters from layer `lowest` up."""
+        prefix_s = lowest * self.frozen_block_s if is_first or not self.is_cached else 0.0
+        return prefix_s + (self.n_layers - lowest) * self.trained_block_s + self.head_s
+
+    def training_s(self, lowest: int, n_epochs: float) -> float:
+        """Return the seconds a row costs over `n_epochs` epochs, one at least."""
+        later_s = self.pass_s(lowest, is_first=False)
+        return self.pass_s(lowest, is_first=True) + max(0.0, n_epochs - 1) * later_s
+
+
+@contextmanager
+def adapters_for_now(
+    model: Any, spec: AdapterSpec, layers: Sequence[int], seed: int
+) -> Iterator[Adapted]:
+    """Put adapters like those of `spec` on a base model while the body runs.
+
+    Its weights are the same to the last bit afterwards. Raises UserError where they do not fit.
+    """
+    method = spec.method if spec.method in TRIED_AS_THEMSELVES else "lora"
+    adapted = adapt(model, spec.model_copy(update={"method": method}), layers, seed=seed)
+    train_mode(adapted.model)
+    try:
+        yield adapted
+    finally:
+        adapted.model.unload()
+
+
+def profile(
+    model: Any,
+    sequences: TokenSequences,
+    spec: RunSpec,
+    steps: Sequence[Step],
+    say: Callable[[str], None],
+) -> LayerProfile:
+    """Measure a base model on the rows of `steps`, with the adapters of `spec` in all layers."""
+    lora = spec.adapter.model_copy(update={"method": "lora"})
+    every_layer = range(int(model.config.num_hidden_layers))
+    with adapters_for_now(model, lora, every_layer, spec.seed) as adapted:
+        step = TreeStep(adapted.model, sequences, say=say)
+        parameters = list(adapted.parameters.values())
+        step(steps[0])  # memory and kernels warm up
+        _clear(parameters)
+        whole_s = frozen_s = head_s = 0.0
+        n_tokens = n_rows = 0
+        for rows in steps:  # each is timed in parts at once, lest the machine change in between
+            adapt_threads()
+            start_s = time.perf_counter()
+            n_tokens += step(rows)[1]
+            whole_s += time.perf_counter() - start_s
+            parts_s = _partial_times_s(step, rows)
+            frozen_s, head_s = frozen_s + parts_s[0], head_s + parts_s[1]
+            n_rows += sum(map(len, rows))
+        norms = _gradient_norms(step.split, parameters, n_tokens)
+    is_cached = spec.train.engine != "plain" and (
+        n_cache_bytes(model, sequences) <= spec.train.cache_gb * GIB
+    )
+    n_blocks = n_rows * len(norms)
+    trained_s = max(0.0, whole_s - head_s)
+    return LayerProfile(
+        norms, head_s / n_rows, frozen_s / n_blocks, trained_s / n_blocks, is_cached
+    )
+
+
+def _partial_times_s(step: TreeStep, rows: Step) -> tuple[float, float]:
+    """Return the seconds of all blocks without a graph, and those of the head with its gradient."""
+    frozen_s = head_s = 0.0
+    split = step.split
+    with fast_modules(split.base_model):
+        for ids in step.parts(rows):
+            row = build_row(step.sequences, ids)
+            layout = TreeLayout(row, step.base_model.device)
+            start_s = time.perf_counter()
+            with torch.no_grad():
+                hidden = split.whole(layout)
+            middle_s = time.perf_counter()
+            row_loss(split, row, hidden.requires_grad_())
+            head_s += time.perf_counter() - middle_s
+            frozen_s += middle_s - start_s
+    return frozen_s, head_s
+
+
+def _gradient_norms(split: SplitModel, parameters: Sequence[Any], n_tokens: int) -> list[float]:
+    """Return the L1 norm of the gradient in each block, a token."""
+    blocks = split.anatomy.blocks
+    layer_of = {id(p): layer for layer, block in enumerate(blocks) for p in block.parameters()}
+    norms = np.zeros(len(blocks))
+    for parameter in parameters:
+        if parameter.grad is not None and id(parameter) in layer_of:
+            norms[layer_of[id(parameter)]] += float(parameter.grad.abs().sum()) / n_tokens
+    return [float(norm) for norm in norms]
+
+
+def _clear(parameters: Sequence[Any]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,176 @@
+"""Short trainings that compare layers: the same rows, the same seconds, the same held-out rows.
+
+How long they are is planned from the number of steps alone, so that a training that is over sooner
+than its measurement is never measured.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from swlora.adapters.methods import train_mode
+from swlora.config import RunSpec, TrainSpec
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row
+from swlora.errors import DivergedError
+from swlora.kernels.forwards import fast_modules
+from swlora.kernels.tree_attention import TreeLayout
+from swlora.loss_sum import LossSum
+from swlora.training.layer_profile import adapters_for_now
+from swlora.training.loop import reports
+from swlora.training.schedule import Schedule, Step
+from swlora.training.tree_step import TreeStep, row_loss
+
+N_TRIED = 3  # choices of layers: all, the last ones, the middle
+N_HELD_OUT_LOSSES = 2 * N_TRIED  # of each: in the end, and of fewer layers also on the way
+PROFILED_STEPS, PROFILED_ROWS = 3, 96  # at least
+TRIAL_STEPS, TRIAL_ROWS = 8, 256  # with all layers, at least
+TRIAL_SHARE, LONGEST = 0.08, 5  # of what can be saved; at most so many times the shortest trial
+HELD_OUT_ROWS, HELD_OUT_SHARE = 64, 0.25  # of an epoch; at most
+WORTH = 2.0  # measuring must be able to save so many times what it costs
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """Which steps are profiled, trained on and held out, and whether that is worth its time.
+
+    Costs are in steps with all layers. `n_saved` is what the budget could save of `n_steps`.
+    """
+
+    n_steps: int
+    n_saved: float
+    n_trial: int
+    n_profiled: int
+    rows_per_step: int
+    trained: list[list[np.ndarray]]
+    held_out: list[list[np.ndarray]]
+
+    @property
+    def profiled(self) -> Sequence[Step]:
+        """The steps that times and gradients are taken from."""
+        return self.trained[: self.n_profiled]
+
+    @property
+    def cost_steps(self) -> int:
+        """About how many steps with all layers the whole measurement takes."""
+        profile = 1 + 2 * self.n_profiled  # a step to warm up; each whole and in parts
+        forward = 0.5  # a loss without its gradient, or less
+        losses = math.ceil(N_HELD_OUT_LOSSES * forward * max(1, len(self.held_out)))
+        return profile + N_TRIED * self.n_trial + losses
+
+    @property
+    def objection(self) -> str | None:
+        """Say why nothing shall be measured; None where it shall."""
+        if self.n_saved < WORTH * self.cost_steps:
+            return (
+                f"of the {self.n_steps} steps the budget can save the time of {self.n_saved:.0f} "
+                f"at most, and choosing layers takes that of about {self.cost_steps}"
+            )
+        if not self.held_out:
+            return f"an epoch of {len(self.trained)} steps has too few rows to hold some out"
+        return None
+
+
+def plan_trial(schedule: Schedule, sequences: TokenSequences, budget: float) -> TrialPlan:
+    """Plan the measurement for a training of which `budget` of the time may be taken."""
+    n_saved = (1 - budget) * schedule.n_steps
+    steps = schedule.epoch(0)
+    per_step = math.ceil(len(sequences) / len(steps))
+    shortest = max(TRIAL_STEPS, math.ceil(TRIAL_ROWS / per_step))
+    n_trial = min(LONGEST * shortest, max(shortest, round(TRIAL_SHARE * n_saved)))
+    n_profiled = max(PROFILED_STEPS, math.ceil(PROFILED_ROWS / per_step))
+    n_held_out = min(math.ceil(HELD_OUT_ROWS / per_step), int(HELD_OUT_SHARE * len(steps)))
+    trained, held_out = steps[n_held_out:], steps[:n_held_out]
+    return TrialPlan(schedule.n_steps, n_saved, n_trial, n_profiled, per_step, trained, held_out)
+
+
+@dataclass(frozen=True)
+class TrialLosses:
+    """Held-out losses in nats a token: before, after `n_early` steps, and after all of them.
+
+    None where the training broke off because its loss or gradient was not finite.
+    """
+
+    before_nats: float
+    early_nats: float | None
+    last_nats: float | None
+
+
+def try_layers(
+    model: Any,
+    sequences: TokenSequences,
+    spec: RunSpec,
+    layers: Sequence[int],
+    plan: TrialPlan,
+    *,
+    n_steps: int,
+    advance: Callable[[], None],
+) -> TrialLosses:
+    """Train fresh adapters in `layers` for `n_steps` at the asked rate; take them off again.
+
+    Every call begins with the same weights, rows and random numbers.
+    """
+    schedule = _schedule(spec.train, plan, n_steps)
+    losses: dict[int, float | None] = {}
+    with (
+        adapters_for_now(model, spec.adapter, layers, spec.seed) as adapted,
+        torch.random.fork_rng(devices=[]),
+    ):
+        torch.manual_seed(spec.seed)  # dropout
+        step = TreeStep(
+            adapted.model, sequences, label_smoothing=spec.train.label_smoothing, say=_quiet
+        )
+        before = _loss(step, plan.held_out)
+        try:
+            for report in reports(step, schedule, adapted):
+                advance()
+                if report["step"] in (plan.n_trial, n_steps):
+                    losses[report["step"]] = _loss(step, plan.held_out)
+        except DivergedError:
+            losses[n_steps] = None
+    early, last = (_finite(losses.get(n)) for n in (plan.n_trial, n_steps))
+    return TrialLosses(before, early, last)
+
+
+def _schedule(spec: TrainSpec, plan: TrialPlan, n_steps: int) -> Schedule:
+    """Return `n_steps` steps over and over the same rows, at one rate after the warm-up.
+
+    The warm-up is that of `plan.n_trial` steps in every trial, so that losses after as many steps
+    come of the same rates.
+    """
+    n_warmup = round(spec.warmup_fraction * plan.n_trial)
+    constant = spec.model_copy(
+        update={
+            "schedule": "constant",
+            "max_steps": n_steps,
+            "epochs": n_steps,
+            "warmup_fraction": n_warmup / n_steps,
+        }
+    )
+    return Schedule(constant, lambda _epoch: plan.trained, len(plan.trained))
+
+
+@torch.no_grad()
+def _loss(step: TreeStep, steps: Sequence[Step]) -> float:
+    """Return the loss in nats a token, without dropout and label smoothing."""
+    total = LossSum()
+    step.peft_model.eval()
+    with fast_modules(step.peft_model):
+        for ids in (ids for rows in steps for ids in step.parts(rows)):
+            row = build_row(step.sequences, ids)
+            hidden = step.split.whole(TreeLayout(row, step.base_model.device))
+            total += LossSum(float(row_loss(step.split, row, hidden)), row.n_target_tokens)
+    train_mode(step.peft_model)
+    return total.nats_per_token
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def _quiet(_line: str) -> None:
+    """The training itself will say it."""

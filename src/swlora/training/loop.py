@@ -1,0 +1,207 @@
+"""The training loop: steps of whole data-set rows, AdamW, exact resume.
+
+    gradient of a step = (sum over its completion tokens of the loss gradient) / (their number)
+                         + gradient of the method's own term, where it has one
+
+so that no result depends on how a step is padded or split. The step function is given: it adds
+the gradient of the summed loss and returns (sum_nats, n_tokens). Reported losses are without the
+method's own term.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from swlora.adapters.adapted import Adapted
+from swlora.config import TrainSpec
+from swlora.errors import DivergedError, RunFailedError
+from swlora.progress import Progress
+from swlora.runs import Run
+from swlora.threads import adapt_threads, adapted_threads
+from swlora.training.checkpoint import LoopState
+from swlora.training.schedule import Schedule, Step
+from swlora.training.watch import HeldOutState, Watch
+
+
+class StepFunction(Protocol):
+    """Adds the gradient of a step's summed loss and returns (sum_nats, n_tokens)."""
+
+    def __call__(self, rows: Step) -> tuple[float, int]:
+        """Run forward and backward over the rows of one step."""
+
+
+@adapted_threads()
+def train(
+    step_function: StepFunction,
+    schedule: Schedule,
+    adapted: Adapted,
+    run: Run,
+    progress: Progress,
+    watch: Watch | None = None,
+) -> LoopState:
+    """Train `adapted` for the steps of `schedule`, checkpointing into `run`; return the state.
+
+    Continues from the run's checkpoint where there is one. SIGINT and SIGTERM end the loop after
+    the current step with a checkpoint and KeyboardInterrupt. The last checkpoint is the final
+    state; it goes when the run is done. `watch` measures held-out rows off the clock, keeps the
+    best adapter and may end the training early. Raises RunFailedError before a non-finite loss or
+    gradient could reach the weights.
+    """
+    spec = schedule.spec
+    accelerator, state = _begin(adapted, spec)
+    folder, n_steps = run.checkpoint, schedule.n_steps
+    if state.load(folder):
+        progress.say(f"resuming after step {state.totals.step}")
+    run.truncate_metrics(state.totals.step)
+    if watch:
+        watch.resume(state.held_out)
+    saved_at_s = time.perf_counter()
+    with progress.task("train", n_steps) as task, _stop_requested() as stop:
+        task.advance(state.totals.step)
+        for rows in schedule.steps(state.totals.step):
+            if watch and watch.is_over(state.held_out):
+                break
+            random_state = state.random_state()
+            try:
+                report = _one_step(step_function, rows, state, accelerator, schedule)
+            except RunFailedError:  # raised before the weights changed: nothing is lost
+                state.set_random_state(random_state)
+                state.save(folder)
+                raise
+            if watch:
+                report |= watch.after_step(state.held_out, state.totals.step, n_steps)
+            run.append_metrics(report)
+            task.advance(1, _note(report, state.held_out))
+            stopping = stop.is_set()  # asked once: the signal may come between two questions
+            if stopping or time.perf_counter() - saved_at_s > spec.checkpoint_every_s:
+                state.save(folder)
+                saved_at_s = time.perf_counter()
+            if stopping:
+                raise KeyboardInterrupt(
+                    f"stopped after step {state.totals.step} of {n_steps}; "
+                    f"--resume --output {run.folder} continues"
+                )
+    state.save(folder)
+    return state
+
+
+def reports(
+    step_function: StepFunction, schedule: Schedule, adapted: Adapted
+) -> Iterator[dict[str, Any]]:
+    """Yield the report of every step of `schedule`, made as `train` makes it; nothing is written.
+
+    Raises RunFailedError before a non-finite loss or gradient could reach the weights.
+    """
+    accelerator, state = _begin(adapted, schedule.spec)
+    for rows in schedule.steps():
+        yield _one_step(step_function, rows, state, accelerator, schedule)
+
+
+def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
+    from accelerate import Accelerator
+
+    if not adapted.parameters:
+        raise RunFailedError("no parameter is trainable")
+    device = next(iter(adapted.parameters.values())).device
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise RunFailedError("swlora trains in one process; start it without a launcher")
+    optimizer = accelerator.prepare(_optimizer(adapted, spec))
+    return accelerator, LoopState(adapted, optimizer.optimizer)
+
+
+def _note(report: dict[str, Any], held_out: HeldOutState) -> str:
+    parts = [f"loss {report['loss']:.3f}", f"{report['examples_per_s']:.1f} examples/s"]
+    if held_out.last is not None:
+        parts.insert(1, f"held-out {held_out.last:.3f} (best {held_out.best:.3f})")
+    return "  ".join(parts)
+
+
+def _one_step(
+    step_function: StepFunction,
+    rows: Step,
+    state: LoopState,
+    accelerator: Any,
+    schedule: Schedule,
+) -> dict[str, Any]:
+    adapt_threads()
+    start_s = time.perf_counter()
+    totals, optimizer, adapted = state.totals, state.optimizer, state.adapted
+    rate = schedule.learning_rate(totals.step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    sum_nats, n_tokens = step_function(rows)
+    parameters = adapted.parameters.values()
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / n_tokens)
+    penalty = adapted.penalty()
+    if penalty is not None:
+        torch.autograd.backward(penalty)
+    norm = float(accelerator.clip_grad_norm_(parameters, schedule.spec.max_grad_norm))
+    if not (math.isfinite(sum_nats) and math.isfinite(norm)):
+        raise DivergedError(
+            f"the loss or its gradient is not finite at step {totals.step + 1}; the weights are "
+            "still those of the step before: start again with a lower --learning-rate"
+        )
+    optimizer.step()
+    adapted.after_step(totals.step + 1)
+    optimizer.zero_grad(set_to_none=True)
+    step_s = time.perf_counter() - start_s
+    n_rows = int(sum(len(row) for row in rows))
+    totals.step += 1
+    totals.rows += n_rows
+    totals.tokens += n_tokens
+    totals.elapsed_s += step_s
+    return {
+        "step": totals.step,
+        "loss": sum_nats / n_tokens,
+        "sum_nats": sum_nats,
+        "n_tokens": n_tokens,
+        "rows": totals.rows,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "examples_per_s": totals.rows / totals.elapsed_s,
+        "elapsed_s": totals.elapsed_s,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:
+    """Return AdamW with one group of parameters for each factor on the learning rate."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in adapted.parameters.items():
+        groups.setdefault(adapted.rate(name), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": members, "factor": factor} for factor, members in groups.items()],
+        lr=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        fused=True,
+    )
+
+
+@contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a flag; the second one acts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous: dict[signal.Signals, Any] = {}
+
+    def request(_number: int, _frame: Any) -> None:
+        stop.set()
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,147 @@
+"""The fast training step: tree rows, frozen prefix, chunked head loss; equal to the plain step.
+
+row -> hidden state at the lowest adapted block (no graph, cached) -> the blocks above it
+    -> the scored nodes' final state -> loss and its gradient over the frozen head
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swlora.adapters.methods import adapted_layers, trainable_parameters
+from swlora.config import TrainSpec
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import TreeRow, build_row
+from swlora.errors import RunFailedError, UserError
+from swlora.kernels.forwards import fast_modules
+from swlora.kernels.head_loss import Targets, head_loss
+from swlora.kernels.split_model import SplitModel
+from swlora.kernels.tree_attention import TreeLayout
+from swlora.loss_sum import LossSum
+from swlora.training.frozen_prefix import PrefixCache
+from swlora.training.plain import PlainStep
+
+PrefixSource = Callable[[TreeRow, TreeLayout], Tensor]
+
+
+def make_step(
+    peft_model: Any, sequences: TokenSequences, spec: TrainSpec, say: Callable[[str], None]
+) -> "TreeStep | PlainStep":
+    """Return the step function that `spec.engine` names; `auto` is tree wherever it works.
+
+    The caller closes it. Raises UserError where tree rows are asked for and the family cannot run
+    them.
+    """
+    step = TreeStep(peft_model, sequences, label_smoothing=spec.label_smoothing, say=say)
+    family = step.split.anatomy.family
+    if spec.engine == "tree" and not family.has_attention_interface:
+        raise UserError(f"{family.model_types[0]} models cannot run tree rows; use --engine plain")
+    if spec.engine == "plain" or not family.has_attention_interface:
+        return PlainStep(peft_model, sequences, label_smoothing=spec.label_smoothing)
+    if spec.cache_gb and step.split.cut > 0 and _one_side(step, sequences, say):
+        step.prefix_source = PrefixCache(step.split, sequences, limit_gb=spec.cache_gb, say=say)
+    return step
+
+
+class TreeStep:
+    """Loss and gradient of the rows of one optimizer step, over tree rows."""
+
+    def __init__(
+        self,
+        peft_model: Any,
+        sequences: TokenSequences,
+        *,
+        label_smoothing: float = 0.0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.peft_model = peft_model
+        self.base_model = peft_model.get_base_model()
+        self.sequences = sequences
+        self.label_smoothing = label_smoothing
+        self.split = SplitModel(self.base_model, adapted_layers(peft_model)[0])
+        self.prefix_source: PrefixSource = lambda _row, layout: self.split.prefix(layout)
+        self._say = say
+        self._n_parts = 1  # every row is run in so many parts, doubled when memory runs out
+
+    def __call__(self, rows: Sequence[np.ndarray]) -> tuple[float, int]:
+        """Add the gradient of the summed loss; return (sum_nats, n_tokens) of the step."""
+        while True:
+            try:
+                total = self._run(self.parts(rows))
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve(rows)
+                continue
+            return total.sum_nats, total.n_tokens
+
+    def parts(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Cut rows into what is run: sequences that may run together, as many as memory holds."""
+        rotary, lengths = self.split.rotary, self.sequences.lengths
+        together = [part for ids in rows for part in rotary.sides(ids, lengths)]
+        return [p for ids in together for p in np.array_split(ids, self._n_parts) if len(p)]
+
+    def _run(self, parts: Sequence[np.ndarray]) -> LossSum:
+        total = LossSum()
+        with fast_modules(self.peft_model):
+            for ids in parts:
+                row = build_row(self.sequences, ids)
+                layout = TreeLayout(row, self.base_model.device)
+                hidden = self.split.suffix(layout, self.prefix_source(row, layout))
+                loss = row_loss(self.split, row, hidden, self.label_smoothing)
+                torch.autograd.backward(loss)
+                total += LossSum(float(loss.detach()), row.n_target_tokens)
+        return total
+
+    def close(self) -> None:
+        """Let go of the prefix cache's files; they stay for later runs."""
+        if isinstance(self.prefix_source, PrefixCache):
+            self.prefix_source.close()
+
+    def _halve(self, rows: Sequence[np.ndarray]) -> None:
+        if all(len(ids) <= self._n_parts for ids in rows):
+            raise RunFailedError("a single sequence does not fit into memory; --truncate it")
+        self._n_parts *= 2
+        for parameter in trainable_parameters(self.peft_model).values():
+            parameter.grad = None
+        self._say(f"memory ran out: rows are run in {self._n_parts} parts from here on")
+
+
+def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], None]) -> bool:
+    """Say whether every prefix has one state, however long the sequence is that it belongs to."""
+    if len(step.parts([np.arange(len(sequences))])) == 1:
+        return True
+    limits = " and ".join(map(str, step.split.rotary.limits_tokens))
+    say(
+        f"no prefix cache: this model's rotary frequencies change beyond {limits} tokens, and the "
+        "data have sequences on both sides"
+    )
+    return False
+
+
+def row_loss(split: SplitModel, row: TreeRow, hidden: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return the summed loss in nats of a row from the decoder's final state (1, T, D)."""
+    scored, targets = scored_targets(row, hidden.device)
+    cap = float(getattr(split.base_model.config, "final_logit_softcapping", None) or 0.0)
+    head: Any = split.anatomy.head
+    return head_loss(hidden[0, scored], head, targets, smoothing=smoothing, cap=cap)
+
+
+def scored_targets(row: TreeRow, device: torch.device) -> tuple[Tensor, Targets]:
+    """Return (nodes that are scored (N,), their targets with rows numbered 0 to N - 1)."""
+    scored, rows = np.unique(row.target_position, return_inverse=True)
+    row_weights = np.bincount(rows, weights=row.target_weight).astype(np.float32)
+    targets = Targets(
+        rows=torch.from_numpy(rows).to(device),
+        ids=torch.from_numpy(row.target_id).to(device),
+        weights=torch.from_numpy(row.target_weight).to(device),
+        row_weights=torch.from_numpy(row_weights).to(device),
+    )
+    return torch.from_numpy(scored).to(device), targets
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,78 @@
+"""The ring of the row cache against lists that simply grow."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from swlora.decoding.slot_cache import RowCache
+
+N_LAYERS, N_HEADS, WIDTH = 2, 3, 4
+
+
+def tokens(rng: random.Random, n: int) -> Tensor:
+    """Keys and values of n tokens, (layers, 2, heads, n, width)."""
+    generator = torch.Generator().manual_seed(rng.randrange(2**30))
+    return torch.randn(N_LAYERS, 2, N_HEADS, n, WIDTH, generator=generator)
+
+
+def step(cache: RowCache, new: Tensor, window: int | None) -> list[Tensor]:
+    """Give every row the new token (layers, 2, rows, heads, width); return what each row sees."""
+    layout = cache.advance()
+    seen: list[list[Tensor]] = [[] for _ in range(cache.n_rows)]
+    visible = layout.visible(window)
+    for layer in range(N_LAYERS):
+        keys, values = cache.update(*new[layer, :, :, :, None], layer)
+        for row in range(cache.n_rows):
+            seen[row] += [keys[row][:, visible[row]], values[row][:, visible[row]]]
+    return [torch.stack(parts) for parts in seen]
+
+
+def as_set(states: Tensor) -> set[tuple[float, ...]]:
+    """The columns of (parts, heads, n, width), whatever their order."""
+    columns = states.permute(2, 0, 1, 3).reshape(states.shape[2], -1)
+    return {tuple(column.tolist()) for column in columns}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_see_all_their_tokens_and_no_others(seed: int) -> None:
+    rng = random.Random(seed)
+    cache, expected = RowCache(N_LAYERS, 9), list[Tensor]()
+    for _ in range(120):
+        if len(expected) < 9 and rng.random() < 0.2:
+            rows = [tokens(rng, rng.choice((1, 3, 30, 150))) for _ in range(rng.randrange(1, 3))]
+            rows = rows[: 9 - len(expected)]
+            cache.add(rows)
+            expected += rows
+        if expected and rng.random() < 0.1:
+            gone = rng.randrange(len(expected))
+            cache.remove(gone)
+            expected[gone] = expected[-1]
+            expected.pop()
+        if not expected:
+            assert cache.n_bytes == 0
+            continue
+        new = tokens(rng, len(expected)).transpose(2, 3)  # (layers, 2, rows, heads, width)
+        expected = [
+            torch.cat([row, new[:, :, i, :, None]], dim=3) for i, row in enumerate(expected)
+        ]
+        window = rng.choice((None, 1, 20))
+        for row, seen in zip(expected, step(cache, new, window), strict=True):
+            wanted = row.flatten(0, 1)[:, :, -(window or 10_000) :]
+            assert seen.shape[2] == wanted.shape[2]
+            assert as_set(seen) == as_set(wanted)
+    longest, bytes_a_column = max(row.shape[3] for row in expected), 2 * 2 * 3 * 4 * 4
+    assert cache.lengths == [row.shape[3] for row in expected]
+    assert cache.n_bytes <= 9 * bytes_a_column * 2 * (longest + max(32, longest // 8))
+
+
+def test_what_a_row_leaves_behind_is_gone() -> None:
+    """0 * nan is nan: a hidden column must be a number."""
+    rng = random.Random(0)
+    cache = RowCache(N_LAYERS, 2)
+    cache.add([tokens(rng, 5), torch.full_like(tokens(rng, 20), torch.nan)])
+    cache.remove(1)
+    cache.add([tokens(rng, 3)])
+    keys, values = cache.update(*tokens(rng, 2).transpose(2, 3)[0, :, :, :, None], 0)
+    assert bool(torch.isfinite(keys).all() and torch.isfinite(values).all())

@@ -1,0 +1,24 @@
+"""What the tests of the choice of layers share: a dozen rows, and short trials."""
+
+import pytest
+import torch
+
+from swlora.data.token_sequences import TokenSequences
+from swlora.training import layer_trial
+
+
+@pytest.fixture
+def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of 8 steps of two rows."""
+    monkeypatch.setattr(layer_trial, "TRIAL_ROWS", 16)
+    monkeypatch.setattr(layer_trial, "PROFILED_ROWS", 6)
+
+
+@pytest.fixture
+def sequences() -> TokenSequences:
+    """Twelve rows of four prompts."""
+    torch.manual_seed(3)
+    prompts = [torch.randint(3, 40, (n,)).tolist() for n in (4, 4, 7, 2)]
+    return TokenSequences.from_lists(
+        [(p, torch.randint(3, 40, (5 + i,)).tolist()) for i, p in enumerate(prompts * 3)]
+    )

@@ -1,0 +1,171 @@
+"""Every method under the engine: tree rows against PEFT's own forward on the padded batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from swlora.adapters.adapted import Adapted
+from swlora.adapters.methods import METHODS, adapt, train_mode
+from swlora.config import AdapterSpec
+from swlora.data.token_sequences import TokenSequences
+from swlora.data.tree_rows import build_row
+from swlora.kernels.lora import FastLora, fast_lora
+from swlora.training.plain import PlainStep
+from swlora.training.tree_step import TreeStep
+
+MakeModel = Callable[..., Any]
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"rank": 3, "alpha": 7} for name in METHODS},
+    "full": {},
+    "supertuning": {"sparsity": 0.9},
+}
+CASES = [
+    (method, model_type)
+    for method in METHODS
+    for model_type in ("gpt2", "llama")
+    if not (METHODS[method].linear_only and model_type == "gpt2")
+]
+PLAIN_FORWARD = {"full", "supertuning"}
+
+
+def perturbed(make_model: MakeModel, method: str, model_type: str, **changes: Any) -> Adapted:
+    """Adapters in blocks 1 and 2 of 3, every trained number moved as by some training."""
+    model = make_model(model_type, initializer_range=0.05)
+    spec = AdapterSpec(method=method, **SETTINGS[method] | changes)  # type: ignore[arg-type]
+    adapted = adapt(model, spec, [1, 2], seed=1, n_steps=100)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapted.parameters.values():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    train_mode(adapted.model)
+    return adapted
+
+
+def branching() -> TokenSequences:
+    """Shared prompts, a duplicate, a prompt that begins with another, one-token completions."""
+    rng = np.random.default_rng(3)
+    pairs: list[tuple[list[int], list[int]]] = []
+    for _ in range(5):
+        prompt = rng.integers(5, 25, rng.integers(2, 9)).tolist()
+        for _ in range(rng.integers(1, 4)):
+            pairs.append((prompt, [*rng.integers(1, 4, rng.integers(0, 12)).tolist(), 0]))
+    prompt, completion = pairs[0]
+    return TokenSequences.from_lists(
+        [*pairs, pairs[0], (prompt + completion[:1], [3, 0]), (prompt, [7])]
+    )
+
+
+def measured(
+    step: TreeStep | PlainStep, parameters: dict[str, nn.Parameter], n: int
+) -> tuple[float, int, dict[str, torch.Tensor]]:
+    """Loss, tokens and gradients of a step over sequences 0 to n - 1."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    sum_nats, n_tokens = step([np.arange(n)])
+    grads = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    assert grads.keys() == parameters.keys()
+    return sum_nats, n_tokens, grads
+
+
+def assert_same_gradients(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    largest = max(float(value.norm()) for value in expected.values())
+    for name, value in expected.items():
+        # Where all keys are alike the gradient of a query is next to nothing, and noise.
+        scale = max(float(value.norm()), 1e-3 * largest)
+        error = float((found[name] - value).norm()) / scale
+        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(("method", "model_type"), CASES)
+def test_tree_rows_equal_peft_on_the_padded_batch(
+    make_model: MakeModel, method: str, model_type: str
+) -> None:
+    adapted, sequences = perturbed(make_model, method, model_type), branching()
+    n = len(sequences)
+    plain = measured(PlainStep(adapted.model, sequences), adapted.parameters, n)
+    tree = measured(TreeStep(adapted.model, sequences), adapted.parameters, n)
+    assert build_row(sequences, np.arange(n)).token_ids.size < 0.8 * sequences.lengths.sum()
+    assert tree[1] == plain[1]
+    assert tree[0] == pytest.approx(plain[0], rel=1e-5)
+    assert_same_gradients(tree[2], plain[2])
+
+
+@pytest.mark.parametrize(("method", "model_type"), CASES)
+def test_which_methods_have_a_fast_forward(
+    make_model: MakeModel, method: str, model_type: str
+) -> None:
+    model = perturbed(make_model, method, model_type).model
+    with fast_lora(model):
+        forwards = [vars(module).get("forward") for module in model.modules()]
+        n_fast = sum(isinstance(forward, FastLora) for forward in forwards)
+    n_projections = 2 * {"gpt2": 4, "llama": 7}[model_type]
+    assert n_fast == (0 if method in PLAIN_FORWARD else n_projections)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_full_is_torch_with_unfrozen_weights(make_model: MakeModel, model_type: str) -> None:
+    """The oracle is the bare model, the same weights set free, on the padded batch."""
+    adapted, sequences = perturbed(make_model, "full", model_type), branching()
+    tree = measured(TreeStep(adapted.model, sequences), adapted.parameters, len(sequences))
+
+    bare = make_model(model_type, initializer_range=0.05)
+    names = {name: _bare_name(name) for name in adapted.parameters}
+    free = {name: bare.get_parameter(bare_name) for name, bare_name in names.items()}
+    with torch.no_grad():
+        for name, parameter in free.items():
+            parameter.copy_(adapted.parameters[name]).requires_grad_()
+    projections = {"gpt2": 4, "llama": 7}[model_type]
+    assert len(free) == 2 * projections * (2 if model_type == "gpt2" else 1)  # biases, too
+    plain = measured(PlainStep(bare, sequences), free, len(sequences))
+    assert tree[0] == pytest.approx(plain[0], rel=1e-5)
+    assert_same_gradients(tree[2], plain[2])
+
+
+def _bare_name(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+
+
+@pytest.mark.parametrize(("method", "model_type"), CASES)
+def test_bfloat16_models_have_float32_gradients_near_the_truth(
+    make_model: MakeModel, method: str, model_type: str
+) -> None:
+    """The truth is the same adapted model in float64; bfloat16 rounds by up to 1/256."""
+    adapted, sequences = perturbed(make_model, method, model_type), branching()
+    model, n = adapted.model, len(sequences)
+    for module in model.modules():  # the frozen weights, rounded as a bfloat16 model has them
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    tree = measured(TreeStep(model, sequences), adapted.parameters, n)
+    model.double()
+    truth = measured(PlainStep(model, sequences), adapted.parameters, n)
+    assert tree[0] == pytest.approx(truth[0], rel=1e-2)
+    assert {gradient.dtype for gradient in tree[2].values()} == {torch.float32}
+    assert _distance(tree[2], truth[2]) < 3 / 256
+
+
+def _distance(found: dict[str, Any], truth: dict[str, Any]) -> float:
+    """Relative distance of all gradients together."""
+    off = sum(float((found[name] - truth[name]).norm()) ** 2 for name in truth)
+    return float(np.sqrt(off / sum(float(value.norm()) ** 2 for value in truth.values())))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "pissa"])
+def test_dropout_is_the_adapters_and_on_in_training_only(
+    make_model: MakeModel, method: str
+) -> None:
+    adapted, sequences = perturbed(make_model, method, "llama", dropout=0.4), branching()
+    for step_class in (TreeStep, PlainStep):
+        step = step_class(adapted.model, sequences)
+        rows = [np.arange(len(sequences))]
+        train_mode(adapted.model)
+        torch.manual_seed(1)
+        first, again = step(rows)[0], step(rows)[0]
+        torch.manual_seed(1)
+        assert step(rows)[0] == first != again
+        adapted.model.eval()
+        assert step(rows)[0] == step(rows)[0] != first

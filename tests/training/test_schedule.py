@@ -1,0 +1,166 @@
+"""The schedule: rates by hand; every epoch planned once, when it begins, and resumed anywhere."""
+
+import math
+
+import numpy as np
+import pytest
+
+from swlora.config import TrainSpec
+from swlora.data.steps import plan_steps
+from swlora.data.token_sequences import TokenSequences
+from swlora.errors import RunFailedError
+from swlora.training.schedule import Schedule, batch_note, learning_rate, rows_per_step
+
+
+def spec(**changes) -> TrainSpec:
+    return TrainSpec(**{"epochs": 2, "learning_rate": 0.1, "warmup_fraction": 0.2} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"schedule": "linear", "warmup_fraction": 0}, [1, 0.8, 0.6, 0.4, 0.2]),
+        ({"schedule": "linear", "warmup_fraction": 0.4}, [0.5, 1, 1, 2 / 3, 1 / 3]),
+        ({"schedule": "constant", "warmup_fraction": 0.4}, [0.5, 1, 1, 1, 1]),
+        ({"schedule": "constant", "warmup_fraction": 0.09}, [1, 1, 1, 1, 1]),
+        (
+            {"schedule": "cosine", "warmup_fraction": 0.2},
+            [1, 1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)],
+        ),
+    ],
+)
+def test_learning_rates_by_hand(changes, expected):
+    train_spec = spec(learning_rate=3.0, **changes)
+    rates = [learning_rate(train_spec, step, 5) for step in range(5)]
+    assert rates == pytest.approx([3 * e for e in expected], rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("n_steps", [1, 2, 17])
+def test_every_step_has_a_positive_rate_of_at_most_the_given_one(schedule, n_steps):
+    for warmup_fraction in (0, 0.05, 0.5, 0.99):
+        train_spec = spec(schedule=schedule, warmup_fraction=warmup_fraction)
+        rates = [learning_rate(train_spec, step, n_steps) for step in range(n_steps)]
+        assert all(0 < rate <= 0.1 for rate in rates)
+        assert max(rates) == 0.1 or warmup_fraction == 0.99
+
+
+class CountedPlan:
+    """Three steps an epoch, named by epoch and number; remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, epoch: int) -> list[list[np.ndarray]]:
+        self.asked.append(epoch)
+        return [[np.array([10 * epoch + k])] for k in range(3)]
+
+
+def ids(steps) -> list[int]:
+    return [int(rows[0][0]) for rows in steps]
+
+
+ALL = [0, 1, 2, 10, 11, 12, 20, 21, 22, 30, 31, 32]
+
+
+@pytest.mark.parametrize("n_done", range(13))
+@pytest.mark.parametrize("max_steps", [None, 1, 3, 7, 9, 99])
+def test_the_steps_that_are_left(n_done, max_steps):
+    plan = CountedPlan()
+    schedule = Schedule(spec(epochs=4, max_steps=max_steps), plan, 3)
+    assert schedule.n_steps == min(12, max_steps or 12)
+    left = ALL[n_done : schedule.n_steps]
+    assert ids(schedule.steps(n_done)) == left
+    assert plan.asked == sorted({i // 10 for i in left})  # each once, and no other
+
+
+def test_an_epoch_is_planned_when_it_begins():
+    plan = CountedPlan()
+    steps = Schedule(spec(), plan, 3).steps()
+    assert plan.asked == []
+    assert ids([next(steps), next(steps), next(steps)]) == [0, 1, 2]
+    assert plan.asked == [0]
+    assert ids(steps) == [10, 11, 12]
+    assert plan.asked == [0, 1]
+
+
+def test_an_epoch_of_another_length_is_refused():
+    steps = Schedule(spec(), lambda epoch: [[np.array([0])]] * (3 - epoch), 3).steps()
+    assert len([next(steps) for _ in range(3)]) == 3
+    with pytest.raises(RunFailedError, match="epoch 1 has 2 steps and not 3"):
+        next(steps)
+
+
+@pytest.mark.parametrize("order", ["prompts", "neighbours", "iid"])
+@pytest.mark.parametrize("batch_size", [1, 4, 5, 13, 14])
+def test_the_schedule_of_sequences_is_that_of_plan_steps(order, batch_size):
+    sequences = TokenSequences.from_lists([([5, i % 4], [i, 0]) for i in range(13)])
+    train_spec = spec(batch_size=batch_size, order=order, epochs=3)
+    schedule = Schedule.of(sequences, train_spec, seed=7)
+    limits = {"sequences_per_step": batch_size, "max_tokens_per_row": train_spec.row_tokens}
+    plans = [
+        plan_steps(sequences, order=order, seed=7, epoch=epoch, **limits) for epoch in range(3)
+    ]
+    expected = [step for steps in plans for step in steps]
+    found = list(schedule.steps())
+    assert len(found) == len(expected) == schedule.n_steps
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
+
+
+# Few rows
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "changes", "size", "n_steps"),
+    [
+        (57, {}, 2, 29),  # 3 rows make 19 steps
+        (60, {}, 3, 20),
+        (61, {}, 3, 21),
+        (12, {}, 1, 12),
+        (1, {}, 1, 1),
+        (609, {}, 32, 20),
+        (608, {}, 31, 20),
+        (100, {"epochs": 5}, 32, 20),
+        (96, {"epochs": 5}, 31, 20),
+        (60, {"epochs": 20}, 32, 40),
+        (60, {"max_steps": 5}, 14, 5),
+        (60, {"batch_size": 32}, 32, 2),
+        (60, {"batch_size": 1}, 1, 60),
+    ],
+)
+def test_few_rows_get_a_batch_that_makes_twenty_steps(n_rows, changes, size, n_steps):
+    train_spec = TrainSpec(**changes)
+    assert rows_per_step(train_spec, n_rows) == size
+    sequences = TokenSequences.from_lists([([5, i], [i, 0]) for i in range(n_rows)])
+    schedule = Schedule.of(sequences, train_spec, seed=0)
+    assert schedule.n_steps == n_steps
+    assert schedule.spec.batch_size == size
+    assert len(list(schedule.steps())) == n_steps
+
+
+@pytest.mark.parametrize("n_rows", range(1, 700, 7))
+@pytest.mark.parametrize("epochs", [1, 2, 3, 20])
+def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
+    train_spec = TrainSpec(epochs=epochs)
+    size = rows_per_step(train_spec, n_rows)
+    assert 1 <= size <= 32
+    assert size == 1 or epochs * math.ceil(n_rows / size) >= 20
+    assert size == 32 or epochs * math.ceil(n_rows / (size + 1)) < 20
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "changes", "said"),
+    [
+        (57, {}, "57 rows would make 2 steps of 32 rows; taking 2 rows a step, 29 steps"),
+        (57, {"batch_size": 32}, "57 rows make only 2 steps of 32 rows; more --epochs or a"),
+        (20, {"batch_size": 20}, "20 rows make only 1 step of 20 rows; more --epochs or a"),
+        (12, {"batch_size": 1}, "12 rows make only 12 steps of 1 rows; more --epochs makes"),
+        (57, {"batch_size": 2}, None),
+        (57, {"batch_size": 20, "max_steps": 3}, None),
+        (640, {}, None),
+    ],
+)
+def test_few_steps_are_said(n_rows, changes, said):
+    note = batch_note(TrainSpec(**changes), n_rows)
+    assert note is None if said is None else note.startswith(said)

@@ -72,8 +72,8 @@ def prepare(path: Path, model: str) -> dict[str, Any]:
 
     from swlora.config import DataSpec, TrainSpec
     from swlora.data.encode import encode_examples
+    from swlora.data.prefix_tree import build_tree
     from swlora.data.sources import load_dataset
-    from swlora.data.tree_rows import build_row
     from swlora.training.schedule import step_plan
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -87,7 +87,7 @@ def prepare(path: Path, model: str) -> dict[str, Any]:
     with watch("plan"), memory("plan"):
         steps = step_plan(sequences, TrainSpec(), 0)(0)
     with watch("rows"), memory("rows"):
-        n_nodes = sum(len(build_row(sequences, ids).token_ids) for s in steps[:STEPS] for ids in s)
+        n_nodes = sum(len(build_tree(sequences, ids).token_ids) for s in steps[:STEPS] for ids in s)
     return {
         "train_rows": len(dataset.train),
         "tokens": len(sequences.tokens),

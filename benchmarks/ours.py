@@ -17,8 +17,8 @@ from benchmarks.arms import LEARNING_RATE, LORA_ALPHA, LORA_RANK, Arm
 from swlora.config import AdapterSpec, ModelSpec, RunSpec, TrainSpec
 from swlora.data.encode import encode_examples
 from swlora.data.examples import Example
+from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import build_row
 from swlora.models.anatomy import Anatomy
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Silent
@@ -49,7 +49,7 @@ def run(
     """Train an adapter on `rows` for the arm's epochs; return what was measured."""
     from swlora.adapters.methods import adapt, train_mode
     from swlora.training.schedule import Schedule, step_plan
-    from swlora.training.tree_step import make_step
+    from swlora.training.step import make_step
 
     watch, clock = measure.Stopwatch(), clock or StepClock()
     with watch("load_model"):
@@ -123,7 +123,7 @@ def _epochs(
     for epoch, steps in enumerate(plans):
         n_warmup = 1 if epoch == 0 else 0  # the first step of all
         counts = [sum(len(ids) for ids in rows) for rows in steps]
-        trees = [[build_row(sequences, ids) for ids in rows] for rows in steps]
+        trees = [[build_tree(sequences, ids) for ids in rows] for rows in steps]
         nodes = [sum(len(row.token_ids) for row in step) for step in trees]
         report = measure.rates(ticks[first : first + len(steps) + 1], counts, nodes, n_warmup)
         first += len(steps)

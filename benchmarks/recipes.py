@@ -25,10 +25,10 @@ from benchmarks.rows import find_e2e
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, DataSpec, ModelSpec, TrainSpec
 from swlora.data.encode import encode_examples
+from swlora.data.prefix_tree import build_tree
 from swlora.data.sources import load_dataset
 from swlora.data.steps import StepOrder
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import build_row
 from swlora.evaluation.loss import dataset_loss
 from swlora.kernels.forwards import fast_modules
 from swlora.kernels.split_model import SplitModel
@@ -37,7 +37,7 @@ from swlora.models.anatomy import Anatomy, weight_out_in
 from swlora.models.load import load_model
 from swlora.progress import Silent
 from swlora.training.schedule import Schedule
-from swlora.training.tree_step import TreeStep, row_loss
+from swlora.training.step import TreeStep, tree_nats
 
 DEV_PROMPTS = 60
 GRADIENT_ROWS = 64
@@ -208,9 +208,9 @@ def leading_inputs(
     split = SplitModel(model, 0)
     with fast_modules(model):
         for ids in step:
-            row = build_row(rows, ids)
+            row = build_tree(rows, ids)
             hidden = split.whole(TreeLayout(row, model.device))
-            torch.autograd.backward(row_loss(split, row, hidden))
+            torch.autograd.backward(tree_nats(split, row, hidden))
     found = {}
     for module in projections:
         gradient, module.weight.grad = module.weight.grad, None

@@ -19,7 +19,7 @@ from swlora.config import RunSpec, load_spec
 from swlora.data import scratch
 from swlora.errors import DataError, RunFailedError, UserError
 from swlora.evaluation import english
-from swlora.evaluation import metrics as official
+from swlora.evaluation import scores as official
 from swlora.evaluation.english import english_loss
 from swlora.evaluation.prompting import Prompt, generate_text
 from swlora.evaluation.segments import Segments

@@ -169,7 +169,7 @@ def test_its_time_does_not_count(
         now_s[0] += 1.0
         return values
 
-    monkeypatch.setattr("swlora.training.tree_step.build_row", _ticking(tick))
+    monkeypatch.setattr("swlora.training.step.build_tree", _ticking(tick))
     monkeypatch.setattr("swlora.pipeline.read_metrics", lambda _folder: seen)
     with Run.create(tmp_path / "run", spec, "train") as run:
         _, result = step(Job(spec, run, Silent()))
@@ -178,9 +178,9 @@ def test_its_time_does_not_count(
 
 
 def _ticking(tick: Callable[[Any], Any]) -> Callable[..., Any]:
-    from swlora.data.tree_rows import build_row
+    from swlora.data.prefix_tree import build_tree
 
-    return lambda *arguments: tick(build_row(*arguments))
+    return lambda *arguments: tick(build_tree(*arguments))
 
 
 @pytest.mark.parametrize(("eval_rows", "n_rows"), [(1, 1), (2, 2), (None, 2), (9, 2)])

@@ -160,7 +160,7 @@ def evaluated(model: Path, adapter: Path, folder: Path) -> list[str]:
 def test_another_base_of_the_same_shape_is_told(
     model_folder, make_model, tiny_tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("swlora.evaluation.metrics.missing_java", lambda: "left out here")
+    monkeypatch.setattr("swlora.evaluation.scores.missing_java", lambda: "left out here")
     adapter = trained(tmp_path / "run", model_folder("llama"), ROWS)  # in float32
     assert evaluated(model_folder("llama"), adapter, tmp_path / "same") == []
     other = tmp_path / "other"

@@ -73,7 +73,7 @@ def train(
     from swlora.evaluation.held_out import watch_of
     from swlora.evaluation.loss_curve import draw_loss, training_result
     from swlora.training.loop import train as run_loop
-    from swlora.training.tree_step import make_step
+    from swlora.training.step import make_step
 
     spec, prepared = job.spec, prepared or prepare_training(job)  # before a search, which is long
     sequences, schedule, planned = prepared.sequences, prepared.schedule, prepared.planned
@@ -231,9 +231,9 @@ def evaluate(job: Job, model: Any, untouched: LossSum | None) -> Result:
     from swlora.evaluation import bootstrap
     from swlora.evaluation.decode import chat_end_token_ids, generate
     from swlora.evaluation.loss import grouped_losses
-    from swlora.evaluation.metrics import segment_statistics
     from swlora.evaluation.report import write_predictions
     from swlora.evaluation.scales import RAW_SCALE
+    from swlora.evaluation.scores import segment_statistics
     from swlora.evaluation.segments import Segments
 
     spec, split, tokenizer = job.spec, job.spec.data.eval_split, job.loaded.tokenizer

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from swlora.cli import main
-from swlora.evaluation import metrics as official
+from swlora.evaluation import scores as official
 
 NOTES = ("data: ", "model: ", "warning: ")
 ROWS = [{"prompt": f"p{k // 2}", "completion": f"answer {k}."} for k in range(8)]

@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.data.tries import ORDERS, Pair, data_sets, many_prompts, proper_prefixes
 
+from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.steps import StepOrder, plan_steps
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import TreeRow, build_row
 
 
 def plan(pairs: list[Pair], order: StepOrder, per_step: int, budget: int, seed=0, epoch=0):
@@ -45,7 +45,7 @@ def test_plan_holds_every_sequence_once_within_budget(
         if order == "iid":
             assert abs(sum(map(len, step)) - len(pairs) / len(steps)) < 1
         for row in step:
-            nodes = len(build_row(sequences, row).token_ids)
+            nodes = len(build_tree(sequences, row).token_ids)
             assert nodes <= budget or len(row) == 1
             assert nodes == len(proper_prefixes([pairs[i] for i in row]))
 
@@ -198,7 +198,7 @@ def test_memory_mapped_tokens_give_the_same_rows(order: StepOrder, tmp_path: Pat
     mapped = TokenSequences(mapped_tokens, held.offsets, held.prompt_lengths)
     assert mapped.tokens is mapped_tokens
 
-    def rows(sequences: TokenSequences) -> list[TreeRow]:
+    def rows(sequences: TokenSequences) -> list[PrefixTree]:
         steps = plan_steps(
             sequences,
             sequences_per_step=8,
@@ -207,7 +207,7 @@ def test_memory_mapped_tokens_give_the_same_rows(order: StepOrder, tmp_path: Pat
             seed=1,
             epoch=0,
         )
-        return [build_row(sequences, ids) for step in steps for ids in step]
+        return [build_tree(sequences, ids) for step in steps for ids in step]
 
     for a, b in zip(rows(held), rows(mapped), strict=True):
         for name in vars(a):
@@ -261,7 +261,7 @@ def test_e2e_rows_shrink(shared_dir: Path, order: StepOrder, per_step: int) -> N
         epoch=0,
     )
     planned_s = time.perf_counter() - start
-    rows = [build_row(sequences, ids) for step in steps for ids in step]
+    rows = [build_tree(sequences, ids) for step in steps for ids in step]
     built_s = time.perf_counter() - start - planned_s
     nodes = sum(len(row.token_ids) for row in rows)
     total = len(sequences.tokens)

@@ -9,7 +9,7 @@ import pytest
 from swlora.errors import UserError
 from swlora.evaluation.bootstrap import prompt_weights
 from swlora.evaluation.meteor import METEOR_COLUMNS
-from swlora.evaluation.metrics import Rows, SegmentStatistics, segment_statistics
+from swlora.evaluation.scores import Rows, SegmentStatistics, segment_statistics
 from swlora.evaluation.segments import FILE, Segments
 from swlora.loss_sum import LossSum
 

@@ -11,7 +11,7 @@ from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.training.plain import PlainStep
-from swlora.training.tree_step import TreeStep
+from swlora.training.step import TreeStep
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,8 +13,8 @@ from tests.decoding.support import alone
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, DecodeSpec, TrainSpec
+from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import build_row
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.beams import BeamDecoder, BeamSettings
 from swlora.errors import RunFailedError
@@ -27,7 +27,7 @@ from swlora.models.anatomy import Anatomy
 from swlora.progress import Silent
 from swlora.superweights.detect import trace
 from swlora.training.plain import PlainStep, completion_loss, pad
-from swlora.training.tree_step import TreeStep, make_step
+from swlora.training.step import TreeStep, make_step
 
 MakeModel = Callable[..., Any]
 LIMIT, EOS = 32, 257
@@ -156,7 +156,7 @@ def test_the_prefix_cache_serves_one_side_only(make_model: MakeModel) -> None:
 
 def test_a_row_of_both_sides_is_never_run(make_model: MakeModel) -> None:
     split = SplitModel(long_model(make_model, "phi3"), 0)
-    row = build_row(sequences_of(LIMIT, LIMIT + 1), np.array([0, 1]))
+    row = build_tree(sequences_of(LIMIT, LIMIT + 1), np.array([0, 1]))
     with pytest.raises(RunFailedError, match="of 32 and of 33 tokens"):
         split.whole(TreeLayout(row, torch.device("cpu")))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import TreeRow, build_row
 from swlora.errors import RunFailedError
 from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
@@ -22,8 +22,8 @@ N_BLOCKS = 3
 PAIRS = [([5, 6, 7], [8, 9, 4]), ([5, 6, 7], [8, 3, 3, 1]), ([5, 6], [9, 2]), ([2], [2, 2, 7])]
 
 
-def make_row(pairs: list[tuple[list[int], list[int]]] = PAIRS) -> tuple[TreeRow, TreeLayout]:
-    row = build_row(TokenSequences.from_lists(pairs), np.arange(len(pairs)))
+def make_row(pairs: list[tuple[list[int], list[int]]] = PAIRS) -> tuple[PrefixTree, TreeLayout]:
+    row = build_tree(TokenSequences.from_lists(pairs), np.arange(len(pairs)))
     return row, TreeLayout(row, torch.device("cpu"))
 
 

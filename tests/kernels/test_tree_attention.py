@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import TreeRow, build_row
 from swlora.errors import RunFailedError
 from swlora.kernels.tree_attention import (
     TreeLayout,
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
     width: int
 
 
-def random_row(seed: int, n_nodes: int) -> TreeRow:
+def random_row(seed: int, n_nodes: int) -> PrefixTree:
     """A random forest of about n_nodes nodes or more: bushy, deep or in between."""
     rng = np.random.default_rng(seed)
     longest = int(rng.integers(2, 2 + n_nodes))
@@ -39,10 +39,10 @@ def random_row(seed: int, n_nodes: int) -> TreeRow:
         pairs.append((kept, tail))
         total += len(tail) - 1
     sequences = TokenSequences.from_lists(pairs)
-    return build_row(sequences, np.arange(len(sequences)))
+    return build_tree(sequences, np.arange(len(sequences)))
 
 
-def make_inputs(row: TreeRow, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def make_inputs(row: PrefixTree, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(len(row.token_ids))
     n = len(row.token_ids)
     return tuple(
@@ -51,7 +51,7 @@ def make_inputs(row: TreeRow, shape: Shape, dtype: torch.dtype) -> tuple[Tensor,
     )
 
 
-def path_mask(row: TreeRow, window: int | None) -> Tensor:
+def path_mask(row: PrefixTree, window: int | None) -> Tensor:
     """(T, T): key j lies on the path from the root to node i, the last `window` nodes of it."""
     n = len(row.token_ids)
     visible = torch.zeros(n, n, dtype=torch.bool)
@@ -78,7 +78,7 @@ def dense(
 
 
 def run(
-    row: TreeRow,
+    row: PrefixTree,
     inputs: tuple[Tensor, ...],
     window: int | None,
     softcap: float | None,
@@ -103,7 +103,7 @@ def run(
 
 
 def reference(
-    row: TreeRow,
+    row: PrefixTree,
     inputs: tuple[Tensor, ...],
     window: int | None,
     softcap: float | None,
@@ -166,7 +166,7 @@ def test_long_rows(seed: int, window: int | None, softcap: float | None) -> None
 
 @pytest.mark.parametrize("n_nodes", [1, 2, 63, 64, 65, 127, 128, 129, 200, 513])
 def test_a_single_path_of_any_length(n_nodes: int) -> None:
-    row = build_row(TokenSequences.from_lists([([3], [4] * n_nodes)]), np.array([0]))
+    row = build_tree(TokenSequences.from_lists([([3], [4] * n_nodes)]), np.array([0]))
     assert len(row.token_ids) == n_nodes
     inputs = make_inputs(row, Shape(2, 1, 4), torch.float64)
     found = run(row, inputs, None, None, None)
@@ -175,7 +175,7 @@ def test_a_single_path_of_any_length(n_nodes: int) -> None:
 
 def test_a_forest_of_single_nodes() -> None:
     pairs = [([token], [0]) for token in range(300)]
-    row = build_row(TokenSequences.from_lists(pairs), np.arange(300))
+    row = build_tree(TokenSequences.from_lists(pairs), np.arange(300))
     q, k, v, d_out = make_inputs(row, Shape(2, 2, 4), torch.float64)
     out, d_q, d_k, d_v = run(row, (q, k, v, d_out), None, None, None)
     torch.testing.assert_close(out, v.transpose(1, 2))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from swlora.config import RunSpec, dump_yaml
-from swlora.evaluation.metrics import SegmentStatistics
+from swlora.evaluation.scores import SegmentStatistics
 from swlora.evaluation.segments import Segments
 from swlora.loss_sum import LossSum
 from swlora.study.live import board_table

@@ -7,7 +7,7 @@ import pytest
 
 from swlora.evaluation import bootstrap
 from swlora.evaluation.bootstrap import Interval
-from swlora.evaluation.metrics import SegmentStatistics
+from swlora.evaluation.scores import SegmentStatistics
 from swlora.evaluation.segments import Segments
 from swlora.study import statistics as stats
 from swlora.study.statistics import Point

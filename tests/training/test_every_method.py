@@ -11,11 +11,11 @@ from torch import nn
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import METHODS, adapt, train_mode
 from swlora.config import AdapterSpec
+from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import build_row
 from swlora.kernels.lora import FastLora, fast_lora
 from swlora.training.plain import PlainStep
-from swlora.training.tree_step import TreeStep
+from swlora.training.step import TreeStep
 
 MakeModel = Callable[..., Any]
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -88,7 +88,7 @@ def test_tree_rows_equal_peft_on_the_padded_batch(
     n = len(sequences)
     plain = measured(PlainStep(adapted.model, sequences), adapted.parameters, n)
     tree = measured(TreeStep(adapted.model, sequences), adapted.parameters, n)
-    assert build_row(sequences, np.arange(n)).token_ids.size < 0.8 * sequences.lengths.sum()
+    assert build_tree(sequences, np.arange(n)).token_ids.size < 0.8 * sequences.lengths.sum()
     assert tree[1] == plain[1]
     assert tree[0] == pytest.approx(plain[0], rel=1e-5)
     assert_same_gradients(tree[2], plain[2])

@@ -19,13 +19,13 @@ from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_mod
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec
+from swlora.data.prefix_tree import build_tree
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import build_row
 from swlora.models.anatomy import FAMILIES
 from swlora.models.precision import cast_parameters
 from swlora.training.plain import PlainStep
-from swlora.training.tree_step import TreeStep
+from swlora.training.step import TreeStep
 
 Pair = tuple[list[int], list[int]]
 MakeModel = Callable[..., Any]
@@ -175,7 +175,7 @@ def test_shapes_cover_every_family_that_can_run_tree_rows() -> None:
 @pytest.mark.parametrize(("data", "nodes"), [("branching", 64), ("deep", 600), ("chain", 260)])
 def test_data_branches_and_exceeds_a_run(data: str, nodes: int) -> None:
     sequences = TokenSequences.from_lists(DATA[data]())
-    row = build_row(sequences, np.arange(len(sequences)))
+    row = build_tree(sequences, np.arange(len(sequences)))
     assert nodes < len(row.token_ids) < len(sequences.tokens) / 1.5
 
 

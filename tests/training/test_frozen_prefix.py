@@ -15,13 +15,13 @@ import torch
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
+from swlora.data.prefix_tree import build_tree, count_nodes
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import build_row, count_nodes
 from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.training.frozen_prefix import GIB, PrefixCache, content_key
-from swlora.training.tree_step import TreeStep, make_step
+from swlora.training.step import TreeStep, make_step
 
 MakeModel = Callable[..., Any]
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -165,7 +165,7 @@ def test_states_come_back_as_they_were(
     split, sequences = SplitModel(make_model(model_type).to(dtype), 2), make_sequences()
     cache = PrefixCache(split, sequences, limit_gb=1, say=print)
     bounds = pairwise((0, 6, 13, 21))  # between prompts: what two rows share, the later one writes
-    rows = [build_row(sequences, np.arange(*bound)) for bound in bounds]
+    rows = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
     layouts = [TreeLayout(row, torch.device("cpu")) for row in rows]
     computed = [cache(row, layout) for row, layout in zip(rows, layouts, strict=True)]
     assert cache.n_computed_rows == 3
@@ -175,14 +175,14 @@ def test_states_come_back_as_they_were(
         assert read.dtype == dtype and torch.equal(read, states) and not read.requires_grad
     assert (cache.n_read_rows, cache.n_computed_rows) == (3, 3)
     # A row of nodes that were computed in several rows, and one with a node that was not.
-    mixed = build_row(sequences, np.array([1, 6, 11]))
+    mixed = build_tree(sequences, np.array([1, 6, 11]))
     states = cache(mixed, TreeLayout(mixed, torch.device("cpu")))
     expected = split.prefix(TreeLayout(mixed, torch.device("cpu")))
     assert cache.n_read_rows == 4
     torch.testing.assert_close(
         states, expected, rtol=1e-2, atol=1e-2 if dtype != torch.float32 else 1e-5
     )
-    partly = build_row(sequences, np.array([1, 22]))
+    partly = build_tree(sequences, np.array([1, 22]))
     cache(partly, TreeLayout(partly, torch.device("cpu")))
     assert cache.n_computed_rows == 4
     cache.close()
@@ -346,16 +346,16 @@ def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
 def test_states_are_there_before_they_are_said_to_be(make_model: MakeModel, n_writes: int) -> None:
     # The last prompts lie at the end of the file: what the first ones lack is a hole of zeros.
     split, sequences = SplitModel(make_model("llama"), 1), make_sequences()
-    row = build_row(sequences, np.array([0, 6]))
+    row = build_tree(sequences, np.array([0, 6]))
     layout = TreeLayout(row, torch.device("cpu"))
-    last = build_row(sequences, np.array([22]))
+    last = build_tree(sequences, np.array([22]))
     cache = PrefixCache(split, sequences, limit_gb=1, say=print)
     cache(last, TreeLayout(last, torch.device("cpu")))
     with full_disk_after(n_writes):
         torch.testing.assert_close(cache(row, layout), split.prefix(layout))
     later = PrefixCache(split, sequences, limit_gb=1, say=print)
     for ids in ([0], [6], [0, 6]):
-        part = build_row(sequences, np.array(ids))
+        part = build_tree(sequences, np.array(ids))
         layout = TreeLayout(part, torch.device("cpu"))
         torch.testing.assert_close(later(part, layout), split.prefix(layout))
     later.close()
@@ -402,7 +402,7 @@ def test_two_runs_over_the_same_content_share_their_states(make_model: MakeModel
     second = PrefixCache(split, sequences, limit_gb=1, say=print)
     bounds = list(pairwise((0, 1, 3, 6, 10, 11, 13, 16, 20, 21, 23)))
     assert bounds[-1][1] == len(sequences)
-    rows = [build_row(sequences, np.arange(*bound)) for bound in bounds]
+    rows = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
     layouts = [TreeLayout(row, torch.device("cpu")) for row in rows]
     for number, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
         cache = (first, second)[number % 2]
@@ -440,7 +440,7 @@ def fill(split: SplitModel, root: Path, seed: int, used_s: float) -> Filled:
     before = set(root.iterdir()) if root.exists() else set()
     sequences = make_sequences(seed)
     cache = PrefixCache(split, sequences, limit_gb=1, say=print)
-    row = build_row(sequences, np.arange(len(sequences)))
+    row = build_tree(sequences, np.arange(len(sequences)))
     cache(row, TreeLayout(row, torch.device("cpu")))
     (folder,) = set(root.iterdir()) - before
     os.utime(folder, (used_s, used_s))
@@ -475,7 +475,7 @@ def test_a_cache_in_use_is_not_evicted(make_model: MakeModel, root: Path) -> Non
     limit_gb = needed_bytes(sequences) / GIB
     PrefixCache(split, sequences, limit_gb=limit_gb, say=print).close()
     assert used.folder.exists() and not unused.folder.exists()
-    row = build_row(make_sequences(1), np.arange(3))
+    row = build_tree(make_sequences(1), np.arange(3))
     layout = TreeLayout(row, torch.device("cpu"))
     torch.testing.assert_close(used.cache(row, layout), split.prefix(layout))
     assert used.cache.n_read_rows == 1

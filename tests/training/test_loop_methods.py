@@ -24,7 +24,7 @@ from swlora.runs import Run, read_metrics
 from swlora.training.loop import train
 from swlora.training.plain import pad
 from swlora.training.schedule import Schedule
-from swlora.training.tree_step import TreeStep
+from swlora.training.step import TreeStep
 
 MakeModel = Callable[..., Any]
 LAYERS = [1, 2]

@@ -17,7 +17,7 @@ from swlora.config import AdapterSpec, ModelSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels import tree_attention
 from swlora.models.load import load_model
-from swlora.training.tree_step import TreeStep
+from swlora.training.step import TreeStep
 
 
 @pytest.fixture

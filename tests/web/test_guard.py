@@ -9,7 +9,7 @@ import pytest
 from swlora.errors import UserError
 from swlora.web.guard import MAX_BODY_BYTES, Guard, Policy
 from swlora.web.logs import EscapingFormatter
-from swlora.web.metrics import Metrics
+from swlora.web.prometheus import Metrics
 
 KEY = "k" * 20
 OPEN = {"/health"}

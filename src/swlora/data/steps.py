@@ -23,7 +23,7 @@ def plan_steps(
     seed: int,
     epoch: int,
 ) -> list[list[Ints]]:
-    """Plan one epoch: optimizer steps, each a list of rows, each row the ids for `build_row`.
+    """Plan one epoch: optimizer steps, each a list of rows, each row the ids for `build_tree`.
 
     Every sequence comes exactly once; the same (seed, epoch) gives the same plan. An epoch always
     has ceil(n / sequences_per_step) steps, all within one unit of their mean, n / steps:

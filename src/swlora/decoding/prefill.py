@@ -1,6 +1,6 @@
 """Prompts run together as one prefix tree: a prefix that several share is computed once.
 
-The tree of `swlora.data.tree_rows` is run in stretches of its depth-first order, so that others
+The tree of `swlora.data.prefix_tree` is run in stretches of its depth-first order, so that others
 may have a turn in between. A stretch is cut into runs of neighbours; a run sees the ancestors of
 its first node, wherever they lie, and itself:
 
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import TreeRow, build_row
 from swlora.decoding.attention import Layout, attending
 from swlora.decoding.prompt_scores import PromptScores
 from swlora.decoding.sampling import Choice
@@ -48,7 +48,7 @@ class TreePrefill:
         self._model, self._n_layers = base_model, n_layers
         # A completion that numbers its prompt, so that the target says whose node it is.
         pairs = [(list(prompt), [i]) for i, prompt in enumerate(prompts)]
-        self._row = build_row(TokenSequences.from_lists(pairs), np.arange(len(prompts)))
+        self._row = build_tree(TokenSequences.from_lists(pairs), np.arange(len(prompts)))
         self._leaves = dict(
             zip(self._row.target_id.tolist(), self._row.target_position.tolist(), strict=True)
         )
@@ -138,7 +138,7 @@ class _NodeCache(Cache):  # type: ignore[misc]
 class StretchLayout(Layout):
     """Nodes `start` to `end` of a tree, in S runs of Lq nodes; run s sees K keys at most."""
 
-    def __init__(self, row: TreeRow, start: int, end: int, device: torch.device) -> None:
+    def __init__(self, row: PrefixTree, start: int, end: int, device: torch.device) -> None:
         super().__init__()
         options = [
             _keys_of_runs(row, start, end, min(run_nodes, end - start)) for run_nodes in RUN_NODES
@@ -186,7 +186,7 @@ class StretchLayout(Layout):
 
 
 def _keys_of_runs(
-    row: TreeRow, start: int, end: int, run_nodes: int
+    row: PrefixTree, start: int, end: int, run_nodes: int
 ) -> tuple[NDArray[np.int64], int]:
     """Return ((S, K) what each run sees at most, -1 for padding; nodes a run)."""
     starts = range(start, end, run_nodes)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from swlora.adapters.reach import is_covered
+from swlora.data.prefix_tree import PrefixTree, build_tree, number_nodes
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import Ints, TokenSequences
-from swlora.data.tree_rows import TreeRow, build_row, number_nodes
 from swlora.kernels.forwards import fast_modules
 from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
@@ -24,7 +24,7 @@ from swlora.loss_sum import LossSum
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
 from swlora.training.plain import completion_loss, pad
-from swlora.training.tree_step import row_loss
+from swlora.training.step import tree_nats
 
 SEQUENCES_AT_ONCE = 64
 PADDED_AT_ONCE = 8
@@ -70,10 +70,10 @@ def grouped_losses(
         rows = (ids for step in steps for ids in step)
         for ids in (part for row in rows for part in split.rotary.sides(row, sequences.lengths)):
             if has_tree_rows:
-                row = build_row(sequences, ids)
+                row = build_tree(sequences, ids)
                 hidden = split.whole(TreeLayout(row, base_model.device))
                 for group, part in _split_targets(sequences, row, group_of, node_numbers):
-                    loss = row_loss(split, part, hidden)
+                    loss = tree_nats(split, part, hidden)
                     totals[group] += LossSum(float(loss), part.n_target_tokens)
             else:
                 for group in np.unique(group_of[ids]):
@@ -93,8 +93,8 @@ def _padded_loss(model: Any, sequences: TokenSequences, ids: Ints) -> LossSum:
 
 
 def _split_targets(
-    sequences: TokenSequences, row: TreeRow, group_of: Ints, node_numbers: Ints
-) -> Iterator[tuple[int, TreeRow]]:
+    sequences: TokenSequences, row: PrefixTree, group_of: Ints, node_numbers: Ints
+) -> Iterator[tuple[int, PrefixTree]]:
     """Yield (group, the row with that group's targets only) for every group in the row.
 
     A group's targets are those of a tree of its own; its nodes are found in the row by their
@@ -108,7 +108,7 @@ def _split_targets(
     numbers = node_numbers[row.node_source]
     order = np.argsort(numbers)
     for group in present:
-        own = build_row(sequences, row.sequence_ids[groups == group])
+        own = build_tree(sequences, row.sequence_ids[groups == group])
         scored = node_numbers[own.node_source[own.target_position]]
         yield (
             int(group),

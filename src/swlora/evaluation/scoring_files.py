@@ -8,8 +8,8 @@ from swlora.data.sources import group_references
 from swlora.errors import DataError, UserError
 from swlora.evaluation import bootstrap
 from swlora.evaluation.bootstrap import score_intervals
-from swlora.evaluation.metrics import segment_statistics
 from swlora.evaluation.scales import RAW_SCALE
+from swlora.evaluation.scores import segment_statistics
 
 
 def score_files(predictions: Path, references: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from swlora.errors import UserError
 from swlora.evaluation.bootstrap import score_intervals
-from swlora.evaluation.metrics import Rows, SegmentStatistics
+from swlora.evaluation.scores import Rows, SegmentStatistics
 from swlora.files import write_text
 from swlora.loss_sum import LossSum
 

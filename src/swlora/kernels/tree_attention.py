@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swlora.data.tree_rows import TreeRow
+from swlora.data.prefix_tree import PrefixTree
 from swlora.errors import RunFailedError
 from swlora.threads import adapt_threads
 
@@ -68,7 +68,7 @@ class Runs:
 class TreeLayout:
     """One tree row on a device: what the decoder and its attention need to run it."""
 
-    def __init__(self, row: TreeRow, device: torch.device) -> None:
+    def __init__(self, row: PrefixTree, device: torch.device) -> None:
         self.token_ids = torch.from_numpy(row.token_ids.astype(np.int64)).to(device)[None]
         self.position_ids = torch.from_numpy(row.position_ids.astype(np.int64)).to(device)[None]
         self.subtree_end = torch.from_numpy(row.subtree_end.astype(np.int64)).to(device)
@@ -272,7 +272,7 @@ def _merge_key_runs(d: Tensor, runs: Runs) -> Tensor:
     return out.transpose(0, 1)[None]
 
 
-def _ancestors(row: TreeRow, run_nodes: int) -> np.ndarray:
+def _ancestors(row: PrefixTree, run_nodes: int) -> np.ndarray:
     """Return (S, A): what the first node of each run sees before the run; -1 is padding."""
     n_nodes = len(row.subtree_end)
     starts = np.arange(0, n_nodes, run_nodes)

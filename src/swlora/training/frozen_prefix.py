@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from swlora.caches import ABOUT, LOCK, PREFIX, about, disk_bytes, remove
+from swlora.data.prefix_tree import PrefixTree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import TreeRow, count_nodes, number_nodes
 from swlora.errors import RunFailedError
 from swlora.files import write_json
 from swlora.kernels.split_model import SplitModel
@@ -77,7 +77,7 @@ class PrefixCache:
         except (OSError, RunFailedError) as error:
             self._give_up(error)
 
-    def __call__(self, row: TreeRow, layout: TreeLayout) -> Tensor:
+    def __call__(self, row: PrefixTree, layout: TreeLayout) -> Tensor:
         """Return the hidden state at the cut, (1, T, D), for a tree row."""
         if self._data is None:
             return self._split.prefix(layout)

@@ -20,15 +20,15 @@ import torch
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec
+from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import build_row
 from swlora.kernels.forwards import fast_modules
 from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.threads import adapt_threads
 from swlora.training.frozen_prefix import GIB, n_cache_bytes
 from swlora.training.schedule import Step
-from swlora.training.tree_step import TreeStep, row_loss
+from swlora.training.step import TreeStep, tree_nats
 
 # Methods that leave the weights below them alone; LoRA stands in for the others.
 TRIED_AS_THEMSELVES = ("lora", "lora+", "rslora", "dora")
@@ -128,13 +128,13 @@ def _partial_times_s(step: TreeStep, rows: Step) -> tuple[float, float]:
     split = step.split
     with fast_modules(split.base_model):
         for ids in step.parts(rows):
-            row = build_row(step.sequences, ids)
+            row = build_tree(step.sequences, ids)
             layout = TreeLayout(row, step.base_model.device)
             start_s = time.perf_counter()
             with torch.no_grad():
                 hidden = split.whole(layout)
             middle_s = time.perf_counter()
-            row_loss(split, row, hidden.requires_grad_())
+            tree_nats(split, row, hidden.requires_grad_())
             head_s += time.perf_counter() - middle_s
             frozen_s += middle_s - start_s
     return frozen_s, head_s

@@ -14,8 +14,8 @@ import torch
 
 from swlora.adapters.methods import train_mode
 from swlora.config import RunSpec, TrainSpec
+from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import build_row
 from swlora.errors import DivergedError
 from swlora.kernels.forwards import fast_modules
 from swlora.kernels.tree_attention import TreeLayout
@@ -23,7 +23,7 @@ from swlora.loss_sum import LossSum
 from swlora.training.layer_profile import adapters_for_now
 from swlora.training.loop import reports
 from swlora.training.schedule import Schedule, Step
-from swlora.training.tree_step import TreeStep, row_loss
+from swlora.training.step import TreeStep, tree_nats
 
 N_TRIED = 3  # choices of layers: all, the last ones, the middle
 N_HELD_OUT_LOSSES = 2 * N_TRIED  # of each: in the end, and of fewer layers also on the way
@@ -161,9 +161,9 @@ def _loss(step: TreeStep, steps: Sequence[Step]) -> float:
     step.peft_model.eval()
     with fast_modules(step.peft_model):
         for ids in (ids for rows in steps for ids in step.parts(rows)):
-            row = build_row(step.sequences, ids)
+            row = build_tree(step.sequences, ids)
             hidden = step.split.whole(TreeLayout(row, step.base_model.device))
-            total += LossSum(float(row_loss(step.split, row, hidden)), row.n_target_tokens)
+            total += LossSum(float(tree_nats(step.split, row, hidden)), row.n_target_tokens)
     train_mode(step.peft_model)
     return total.nats_per_token
 

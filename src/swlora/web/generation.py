@@ -15,8 +15,8 @@ from typing import Any
 from swlora.decoding.batch import DecodeRequest, Event
 from swlora.decoding.sampling import Sampling
 from swlora.evaluation.text_stream import Detokeniser, StopFilter
-from swlora.web.metrics import Metrics
 from swlora.web.problems import ApiError
+from swlora.web.prometheus import Metrics
 from swlora.web.scheduler import Scheduler
 from swlora.web.tickets import (
     Ended,

@@ -21,8 +21,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from swlora.errors import UserError
-from swlora.web.metrics import Metrics
 from swlora.web.problems import ApiError
+from swlora.web.prometheus import Metrics
 
 MAX_BODY_BYTES = 512 * 1024  # a list of prompts, or a long one in four-byte characters
 MAX_HEADER_BYTES = 16 * 1024

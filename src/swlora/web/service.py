@@ -25,9 +25,9 @@ from swlora.progress import Progress
 from swlora.web.chat_turns import turns_for
 from swlora.web.folders import RunFolders
 from swlora.web.generation import Echo, Generation, TextRequest
-from swlora.web.metrics import Metrics
 from swlora.web.neutral import Message
 from swlora.web.problems import ApiError
+from swlora.web.prometheus import Metrics
 from swlora.web.restaurant import References
 from swlora.web.scheduler import Scheduler
 from swlora.web.schemas import SamplingBody

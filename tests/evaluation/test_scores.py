@@ -16,9 +16,9 @@ import sacrebleu
 from swlora.errors import RunFailedError, UserError
 from swlora.evaluation import meteor as meteor_module
 from swlora.evaluation.meteor import meteor_score, meteor_statistics, missing_java
-from swlora.evaluation.metrics import score, segment_statistics
 from swlora.evaluation.ngram_scores import mteval_tokens
 from swlora.evaluation.ptb import ptb_tokenize
+from swlora.evaluation.scores import score, segment_statistics
 
 needs_java = pytest.mark.skipif(missing_java() is not None, reason=str(missing_java()))
 NAMES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")

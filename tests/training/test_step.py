@@ -10,13 +10,13 @@ from torch import Tensor
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
+from swlora.data.prefix_tree import PrefixTree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import TreeRow
 from swlora.errors import RunFailedError, UserError
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.plain import PlainStep
-from swlora.training.tree_step import TreeStep, make_step
+from swlora.training.step import TreeStep, make_step
 
 MakeModel = Callable[..., Any]
 
@@ -56,7 +56,7 @@ class SmallMemory:
         self.prefix, self.limit, self.error = step.prefix_source, limit, error
         self.n_failed = self.n_served = 0
 
-    def __call__(self, row: TreeRow, layout: TreeLayout) -> Tensor:
+    def __call__(self, row: PrefixTree, layout: TreeLayout) -> Tensor:
         if row.n_sequences > self.limit:
             self.n_failed += 1
             raise self.error

@@ -27,7 +27,7 @@ from swlora.data.token_sequences import (
 
 
 @dataclass(frozen=True, eq=False)
-class TreeRow:
+class PrefixTree:
     """One trie, or several side by side: T nodes depth first and K weighted targets.
 
     token_ids, position_ids, subtree_end: (T,) int32. target_position (node whose logits are
@@ -59,7 +59,7 @@ class TreeRow:
         return int(self.target_weight.sum(dtype=np.float64))
 
 
-def build_row(sequences: TokenSequences, ids: Ints) -> TreeRow:
+def build_tree(sequences: TokenSequences, ids: Ints) -> PrefixTree:
     """Lay out the sequences `ids` as one tree row; an id given twice weighs twice.
 
     Raises ValueError for no ids or ids out of range, DataError for a negative token id.
@@ -89,7 +89,7 @@ def build_row(sequences: TokenSequences, ids: Ints) -> TreeRow:
     pair = (node[trained] << 32) | tokens[:, 1:][trained]
     pair, count = np.unique(pair, return_counts=True)
     creator, position = np.nonzero(new)
-    return TreeRow(
+    return PrefixTree(
         token_ids=contexts[new],
         position_ids=position.astype(np.int32),
         node_source=sequences.offsets[ids[creator]] + position,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from swlora.adapters.methods import adapted_layers, trainable_parameters
 from swlora.config import TrainSpec
+from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import TreeRow, build_row
 from swlora.errors import RunFailedError, UserError
 from swlora.kernels.forwards import fast_modules
 from swlora.kernels.head_loss import Targets, head_loss
@@ -24,7 +24,7 @@ from swlora.loss_sum import LossSum
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.plain import PlainStep
 
-PrefixSource = Callable[[TreeRow, TreeLayout], Tensor]
+PrefixSource = Callable[[PrefixTree, TreeLayout], Tensor]
 
 
 def make_step(
@@ -88,10 +88,10 @@ class TreeStep:
         total = LossSum()
         with fast_modules(self.peft_model):
             for ids in parts:
-                row = build_row(self.sequences, ids)
+                row = build_tree(self.sequences, ids)
                 layout = TreeLayout(row, self.base_model.device)
                 hidden = self.split.suffix(layout, self.prefix_source(row, layout))
-                loss = row_loss(self.split, row, hidden, self.label_smoothing)
+                loss = tree_nats(self.split, row, hidden, self.label_smoothing)
                 torch.autograd.backward(loss)
                 total += LossSum(float(loss.detach()), row.n_target_tokens)
         return total
@@ -122,7 +122,7 @@ def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], No
     return False
 
 
-def row_loss(split: SplitModel, row: TreeRow, hidden: Tensor, smoothing: float = 0.0) -> Tensor:
+def tree_nats(split: SplitModel, row: PrefixTree, hidden: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the summed loss in nats of a row from the decoder's final state (1, T, D)."""
     scored, targets = scored_targets(row, hidden.device)
     cap = float(getattr(split.base_model.config, "final_logit_softcapping", None) or 0.0)
@@ -130,7 +130,7 @@ def row_loss(split: SplitModel, row: TreeRow, hidden: Tensor, smoothing: float =
     return head_loss(hidden[0, scored], head, targets, smoothing=smoothing, cap=cap)
 
 
-def scored_targets(row: TreeRow, device: torch.device) -> tuple[Tensor, Targets]:
+def scored_targets(row: PrefixTree, device: torch.device) -> tuple[Tensor, Targets]:
     """Return (nodes that are scored (N,), their targets with rows numbered 0 to N - 1)."""
     scored, rows = np.unique(row.target_position, return_inverse=True)
     row_weights = np.bincount(rows, weights=row.target_weight).astype(np.float32)

@@ -10,21 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.tries import Pair, data_sets, proper_prefixes
 
+from swlora.data.prefix_tree import PrefixTree, build_tree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences
-from swlora.data.tree_rows import TreeRow, build_row, count_nodes, number_nodes
 from swlora.errors import DataError
 
 
-def everything(pairs: list[Pair]) -> tuple[TokenSequences, TreeRow]:
+def everything(pairs: list[Pair]) -> tuple[TokenSequences, PrefixTree]:
     sequences = TokenSequences.from_lists(pairs)
-    return sequences, build_row(sequences, np.arange(len(pairs)))
+    return sequences, build_tree(sequences, np.arange(len(pairs)))
 
 
-def visible(row: TreeRow, i: int) -> list[int]:
+def visible(row: PrefixTree, i: int) -> list[int]:
     return [j for j in range(len(row.token_ids)) if j <= i < row.subtree_end[j]]
 
 
-def paths(row: TreeRow) -> list[tuple[int, ...]]:
+def paths(row: PrefixTree) -> list[tuple[int, ...]]:
     """Each node's tokens from the root, read off by its visibility alone."""
     return [tuple(row.token_ids[visible(row, i)].tolist()) for i in range(len(row.token_ids))]
 
@@ -38,7 +38,7 @@ def naive_targets(pairs: list[Pair]) -> Counter[tuple[tuple[int, ...], int]]:
     return counts
 
 
-def row_targets(row: TreeRow) -> dict[tuple[tuple[int, ...], int], float]:
+def row_targets(row: PrefixTree) -> dict[tuple[tuple[int, ...], int], float]:
     path = paths(row)
     triples = zip(row.target_position, row.target_id, row.target_weight, strict=True)
     listed = [((path[position], int(token)), float(weight)) for position, token, weight in triples]
@@ -46,7 +46,7 @@ def row_targets(row: TreeRow) -> dict[tuple[tuple[int, ...], int], float]:
     return dict(listed)
 
 
-def assert_row_is_the_trie(row: TreeRow, pairs: list[Pair]) -> None:
+def assert_row_is_the_trie(row: PrefixTree, pairs: list[Pair]) -> None:
     path = paths(row)
     assert set(path) == proper_prefixes(pairs)
     assert len(set(path)) == len(path), "a prefix has two nodes"
@@ -74,9 +74,9 @@ def test_row_is_the_naive_trie(pairs: list[Pair]) -> None:
 def test_row_of_a_subset_depends_on_no_order_of_ids(pairs, random) -> None:
     ids = random.sample(range(len(pairs)), random.randint(1, len(pairs)))
     sequences = TokenSequences.from_lists(pairs)
-    row = build_row(sequences, np.array(ids))
+    row = build_tree(sequences, np.array(ids))
     assert_row_is_the_trie(row, [pairs[i] for i in ids])
-    other = build_row(sequences, np.array(sorted(ids)))
+    other = build_tree(sequences, np.array(sorted(ids)))
     for name in ("token_ids", "position_ids", "subtree_end", "target_position", "target_id"):
         np.testing.assert_array_equal(getattr(row, name), getattr(other, name))
     np.testing.assert_array_equal(row.target_weight, other.target_weight)
@@ -113,7 +113,7 @@ def test_nodes_are_numbered_by_everything_up_to_them(pairs: list[Pair]) -> None:
 def test_every_node_says_where_it_was_read(pairs: list[Pair], random: Random) -> None:
     ids = random.sample(range(len(pairs)), random.randint(1, len(pairs)))
     sequences = TokenSequences.from_lists(pairs)
-    row = build_row(sequences, np.array(ids))
+    row = build_tree(sequences, np.array(ids))
     at_token = paths_of_tokens(sequences)
     assert [at_token[source] for source in row.node_source] == paths(row)
     owner = np.searchsorted(sequences.offsets, row.node_source, side="right") - 1
@@ -161,7 +161,7 @@ def test_batch_of_one_duplicates_and_one_token_completions() -> None:
     sequences, row = everything([([4, 1], [2, 0])] * 3)
     assert row.token_ids.tolist() == [4, 1, 2]
     assert row.target_weight.tolist() == [3, 3]
-    twice = build_row(sequences, np.array([2, 2]))
+    twice = build_tree(sequences, np.array([2, 2]))
     assert twice.target_weight.tolist() == [2, 2]
 
     _, forest = everything([([4], [2]), ([5], [2]), ([4], [3])])
@@ -182,7 +182,7 @@ def test_bad_ids_and_negative_tokens_are_refused() -> None:
     sequences = TokenSequences.from_lists([([1], [2]), ([3], [4]), ([3], [-4])])
     for ids in ([], [3], [-1, 0]):
         with pytest.raises(ValueError, match=r"0\.\.2"):
-            build_row(sequences, np.array(ids, dtype=np.int64))
-    assert build_row(sequences, np.array([0, 1])).n_sequences == 2
+            build_tree(sequences, np.array(ids, dtype=np.int64))
+    assert build_tree(sequences, np.array([0, 1])).n_sequences == 2
     with pytest.raises(DataError, match="sequence 2 holds a negative token"):
-        build_row(sequences, np.array([0, 2]))
+        build_tree(sequences, np.array([0, 2]))

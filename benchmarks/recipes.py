@@ -164,7 +164,7 @@ def descend(step: TreeStep, schedule: Schedule, adapted: Any) -> int:
     for number, rows in enumerate(schedule.steps()):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(number)
-        n_tokens = step(rows)[1]
+        n_tokens = step(rows).n_tokens
         torch._foreach_mul_([p.grad for p in parameters], 1.0 / n_tokens)
         nn.utils.clip_grad_norm_(parameters, schedule.spec.max_grad_norm)
         optimizer.step()

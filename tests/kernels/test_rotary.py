@@ -131,8 +131,8 @@ def test_a_step_is_the_sum_of_its_sequences(
         loss.backward()
     expected = {name: p.grad.clone() for name, p in parameters.items()}
     peft_model.zero_grad()
-    sum_nats, _ = step_class(peft_model, sequences)([np.array([0, 1, 2]), np.array([3, 4, 5])])
-    assert sum_nats == pytest.approx(sum(losses_alone(peft_model, sequences)), rel=1e-5)
+    loss = step_class(peft_model, sequences)([np.array([0, 1, 2]), np.array([3, 4, 5])])
+    assert loss.sum_nats == pytest.approx(sum(losses_alone(peft_model, sequences)), rel=1e-5)
     for name, parameter in parameters.items():
         error = (parameter.grad - expected[name]).norm() / expected[name].norm()
         assert float(error) <= 1e-5, name
@@ -146,8 +146,8 @@ def test_the_prefix_cache_serves_one_side_only(make_model: MakeModel) -> None:
         step = make_step(peft_model, sequences, TrainSpec(cache_gb=1), said.append)
         expected = sum(losses_alone(peft_model, sequences))
         for _ in range(2):  # computed, then read
-            sum_nats, _ = step([np.arange(len(sequences))])
-            assert sum_nats == pytest.approx(expected, rel=1e-5)
+            loss = step([np.arange(len(sequences))])
+            assert loss.sum_nats == pytest.approx(expected, rel=1e-5)
         assert (getattr(step.prefix_source, "n_read_rows", 0) == 1) is is_cached
         step.close()
     assert len(said) == 1

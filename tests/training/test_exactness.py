@@ -136,12 +136,12 @@ def gradients(
     peft_model: Any, step: Any, rows: Sequence[np.ndarray]
 ) -> tuple[float, int, dict[str, torch.Tensor]]:
     peft_model.zero_grad(set_to_none=True)
-    sum_nats, n_tokens = step(rows)
+    loss = step(rows)
     grads: dict[str, torch.Tensor] = {}
     for name, parameter in trainable_parameters(peft_model).items():
         assert parameter.grad is not None, f"{name} has no gradient"
         grads[name] = parameter.grad.double()
-    return sum_nats, n_tokens, grads
+    return loss.sum_nats, loss.n_tokens, grads
 
 
 def assert_same(
@@ -379,10 +379,10 @@ def loss_curve(make_model: MakeModel, step_class: Any, seed: int, n_steps: int) 
             seed=0,
             epoch=epoch,
         ):
-            sum_nats, n_tokens = step(rows)
-            losses.append(sum_nats / n_tokens)
+            loss = step(rows)
+            losses.append(loss.nats_per_token)
             for parameter in parameters:
-                parameter.grad /= n_tokens
+                parameter.grad /= loss.n_tokens
             optimizer.step()
             optimizer.zero_grad()
             if len(losses) == n_steps:

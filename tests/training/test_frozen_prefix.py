@@ -87,13 +87,13 @@ class Run:
 
     def epoch(self, number: int = 0) -> "Run":
         for rows in steps_of(self.sequences, number):
-            sum_nats, n_tokens = self.step(rows)
+            loss = self.step(rows)
             for parameter in self.parameters.values():
                 assert parameter.grad is not None
-                parameter.grad /= n_tokens
+                parameter.grad /= loss.n_tokens
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.losses.append(sum_nats / n_tokens)
+            self.losses.append(loss.nats_per_token)
         return self
 
     def close(self) -> "Run":

@@ -8,6 +8,7 @@ import torch
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.data.token_sequences import TokenSequences
+from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.training import layer_choice, layer_trial
 from swlora.training.layer_profile import LayerProfile, profile
@@ -46,7 +47,7 @@ def test_gradient_norms_are_those_of_the_plain_step(make_model, sequences):
     adapted = adapt(model, spec.adapter, range(n_layers), seed=spec.seed)
     train_mode(adapted.model)
     step = PlainStep(adapted.model, sequences)
-    n_tokens = sum(step(rows)[1] for rows in steps)
+    n_tokens = sum(step(rows).n_tokens for rows in steps)
     for layer in range(n_layers):
         gradients = [p.grad for n, p in adapted.parameters.items() if f".layers.{layer}." in n]
         expected = sum(float(g.abs().sum()) for g in gradients if g is not None) / n_tokens
@@ -112,7 +113,7 @@ def test_a_trial_is_an_ordinary_training_and_leaves_no_trace(make_model, sequenc
     for i in range(n_steps):
         if i == plan.n_trial:
             assert losses.early_nats == pytest.approx(_held_out(step, plan, optimizer), rel=1e-3)
-        n_tokens = step(plan.trained[i % len(plan.trained)])[1]
+        n_tokens = step(plan.trained[i % len(plan.trained)]).n_tokens
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad /= n_tokens
@@ -124,18 +125,20 @@ def test_a_trial_is_an_ordinary_training_and_leaves_no_trace(make_model, sequenc
 
 
 def _held_out(step, plan, optimizer):
-    sums = [step(rows) for rows in plan.held_out]
+    loss = sum((step(rows) for rows in plan.held_out), LossSum())
     optimizer.zero_grad()
-    return sum(nats for nats, _ in sums) / sum(n for _, n in sums)
+    return loss.nats_per_token
 
 
 def test_a_trial_that_diverges_has_no_loss_and_leaves_no_trace(make_model, sequences, monkeypatch):
     model, spec = make_model("llama"), _spec()
     bits = _bits(model)
     step_of = layer_trial.TreeStep.__call__
-    monkeypatch.setattr(
-        layer_trial.TreeStep, "__call__", lambda self, rows: (float("nan"), step_of(self, rows)[1])
-    )
+
+    def diverged(self, rows) -> LossSum:
+        return LossSum(float("nan"), step_of(self, rows).n_tokens)
+
+    monkeypatch.setattr(layer_trial.TreeStep, "__call__", diverged)
     losses = try_layers(
         model, sequences, spec, [2], _plan(sequences, spec), n_steps=9, advance=lambda: None
     )

@@ -15,6 +15,7 @@ from torch import nn
 from swlora.adapters.adapted import Adapted
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.errors import RunFailedError
+from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.runs import Run, load_snapshot, read_metrics
 from swlora.training.checkpoint import LoopState
@@ -63,7 +64,7 @@ class ToyStep:
         self.device = next(iter(parameters.values())).device
         self.x = torch.randn(N_ROWS, 5, generator=torch.Generator().manual_seed(4)).to(self.device)
 
-    def __call__(self, rows) -> tuple[float, int]:
+    def __call__(self, rows) -> LossSum:
         self.n_calls += 1
         if self.before is not None:
             self.before(self.n_calls)
@@ -74,7 +75,7 @@ class ToyStep:
         errors = (kept @ self.parameters["a"] + self.parameters["b"] - 1).square().sum(1)
         loss = (errors * n_tokens).sum()
         loss.backward()
-        return float(loss.detach()), int(n_tokens.sum())
+        return LossSum(float(loss.detach()), int(n_tokens.sum()))
 
 
 def start(folder: Path) -> Run:
@@ -112,18 +113,18 @@ def test_a_run_is_adamw_on_token_means_clipped(max_grad_norm, tmp_path):
     for step, rows in enumerate([*plan(0), *plan(1)]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(train_spec, step, 6)
-        sum_nats, n_tokens = reference(rows)
+        loss = reference(rows)
         for p in expected.values():
-            p.grad /= n_tokens
+            p.grad /= loss.n_tokens
         norm = torch.cat([p.grad.flatten() for p in expected.values()]).norm()
         for p in expected.values():
             p.grad *= min(1.0, max_grad_norm / (float(norm) + 1e-6))
         optimizer.step()
         optimizer.zero_grad()
-        assert reported[step]["loss"] == pytest.approx(sum_nats / n_tokens, rel=1e-4)
+        assert reported[step]["loss"] == pytest.approx(loss.nats_per_token, rel=1e-4)
         assert reported[step]["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
         assert reported[step]["learning_rate"] == learning_rate(train_spec, step, 6)
-        assert (reported[step]["step"], reported[step]["n_tokens"]) == (step + 1, n_tokens)
+        assert (reported[step]["step"], reported[step]["n_tokens"]) == (step + 1, loss.n_tokens)
     assert [row["rows"] for row in reported] == [4, 8, 11, 15, 19, 22]
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-5)
@@ -136,11 +137,11 @@ def test_twice_the_gradient_of_twice_the_tokens_is_the_same_step(tmp_path):
         parameters = fresh_parameters()
         step = ToyStep(parameters)
 
-        def scaled(rows, step=step, factor=factor) -> tuple[float, int]:
-            sum_nats, n_tokens = step(rows)
+        def scaled(rows, step=step, factor=factor) -> LossSum:
+            loss = step(rows)
             for p in step.parameters.values():
                 p.grad *= factor
-            return factor * sum_nats, factor * n_tokens
+            return LossSum(factor * loss.sum_nats, factor * loss.n_tokens)
 
         train(
             scaled, schedule(spec()), adapted(parameters), start(tmp_path / str(factor)), Silent()
@@ -302,17 +303,17 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_change(where, valu
     before: dict[str, torch.Tensor] = {}
     random_states: list[torch.Tensor] = []
 
-    def poisoned(rows) -> tuple[float, int]:
+    def poisoned(rows) -> LossSum:
         random_state = torch.get_rng_state()
-        sum_nats, n_tokens = step(rows)
+        loss = step(rows)
         if step.n_calls < at:
-            return sum_nats, n_tokens
+            return loss
         before.update({name: p.detach().clone() for name, p in parameters.items()})
         random_states.append(random_state)
         if where == "loss":
-            return value, n_tokens
+            return LossSum(value, loss.n_tokens)
         parameters["a"].grad[1, 1] = value
-        return sum_nats, n_tokens
+        return loss
 
     run = start(tmp_path / "run")
     with (

@@ -19,6 +19,7 @@ from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import METHODS, adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.data.token_sequences import TokenSequences
+from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
 from swlora.training.loop import train
@@ -66,7 +67,7 @@ class Training:
         step = TreeStep(self.adapted.model, sequences())
         n_calls = 0
 
-        def counted(rows: Any) -> tuple[float, int]:
+        def counted(rows: Any) -> LossSum:
             nonlocal n_calls
             n_calls += 1
             if n_calls == stop_after:

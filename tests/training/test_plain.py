@@ -70,9 +70,9 @@ def test_loss_and_gradient_are_those_of_the_definition(model_type, smoothing, ma
     expected = float(naive.detach())
     expected_gradients = gradients(model)
     step = PlainStep(model, TokenSequences.from_lists(pairs), label_smoothing=smoothing)
-    sum_nats, n_tokens = step([np.array([3, 0]), np.array([4, 1, 2])])
-    assert n_tokens == n_expected == sum(len(completion) for _, completion in pairs)
-    assert sum_nats == pytest.approx(expected, rel=1e-5)
+    loss = step([np.array([3, 0]), np.array([4, 1, 2])])
+    assert loss.n_tokens == n_expected == sum(len(completion) for _, completion in pairs)
+    assert loss.sum_nats == pytest.approx(expected, rel=1e-5)
     found = {n: g for n, g in gradients(model).items() if expected_gradients[n].any()}
     assert len(found) == len(expected_gradients) // 2  # A gets none while B is zero
     assert largest_error(found, {n: expected_gradients[n] for n in found}) < 1e-5
@@ -82,12 +82,13 @@ def test_neither_the_split_into_rows_nor_the_padding_matters(peft_model):
     sequences = TokenSequences.from_lists([*random_pairs(7), (list(range(60)), [1, EOS])])
     step = PlainStep(peft_model, sequences)
     ids = np.arange(8)
-    expected_nats, n_expected = step([ids])
+    expected_loss = step([ids])
     expected = gradients(peft_model)
     for split in (np.array_split(ids[::-1], 3), [np.array([i]) for i in ids]):
-        sums = [step([part]) for part in split]  # separate calls: other padding, same sum
-        assert sum(n for _, n in sums) == n_expected
-        assert sum(nats for nats, _ in sums) == pytest.approx(expected_nats, rel=1e-5)
+        losses = [step([part]) for part in split]  # separate calls: other padding, same sum
+        assert sum(loss.n_tokens for loss in losses) == expected_loss.n_tokens
+        sum_nats = sum(loss.sum_nats for loss in losses)
+        assert sum_nats == pytest.approx(expected_loss.sum_nats, rel=1e-5)
         assert largest_error(gradients(peft_model), expected) < 1e-5
 
 
@@ -95,8 +96,8 @@ def test_a_row_that_is_repeated_counts_twice(peft_model):
     sequences = TokenSequences.from_lists(random_pairs(2))
     step = PlainStep(peft_model, sequences)
     once, twice = step([np.array([1])]), step([np.array([1, 1])])
-    assert twice[0] == pytest.approx(2 * once[0], rel=1e-6)
-    assert twice[1] == 2 * once[1]
+    assert twice.sum_nats == pytest.approx(2 * once.sum_nats, rel=1e-6)
+    assert twice.n_tokens == 2 * once.n_tokens
 
 
 class FixedLogits:

@@ -44,9 +44,9 @@ def make_sequences(n: int = 9) -> TokenSequences:
 
 def run(peft_model: Any, step: Any, rows: list[np.ndarray]) -> tuple[float, int, dict[str, Tensor]]:
     peft_model.zero_grad(set_to_none=True)
-    sum_nats, n_tokens = step(rows)
+    loss = step(rows)
     parameters = trainable_parameters(peft_model)
-    return sum_nats, n_tokens, {name: p.grad.clone() for name, p in parameters.items()}
+    return loss.sum_nats, loss.n_tokens, {name: p.grad.clone() for name, p in parameters.items()}
 
 
 class SmallMemory:

@@ -29,7 +29,7 @@ def threads_after() -> Iterator[None]:
 
 def gradients(step: TreeStep, rows: list[np.ndarray]) -> dict[str, Tensor]:
     step.peft_model.zero_grad(set_to_none=True)
-    sum_nats, _ = step(rows)
+    sum_nats = step(rows).sum_nats
     found = {n: p.grad.clone() for n, p in trainable_parameters(step.peft_model).items()}
     return {"loss": torch.tensor(sum_nats, dtype=torch.float64), **found}
 

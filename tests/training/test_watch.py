@@ -17,6 +17,7 @@ from swlora.adapters.adapted import Adapted
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.errors import RunFailedError
 from swlora.files import replace_folder
+from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics, read_run
 from swlora.training.checkpoint import LoopState
@@ -46,14 +47,14 @@ def training(
     adapted = Adapted(nn.ParameterDict({"w": weight}), AdapterSpec())
     n_called = 0
 
-    def step(_rows: Any) -> tuple[float, int]:
+    def step(_rows: Any) -> LossSum:
         nonlocal n_called
         n_called += 1
         if n_called == at:
             os.kill(os.getpid(), signal.SIGTERM)
         loss = (weight - torch.randn(3)).square().sum()
         loss.backward()
-        return float(loss.detach()), 1
+        return LossSum(float(loss.detach()), 1)
 
     def save(target: Path, step: int, loss: float) -> None:
         scratch = target.with_name(".scratch")

@@ -106,7 +106,7 @@ def profile(
         for rows in steps:  # each is timed in parts at once, lest the machine change in between
             adapt_threads()
             start_s = time.perf_counter()
-            n_tokens += step(rows)[1]
+            n_tokens += step(rows).n_tokens
             whole_s += time.perf_counter() - start_s
             parts_s = _partial_times_s(step, rows)
             frozen_s, head_s = frozen_s + parts_s[0], head_s + parts_s[1]

@@ -4,8 +4,8 @@
                          + gradient of the method's own term, where it has one
 
 so that no result depends on how a step is padded or split. The step function is given: it adds
-the gradient of the summed loss and returns (sum_nats, n_tokens). Reported losses are without the
-method's own term.
+the gradient of the summed loss and returns that loss. Reported losses are without the method's own
+term.
 """
 
 import math
@@ -21,6 +21,7 @@ import torch
 from swlora.adapters.adapted import Adapted
 from swlora.config import TrainSpec
 from swlora.errors import DivergedError, RunFailedError
+from swlora.loss_sum import LossSum
 from swlora.progress import Progress
 from swlora.runs import Run
 from swlora.threads import adapt_threads, adapted_threads
@@ -30,9 +31,9 @@ from swlora.training.watch import HeldOutState, Watch
 
 
 class StepFunction(Protocol):
-    """Adds the gradient of a step's summed loss and returns (sum_nats, n_tokens)."""
+    """Adds the gradient of a step's summed loss and returns that loss."""
 
-    def __call__(self, rows: Step) -> tuple[float, int]:
+    def __call__(self, rows: Step) -> LossSum:
         """Run forward and backward over the rows of one step."""
 
 
@@ -136,14 +137,14 @@ def _one_step(
     rate = schedule.learning_rate(totals.step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
-    sum_nats, n_tokens = step_function(rows)
+    loss = step_function(rows)
     parameters = adapted.parameters.values()
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / n_tokens)
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss.n_tokens)
     penalty = adapted.penalty()
     if penalty is not None:
         torch.autograd.backward(penalty)
     norm = float(accelerator.clip_grad_norm_(parameters, schedule.spec.max_grad_norm))
-    if not (math.isfinite(sum_nats) and math.isfinite(norm)):
+    if not (math.isfinite(loss.sum_nats) and math.isfinite(norm)):
         raise DivergedError(
             f"the loss or its gradient is not finite at step {totals.step + 1}; the weights are "
             "still those of the step before: start again with a lower --learning-rate"
@@ -155,13 +156,13 @@ def _one_step(
     n_rows = int(sum(len(row) for row in rows))
     totals.step += 1
     totals.rows += n_rows
-    totals.tokens += n_tokens
+    totals.tokens += loss.n_tokens
     totals.elapsed_s += step_s
     return {
         "step": totals.step,
-        "loss": sum_nats / n_tokens,
-        "sum_nats": sum_nats,
-        "n_tokens": n_tokens,
+        "loss": loss.nats_per_token,
+        "sum_nats": loss.sum_nats,
+        "n_tokens": loss.n_tokens,
         "rows": totals.rows,
         "learning_rate": rate,
         "grad_norm": norm,

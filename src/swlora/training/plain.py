@@ -41,15 +41,15 @@ class PlainStep:
         self.label_smoothing = label_smoothing
         self._rotary = RotaryLengths(model)
 
-    def __call__(self, rows: Sequence[np.ndarray]) -> tuple[float, int]:
-        """Add the gradient of the summed loss; return (sum_nats, n_tokens) of the step."""
+    def __call__(self, rows: Sequence[np.ndarray]) -> LossSum:
+        """Add the gradient of the summed loss of the step; return that loss."""
         total = LossSum()
         for ids in self._rotary.sides(np.concatenate(list(rows)), self.sequences.lengths):
             batch = pad(self.sequences, ids, self.model.device)
             loss, n_tokens = completion_loss(self.model, batch, self.label_smoothing)
             torch.autograd.backward(loss)
             total += LossSum(float(loss.detach()), n_tokens)
-        return total.sum_nats, total.n_tokens
+        return total
 
     def close(self) -> None:
         """Hold nothing, so let go of nothing."""

@@ -66,17 +66,15 @@ class TreeStep:
         self._say = say
         self._n_parts = 1  # every row is run in so many parts, doubled when memory runs out
 
-    def __call__(self, rows: Sequence[np.ndarray]) -> tuple[float, int]:
-        """Add the gradient of the summed loss; return (sum_nats, n_tokens) of the step."""
+    def __call__(self, rows: Sequence[np.ndarray]) -> LossSum:
+        """Add the gradient of the summed loss of the step; return that loss."""
         while True:
             try:
-                total = self._run(self.parts(rows))
+                return self._run(self.parts(rows))
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
                 self._halve(rows)
-                continue
-            return total.sum_nats, total.n_tokens
 
     def parts(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Cut rows into what is run: sequences that may run together, as many as memory holds."""

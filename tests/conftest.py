@@ -91,6 +91,13 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv("SWLORA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture
+def fresh_cache(own_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The cache folder of this test alone, not yet made."""
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(autouse=True)
 def few_threads(request: pytest.FixtureRequest) -> None:
     """Run tiny models on one thread: threads that wait for each other cost more than the work."""

@@ -1,8 +1,8 @@
 """Chats: what is trained is what the template writes, and what it shows for generation."""
 
 import pytest
-from tests.data import chat_templates as shapes
-from tests.data.chat_templates import SPECIAL, chat_tokenizer
+from tests.support import chat_templates as shapes
+from tests.support.chat_templates import SPECIAL, chat_tokenizer
 
 from swlora.data.chat import ChatTemplate, end_of_turn_token
 from swlora.data.encode import encode_example, encode_examples, encode_prompts

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.small_runs import make_spec, write_data
+from tests.support.small_runs import make_spec, write_data
 
 from swlora import pipeline
 from swlora.config import DecodeSpec, ModelSpec, RunSpec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.tries import Pair, data_sets, proper_prefixes
+from tests.support.tries import Pair, data_sets, proper_prefixes
 
 from swlora.data.prefix_tree import PrefixTree, build_tree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences

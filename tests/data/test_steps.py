@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.data.tries import ORDERS, Pair, data_sets, many_prompts, proper_prefixes
+from tests.support.tries import ORDERS, Pair, data_sets, many_prompts, proper_prefixes
 
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.steps import StepOrder, plan_steps

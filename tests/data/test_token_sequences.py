@@ -8,7 +8,7 @@ from operator import eq
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tests.data.tries import Pair, data_sets, many_prompts
+from tests.support.tries import Pair, data_sets, many_prompts
 
 from swlora.data import scratch, token_sequences
 from swlora.data.token_sequences import TokenSequences, common_with_previous

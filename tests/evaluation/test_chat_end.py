@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from starlette.testclient import TestClient
-from tests.data.chat_templates import CHATML, SPECIAL, chat_tokenizer
+from tests.support.chat_templates import CHATML, SPECIAL, chat_tokenizer
 
 from swlora.config import DataSpec, DecodeSpec, ModelSpec, RunSpec, ServeSpec
 from swlora.data.encode import encode_prompts

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.decoding.support import alone
+from tests.support.decoding import alone
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, DecodeSpec, TrainSpec

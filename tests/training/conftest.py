@@ -1,4 +1,6 @@
-"""What the tests of the choice of layers share: a dozen rows, and short trials."""
+"""What the tests of training share: a dozen rows, short trials, a cache of states of their own."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +24,9 @@ def sequences() -> TokenSequences:
     return TokenSequences.from_lists(
         [(p, torch.randint(3, 40, (5 + i,)).tolist()) for i, p in enumerate(prompts * 3)]
     )
+
+
+@pytest.fixture
+def prefix_folder(fresh_cache: Path) -> Path:
+    """The folder of the prefix caches of this test alone."""
+    return fresh_cache / "prefix"

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 import torch
 from starlette.testclient import TestClient
-from tests.web.fake_host import FakeHost
+from tests.support.fake_host import FakeHost
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.adapters.saved import save_adapter

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tests.web.reading import FORM, FORMATS, NASTY, formats, look, panes_shown
+from tests.support.page_reading import FORM, FORMATS, NASTY, formats, look, panes_shown
 
 CHAT = FORM | {"action": "send", "system": ""}
 

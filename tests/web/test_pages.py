@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from tests.web.reading import (
+from tests.support.page_reading import (
     FORM,
     NASTY,
     PAGES,

@@ -5,7 +5,7 @@ import os
 from html import unescape
 
 import pytest
-from tests.web.reading import look
+from tests.support.page_reading import look
 
 from swlora.config import load_spec
 from swlora.data.sources import SAMPLE_SOURCE

@@ -4,7 +4,7 @@ import threading
 import time
 
 import pytest
-from tests.web.fake_host import ABSENT, BROKEN, INTACT, OTHER, ZEROED, Client, submit
+from tests.support.fake_host import ABSENT, BROKEN, INTACT, OTHER, ZEROED, Client, submit
 
 from swlora.web.tickets import QueueFullError, ShuttingDownError
 

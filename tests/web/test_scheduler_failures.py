@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from tests.web.fake_host import BROKEN, OTHER, Client, submit
+from tests.support.fake_host import BROKEN, OTHER, Client, submit
 
 from swlora.web.tickets import ModelFailedError, Variant
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from tests.web.reading import PAGES, look
+from tests.support.page_reading import PAGES, look
 
 
 def luminance(colour: str) -> float:

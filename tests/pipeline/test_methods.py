@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.small_runs import DEV, make_spec, write_data
+from tests.support.small_runs import DEV, make_spec, write_data
 
 from swlora import pipeline
 from swlora.adapters.methods import METHODS

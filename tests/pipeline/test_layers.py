@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.small_runs import make_spec, write_data
+from tests.support.small_runs import make_spec, write_data
 
 from swlora import pipeline
 from swlora.errors import UserError

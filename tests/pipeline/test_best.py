@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests import small_runs
-from tests.small_runs import write_data
+from tests.support import small_runs
+from tests.support.small_runs import write_data
 
 from swlora import pipeline
 from swlora.adapters.methods import METHODS

@@ -1,0 +1,1 @@
+"""What several tests build or measure with, a module a topic."""

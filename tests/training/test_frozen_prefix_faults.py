@@ -1,0 +1,160 @@
+"""The prefix cache on damaged files and full disks: it is built anew or ends, the run goes on."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support.prefix_runs import (
+    NO_SPACE,
+    MakeModel,
+    Run,
+    assert_same_adapters,
+    full_disk_after,
+    make_sequences,
+    n_rows,
+    only_folder,
+    steps_of,
+)
+
+from swlora.data.prefix_tree import build_tree
+from swlora.kernels.split_model import SplitModel
+from swlora.kernels.tree_attention import TreeLayout
+from swlora.training.frozen_prefix import PrefixCache
+
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("damage", ["n_nodes", "row_bytes", "format", "not json", "gone"])
+def test_a_damaged_header_has_the_cache_built_anew(
+    make_model: MakeModel, prefix_folder: Path, damage: str
+) -> None:
+    sequences = make_sequences()
+    Run(make_model, sequences).epoch().close()
+    header = only_folder(prefix_folder) / "header.json"
+    whole = json.loads(header.read_text())
+    if damage == "gone":
+        header.unlink()
+    elif damage == "not json":
+        header.write_text("{")
+    else:
+        header.write_text(json.dumps(whole | {damage: whole[damage] + 1}))
+    (only_folder(prefix_folder) / "states").write_bytes(b"\x01" * 50_000)
+    again = Run(make_model, sequences).epoch().close()
+    assert again.counts() == (0, n_rows(sequences)) and not again.said
+    assert json.loads(header.read_text()) == whole
+    reference = Run(make_model, sequences, limit_gb=0.0).epoch()
+    assert_same_adapters(again, reference)
+    third = Run(make_model, sequences).epoch()
+    assert third.counts() == (n_rows(sequences), 0)
+    assert_same_adapters(third, reference)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("n_steps", [1, None])
+def test_what_a_truncated_file_lost_is_computed_again(
+    make_model: MakeModel, prefix_folder: Path, left: float, n_steps: int | None
+) -> None:
+    sequences = make_sequences()
+    first = Run(make_model, sequences)
+    for rows in steps_of(sequences, 0)[:n_steps]:
+        first.step(rows)
+    first.close()
+    states = only_folder(prefix_folder) / "states"
+    os.truncate(states, int(states.stat().st_size * left))
+    # Epoch 1 first: it writes behind the end of the file, and so fills it up with zeros.
+    plain = Run(make_model, sequences, limit_gb=0.0).epoch(1).epoch(0)
+    for _ in range(2):
+        run = Run(make_model, sequences).epoch(1).epoch(0).close()
+        np.testing.assert_allclose(run.losses, plain.losses, rtol=1e-6)
+    assert run.counts() == (2 * n_rows(sequences), 0)
+
+
+@pytest.mark.faults
+def test_a_file_that_is_cut_during_a_run_ends_the_cache_and_not_the_run(
+    make_model: MakeModel, prefix_folder: Path
+) -> None:
+    sequences = make_sequences()
+    run, plain = Run(make_model, sequences), Run(make_model, sequences, limit_gb=0.0)
+    run.epoch()
+    os.truncate(only_folder(prefix_folder) / "states", 10)
+    run.epoch(1)
+    assert run.said == [
+        "going on without the prefix cache: the prefix cache is shorter than its header says"
+    ]
+    assert_same_adapters(run, plain.epoch().epoch(1))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("n_writes", [0, 1, 7])
+def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
+    make_model: MakeModel, n_writes: int
+) -> None:
+    sequences = make_sequences()
+    run = Run(make_model, sequences)
+    with full_disk_after(n_writes):
+        run.epoch().epoch(1)
+    assert run.said == ["going on without the prefix cache: No space left on device"]
+    plain = Run(make_model, sequences, limit_gb=0.0).epoch().epoch(1)
+    assert_same_adapters(run, plain)
+    later = Run(make_model, sequences).epoch().epoch(1)  # half-written states are not believed
+    np.testing.assert_allclose(later.losses, plain.losses, rtol=1e-6)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("n_writes", range(4))
+def test_states_are_there_before_they_are_said_to_be(make_model: MakeModel, n_writes: int) -> None:
+    # The last prompts lie at the end of the file: what the first ones lack is a hole of zeros.
+    split, sequences = SplitModel(make_model("llama"), 1), make_sequences()
+    row = build_tree(sequences, np.array([0, 6]))
+    layout = TreeLayout(row, torch.device("cpu"))
+    last = build_tree(sequences, np.array([22]))
+    cache = PrefixCache(split, sequences, limit_gb=1, say=print)
+    cache(last, TreeLayout(last, torch.device("cpu")))
+    with full_disk_after(n_writes):
+        torch.testing.assert_close(cache(row, layout), split.prefix(layout))
+    later = PrefixCache(split, sequences, limit_gb=1, say=print)
+    for ids in ([0], [6], [0, 6]):
+        part = build_tree(sequences, np.array(ids))
+        layout = TreeLayout(part, torch.device("cpu"))
+        torch.testing.assert_close(later(part, layout), split.prefix(layout))
+    later.close()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["header.json", "lock", "states", "present"])
+def test_a_disk_that_is_full_from_the_start(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    sequences = make_sequences()
+    open_file, sync = os.open, os.fsync
+
+    def no_new_file(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if Path(path).name == name and flags & os.O_CREAT:
+            raise NO_SPACE
+        return open_file(path, flags, *args, **kwargs)
+
+    def no_sync(descriptor: int) -> None:
+        if name == "header.json":
+            raise NO_SPACE
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "open", no_new_file)
+    monkeypatch.setattr(os, "fsync", no_sync)
+    run = Run(make_model, sequences).epoch()
+    (message,) = run.said
+    assert message.startswith("going on without the prefix cache: ")
+    assert message.endswith("No space left on device")
+    assert_same_adapters(run, Run(make_model, sequences, limit_gb=0.0).epoch())
+
+
+def test_a_cache_folder_that_cannot_be_made(make_model: MakeModel, prefix_folder: Path) -> None:
+    prefix_folder.parent.write_text("a file where the folder should be")
+    run = Run(make_model, make_sequences()).epoch()
+    (message,) = run.said
+    assert message.startswith("going on without the prefix cache: ")

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-import swlora.cli.verbs
+import swlora.cli.app
 import swlora.pipeline
 from swlora.config import RunSpec, load_spec
 from swlora.job import Job
@@ -66,7 +66,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
     recorder = Recorder()
     for name in ("train", "train_evaluate", "evaluate_adapter", "identify"):
         monkeypatch.setattr(swlora.pipeline, name, getattr(recorder, name))
-    monkeypatch.setattr(swlora.cli.verbs, "show_candidates", lambda _: None)
+    monkeypatch.setattr(swlora.cli.app, "show_candidates", lambda _: None)
     monkeypatch.chdir(tmp_path)
     return recorder
 

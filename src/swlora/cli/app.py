@@ -1,14 +1,28 @@
-"""The application that verbs register with, and the options that many of them share."""
+"""The commands: each function parses, calls one function of the pipeline and shows the result."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from swlora import __version__
-from swlora.files import check_writable
-
-DEBUG = "swlora.debug"  # in the meta data of the context
+from swlora import __version__, caches
+from swlora.cli import chat
+from swlora.cli.command import CONFIG, JSON, OUTPUT, OUTPUT_IF_ASKED, RESUME, Invocation, command
+from swlora.cli.flags import (
+    ADAPTER,
+    DATA,
+    DECODE,
+    EVAL_DATA,
+    EVALUATION,
+    IDENTIFY,
+    MODEL,
+    SEED,
+    SERVE,
+    TRAIN,
+)
+from swlora.cli.process import no_library_notes, sigterm_interrupts
+from swlora.cli.show import show_candidates, show_scores, show_training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +33,10 @@ app = typer.Typer(
         "The whole job on a real model: `swlora train-eval --model builtin --layers super`"
     ),
 )
+verb = partial(command, app)
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", help="adapter or run folder [default: the base model]")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -39,41 +57,215 @@ def _options_of_all(
     """Take the options that come before the command."""
 
 
-def _note_debug(context: typer.Context, wanted: bool) -> bool:
-    context.meta[DEBUG] = wanted
-    return wanted
+@verb("identify", OUTPUT, CONFIG, JSON, settings=(*MODEL, *IDENTIFY, *SEED))
+def identify(
+    invocation: Invocation,
+    figure: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="PNG, SVG or PDF [default: in the run folder]"),
+    ] = None,
+) -> None:
+    """Find super weights and prove each by setting it to zero.
+
+    Example: `swlora identify --model builtin --figure spikes.png --json found.json`
+    """
+    with invocation.job() as job:
+        from swlora import pipeline
+
+        result = pipeline.identify(job, figure)
+    show_candidates(result)
+    invocation.finish(result)
 
 
-def _can_be_written(path: Path | None) -> Path | None:
-    if path is not None:
-        check_writable(path.parent, "--json")
-    return path
+@verb(
+    "train",
+    *(OUTPUT, RESUME, CONFIG, JSON),
+    settings=(*MODEL, *DATA, *ADAPTER, *TRAIN, *IDENTIFY, *SEED),
+)
+def train(invocation: Invocation) -> None:
+    """Train a LoRA adapter in the chosen layers.
+
+    Example: `swlora train --model builtin --dataset e2e-dataset --layers last:4 --output run`
+    """
+    with invocation.job() as job:
+        from swlora import pipeline
+
+        _, result = pipeline.train(job)
+    show_training(result)
+    invocation.finish(result)
 
 
-Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML with any of these settings; flags win")
-]
-Json = Annotated[
-    Path | None,
-    typer.Option(
-        "--json",
-        dir_okay=False,
-        help="also write the result here, as JSON",
-        callback=_can_be_written,
-    ),
-]
-Output = Annotated[
-    Path | None, typer.Option("--output", help="run folder [default: runs/COMMAND-TIME]")
-]
-OutputIfAny = Annotated[Path | None, typer.Option("--output", help="run folder [default: none]")]
-Debug = Annotated[
-    bool,
-    typer.Option(
-        "--debug", help="show the traceback of a failure", callback=_note_debug, is_eager=True
-    ),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="continue the unfinished run in --output")]
-Adapter = Annotated[
-    Path | None, typer.Option("--adapter", help="adapter or run folder [default: the base model]")
-]
-Overrides = dict[str, Any]
+@verb("eval", OUTPUT, CONFIG, JSON, settings=(*MODEL, *EVAL_DATA, *EVALUATION, *DECODE, *SEED))
+def evaluate(invocation: Invocation, adapter: Adapter = None) -> None:
+    """Generate for every prompt and score with the official E2E metrics.
+
+    Example: `swlora eval --model builtin --adapter run --dataset e2e-dataset --split test`
+    """
+    with invocation.job() as job:
+        from swlora import pipeline
+
+        result = pipeline.evaluate_adapter(job, adapter)
+    show_scores(result)
+    invocation.finish(result)
+
+
+@verb(
+    "train-eval",
+    *(OUTPUT, RESUME, CONFIG, JSON),
+    settings=(*MODEL, *DATA, *EVALUATION, *ADAPTER, *TRAIN, *DECODE, *IDENTIFY, *SEED),
+)
+def train_evaluate(invocation: Invocation) -> None:
+    """Train an adapter, then evaluate it.
+
+    Example: `swlora train-eval --model builtin --dataset sample --layers super --output run`
+    """
+    with invocation.job() as job:
+        from swlora import pipeline
+
+        result = pipeline.train_evaluate(job)
+    show_training(result["train"])
+    show_scores(result["eval"])
+    invocation.finish(result)
+
+
+@verb("compare", JSON)
+def compare(
+    invocation: Invocation,
+    config: Annotated[Path, typer.Option(help="YAML with the study, such as studies/e2e.yaml")],
+    output: Annotated[
+        Path | None, typer.Option(help="folder, made or continued [default: runs/NAME-OF-CONFIG]")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="run these arms only: lora,super,super-last")
+    ] = None,
+    no_controls: Annotated[
+        bool, typer.Option("--no-controls", help="chosen layers get no controls; reported as such")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything, print the plan, run nothing")
+    ] = False,
+) -> None:
+    """Compare methods and choices of layers: several seeds, controls, intervals.
+
+    The same command again goes on where it stopped.
+
+    Example: `swlora compare --config studies/e2e.yaml --output runs/e2e`
+    """
+    from swlora.study import compare as study
+    from swlora.study import overview
+
+    overrides = {"controls": False if no_controls else None}
+    request = study.Request(config, output or Path("runs") / config.stem, only, overrides)
+    no_library_notes()
+    if dry_run:
+        result = study.plan(request)
+        overview.show_plans(result)
+    else:
+        with sigterm_interrupts():
+            result = study.compare(request)
+        overview.show_results(result, request.output)
+    invocation.finish(result)
+
+
+@verb("score", OUTPUT_IF_ASKED, JSON)
+def score(
+    invocation: Invocation,
+    predictions: Annotated[Path, typer.Option(help="one output a line, in the MRs' order")],
+    references: Annotated[
+        Path, typer.Option(help="E2E CSV, or groups of lines separated by blank lines")
+    ],
+) -> None:
+    """Score existing outputs; no model is involved.
+
+    Example: `swlora score --predictions out.txt --references testset_w_refs.csv`
+    """
+    with invocation.run_folder_if_asked():
+        from swlora.evaluation.scoring_files import score_files
+
+        result = score_files(predictions, references)
+    show_scores(result)
+    invocation.finish(result)
+
+
+@verb("generate", OUTPUT_IF_ASKED, CONFIG, JSON, settings=(*MODEL, *DECODE, *SEED))
+def generate(
+    invocation: Invocation,
+    prompt: Annotated[str, typer.Option(help="the text to continue, or the message to answer")],
+    adapter: Adapter = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="write the prompt as a user's turn, by the tokenizer's chat template "
+            "[default: as the adapter was trained]",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="a system turn before the prompt; implies --chat")
+    ] = None,
+) -> None:
+    """Generate text from the base model or an adapter.
+
+    Example: `swlora generate --model builtin --adapter run --prompt "name[Aromi], area[riverside]"`
+    """
+    spec = invocation.spec
+    with invocation.run_folder_if_asked():
+        from swlora.evaluation.prompting import Prompt, generate_text
+
+        asked = Prompt(prompt, chat, system)
+        result = generate_text(spec, asked, adapter, invocation.progress)
+    typer.echo(result["text"])
+    invocation.finish(result)
+
+
+@verb(
+    "chat",
+    *(CONFIG, JSON),
+    settings=(*MODEL, *(f"decode.{name}" for name in chat.DEFAULTS), *SEED),
+    defaults={f"decode.{name}": value for name, value in chat.DEFAULTS.items()},
+)
+def talk(
+    invocation: Invocation,
+    adapter: Adapter = None,
+    system: Annotated[str | None, typer.Option(help="a system turn before the first one")] = None,
+) -> None:
+    """Talk with a model or an adapter; /help lists what else can be typed.
+
+    Example: `swlora chat --model builtin --adapter run --system "Answer in one sentence."`
+    """
+    invocation.finish(chat.talk(invocation.spec, adapter, system, invocation.progress))
+
+
+@verb("serve", CONFIG, settings=(*MODEL, *SERVE))
+def serve(invocation: Invocation) -> None:
+    """Serve the web page and an API like OpenAI's.
+
+    Example: `swlora serve --model builtin --runs runs`
+    """
+    from swlora.web import server
+
+    server.serve(invocation.spec, lambda: invocation.progress)
+
+
+@verb("cache", JSON)
+def cache(
+    invocation: Invocation,
+    clear: Annotated[
+        str | None,
+        typer.Option(help=f"remove all, or some of {', '.join(caches.KINDS)} (comma-separated)"),
+    ] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="only what was not used for so long: 90m, 12h, 7d, 2w")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="with --clear: do not ask")] = False,
+) -> None:
+    """List what swlora keeps in its cache folder, and clear it.
+
+    What is in use is never removed; what is removed is made again when it is needed.
+
+    Example: `swlora cache --clear prefix --older-than 7d`
+    """
+    from swlora.cli.cache import list_and_clear
+
+    invocation.finish(list_and_clear(clear, older_than, yes=yes))

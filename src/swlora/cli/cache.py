@@ -4,37 +4,21 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from swlora import caches
 from swlora.caches import Entry
-from swlora.cli.app import Debug, Json, app
 from swlora.cli.disk import ago, size
-from swlora.cli.jobs import finish
 from swlora.errors import UserError
 from swlora.paths import cache_dir
 
 
-@app.command("cache")
-def cache_command(
-    clear: Annotated[
-        str | None,
-        typer.Option(help=f"remove all, or some of {', '.join(caches.KINDS)} (comma-separated)"),
-    ] = None,
-    older_than: Annotated[
-        str | None, typer.Option(help="only what was not used for so long: 90m, 12h, 7d, 2w")
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="with --clear: do not ask")] = False,
-    json: Json = None,
-    debug: Debug = False,  # noqa: ARG001  noted by its own callback
-) -> None:
-    """List what swlora keeps in its cache folder, and clear it.
+def list_and_clear(clear: str | None, older_than: str | None, *, yes: bool) -> dict[str, Any]:
+    """Print what is in the cache folder, remove what `clear` names, return both.
 
-    What is in use is never removed; what is removed is made again when it is needed.
-
-    Example: `swlora cache --clear prefix --older-than 7d`
+    clear: kinds of entries, None to list only; older_than: an age such as 7d; yes: do not ask.
     """
     if yes and clear is None:
         raise UserError("--yes goes with --clear")
@@ -43,13 +27,12 @@ def cache_command(
     chosen = caches.select(caches.entries(), kinds, unused_s)
     _show(chosen)
     cleared = _clear(chosen, yes) if clear is not None else []
-    result = {
+    return {
         "folder": str(cache_dir()),
         "entries": [_plain(entry) for entry in chosen],
         "cleared": [str(entry.path) for entry in cleared],
         "freed_bytes": sum(entry.n_bytes for entry in cleared),
     }
-    finish(result, json, None)
 
 
 def _clear(chosen: Sequence[Entry], yes: bool) -> list[Entry]:

@@ -7,15 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from swlora.cli.app import Adapter, Config, Debug, Json, Overrides, app
-from swlora.cli.flags import MODEL, with_flags
-from swlora.cli.jobs import finish, progress
-from swlora.config import DecodeSpec, load_spec
+from swlora.config import DecodeSpec, RunSpec
 from swlora.errors import UserError
+from swlora.progress import Progress
 
 if TYPE_CHECKING:
     from swlora.evaluation.conversation import Conversation
@@ -30,52 +26,34 @@ COMMANDS = """\
 /quit          end, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
-@app.command("chat")
-@with_flags(
-    *MODEL,
-    *(f"decode.{name}" for name in DEFAULTS),
-    "seed",
-    defaults={f"decode.{name}": value for name, value in DEFAULTS.items()},
-)
-def chat_command(
-    overrides: Overrides,
-    adapter: Adapter = None,
-    system: Annotated[str | None, typer.Option(help="a system turn before the first one")] = None,
-    config: Config = None,
-    json: Json = None,
-    debug: Debug = False,
-) -> None:
-    """Talk with a model or an adapter; /help lists what else can be typed.
-
-    Example: `swlora chat --model builtin --adapter run --system "Answer in one sentence."`
-    """
-    spec = load_spec(config, overrides)
+def talk(
+    spec: RunSpec, adapter: Path | None, system: str | None, progress: Progress
+) -> dict[str, Any]:
+    """Hold a conversation over stdin and stdout; return its turns and what they came from."""
     decode = chat_settings(spec.decode)
-    shown = progress()
     from swlora.adapters.saved import adapter_folder
     from swlora.evaluation.conversation import Conversation
     from swlora.models.load import load_model
 
     if adapter:
         adapter_folder(adapter)  # a mistyped one shall not cost a model's loading
-    with shown.task("load the model"):
+    with progress.task("load the model"):
         loaded = load_model(spec.model)
-    shown.say(f"model: {loaded.source}")
-    with closing(Conversation(loaded, decode, spec.seed, shown.say)) as conversation:
+    progress.say(f"model: {loaded.source}")
+    with closing(Conversation(loaded, decode, spec.seed, progress.say)) as conversation:
         conversation.system = system
         if adapter:
             conversation.use(adapter)
         if sys.stdin.isatty():
-            shown.say("/help lists the commands, /quit ends")
+            progress.say("/help lists the commands, /quit ends")
         converse(conversation, is_terminal=sys.stdin.isatty())
-        result = {
+        return {
             "model": loaded.source,
             "adapter": conversation.adapter and str(conversation.adapter),
             "system": conversation.system,
             "turns": [{"role": role, "content": text} for role, text in conversation.turns],
             "seed": spec.seed,
         }
-    finish(result, json, None)
 
 
 def chat_settings(decode: DecodeSpec) -> DecodeSpec:

@@ -1,10 +1,10 @@
 """Command-line flags made from the configuration's fields: one default, one help text, one type.
 
-A verb names the fields it takes; each becomes an option whose value overrides the field.
+A verb names the settings it takes; each becomes an option whose value overrides the field.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -33,37 +33,20 @@ EVAL_DATA = tuple(name for name in DATA if not name.startswith("data.train_"))
 IDENTIFY, ADAPTER = _fields("identify"), _fields("adapter")
 TRAIN, DECODE = _fields("train"), _fields("decode")
 SERVE = _fields("serve")
+SEED = ("seed",)
 
 
-def with_flags(
-    *fields: str, defaults: Mapping[str, Any] | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb an option for each named field, collected into its `overrides` argument.
+def setting_options(
+    paths: Sequence[str], defaults: Mapping[str, Any]
+) -> dict[str, inspect.Parameter]:
+    """Return an option for each named setting, None where it is not given.
 
     `defaults` are shown in place of the fields' own; the verb sees to it that they hold.
     """
-    shown = defaults or {}
-
-    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(verb).parameters.values())
-        own = [parameter for parameter in own if parameter.name != "overrides"]
-        options = {path.replace(".", "__"): path for path in fields}
-
-        def command(**values: Any) -> None:
-            overrides = {path: values.pop(key) for key, path in options.items()}
-            verb(overrides=overrides, **values)
-
-        parameters = own + [_option(key, path, shown.get(path)) for key, path in options.items()]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        command.__doc__ = verb.__doc__
-        command.__name__ = verb.__name__
-        return command
-
-    return decorate
+    return {path: _option(path, defaults.get(path)) for path in paths}
 
 
-def _option(key: str, path: str, shown_default: Any = None) -> inspect.Parameter:
+def _option(path: str, shown_default: Any) -> inspect.Parameter:
     group, _, name = path.partition(".")
     field = _section(group).model_fields[name] if name else RunSpec.model_fields[path]
     default = shown_default
@@ -79,7 +62,7 @@ def _option(key: str, path: str, shown_default: Any = None) -> inspect.Parameter
     panel = group.capitalize() if name else None
     option = typer.Option(negative, help=help_text, rich_help_panel=panel, show_default=False)
     return inspect.Parameter(
-        key,
+        path.replace(".", "__"),
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[kind | None, option],

@@ -1,0 +1,178 @@
+"""What all commands have in common: how they are made, their options, run folder and result."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from swlora.cli.disk import say_what_is_left
+from swlora.cli.failure import failure_in_one_line
+from swlora.cli.flags import setting_options
+from swlora.cli.process import no_library_notes, sigterm_interrupts
+from swlora.config import RunSpec, load_spec
+from swlora.errors import UserError
+from swlora.files import check_writable
+from swlora.settings import flag_name
+
+if TYPE_CHECKING:
+    from swlora.job import Job
+    from swlora.progress import Progress
+
+
+def _output(default: str) -> Any:
+    return Annotated[Path | None, typer.Option("--output", help=f"run folder [default: {default}]")]
+
+
+OUTPUT = {"output": _output("runs/COMMAND-TIME")}
+OUTPUT_IF_ASKED = {"output": _output("none")}
+RESUME = {
+    "resume": Annotated[
+        bool, typer.Option("--resume", help="continue the unfinished run in --output")
+    ]
+}
+CONFIG = {
+    "config": Annotated[
+        Path | None, typer.Option("--config", help="YAML with any of these settings; flags win")
+    ]
+}
+JSON = {
+    "json": Annotated[
+        Path | None,
+        typer.Option("--json", dir_okay=False, help="also write the result here, as JSON"),
+    ]
+}
+DEBUG = {"debug": Annotated[bool, typer.Option("--debug", help="show the traceback of a failure")]}
+
+
+@dataclass
+class Invocation:
+    """One call of a command: what the options say that it shares with others, and its run.
+
+    `flags` has the values of its settings by their dotted names, None where none was given.
+    """
+
+    command: str
+    flags: dict[str, Any]
+    config: Path | None = None
+    output: Path | None = None
+    resume: bool = False
+    json: Path | None = None
+    _job: "Job | None" = None
+
+    @cached_property
+    def spec(self) -> RunSpec:
+        """The settings of the file and the flags, as one configuration."""
+        return load_spec(self.config, self.flags)
+
+    @cached_property
+    def progress(self) -> "Progress":
+        """What shows a person how work goes on."""
+        from swlora.cli.terminal import make_progress
+
+        no_library_notes()
+        return make_progress()
+
+    @contextmanager
+    def job(self) -> Iterator["Job"]:
+        """Prepare a run, or reopen the one in --output, and record how it ends.
+
+        The folder is made when the job begins its work: mistakes that show before leave none.
+        """
+        from swlora.runs import Run
+
+        if self.resume:
+            run, spec = Run.reopen(self._resumed_folder(), self.command)
+        else:
+            spec = self.spec
+            run = Run.prepare(self.output, spec, self.command)
+        with run, sigterm_interrupts():
+            from swlora.job import Job
+
+            self._job = Job(spec, run, self.progress)
+            yield self._job
+
+    def _resumed_folder(self) -> Path:
+        """Return --output; UserError where it is missing, or beside settings of its own."""
+        if self.output is None:
+            raise UserError("--resume needs the run's folder: --output DIR")
+        given = [path for path, value in self.flags.items() if value is not None]
+        if self.config is not None or given:
+            raise UserError(
+                "--resume continues with the settings in the run's config.yaml; "
+                f"leave out {'--config' if self.config else flag_name(given[0])}"
+            )
+        return self.output
+
+    @contextmanager
+    def run_folder_if_asked(self) -> Iterator[None]:
+        """Record a short command as a run where --output asks for it."""
+        if self.output is None:
+            yield
+        else:
+            with self.job():
+                yield
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result where it was asked for, and say where the run folder is."""
+        from swlora.runs import started_s
+
+        if self._job is not None:
+            run = self._job.run
+            if not (run.folder / "result.json").exists():
+                run.write_result(result)
+            print(f"run folder: {run.folder}")
+            say_what_is_left(run.folder, started_s(run.facts))
+        if self.json is not None:
+            from swlora.files import write_json
+
+            write_json(self.json, result)
+
+
+def command(
+    app: typer.Typer,
+    name: str,
+    *shared: Mapping[str, Any],
+    settings: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of `app` of a verb, a function of an `Invocation` and of its own options.
+
+    shared: options that fill fields of the `Invocation`; --debug is one of every command.
+    settings, defaults: see `setting_options`.
+    """
+    own_of_all = {key: kind for options in shared for key, kind in options.items()}
+
+    def register(verb: Callable[..., None]) -> Callable[..., None]:
+        _, *own = inspect.signature(verb).parameters.values()
+        flags = setting_options(settings, defaults or {})
+
+        def run(**values: Any) -> None:
+            with failure_in_one_line(debug=values.pop("debug")):
+                given = {path: values.pop(option.name) for path, option in flags.items()}
+                common = {key: values.pop(key) for key in own_of_all}
+                if (json := common.get("json")) is not None:
+                    check_writable(json.parent, "--json")
+                verb(Invocation(name, given, **common), **values)
+
+        around = [_parameter(*option) for option in (own_of_all | DEBUG).items()]
+        options = [*own, *around, *flags.values()]
+        as_keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options]
+        run.__signature__ = inspect.Signature(as_keywords)  # type: ignore[attr-defined]
+        run.__annotations__ = {option.name: option.annotation for option in options}
+        run.__doc__ = verb.__doc__
+        app.command(name)(run)
+        return verb
+
+    return register
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    default = False if annotation.__origin__ is bool else None
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )

@@ -1,13 +1,13 @@
 """Saved in the middle of a training: what is loaded computes the same, and the training goes on."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from tests.support.models import MakeModel
 from torch import Tensor
 
 from swlora.adapters import adalora
@@ -16,7 +16,6 @@ from swlora.adapters.methods import METHODS, adapt, train_mode
 from swlora.adapters.saved import load_adapter, save_adapter
 from swlora.config import AdapterSpec
 
-MakeModel = Callable[..., Any]
 N_STEPS = 12
 IDS = torch.arange(1, 25).reshape(2, 12)
 

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.support.models import MakeModel
 
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import METHODS, adapt, adapted_layers, adapted_modules
@@ -19,7 +19,6 @@ from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, weight_out_in
 from swlora.models.precision import cast_parameters
 
-MakeModel = Callable[..., Any]
 TOKENS = torch.tensor([[72, 105, 33, 10, 200], [1, 2, 3, 4, 5]])
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"rank": 3, "alpha": 6.0} for name in METHODS},

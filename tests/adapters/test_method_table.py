@@ -1,12 +1,12 @@
 """The table of methods: what a method refuses before anything is changed, and a new entry."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import peft
 import pytest
 import torch
+from tests.support.models import MakeModel
 
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import METHODS, Method, adapt, adapted_layers, adapted_modules, unfit
@@ -15,7 +15,6 @@ from swlora.config import METHOD_SETTINGS, AdapterSpec, MethodName
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy
 
-MakeModel = Callable[..., Any]
 TOKENS = torch.tensor([[72, 105, 33, 10, 200], [1, 2, 3, 4, 5]])
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.decoding import EOS, N_TOKENS, SHAPES, MakeModel, alone, make_prompts
+from tests.support.decoding import EOS, N_TOKENS, SHAPES, alone, make_prompts
+from tests.support.models import MakeModel
 
 from swlora.decoding import prefill
 from swlora.decoding.batch import BatchDecoder, DecodeRequest, Event

@@ -2,12 +2,13 @@
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from tests.support.models import MakeModel
 from torch import Tensor, nn
 
 from swlora.adapters.methods import METHODS, adapt, attach
@@ -19,7 +20,6 @@ from swlora.kernels import packed_weight
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.superweights.ablate import zeroed
 
-MakeModel = Callable[..., Any]
 TOKENS = torch.tensor([[72, 105, 33, 10, 200, 7, 7], [1, 2, 3, 4, 5, 6, 9]])
 CASES = [
     (method, model_type)

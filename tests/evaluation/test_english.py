@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.models import MakeModel
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.evaluation import english
 from swlora.evaluation.english import N_WINDOWS, english_loss, untouched_english_loss
-
-MakeModel = Callable[..., Any]
 
 
 def adapted(model: Any) -> Any:

@@ -4,7 +4,6 @@ The oracle is a PeftModel in float32, loaded by PEFT itself, on padded batches a
 greedy decoding; what is not run is refused by name.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from tests.evaluation.test_loss import make_sequences, oracle
+from tests.support.models import MakeModel
 
 from swlora.adapters.reach import is_covered
 from swlora.adapters.saved import load_adapter
@@ -26,7 +26,6 @@ from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.superweights.ablate import text_loss, text_windows
 
-MakeModel = Callable[..., Any]
 EOS = 257
 
 

@@ -1,12 +1,12 @@
 """The loss of a data set against one padded batch of everything."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.support.models import MakeModel
 
 from swlora.adapters.methods import METHODS, adapt, attach, trainable_parameters
 from swlora.config import AdapterSpec
@@ -23,7 +23,6 @@ from swlora.progress import Silent
 from swlora.superweights.ablate import text_loss, text_windows
 from swlora.training.plain import completion_loss, pad
 
-MakeModel = Callable[..., Any]
 MODEL_TYPES = [model_type for family in FAMILIES for model_type in family.model_types]
 
 

@@ -1,17 +1,16 @@
 """The fused norms and gated activations against the modules of transformers that they replace."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.support.models import MakeModel
 from torch import Tensor, nn
 
 from swlora.kernels.fused import RMS_NORMS, SWIGLU_MLPS, fused_modules
 from swlora.models.anatomy import FAMILIES
 
-MakeModel = Callable[..., Any]
 FAMILIES_BY_TYPE = {t: f for f in FAMILIES for t in f.model_types}
 CLASS_NAMES = sorted(RMS_NORMS | SWIGLU_MLPS)
 

@@ -3,13 +3,14 @@
 The oracle is plain transformers and PEFT in float32, one sequence at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.support.decoding import alone
+from tests.support.models import MakeModel
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, DecodeSpec, TrainSpec
@@ -29,7 +30,6 @@ from swlora.superweights.detect import trace
 from swlora.training.plain import PlainStep, completion_loss, pad
 from swlora.training.step import TreeStep, make_step
 
-MakeModel = Callable[..., Any]
 LIMIT, EOS = 32, 257
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.5, 6.0, 20.0]}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, **FACTORS}

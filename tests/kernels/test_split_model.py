@@ -1,12 +1,12 @@
 """A decoder over tree rows, whole and cut in two, against its own forward on single sequences."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.support.models import MakeModel
 from torch import Tensor, nn
 
 from swlora.data.prefix_tree import PrefixTree, build_tree
@@ -16,7 +16,6 @@ from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.models.anatomy import FAMILIES, Anatomy
 
-MakeModel = Callable[..., Any]
 MODEL_TYPES = [t for f in FAMILIES if f.has_attention_interface for t in f.model_types]
 N_BLOCKS = 3
 PAIRS = [([5, 6, 7], [8, 9, 4]), ([5, 6, 7], [8, 3, 3, 1]), ([5, 6], [9, 2]), ([2], [2, 2, 7])]

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.support import small_runs
+from tests.support.models import ModelFolder
 from tests.support.small_runs import write_data
 
 from swlora import pipeline
@@ -25,8 +26,6 @@ from swlora.models.load import load_model
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
 from swlora.web.folders import RunFolders
-
-ModelFolder = Callable[[str], Path]
 
 
 @pytest.fixture

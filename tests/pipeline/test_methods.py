@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.support.models import ModelFolder
 from tests.support.small_runs import DEV, make_spec, write_data
 
 from swlora import pipeline
@@ -21,8 +22,6 @@ from swlora.models.load import load_model
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
 from swlora.training.frozen_prefix import PrefixCache
-
-ModelFolder = Callable[[str], Path]
 
 
 @pytest.fixture

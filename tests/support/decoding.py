@@ -1,14 +1,11 @@
 """What tests of the decoders share: families and shapes, prompts, and the oracle."""
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from swlora.models.anatomy import FAMILIES
-
-MakeModel = Callable[..., Any]
 
 EOS, N_TOKENS = 257, 256
 WINDOW = {"sliding_window": 7}

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.models import MakeModel
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
@@ -18,7 +19,6 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.step import TreeStep, make_step
 
-MakeModel = Callable[..., Any]
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -1,11 +1,11 @@
 """Every method under the engine: tree rows against PEFT's own forward on the padded batch."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.support.models import MakeModel
 from torch import nn
 
 from swlora.adapters.adapted import Adapted
@@ -17,7 +17,6 @@ from swlora.kernels.lora import FastLora, fast_lora
 from swlora.training.plain import PlainStep
 from swlora.training.step import TreeStep
 
-MakeModel = Callable[..., Any]
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"rank": 3, "alpha": 7} for name in METHODS},
     "full": {},

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from tests.support.models import MakeModel
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec
@@ -28,7 +29,6 @@ from swlora.training.plain import PlainStep
 from swlora.training.step import TreeStep
 
 Pair = tuple[list[int], list[int]]
-MakeModel = Callable[..., Any]
 
 N_TOKENS = 200
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.models import MakeModel
 from tests.support.prefix_runs import (
-    MakeModel,
     Run,
     adapted,
     assert_same_adapters,

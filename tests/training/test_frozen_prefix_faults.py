@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.models import MakeModel
 from tests.support.prefix_runs import (
     NO_SPACE,
-    MakeModel,
     Run,
     assert_same_adapters,
     full_disk_after,

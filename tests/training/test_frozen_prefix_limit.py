@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from tests.support.prefix_runs import MakeModel, Run, assert_same_adapters, make_sequences
+from tests.support.models import MakeModel
+from tests.support.prefix_runs import Run, assert_same_adapters, make_sequences
 
 from swlora.data.prefix_tree import build_tree, count_nodes
 from swlora.data.token_sequences import TokenSequences

@@ -4,7 +4,6 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from tests.support.models import MakeModel
 
 from swlora.adapters.adalora import AdaLora
 from swlora.adapters.adapted import Adapted
@@ -27,7 +27,6 @@ from swlora.training.plain import pad
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
 
-MakeModel = Callable[..., Any]
 LAYERS = [1, 2]
 ADALORA_STEPS = 12
 

@@ -1,11 +1,11 @@
 """The tree step when memory runs out, and which engine a run gets."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.support.models import MakeModel
 from torch import Tensor
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
@@ -17,8 +17,6 @@ from swlora.kernels.tree_attention import TreeLayout
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.plain import PlainStep
 from swlora.training.step import TreeStep, make_step
-
-MakeModel = Callable[..., Any]
 
 
 def adapted(make_model: MakeModel, model_type: str = "llama", layers: Any = (1, 2)) -> Any:

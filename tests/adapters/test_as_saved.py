@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tests.support.adapters import adapter_spec
 from tests.support.models import MakeModel
 from torch import Tensor
 
@@ -14,16 +15,13 @@ from swlora.adapters import adalora
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import METHODS, adapt, train_mode
 from swlora.adapters.saved import load_adapter, save_adapter
-from swlora.config import AdapterSpec
 
 N_STEPS = 12
 IDS = torch.arange(1, 25).reshape(2, 12)
 
 
 def start(make_model: MakeModel, method: str, dtype: torch.dtype) -> Adapted:
-    sizes: dict[str, Any] = {"full": {}, "supertuning": {"sparsity": 0.9}}
-    settings = sizes.get(method, {"rank": 3, "alpha": 6.0})
-    spec = AdapterSpec(method=method, **settings)  # type: ignore[arg-type]
+    spec = adapter_spec(method)
     adapted = adapt(make_model("llama").to(dtype), spec, [1, 2], seed=1, n_steps=N_STEPS)
     train_mode(adapted.model)
     return adapted

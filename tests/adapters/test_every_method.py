@@ -9,46 +9,28 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.support.adapters import CASES, adapter_spec, move
 from tests.support.models import MakeModel
 
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import METHODS, adapt, adapted_layers, adapted_modules
 from swlora.adapters.saved import load_adapter, save_adapter
-from swlora.config import AdapterSpec
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, weight_out_in
 from swlora.models.precision import cast_parameters
 
 TOKENS = torch.tensor([[72, 105, 33, 10, 200], [1, 2, 3, 4, 5]])
-SETTINGS: dict[str, dict[str, Any]] = {
-    **{name: {"rank": 3, "alpha": 6.0} for name in METHODS},
-    "full": {},
-    "supertuning": {"sparsity": 0.9},
-}
-CASES = [
-    (method, model_type)
-    for method in METHODS
-    for model_type in ("gpt2", "llama")
-    if not (METHODS[method].linear_only and model_type == "gpt2")
-]
-
-
-def spec(method: str, **changes: Any) -> AdapterSpec:
-    return AdapterSpec(method=method, **SETTINGS[method] | changes)  # type: ignore[arg-type]
 
 
 def started(model: Any, method: str, layers: list[int] | None = None, **changes: Any) -> Adapted:
-    return adapt(model, spec(method, **changes), layers or [0, 2], seed=1, n_steps=20)
+    return adapt(model, adapter_spec(method, **changes), layers or [0, 2], seed=1, n_steps=20)
 
 
 def trained(model: Any, method: str, layers: list[int] | None = None) -> Adapted:
     """Every trained number moved, as by some training."""
     adapted = started(model, method, layers)
-    generator = torch.Generator().manual_seed(2)
     size = 0.2 if method == "adalora" else 0.05  # a product of three
-    with torch.no_grad():
-        for parameter in adapted.parameters.values():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    move(adapted.parameters.values(), size)
     adapted.model.eval()
     return adapted
 
@@ -321,4 +303,4 @@ def test_adalora_refuses_a_training_too_short_to_prune_in(
     make_model: MakeModel, n_steps: int | None
 ) -> None:
     with pytest.raises(UserError, match=f"at least 6 .* this training has {n_steps or 0}; raise"):
-        adapt(make_model("llama"), spec("adalora"), [1], seed=0, n_steps=n_steps)
+        adapt(make_model("llama"), adapter_spec("adalora"), [1], seed=0, n_steps=n_steps)

@@ -8,8 +8,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.support.adapters import randomise
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import attach
 from swlora.adapters.saved import adapter_folder, load_adapter, read_facts, save_adapter
 from swlora.config import AdapterSpec
 from swlora.errors import RunFailedError, UserError
@@ -20,9 +21,7 @@ TOKENS = torch.tensor([[72, 105, 33, 10, 200], [1, 2, 3, 4, 5]])
 def trained(model, layers: list[int], **changes):
     """An adapter whose every weight is random, as after training."""
     peft_model = attach(model, AdapterSpec(**{"rank": 3} | changes), layers, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in trainable_parameters(peft_model).values():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    randomise(peft_model, 0.1)
     return peft_model.eval()
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.support.adapters import move
 
-from swlora.adapters.methods import adapt, trainable_parameters
+from swlora.adapters.methods import adapt
 from swlora.adapters.saved import load_adapter, save_adapter
 from swlora.adapters.temporary import adapter_on
 from swlora.config import AdapterSpec
@@ -21,9 +22,7 @@ def saved(make_model, tmp_path):
         adapted = adapt(
             make_model(model_type), AdapterSpec(method=method), [0, 2], seed=1, n_steps=9
         )
-        generator = torch.Generator().manual_seed(2)
-        for parameter in trainable_parameters(adapted.model).values():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        move(adapted.parameters.values(), 0.1)
         adapted.finish()
         save_adapter(adapted.model, tmp_path / method, {})
         return tmp_path / method

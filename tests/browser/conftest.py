@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from tests.support.adapters import randomise
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import attach
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, IdentifySpec, ModelSpec
 from swlora.files import write_json
@@ -74,9 +75,7 @@ def runs(model, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("browser") / "runs"
     spec = ModelSpec(name=str(model), dtype="float32")
     peft_model = attach(load_model(spec).model, AdapterSpec(rank=3), [0, 2], seed=0)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in trainable_parameters(peft_model).values():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    randomise(peft_model, 0.2, seed=0)
     save_adapter(peft_model, root / "mine/adapter", {"layers": [0, 2], "separator": "\n"})
     write_json(root / "mine/run.json", run_facts("train", "done"))
     found = identify(

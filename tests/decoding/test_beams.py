@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.adapters import randomise
 from tests.support.decoding import EOS, N_TOKENS, SHAPES, alone, make_prompts
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import attach
 from swlora.config import AdapterSpec
 from swlora.decoding.beam_cache import BeamCache
 from swlora.decoding.beams import BeamDecoder, BeamSettings
@@ -156,9 +157,7 @@ def test_an_adapter_and_two_ends_of_a_sequence(make_model: MakeModel) -> None:
     spec = AdapterSpec(rank=3)
     peft_model = attach(talkative(make_model("llama")), spec, [0, 2], seed=0).eval()
     base = alone(peft_model, [5, 6, 7], 9, num_beams=3)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in trainable_parameters(peft_model).values():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    randomise(peft_model, 0.3)
     expected = alone(peft_model, [5, 6, 7], 9, num_beams=3, eos_token_id=[EOS, 9])
     assert expected != base
     decoder = BeamDecoder(peft_model, BeamSettings(3, 9), eos_token_ids=[EOS, 9], max_prompts=1)

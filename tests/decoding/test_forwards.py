@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.adapters import adapter_spec, move
 from tests.support.models import MakeModel
 from torch import Tensor, nn
 
@@ -41,13 +42,9 @@ def fast_logits(model: Any, forwards: DecodeForwards | None = None) -> Tensor:
 
 def adapted(make_model: MakeModel, method: str, model_type: str, **changes: Any) -> Any:
     """A PeftModel with every trained number moved, as by some training; layer 1 has no adapter."""
-    settings = {"supertuning": {"sparsity": 0.9}, "full": {}}.get(method, {"rank": 3})
-    spec = AdapterSpec(method=method, **settings, **changes)  # type: ignore[arg-type]
+    spec = adapter_spec(method, **changes)
     adapted = adapt(make_model(model_type), spec, [0, 2], seed=1, n_steps=20)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in adapted.parameters.values():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    move(adapted.parameters.values(), 0.2)
     return adapted.model.eval()
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import peft
 import pytest
-import torch
+from tests.support.adapters import move
 
-from swlora.adapters.methods import adapt, trainable_parameters
+from swlora.adapters.methods import adapt
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, DecodeSpec, ModelSpec
 from swlora.decoding.batch import BatchDecoder
@@ -44,9 +44,7 @@ def adapter(make_model, tmp_path):
 
     def save(name: str = "adapter", model_type: str = "llama", **facts: Any) -> Path:
         adapted = adapt(make_model(model_type), AdapterSpec(), [0, 2], seed=1)
-        generator = torch.Generator().manual_seed(len(name))
-        for parameter in trainable_parameters(adapted.model).values():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        move(adapted.parameters.values(), 0.1, seed=len(name))
         save_adapter(adapted.model, tmp_path / name, facts)
         return tmp_path / name
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from tests.support.adapters import randomise
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import attach
 from swlora.config import AdapterSpec, DecodeSpec
 from swlora.decoding.batch import BatchDecoder
 from swlora.errors import UserError
@@ -211,9 +212,7 @@ def test_an_adapter_changes_the_text(make_model, tiny_tokenizer):
     spec = DecodeSpec(max_new_tokens=9)
     base = decode(make_model("llama"), tiny_tokenizer, spec)
     assert decode(peft_model.eval(), tiny_tokenizer, spec) == base
-    generator = torch.Generator().manual_seed(2)
-    for parameter in trainable_parameters(peft_model).values():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
+    randomise(peft_model, 1.0)
     texts = decode(peft_model, tiny_tokenizer, spec)
     assert texts != base
     expected = [greedy(peft_model, p, 9) for p in PROMPTS]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.adapters import randomise
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import attach
 from swlora.config import AdapterSpec
 from swlora.evaluation import english
 from swlora.evaluation.english import N_WINDOWS, english_loss, untouched_english_loss
@@ -19,10 +20,7 @@ from swlora.evaluation.english import N_WINDOWS, english_loss, untouched_english
 
 def adapted(model: Any) -> Any:
     peft_model = attach(model, AdapterSpec(rank=2), [0, 2], seed=1).eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        for parameter in trainable_parameters(peft_model).values():
-            torch.nn.init.normal_(parameter, std=0.1)
+    randomise(peft_model, 0.1)
     return peft_model
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from tests.evaluation.test_loss import make_sequences, oracle
+from tests.support.adapters import move
 from tests.support.models import MakeModel
 
 from swlora.adapters.reach import is_covered
@@ -93,11 +94,7 @@ def saved(make_model: MakeModel, kind: str, folder: Path) -> Path:
     """An adapter as another tool leaves it, with random numbers for all that was trained."""
     model_type, changes, config, _ = KINDS[kind]
     model = peft.get_peft_model(make_model(model_type, **changes), config)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    move((p for p in model.parameters() if p.requires_grad), 0.2, seed=3)
     model.save_pretrained(str(folder))
     return folder
 

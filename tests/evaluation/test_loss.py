@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.support.adapters import move, randomise
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import METHODS, adapt, attach, trainable_parameters
+from swlora.adapters.methods import METHODS, adapt, attach
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.english import N_WINDOWS, english_loss
@@ -40,10 +41,7 @@ def make_sequences(n: int) -> TokenSequences:
 def adapted(model: Any) -> Any:
     n_layers = int(model.config.num_hidden_layers)
     peft_model = attach(model, AdapterSpec(rank=2), [0, n_layers - 1], seed=1).eval()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        for parameter in trainable_parameters(peft_model).values():
-            torch.nn.init.normal_(parameter, std=0.1)
+    randomise(peft_model, 0.1)
     return peft_model
 
 
@@ -208,10 +206,7 @@ def test_every_method_is_measured_with_its_adapter_on(
     untouched = english_loss(base, tiny_tokenizer)
     spec = AdapterSpec.model_validate({"method": method})
     adapted_model = adapt(base, spec, [0, 2], seed=1, n_steps=8)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        for parameter in adapted_model.parameters.values():
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    move(adapted_model.parameters.values(), 0.1)
     model = adapted_model.model.eval()
     assert_groups_equal_oracle(model, *nested_prompts())
     adapted_model.finish()

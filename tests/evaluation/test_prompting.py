@@ -7,9 +7,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tests.support.adapters import move
 from transformers import AutoModelForCausalLM
 
-from swlora.adapters.methods import adapt, trainable_parameters
+from swlora.adapters.methods import adapt
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, RunSpec, load_spec
 from swlora.errors import UserError
@@ -38,9 +39,7 @@ def adapter(make_model, tmp_path):
 
     def save(**facts: Any) -> Path:
         adapted = adapt(make_model("llama"), AdapterSpec(), [0, 2], seed=1)
-        generator = torch.Generator().manual_seed(2)
-        for parameter in trainable_parameters(adapted.model).values():
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        move(adapted.parameters.values(), 0.1)
         save_adapter(adapted.model, tmp_path / "adapter", facts)
         return tmp_path / "adapter"
 

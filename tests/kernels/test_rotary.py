@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.adapters import fill_b
 from tests.support.decoding import alone
 from tests.support.models import MakeModel
 
@@ -90,10 +91,7 @@ def losses_alone(model: Any, sequences: TokenSequences) -> list[float]:
 
 def adapted(model: Any, layers: Sequence[int]) -> Any:
     peft_model = attach(model, AdapterSpec(rank=3), list(layers), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in trainable_parameters(peft_model).items():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.03, generator=generator)
+    fill_b(peft_model)
     train_mode(peft_model)
     return peft_model
 

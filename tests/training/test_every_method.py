@@ -5,69 +5,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.adapters import CASES, adapter_spec, move
+from tests.support.gradients import measure
 from tests.support.models import MakeModel
-from torch import nn
+from tests.support.sequences import branching
 
 from swlora.adapters.adapted import Adapted
-from swlora.adapters.methods import METHODS, adapt, train_mode
-from swlora.config import AdapterSpec
+from swlora.adapters.methods import adapt, train_mode
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels.lora import FastLora, fast_lora
 from swlora.training.plain import PlainStep
 from swlora.training.step import TreeStep
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    **{name: {"rank": 3, "alpha": 7} for name in METHODS},
-    "full": {},
-    "supertuning": {"sparsity": 0.9},
-}
-CASES = [
-    (method, model_type)
-    for method in METHODS
-    for model_type in ("gpt2", "llama")
-    if not (METHODS[method].linear_only and model_type == "gpt2")
-]
 PLAIN_FORWARD = {"full", "supertuning"}
 
 
 def perturbed(make_model: MakeModel, method: str, model_type: str, **changes: Any) -> Adapted:
     """Adapters in blocks 1 and 2 of 3, every trained number moved as by some training."""
     model = make_model(model_type, initializer_range=0.05)
-    spec = AdapterSpec(method=method, **SETTINGS[method] | changes)  # type: ignore[arg-type]
-    adapted = adapt(model, spec, [1, 2], seed=1, n_steps=100)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in adapted.parameters.values():
-            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    adapted = adapt(model, adapter_spec(method, **changes), [1, 2], seed=1, n_steps=100)
+    move(adapted.parameters.values(), 0.03)
     train_mode(adapted.model)
     return adapted
-
-
-def branching() -> TokenSequences:
-    """Shared prompts, a duplicate, a prompt that begins with another, one-token completions."""
-    rng = np.random.default_rng(3)
-    pairs: list[tuple[list[int], list[int]]] = []
-    for _ in range(5):
-        prompt = rng.integers(5, 25, rng.integers(2, 9)).tolist()
-        for _ in range(rng.integers(1, 4)):
-            pairs.append((prompt, [*rng.integers(1, 4, rng.integers(0, 12)).tolist(), 0]))
-    prompt, completion = pairs[0]
-    return TokenSequences.from_lists(
-        [*pairs, pairs[0], (prompt + completion[:1], [3, 0]), (prompt, [7])]
-    )
-
-
-def measured(
-    step: TreeStep | PlainStep, parameters: dict[str, nn.Parameter], n: int
-) -> tuple[float, int, dict[str, torch.Tensor]]:
-    """Loss, tokens and gradients of a step over sequences 0 to n - 1."""
-    for parameter in parameters.values():
-        parameter.grad = None
-    loss = step([np.arange(n)])
-    grads = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    assert grads.keys() == parameters.keys()
-    return loss.sum_nats, loss.n_tokens, grads
 
 
 def assert_same_gradients(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -83,10 +43,11 @@ def assert_same_gradients(found: dict[str, Any], expected: dict[str, Any]) -> No
 def test_tree_rows_equal_peft_on_the_padded_batch(
     make_model: MakeModel, method: str, model_type: str
 ) -> None:
-    adapted, sequences = perturbed(make_model, method, model_type), branching()
+    adapted = perturbed(make_model, method, model_type)
+    sequences = TokenSequences.from_lists(branching())
     n = len(sequences)
-    plain = measured(PlainStep(adapted.model, sequences), adapted.parameters, n)
-    tree = measured(TreeStep(adapted.model, sequences), adapted.parameters, n)
+    plain = measure(PlainStep(adapted.model, sequences), adapted.parameters, [np.arange(n)])
+    tree = measure(TreeStep(adapted.model, sequences), adapted.parameters, [np.arange(n)])
     assert build_tree(sequences, np.arange(n)).token_ids.size < 0.8 * sequences.lengths.sum()
     assert tree[1] == plain[1]
     assert tree[0] == pytest.approx(plain[0], rel=1e-5)
@@ -108,8 +69,11 @@ def test_which_methods_have_a_fast_forward(
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_full_is_torch_with_unfrozen_weights(make_model: MakeModel, model_type: str) -> None:
     """The oracle is the bare model, the same weights set free, on the padded batch."""
-    adapted, sequences = perturbed(make_model, "full", model_type), branching()
-    tree = measured(TreeStep(adapted.model, sequences), adapted.parameters, len(sequences))
+    adapted = perturbed(make_model, "full", model_type)
+    sequences = TokenSequences.from_lists(branching())
+    tree = measure(
+        TreeStep(adapted.model, sequences), adapted.parameters, [np.arange(len(sequences))]
+    )
 
     bare = make_model(model_type, initializer_range=0.05)
     names = {name: _bare_name(name) for name in adapted.parameters}
@@ -119,7 +83,7 @@ def test_full_is_torch_with_unfrozen_weights(make_model: MakeModel, model_type: 
             parameter.copy_(adapted.parameters[name]).requires_grad_()
     projections = {"gpt2": 4, "llama": 7}[model_type]
     assert len(free) == 2 * projections * (2 if model_type == "gpt2" else 1)  # biases, too
-    plain = measured(PlainStep(bare, sequences), free, len(sequences))
+    plain = measure(PlainStep(bare, sequences), free, [np.arange(len(sequences))])
     assert tree[0] == pytest.approx(plain[0], rel=1e-5)
     assert_same_gradients(tree[2], plain[2])
 
@@ -133,15 +97,16 @@ def test_bfloat16_models_have_float32_gradients_near_the_truth(
     make_model: MakeModel, method: str, model_type: str
 ) -> None:
     """The truth is the same adapted model in float64; bfloat16 rounds by up to 1/256."""
-    adapted, sequences = perturbed(make_model, method, model_type), branching()
+    adapted = perturbed(make_model, method, model_type)
+    sequences = TokenSequences.from_lists(branching())
     model, n = adapted.model, len(sequences)
     for module in model.modules():  # the frozen weights, rounded as a bfloat16 model has them
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
-    tree = measured(TreeStep(model, sequences), adapted.parameters, n)
+    tree = measure(TreeStep(model, sequences), adapted.parameters, [np.arange(n)])
     model.double()
-    truth = measured(PlainStep(model, sequences), adapted.parameters, n)
+    truth = measure(PlainStep(model, sequences), adapted.parameters, [np.arange(n)])
     assert tree[0] == pytest.approx(truth[0], rel=1e-2)
     assert {gradient.dtype for gradient in tree[2].values()} == {torch.float32}
     assert _distance(tree[2], truth[2]) < 3 / 256
@@ -157,7 +122,8 @@ def _distance(found: dict[str, Any], truth: dict[str, Any]) -> float:
 def test_dropout_is_the_adapters_and_on_in_training_only(
     make_model: MakeModel, method: str
 ) -> None:
-    adapted, sequences = perturbed(make_model, method, "llama", dropout=0.4), branching()
+    adapted = perturbed(make_model, method, "llama", dropout=0.4)
+    sequences = TokenSequences.from_lists(branching())
     for step_class in (TreeStep, PlainStep):
         step = step_class(adapted.model, sequences)
         rows = [np.arange(len(sequences))]

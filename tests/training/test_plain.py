@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tests.support.adapters import randomise
 
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec
@@ -54,9 +55,7 @@ def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 def peft_model(make_model):
     """An adapter that is no longer at its initial zero, so that A gets a gradient, too."""
     model = attach(make_model("llama"), AdapterSpec(rank=3), [0, 2], seed=0)
-    generator = torch.Generator().manual_seed(9)
-    for parameter in trainable_parameters(model).values():
-        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    randomise(model, 0.1, seed=9)
     return model
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.adapters import fill_b
+from tests.support.gradients import measure
 from tests.support.models import MakeModel
 from torch import Tensor
 
@@ -23,11 +25,7 @@ def adapted(make_model: MakeModel, model_type: str = "llama", layers: Any = (1, 
     model = make_model(model_type, initializer_range=0.05)
     spec = AdapterSpec(targets=["all-linear"], rank=2, alpha=4)
     peft_model = attach(model, spec, list(layers), seed=1)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(1)
-        for name, parameter in trainable_parameters(peft_model).items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.03)
+    fill_b(peft_model)
     train_mode(peft_model)
     return peft_model
 
@@ -38,13 +36,6 @@ def make_sequences(n: int = 9) -> TokenSequences:
     return TokenSequences.from_lists(
         [(prompt[: 3 + i % 4], rng.integers(1, 200, 2 + i % 3).tolist()) for i in range(n)]
     )
-
-
-def run(peft_model: Any, step: Any, rows: list[np.ndarray]) -> tuple[float, int, dict[str, Tensor]]:
-    peft_model.zero_grad(set_to_none=True)
-    loss = step(rows)
-    parameters = trainable_parameters(peft_model)
-    return loss.sum_nats, loss.n_tokens, {name: p.grad.clone() for name, p in parameters.items()}
 
 
 class SmallMemory:
@@ -75,12 +66,12 @@ def test_rows_are_halved_until_they_fit(
 ) -> None:
     peft_model, sequences = adapted(make_model), make_sequences(8)
     rows = [np.arange(2), np.arange(8)]
-    expected = run(peft_model, PlainStep(peft_model, sequences), rows)
+    expected = measure(PlainStep(peft_model, sequences), trainable_parameters(peft_model), rows)
     messages: list[str] = []
     step = TreeStep(peft_model, sequences, say=messages.append)
     memory = SmallMemory(step, limit, error)
     step.prefix_source = memory
-    sum_nats, n_tokens, gradients = run(peft_model, step, rows)
+    sum_nats, n_tokens, gradients = measure(step, trainable_parameters(peft_model), rows)
     assert (memory.n_failed, len(messages)) == (halvings, halvings)
     assert n_tokens == expected[1]
     assert sum_nats == pytest.approx(expected[0], rel=1e-6)
@@ -89,7 +80,7 @@ def test_rows_are_halved_until_they_fit(
     if halvings:
         assert messages[-1] == f"memory ran out: rows are run in {2**halvings} parts from here on"
     # What was learnt is kept: the next step does not fail again.
-    run(peft_model, step, rows)
+    measure(step, trainable_parameters(peft_model), rows)
     assert memory.n_failed == halvings
 
 
@@ -131,8 +122,12 @@ def test_tree_rows_wherever_they_work(make_model: MakeModel, model_type: str, en
     peft_model, sequences = adapted(make_model, model_type), make_sequences()
     step = make_step(peft_model, sequences, spec, print)
     assert type(step) is TreeStep
-    found = run(peft_model, step, [np.arange(9)])
-    oracle = run(peft_model, PlainStep(peft_model, sequences, label_smoothing=0.2), [np.arange(9)])
+    found = measure(step, trainable_parameters(peft_model), [np.arange(9)])
+    oracle = measure(
+        PlainStep(peft_model, sequences, label_smoothing=0.2),
+        trainable_parameters(peft_model),
+        [np.arange(9)],
+    )
     assert found[:2] == pytest.approx(oracle[:2], rel=1e-6)
 
 
@@ -141,8 +136,12 @@ def test_the_plain_engine_on_request(make_model: MakeModel) -> None:
     peft_model, sequences = adapted(make_model), make_sequences()
     step = make_step(peft_model, sequences, spec, print)
     assert type(step) is PlainStep
-    found = run(peft_model, step, [np.arange(9)])
-    tree = run(peft_model, TreeStep(peft_model, sequences, label_smoothing=0.2), [np.arange(9)])
+    found = measure(step, trainable_parameters(peft_model), [np.arange(9)])
+    tree = measure(
+        TreeStep(peft_model, sequences, label_smoothing=0.2),
+        trainable_parameters(peft_model),
+        [np.arange(9)],
+    )
     assert found[:2] == pytest.approx(tree[:2], rel=1e-6)
 
 
@@ -150,7 +149,7 @@ def test_falcon_falls_back_to_padded_batches(make_model: MakeModel) -> None:
     peft_model, sequences = adapted(make_model, "falcon"), make_sequences()
     step = make_step(peft_model, sequences, TrainSpec(engine="auto"), print)
     assert type(step) is PlainStep
-    sum_nats, n_tokens, gradients = run(peft_model, step, [np.arange(9)])
+    sum_nats, n_tokens, gradients = measure(step, trainable_parameters(peft_model), [np.arange(9)])
     assert n_tokens == int((sequences.lengths - sequences.prompt_lengths).sum())
     assert 0 < sum_nats < 10 * n_tokens
     assert all(float(gradient.norm()) > 0 for gradient in gradients.values())

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.adapters import fill_b
 from torch import Tensor
 
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
@@ -48,11 +49,7 @@ def found() -> Callable[[str], dict[Any, dict[str, Tensor]]]:
     def measure(dtype: str) -> dict[Any, dict[str, Tensor]]:
         model = load_model(ModelSpec(name="builtin", dtype=dtype)).model
         peft_model = attach(model, AdapterSpec(rank=4), list(range(30)), seed=0)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            for name, parameter in trainable_parameters(peft_model).items():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.02)
+        fill_b(peft_model, 0.02, seed=0)
         train_mode(peft_model)
         rows = [np.arange(24)]
         step = TreeStep(peft_model, sequences(40_000))

@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx2
 import pytest
-import torch
 from starlette.testclient import TestClient
+from tests.support.adapters import randomise
 from tests.support.fake_host import FakeHost
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import attach
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, ModelSpec, ServeSpec
 from swlora.files import write_json
@@ -54,9 +54,7 @@ def runs(served_folder, tmp_path_factory) -> Path:
         folder = root / name
         model = load_model(ModelSpec(name=str(served_folder), dtype="float32")).model
         peft_model = attach(model, AdapterSpec(rank=3), layers, seed=number)
-        generator = torch.Generator().manual_seed(number)
-        for parameter in trainable_parameters(peft_model).values():
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        randomise(peft_model, 0.2, seed=number)
         save_adapter(peft_model, folder / "adapter", {"layers": layers, "separator": "\n"})
         facts = {"status": "done", "command": "train", "started_at": f"2030-01-0{number + 1}"}
         write_json(folder / "run.json", facts)

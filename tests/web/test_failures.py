@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from tests.support.adapters import move
 
 from swlora.config import ModelSpec
 from swlora.models.load import load_model
@@ -45,11 +46,7 @@ def save_plain(served_folder: Path, folder: Path, **settings) -> None:
     """An adapter saved by PEFT alone, with random numbers."""
     model = load_model(ModelSpec(name=str(served_folder), dtype="float32")).model
     model = peft.get_peft_model(model, LoraConfig(r=3, task_type="CAUSAL_LM", **settings))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    move((p for p in model.parameters() if p.requires_grad), 0.2, seed=5)
     model.save_pretrained(str(folder))
 
 

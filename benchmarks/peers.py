@@ -9,8 +9,10 @@ rows a step, every row padded to 512 tokens.
 
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
@@ -131,9 +133,9 @@ def _encode(pool: list[Example], separator: str, tokenizer: Any) -> list[dict[st
     limits = {"context_tokens": ORIGINAL_TOKENS, "truncate": False}
     sequences, _ = encode_examples(pool, separator, tokenizer, **limits)
     items = []
-    for i, prompt in enumerate(sequences.prompt_lengths.tolist()):
-        ids = sequences.tokens[sequences.offsets[i] : sequences.offsets[i + 1]].tolist()
-        items.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    for start, end in pairwise(sequences.offsets.tolist()):
+        ids, trained = sequences.tokens[start:end], sequences.weights[start:end] > 0
+        items.append({"input_ids": ids.tolist(), "labels": np.where(trained, ids, -100).tolist()})
     return items
 
 

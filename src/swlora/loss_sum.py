@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from math import exp
 
 
+def as_count(weights: float) -> float:
+    """Return a sum of tokens' weights: an int where it is whole, as with weights of 0 and 1."""
+    return int(weights) if float(weights).is_integer() else float(weights)
+
+
 @dataclass(frozen=True)
 class LossSum:
-    """Summed negative log-likelihood over `n_tokens` tokens."""
+    """Summed negative log-likelihood over `n_tokens` tokens, a token of weight 0.5 being half."""
 
     sum_nats: float = 0.0
-    n_tokens: int = 0
+    n_tokens: float = 0
 
     def __add__(self, other: "LossSum") -> "LossSum":
         return LossSum(self.sum_nats + other.sum_nats, self.n_tokens + other.n_tokens)

@@ -100,7 +100,7 @@ def test_a_split_equals_its_examples_encoded_one_by_one():
     for i, (prompt, completion) in enumerate(expected):
         start, end = sequences.offsets[i], sequences.offsets[i + 1]
         assert sequences.tokens[start:end].tolist() == prompt + completion
-        assert sequences.prompt_lengths[i] == len(prompt)
+        assert sequences.weights[start:end].tolist() == [0] * len(prompt) + [1] * len(completion)
     assert encode_prompts(examples, ": ", tokenizer) == [prompt for prompt, _ in expected]
 
 
@@ -229,7 +229,7 @@ def test_chunks_change_nothing(chunk_rows, monkeypatch):
         assert n_found == n
         assert found.tokens.tolist() == expected.tokens.tolist()
         assert found.offsets.tolist() == expected.offsets.tolist()
-        assert found.prompt_lengths.tolist() == expected.prompt_lengths.tolist()
+        assert found.weights.tolist() == expected.weights.tolist()
         assert found.tokens.dtype == expected.tokens.dtype
     assert (n_cut, n_long) == (3, 0)
     with pytest.raises(DataError, match=r"row 5 has 31 tokens.* \(and 2 more such rows\)"):

@@ -195,8 +195,10 @@ def test_memory_mapped_tokens_give_the_same_rows(order: StepOrder, tmp_path: Pat
     held = TokenSequences.from_lists(many_prompts())
     held.tokens.tofile(tmp_path / "tokens.bin")
     mapped_tokens = np.memmap(tmp_path / "tokens.bin", dtype=np.int32, mode="r")
-    mapped = TokenSequences(mapped_tokens, held.offsets, held.prompt_lengths)
-    assert mapped.tokens is mapped_tokens
+    held.weights.tofile(tmp_path / "weights.bin")
+    mapped_weights = np.memmap(tmp_path / "weights.bin", dtype=np.bool_, mode="r")
+    mapped = TokenSequences(mapped_tokens, held.offsets, mapped_weights)
+    assert mapped.tokens is mapped_tokens and mapped.weights is mapped_weights
 
     def rows(sequences: TokenSequences) -> list[PrefixTree]:
         steps = plan_steps(
@@ -222,7 +224,9 @@ def test_planning_reads_long_data_in_pieces(tmp_path: Path) -> None:
     tokens = np.memmap(path, dtype=np.int32, mode="r+")
     tokens[::length] = np.arange(n) % 7  # the first token tells most of them apart
     offsets = np.arange(n + 1, dtype=np.int64) * length
-    sequences = TokenSequences(tokens, offsets, np.full(n, 2, dtype=np.int32))
+    weights = np.memmap(tmp_path / "weights.bin", dtype=np.bool_, mode="w+", shape=n * length)
+    weights[:] = np.tile(np.arange(length) >= 2, n)
+    sequences = TokenSequences(tokens, offsets, weights)
     tracemalloc.start()
     steps = plan_steps(
         sequences, sequences_per_step=4, max_tokens_per_row=10, order="prompts", seed=0, epoch=0
@@ -250,7 +254,7 @@ def tokenised_e2e(folder: Path) -> TokenSequences:
 def test_e2e_rows_shrink(shared_dir: Path, order: StepOrder, per_step: int) -> None:
     e2e = tokenised_e2e(shared_dir)
     # A fresh object each time: ranks are cached on it and belong to the time measured.
-    sequences = TokenSequences(e2e.tokens, e2e.offsets, e2e.prompt_lengths)
+    sequences = TokenSequences(e2e.tokens, e2e.offsets, e2e.weights)
     start = time.perf_counter()
     steps = plan_steps(
         sequences,

@@ -19,6 +19,7 @@ def test_token_sequences_from_lists() -> None:
     sequences = TokenSequences.from_lists([([1, 2], [3]), ([4], [5, 6, 7])])
     assert sequences.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert sequences.offsets.tolist() == [0, 3, 7]
+    assert sequences.weights.tolist() == [0, 0, 1, 0, 1, 1, 1]
     assert sequences.prompt_lengths.tolist() == [2, 1]
     assert (len(sequences), sequences.length(0), sequences.length(1)) == (2, 3, 4)
 
@@ -38,29 +39,41 @@ def test_unusable_lists_are_named(pairs: list[Pair], message: str) -> None:
 
 def arrays(
     offsets: list[int],
-    prompts: list[int],
+    trained: list[float],
     token_type: type = np.int32,
     offset_type: type = np.int64,
+    weight_type: type = np.bool_,
 ) -> TokenSequences:
     flat = np.zeros(6, dtype=token_type)
-    return TokenSequences(flat, np.array(offsets, offset_type), np.array(prompts, np.int32))
+    return TokenSequences(flat, np.array(offsets, offset_type), np.array(trained, weight_type))
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
-    assert len(arrays([0, 2, 6], [1, 1])) == 2
+    trained = [0, 1, 0, 1, 1, 1]
+    assert len(arrays([0, 2, 6], trained)) == 2
     with pytest.raises(DataError, match="sequence 1 has no completion token"):
-        arrays([0, 2, 6], [1, 4])
+        arrays([0, 2, 6], [0, 1, 0, 0, 0, 0])
     with pytest.raises(DataError, match="sequence 0 has no prompt token"):
-        arrays([0, 2, 6], [0, 1])
-    with pytest.raises(DataError, match="sequence 1 has no completion token"):
-        arrays([0, 2, 2, 6], [1, 1, 1])
-    for offsets, prompts in (([0, 2, 5], [1, 1]), ([1, 2, 6], [1, 1]), ([0, 2, 6], [1])):
+        arrays([0, 2, 6], [1, 1, 0, 1, 1, 1])
+    with pytest.raises(DataError, match="sequence 1 has no prompt token"):
+        arrays([0, 2, 6], [0, 1, 0.5, 1, 1, 1], weight_type=np.float32)
+    for empty, offsets in enumerate(([0, 0, 2, 6], [0, 2, 2, 6], [0, 2, 6, 6])):
+        with pytest.raises(DataError, match=f"sequence {empty} has no completion token"):
+            arrays(offsets, trained)
+    for offsets in ([0, 2, 5], [1, 2, 6]):
         with pytest.raises(ValueError, match="offsets"):
-            arrays(offsets, prompts)
+            arrays(offsets, trained)
+    with pytest.raises(ValueError, match="weights must have one entry for every token"):
+        arrays([0, 2, 6], trained[1:])
     with pytest.raises(ValueError, match="tokens must be one-dimensional int32"):
-        arrays([0, 2, 6], [1, 1], token_type=np.int64)
+        arrays([0, 2, 6], trained, token_type=np.int64)
     with pytest.raises(ValueError, match="offsets must be one-dimensional int64"):
-        arrays([0, 2, 6], [1, 1], offset_type=np.int32)
+        arrays([0, 2, 6], trained, offset_type=np.int32)
+    with pytest.raises(ValueError, match="weights must be one-dimensional bool or float32"):
+        arrays([0, 2, 6], trained, weight_type=np.uint8)
+    for wrong in (-0.5, np.nan, np.inf):
+        with pytest.raises(ValueError, match="weights must be finite numbers and none below 0"):
+            arrays([0, 2, 6], [*trained[:5], wrong], weight_type=np.float32)
 
 
 @pytest.mark.parametrize("memory_bytes", [0, 1000, 1 << 20])
@@ -74,7 +87,9 @@ def test_joined_parts_are_the_whole_wherever_the_tokens_lie(memory_bytes, monkey
     )
     joined = TokenSequences.joined(parts)
     assert isinstance(joined.tokens, np.memmap) == (memory_bytes < whole.tokens.nbytes)
-    for name in ("tokens", "offsets", "prompt_lengths"):
+    assert isinstance(joined.weights, np.memmap) == isinstance(joined.tokens, np.memmap)
+    assert joined.weights.dtype == np.bool_
+    for name in ("tokens", "offsets", "weights"):
         np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
     assert list(tmp_path.iterdir()) == []
 

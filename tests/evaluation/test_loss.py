@@ -22,7 +22,7 @@ from swlora.loss_sum import LossSum
 from swlora.models.anatomy import FAMILIES
 from swlora.progress import Silent
 from swlora.superweights.ablate import text_loss, text_windows
-from swlora.training.plain import completion_loss, pad
+from swlora.training.plain import pad, weighted_loss
 
 MODEL_TYPES = [model_type for family in FAMILIES for model_type in family.model_types]
 
@@ -48,7 +48,7 @@ def adapted(model: Any) -> Any:
 @torch.no_grad()
 def oracle(model: Any, sequences: TokenSequences) -> tuple[float, int]:
     batch = pad(sequences, np.arange(len(sequences)), model.device)
-    loss, n_tokens = completion_loss(model, batch)
+    loss, n_tokens = weighted_loss(model, batch)
     return float(loss), n_tokens
 
 
@@ -174,7 +174,7 @@ def assert_groups_equal_oracle(model: Any, sequences: TokenSequences, group_of: 
     for group, loss in enumerate(found):
         ids = np.flatnonzero(group_of == group)
         with torch.no_grad():
-            expected, n_tokens = completion_loss(model, pad(sequences, ids, model.device))
+            expected, n_tokens = weighted_loss(model, pad(sequences, ids, model.device))
         assert loss.n_tokens == n_tokens
         assert loss.sum_nats == pytest.approx(float(expected), rel=1e-5)
     total = sum(found, LossSum())

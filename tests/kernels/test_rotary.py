@@ -28,7 +28,7 @@ from swlora.kernels.tree_attention import TreeLayout
 from swlora.models.anatomy import Anatomy
 from swlora.progress import Silent
 from swlora.superweights.detect import trace
-from swlora.training.plain import PlainStep, completion_loss, pad
+from swlora.training.plain import PlainStep, pad, weighted_loss
 from swlora.training.step import TreeStep, make_step
 
 LIMIT, EOS = 32, 257
@@ -84,7 +84,7 @@ LENGTHS = (14, 58, LIMIT, LIMIT + 1, 20, 40)
 
 def losses_alone(model: Any, sequences: TokenSequences) -> list[float]:
     def loss(i: int) -> float:
-        return float(completion_loss(model, pad(sequences, np.array([i]), "cpu"))[0].detach())
+        return float(weighted_loss(model, pad(sequences, np.array([i]), "cpu"))[0].detach())
 
     return [loss(i) for i in range(len(sequences))]
 
@@ -113,7 +113,7 @@ def grouped(model: Any, sequences: TokenSequences, i: int) -> float:
     batch = pad(sequences, np.arange(len(sequences)), "cpu")
     labels = torch.full_like(batch.labels, -100)
     labels[i] = batch.labels[i]
-    return float(completion_loss(model, batch._replace(labels=labels))[0])
+    return float(weighted_loss(model, batch._replace(labels=labels))[0])
 
 
 @pytest.mark.parametrize("step_class", [TreeStep, PlainStep])
@@ -125,7 +125,7 @@ def test_a_step_is_the_sum_of_its_sequences(
     peft_model, sequences = adapted(model, [1, 2]), sequences_of(*LENGTHS)
     parameters = trainable_parameters(peft_model)
     for i in range(len(sequences)):
-        loss, _ = completion_loss(peft_model, pad(sequences, np.array([i]), "cpu"))
+        loss, _ = weighted_loss(peft_model, pad(sequences, np.array([i]), "cpu"))
         loss.backward()
     expected = {name: p.grad.clone() for name, p in parameters.items()}
     peft_model.zero_grad()

@@ -122,7 +122,7 @@ def test_the_key_depends_on_all_that_the_states_depend_on(make_model: MakeModel)
     shorter = TokenSequences(
         sequences.tokens,
         np.append(sequences.offsets[:-2], sequences.offsets[-1]),
-        sequences.prompt_lengths[:-1],
+        sequences.weights,
     )
     assert key(model, shorter) != own
 
@@ -137,10 +137,10 @@ def test_the_key_depends_on_nothing_else(make_model: MakeModel) -> None:
     for parameter in trainable_parameters(peft_model).values():
         torch.nn.init.normal_(parameter)
     assert key(peft_model.get_base_model(), sequences) == own
-    longer_prompts = TokenSequences(
-        sequences.tokens, sequences.offsets, (sequences.lengths - 1).astype(np.int32)
-    )
-    assert key(make_model("llama"), longer_prompts) == own
+    weights = np.zeros(len(sequences.tokens), dtype=np.float32)
+    weights[sequences.offsets[1:] - 1] = 0.5
+    other_weights = TokenSequences(sequences.tokens, sequences.offsets, weights)
+    assert key(make_model("llama"), other_weights) == own
 
 
 def test_two_runs_over_the_same_content_share_their_states(make_model: MakeModel) -> None:

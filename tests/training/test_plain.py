@@ -10,7 +10,7 @@ from tests.support.adapters import randomise
 from swlora.adapters.methods import attach, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
-from swlora.training.plain import PaddedBatch, PlainStep, completion_loss, pad
+from swlora.training.plain import PaddedBatch, PlainStep, pad, weighted_loss
 
 EOS = 257
 
@@ -116,7 +116,7 @@ def test_the_prompt_pays_nothing_and_the_end_is_learned():
     sequences = TokenSequences.from_lists(pairs)
     batch = pad(sequences, np.array([0, 1]), torch.device("cpu"))
     model = FixedLogits(*batch.token_ids.shape)
-    loss, n_tokens = completion_loss(model, batch)
+    loss, n_tokens = weighted_loss(model, batch)
     loss.backward()
     scored = {
         (b, t, int(g.argmin()))  # the one logit that shall grow
@@ -136,6 +136,7 @@ def test_padding():
         token_ids=torch.tensor([[6, EOS, 0, 0, 0], [1, 2, 3, 4, 5]]),
         attention_mask=torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]),
         labels=torch.tensor([[-100, EOS, -100, -100, -100], [-100, -100, -100, 4, 5]]),
+        weights=torch.tensor([[0.0, 1, 0, 0, 0], [0, 0, 0, 1, 1]]),
     )
     for name in PaddedBatch._fields:
         assert torch.equal(getattr(batch, name), getattr(expected, name)), name
@@ -145,6 +146,6 @@ def test_the_loss_of_bfloat16_logits_is_summed_in_float32():
     batch = pad(TokenSequences.from_lists([([1], [2] * 999)]), np.array([0]), torch.device("cpu"))
     model = FixedLogits(1, 1000)
     model.logits = torch.zeros(1, 1000, 300, dtype=torch.bfloat16)
-    loss, _ = completion_loss(model, batch)
+    loss, _ = weighted_loss(model, batch)
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(999 * np.log(300), rel=1e-5)

@@ -12,6 +12,8 @@ tokens already, and ends in the token that ends a turn there, or else in EOS (se
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from swlora.data.chat import ChatTemplate, Turns
 from swlora.data.examples import Example
 from swlora.data.token_sequences import TokenSequences
@@ -55,16 +57,13 @@ def encode_examples(
         for start in range(0, len(examples) or 1, CHUNK_ROWS):
             chunk = list(examples[start : start + CHUNK_ROWS])
             pairs = _encode_pairs(chunk, separator, tokenizer, first_row=start + 1)
-            for i, (prompt, completion) in enumerate(pairs):
-                if len(prompt) + len(completion) > context_tokens:
-                    n_long += 1
-                    first_long = first_long or (
-                        f"row {start + i + 1} has {len(prompt) + len(completion)} tokens, "
-                        f"{len(prompt)} of prompt and {len(completion)} of completion"
-                    )
-                    kept = prompt[-(context_tokens - 1) :]
-                    pairs[i] = kept, completion[: context_tokens - len(kept)]
-            yield TokenSequences.from_lists(pairs)
+            part = TokenSequences.from_lists(pairs)
+            long = np.flatnonzero(part.lengths > context_tokens)
+            if len(long):
+                n_long += len(long)
+                first_long = first_long or _describe(part, int(long[0]), start)
+                part = part.truncated(context_tokens)
+            yield part
 
     sequences = TokenSequences.joined(encoded())
     if n_long and not truncate:
@@ -73,6 +72,14 @@ def encode_examples(
             f"{first_long}, but the model's context is {context_tokens}{more}; --truncate cuts them"
         )
     return sequences, n_long
+
+
+def _describe(sequences: TokenSequences, i: int, n_before: int) -> str:
+    length, n_prompt = sequences.length(i), int(sequences.prompt_lengths[i])
+    return (
+        f"row {n_before + i + 1} has {length} tokens, {n_prompt} of prompt and "
+        f"{length - n_prompt} of completion"
+    )
 
 
 def encode_prompts(

@@ -1,15 +1,16 @@
 """Tree rows: the token sequences of a step as prefix tries, every shared prefix computed once.
 
-A sequence is a prompt and a completion; its context is all of it but the last token, whose hidden
-state nothing reads. A row is the trie of its sequences' contexts, laid out depth first, so that
+The context of a sequence is all of it but the last token, whose hidden state nothing reads. A row
+is the trie of its sequences' contexts, laid out depth first, so that
 
     query i may see key j   iff   j <= i < subtree_end[j],      position_ids[i] = depth of node i
     loss = sum_k target_weight[k] * -log p(target_id[k] | node target_position[k])
 
-which equals the summed completion loss of the separate sequences: the weight of a target is the
-number of sequences that train that token through that node. Contexts without a common first token
-are separate trees of one row. With contexts sorted, the new nodes of each are those beyond its
-common prefix with the one before, and already stand in depth-first order.
+which equals the summed loss of the separate sequences: the weight of a target is the sum of the
+weights of the tokens that it stands for, one of every sequence that trains it through that node.
+Contexts without a common first token are separate trees of one row. With contexts sorted, the new
+nodes of each are those beyond its common prefix with the one before, and already stand in
+depth-first order.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from swlora.data.token_sequences import (
     argsort_rows,
     gather,
 )
+from swlora.loss_sum import as_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +33,8 @@ class PrefixTree:
     """One trie, or several side by side: T nodes depth first and K weighted targets.
 
     token_ids, position_ids, subtree_end: (T,) int32. target_position (node whose logits are
-    scored) and target_id: (K,) int64, sorted, each pair once; target_weight: (K,) float32, the
-    sequences that train it. sequence_ids: int64, the data-set rows held, in layout order.
+    scored) and target_id: (K,) int64, sorted, each pair once; target_weight: (K,) float32, the sum
+    over the sequences that train it. sequence_ids: int64, the data-set rows held, in layout order.
     node_source: (T,) int64, where in `TokenSequences.tokens` each node was first read.
     shortest_tokens, longest_tokens: of its sequences, the last token counted.
     """
@@ -54,9 +56,9 @@ class PrefixTree:
         return len(self.sequence_ids)
 
     @property
-    def n_target_tokens(self) -> int:
-        """Completion tokens of all its sequences: the sum of the weights."""
-        return int(self.target_weight.sum(dtype=np.float64))
+    def n_target_tokens(self) -> float:
+        """Trained tokens of all its sequences: the sum of the weights, an int where it is whole."""
+        return as_count(self.target_weight.sum(dtype=np.float64))
 
 
 def build_tree(sequences: TokenSequences, ids: Ints) -> PrefixTree:
@@ -85,9 +87,11 @@ def build_tree(sequences: TokenSequences, ids: Ints) -> PrefixTree:
     subtree_end = np.zeros(nodes_so_far[-1], dtype=np.int32)
     np.maximum.at(subtree_end, node[inside], np.repeat(nodes_so_far, inside.sum(axis=1)))
 
-    trained = inside & (depth >= sequences.prompt_lengths[ids, None] - 1)
+    place = np.where(inside, sequences.offsets[ids, None] + depth + 1, 0)
+    weight = np.where(inside, np.asarray(sequences.weights)[place], 0)
+    trained = weight > 0
     pair = (node[trained] << 32) | tokens[:, 1:][trained]
-    pair, count = np.unique(pair, return_counts=True)
+    pair, pair_of = np.unique(pair, return_inverse=True)
     creator, position = np.nonzero(new)
     return PrefixTree(
         token_ids=contexts[new],
@@ -96,7 +100,7 @@ def build_tree(sequences: TokenSequences, ids: Ints) -> PrefixTree:
         subtree_end=subtree_end,
         target_position=pair >> 32,
         target_id=pair & 0xFFFFFFFF,
-        target_weight=count.astype(np.float32),
+        target_weight=np.bincount(pair_of, weights=weight[trained]).astype(np.float32),
         sequence_ids=ids,
         shortest_tokens=int(sequences.lengths[ids].min()),
         longest_tokens=int(sequences.lengths[ids].max()),

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from swlora.errors import RunFailedError
 from swlora.paths import cache_dir
 
-MEMORY_BYTES = 1 << 28  # of the rows of a file, or of an array: more goes to a scratch file
+MEMORY_BYTES = 1 << 28  # of the rows of a file, or of the tokens: more goes to a scratch file
+_TOKEN_BYTES = 4
+_COPIED_AT_ONCE = 1 << 20
 
 
 class ScratchFile:
@@ -66,7 +68,11 @@ class ScratchFile:
 
 
 class GrowingArray:
-    """A one-dimensional array made of parts, in memory up to MEMORY_BYTES, beyond that mapped."""
+    """A one-dimensional array made of parts, in memory or, when it is long, in a mapped file.
+
+    It is long when as many tokens would take more than MEMORY_BYTES, whatever the size of its own
+    elements: what belongs to the tokens goes where they go.
+    """
 
     def __init__(self, dtype: type[np.generic], what: str) -> None:
         self._dtype = dtype
@@ -78,12 +84,21 @@ class GrowingArray:
         """Add the elements of `part` behind the others."""
         part = np.ascontiguousarray(part, dtype=self._dtype)
         self._parts.append(part)
-        if self._file is None and sum(p.nbytes for p in self._parts) > MEMORY_BYTES:
+        if self._file is None and _TOKEN_BYTES * sum(map(len, self._parts)) > MEMORY_BYTES:
             self._file = ScratchFile(self._what)
         if self._file is not None:
             for one in self._parts:
                 self._file.append(one.data)
             self._parts.clear()
+
+    def widened(self, dtype: type[np.generic]) -> "GrowingArray":
+        """Return an array of the same elements as another type; itself where it has that type."""
+        if dtype == self._dtype:
+            return self
+        wide, elements = GrowingArray(dtype, self._what), self.finished()
+        for start in range(0, len(elements), _COPIED_AT_ONCE):
+            wide.append(elements[start : start + _COPIED_AT_ONCE])
+        return wide
 
     def finished(self) -> NDArray[Any]:
         """Return the array; nothing can be added then."""

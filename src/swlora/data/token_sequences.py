@@ -16,9 +16,11 @@ from swlora.data.scratch import GrowingArray
 from swlora.errors import DataError
 
 Ints = NDArray[np.int64]
+Weights = NDArray[np.bool_] | NDArray[np.float32]
 
 PAD = -1
-_BLOCK_ROWS = 1 << 14  # read at a time
+_BLOCK_ROWS = 1 << 14  # sequences read at a time
+_BLOCK_TOKENS = 1 << 20  # whose weights are read at a time
 # Sequences are compared some columns at a time, 16 of a few sequences and 2 of many, so that memory
 # depends neither on the longest sequence nor much on their number.
 _MIN_COLUMNS, _MAX_COLUMNS, _CELLS = 2, 16, 1 << 22
@@ -26,34 +28,41 @@ _MIN_COLUMNS, _MAX_COLUMNS, _CELLS = 2, 16, 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class TokenSequences:
-    """A tokenised data set: sequence i is `tokens[offsets[i]:offsets[i + 1]]`, prompt first.
+    """A tokenised data set: sequence i is `tokens[offsets[i]:offsets[i + 1]]`.
 
-    tokens (total,) int32, in memory or a np.memmap, never copied whole; offsets (n + 1,) int64;
-    prompt_lengths (n,) int32. Raises DataError naming the first sequence without a prompt token or
-    without a completion token, ValueError where the arrays do not fit together.
+    The loss of every token is multiplied by its weight: 0 is not trained, 1 is, fractions count in
+    part. What comes before a sequence's first trained token is its prompt; more tokens that are not
+    trained may follow later, such as the turns of a user.
+
+    tokens (total,) int32 and weights (total,), bool or, for fractions, float32, are in memory or
+    np.memmaps and never copied whole; offsets (n + 1,) int64. Raises DataError naming the first
+    sequence whose first token is trained (nothing comes before it that could predict it) or that
+    has no trained token, ValueError where the arrays do not fit together.
     """
 
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    prompt_lengths: NDArray[np.int32]
+    weights: Weights
 
     def __post_init__(self) -> None:
-        for name, dtype in (
-            ("tokens", np.int32),
-            ("offsets", np.int64),
-            ("prompt_lengths", np.int32),
+        for name, dtypes in (
+            ("tokens", (np.int32,)),
+            ("offsets", (np.int64,)),
+            ("weights", (np.bool_, np.float32)),
         ):
             array = getattr(self, name)
-            if array.dtype != dtype or array.ndim != 1:
-                raise ValueError(f"{name} must be one-dimensional {np.dtype(dtype)}")
-        if len(self.offsets) != len(self.prompt_lengths) + 1:
-            raise ValueError("offsets must have one entry more than prompt_lengths")
+            if array.dtype not in dtypes or array.ndim != 1:
+                names = " or ".join(str(np.dtype(dtype)) for dtype in dtypes)
+                raise ValueError(f"{name} must be one-dimensional {names}")
+        if len(self.weights) != len(self.tokens):
+            raise ValueError("weights must have one entry for every token")
         if self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
             raise ValueError("offsets must run from 0 to the number of tokens")
         if len(self) == 0:
             raise DataError("the data set holds no sequences")
+        _check_weights(self.weights)
         for bad, what in (
-            (self.prompt_lengths < 1, "prompt"),
+            ((self.prompt_lengths < 1) & (self.lengths > 0), "prompt"),
             (self.prompt_lengths >= self.lengths, "completion"),
         ):
             if bad.any():
@@ -65,37 +74,76 @@ class TokenSequences:
         for i, (prompt, completion) in enumerate(pairs):
             if not prompt or not completion:
                 raise DataError(f"sequence {i} has no {'completion' if prompt else 'prompt'} token")
-        lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+        lengths = np.array([len(ids) for pair in pairs for ids in pair], dtype=np.int64)
         flat = chain.from_iterable(chain.from_iterable(pairs))
         return cls(
-            np.fromiter(flat, dtype=np.int32, count=sum(lengths)),
-            np.cumsum([0, *lengths], dtype=np.int64),
-            np.array([len(prompt) for prompt, _ in pairs], dtype=np.int32),
+            np.fromiter(flat, dtype=np.int32, count=int(lengths.sum())),
+            np.concatenate([[0], np.cumsum(lengths)[1::2]]),
+            np.repeat(np.tile([False, True], len(pairs)), lengths),
         )
 
     @classmethod
+    def from_weighted(
+        cls, sequences: Sequence[tuple[Sequence[int], Sequence[float]]]
+    ) -> "TokenSequences":
+        """Build from (token ids, weight of each) pairs; ValueError for a weight below 0."""
+        for i, (ids, own) in enumerate(sequences):
+            if len(ids) != len(own):
+                raise ValueError(f"sequence {i} has {len(ids)} tokens and {len(own)} weights")
+        lengths = np.array([0, *(len(ids) for ids, _ in sequences)], dtype=np.int64)
+        all_ids = chain.from_iterable(ids for ids, _ in sequences)
+        all_weights = chain.from_iterable(own for _, own in sequences)
+        tokens = np.fromiter(all_ids, dtype=np.int32, count=int(lengths.sum()))
+        weights = np.fromiter(all_weights, dtype=np.float32, count=len(tokens))
+        is_whole = bool(np.isin(weights, (0, 1)).all())
+        return cls(tokens, np.cumsum(lengths), weights.astype(np.bool_) if is_whole else weights)
+
+    @classmethod
     def joined(cls, parts: Iterable["TokenSequences"]) -> "TokenSequences":
-        """Return the sequences of all parts, in their order; many tokens go to a file."""
+        """Return the sequences of all parts, in their order; many tokens go to files."""
         tokens = GrowingArray(np.int32, "the tokens")
-        lengths, prompt_lengths = [np.zeros(1, dtype=np.int64)], []
+        weights = GrowingArray(np.bool_, "the weights of the tokens")
+        lengths = [np.zeros(1, dtype=np.int64)]
         for part in parts:
+            if part.weights.dtype == np.float32:
+                weights = weights.widened(np.float32)
             tokens.append(part.tokens)
+            weights.append(part.weights)
             lengths.append(part.lengths)
-            prompt_lengths.append(part.prompt_lengths)
         offsets = np.cumsum(np.concatenate(lengths), dtype=np.int64)
-        return cls(tokens.finished(), offsets, np.concatenate(prompt_lengths))
+        return cls(tokens.finished(), offsets, weights.finished())
+
+    def truncated(self, n_tokens: int) -> "TokenSequences":
+        """Return every sequence cut to `n_tokens` >= 2 tokens at most.
+
+        The tail goes first. Where the prompt alone is as long, so does its head: the first trained
+        token stays.
+        """
+        start = np.maximum(self.prompt_lengths + 1 - n_tokens, 0)
+        place = np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], self.lengths)
+        place -= np.repeat(start, self.lengths)
+        inside = (place >= 0) & (place < n_tokens)
+        lengths = np.minimum(self.lengths - start, n_tokens)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return TokenSequences(self.tokens[inside], offsets, self.weights[inside])
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return len(self.offsets) - 1
 
     def length(self, i: int) -> int:
-        """Return the tokens of sequence i, prompt and completion."""
+        """Return the number of tokens of sequence i."""
         return int(self.offsets[i + 1] - self.offsets[i])
 
     @cached_property
     def lengths(self) -> Ints:
         """Tokens of every sequence, (n,) int64."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def prompt_lengths(self) -> NDArray[np.int32]:
+        """Tokens before the first trained one of every sequence, (n,); all where none is."""
+        first = np.minimum(_first_trained(self.weights, self.offsets[:-1]), self.offsets[1:])
+        return (first - self.offsets[:-1]).astype(np.int32)
 
     @cached_property
     def ranks(self) -> tuple[Ints, Ints]:
@@ -107,6 +155,32 @@ class TokenSequences:
         """The sequences in the order of their contexts, and what each shares with the last."""
         order = np.argsort(self.ranks[1], kind="stable")
         return order, common_with_previous(self, order)
+
+
+def _check_weights(weights: Weights) -> None:
+    """Raise ValueError for a weight that is negative or not finite."""
+    if weights.dtype == np.bool_:
+        return
+    for start in range(0, len(weights), _BLOCK_TOKENS):
+        block = weights[start : start + _BLOCK_TOKENS]
+        if not ((block >= 0) & (block < np.inf)).all():
+            raise ValueError("weights must be finite numbers and none below 0")
+
+
+def _first_trained(weights: Weights, starts: Ints) -> Ints:
+    """Return the place of the first weight that is not 0 from each of `starts` on, (n,).
+
+    starts (n,) ascend; where there is no such weight the place is len(weights).
+    """
+    places = np.full(len(starts), len(weights))
+    later = len(weights)  # the first one behind the block
+    for begin in reversed(range(0, len(weights), _BLOCK_TOKENS)):
+        trained = begin + np.flatnonzero(weights[begin : begin + _BLOCK_TOKENS])
+        trained = np.append(trained, later)
+        first, last = np.searchsorted(starts, (begin, begin + _BLOCK_TOKENS))
+        places[first:last] = trained[np.searchsorted(trained, starts[first:last])]
+        later = int(trained[0])
+    return places
 
 
 def gather(

@@ -23,7 +23,7 @@ from swlora.kernels.tree_attention import TreeLayout
 from swlora.loss_sum import LossSum
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
-from swlora.training.plain import completion_loss, pad
+from swlora.training.plain import pad, weighted_loss
 from swlora.training.step import tree_nats
 
 SEQUENCES_AT_ONCE = 64
@@ -31,7 +31,7 @@ PADDED_AT_ONCE = 8
 
 
 def dataset_loss(model: Any, sequences: TokenSequences, progress: Progress) -> LossSum:
-    """Return the summed loss over the completion tokens of all sequences."""
+    """Return the summed loss over the trained tokens of all sequences."""
     one_group = np.zeros(len(sequences), dtype=np.int64)
     return grouped_losses(model, sequences, one_group, progress)[0]
 
@@ -41,7 +41,7 @@ def dataset_loss(model: Any, sequences: TokenSequences, progress: Progress) -> L
 def grouped_losses(
     model: Any, sequences: TokenSequences, group_of: Ints, progress: Progress
 ) -> list[LossSum]:
-    """Return the summed loss over the completion tokens of every group of sequences.
+    """Return the summed loss over the trained tokens of every group of sequences.
 
     group_of: (n,) int64, the group of each sequence; groups are numbered from 0 without gaps.
     `model` is a causal language model or a PeftModel around one; tree rows are used where the
@@ -87,7 +87,7 @@ def _padded_loss(model: Any, sequences: TokenSequences, ids: Ints) -> LossSum:
     total = LossSum()
     for start in range(0, len(ids), PADDED_AT_ONCE):
         batch = pad(sequences, ids[start : start + PADDED_AT_ONCE], model.device)
-        loss, n_tokens = completion_loss(model, batch)
+        loss, n_tokens = weighted_loss(model, batch)
         total += LossSum(float(loss), n_tokens)
     return total
 

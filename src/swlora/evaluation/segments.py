@@ -15,7 +15,7 @@ from swlora.errors import UserError
 from swlora.evaluation.bootstrap import score_intervals
 from swlora.evaluation.scores import Rows, SegmentStatistics
 from swlora.files import write_text
-from swlora.loss_sum import LossSum
+from swlora.loss_sum import LossSum, as_count
 
 FILE = "segments.json"
 _ROWS = ("bleu", "nist", "meteor", "rouge_l", "cider")
@@ -57,7 +57,7 @@ class Segments:
             "meteor_reason": s.meteor_reason,
             "tokenizer": s.tokenizer,
             "sum_nats": self.sum_nats.tolist(),
-            "n_tokens": self.n_tokens.astype(np.int64).tolist(),
+            "n_tokens": [as_count(n) for n in self.n_tokens.tolist()],
             **{name: None if value is None else value.tolist() for name, value in rows.items()},
         }
         write_text(folder / FILE, json.dumps(values, allow_nan=False) + "\n")

@@ -25,7 +25,7 @@ class Totals:
 
     step: int = 0
     rows: int = 0
-    tokens: int = 0
+    tokens: float = 0  # by their weights
     elapsed_s: float = 0.0
 
 

@@ -102,7 +102,7 @@ def profile(
         step(steps[0])  # memory and kernels warm up
         _clear(parameters)
         whole_s = frozen_s = head_s = 0.0
-        n_tokens = n_rows = 0
+        n_tokens, n_rows = 0.0, 0
         for rows in steps:  # each is timed in parts at once, lest the machine change in between
             adapt_threads()
             start_s = time.perf_counter()
@@ -140,7 +140,7 @@ def _partial_times_s(step: TreeStep, rows: Step) -> tuple[float, float]:
     return frozen_s, head_s
 
 
-def _gradient_norms(split: SplitModel, parameters: Sequence[Any], n_tokens: int) -> list[float]:
+def _gradient_norms(split: SplitModel, parameters: Sequence[Any], n_tokens: float) -> list[float]:
     """Return the L1 norm of the gradient in each block, a token."""
     blocks = split.anatomy.blocks
     layer_of = {id(p): layer for layer, block in enumerate(blocks) for p in block.parameters()}

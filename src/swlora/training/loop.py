@@ -1,11 +1,11 @@
 """The training loop: steps of whole data-set rows, AdamW, exact resume.
 
-    gradient of a step = (sum over its completion tokens of the loss gradient) / (their number)
+    gradient of a step = (sum over its trained tokens of the loss gradient) / (their number)
                          + gradient of the method's own term, where it has one
 
-so that no result depends on how a step is padded or split. The step function is given: it adds
-the gradient of the summed loss and returns that loss. Reported losses are without the method's own
-term.
+so that no result depends on how a step is padded or split; a token of weight w counts w times in
+both. The step function is given: it adds the gradient of the summed loss and returns that loss.
+Reported losses are without the method's own term.
 """
 
 import math

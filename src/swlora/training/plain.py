@@ -1,6 +1,6 @@
 """The plain training step: a padded batch, the transformers forward, cross-entropy.
 
-    L = sum over completion tokens of -log p(token | everything before it)
+    L = sum over trained tokens of weight * -log p(token | everything before it)
 
 Sequences whose rotary frequencies differ by their length have batches of their own.
 
@@ -17,17 +17,21 @@ from torch.nn import functional as F
 
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels.rotary import RotaryLengths
-from swlora.loss_sum import LossSum
+from swlora.loss_sum import LossSum, as_count
 
 IGNORED = -100
 
 
 class PaddedBatch(NamedTuple):
-    """Right-padded sequences: ids, mask and labels of shape (B, T); labels -100 are not scored."""
+    """Right-padded sequences: ids, mask, labels and their weights (float32), of shape (B, T).
+
+    Labels of -100 are not scored; their weight is 0.
+    """
 
     token_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    weights: Tensor
 
 
 class PlainStep:
@@ -46,7 +50,7 @@ class PlainStep:
         total = LossSum()
         for ids in self._rotary.sides(np.concatenate(list(rows)), self.sequences.lengths):
             batch = pad(self.sequences, ids, self.model.device)
-            loss, n_tokens = completion_loss(self.model, batch, self.label_smoothing)
+            loss, n_tokens = weighted_loss(self.model, batch, self.label_smoothing)
             torch.autograd.backward(loss)
             total += LossSum(float(loss.detach()), n_tokens)
         return total
@@ -56,35 +60,34 @@ class PlainStep:
 
 
 def pad(sequences: TokenSequences, ids: np.ndarray, device: Any) -> PaddedBatch:
-    """Right-pad the sequences `ids` to the longest of them; labels cover completions only."""
+    """Right-pad the sequences `ids` to the longest of them; labels cover trained tokens only."""
     lengths = [sequences.length(int(i)) for i in ids]
     shape = (len(ids), max(lengths))
     token_ids = torch.zeros(shape, dtype=torch.long)
     attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED, dtype=torch.long)
+    weights = torch.zeros(shape)
     for b, (i, length) in enumerate(zip(ids, lengths, strict=True)):
-        start = int(sequences.offsets[i])
-        tokens = torch.from_numpy(sequences.tokens[start : start + length].astype(np.int64))
-        token_ids[b, :length] = tokens
+        part = slice(int(sequences.offsets[i]), int(sequences.offsets[i]) + length)
+        token_ids[b, :length] = torch.from_numpy(sequences.tokens[part].astype(np.int64))
         attention_mask[b, :length] = 1
-        prompt_length = int(sequences.prompt_lengths[i])
-        labels[b, prompt_length:length] = tokens[prompt_length:]
-    return PaddedBatch(token_ids.to(device), attention_mask.to(device), labels.to(device))
+        weights[b, :length] = torch.from_numpy(sequences.weights[part].astype(np.float32))
+    labels = token_ids.masked_fill(weights == 0, IGNORED)
+    return PaddedBatch(*(x.to(device) for x in (token_ids, attention_mask, labels, weights)))
 
 
-def completion_loss(
+def weighted_loss(
     model: Any, batch: PaddedBatch, label_smoothing: float = 0.0
-) -> tuple[Tensor, int]:
-    """Return (summed loss in nats, number of scored tokens); reductions in float32."""
+) -> tuple[Tensor, float]:
+    """Return (summed loss in nats, sum of the weights); reductions in float32."""
     logits = model(
         input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False
     ).logits[:, :-1]
-    targets = batch.labels[:, 1:]
-    loss = F.cross_entropy(
+    losses = F.cross_entropy(
         (logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1),
-        targets.flatten(),
+        batch.labels[:, 1:].flatten(),
         ignore_index=IGNORED,
-        reduction="sum",
+        reduction="none",
         label_smoothing=label_smoothing,
     )
-    return loss, int((targets != IGNORED).sum())
+    weights = batch.weights[:, 1:].flatten()
+    return (losses * weights).sum(), as_count(float(weights.sum(dtype=torch.float64)))

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from swlora.hub import cached_file, hub_reachable
+from swlora.hub import OFFLINE_VARIABLES, cached_file, hub_reachable, offline_variable
 
 
 @pytest.fixture
 def online(monkeypatch):
     """A function: what the Hub answers, a status or an error -> the questions asked."""
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for variable in OFFLINE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
     hub_reachable.cache_clear()
     questions: list[tuple[str, float]] = []
 
@@ -52,11 +53,23 @@ def test_answers(answer, expected, online):
 
 
 @pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
-def test_offline_mode_asks_nobody(value, online, monkeypatch):
+@pytest.mark.parametrize(
+    "variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"]
+)
+def test_offline_mode_asks_nobody(variable, value, online, monkeypatch):
     questions = online(200)
-    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    monkeypatch.setenv(variable, value)
+    assert offline_variable() == variable
     assert hub_reachable() is False
     assert questions == []
+
+
+def test_a_variable_that_is_off_changes_nothing(online, monkeypatch):
+    online(200)
+    for variable in OFFLINE_VARIABLES:
+        monkeypatch.setenv(variable, "0")
+    assert offline_variable() is None
+    assert hub_reachable() is True
 
 
 def test_files_of_the_cache(tmp_path, monkeypatch):

@@ -8,6 +8,17 @@ from functools import cache
 
 from swlora.errors import UserError
 
+# Those of huggingface_hub, transformers and datasets; any of them keeps all of swlora offline.
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+def offline_variable() -> str | None:
+    """Return the environment variable that asks for offline mode; None where none does."""
+    for name in OFFLINE_VARIABLES:
+        if os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"}:
+            return name
+    return None
+
 
 @cache
 def hub_reachable(timeout_s: float = 5.0) -> bool:
@@ -15,7 +26,7 @@ def hub_reachable(timeout_s: float = 5.0) -> bool:
 
     A proxy that refuses the way there (403, 407) counts as no answer.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
+    if offline_variable():
         return False
     from huggingface_hub import constants, get_session
 

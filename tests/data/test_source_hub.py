@@ -14,6 +14,7 @@ from swlora.config import DEFAULT_DATASET, DataSpec
 from swlora.data import sources
 from swlora.data.sources import HubUnreachableError, load_dataset
 from swlora.errors import DataError, UserError
+from swlora.hub import OFFLINE_VARIABLES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 pytestmark = pytest.mark.usefixtures("no_settings_from_outside")
@@ -102,7 +103,7 @@ def test_bad_rows_of_the_hub(monkeypatch):
     assert load_dataset(DataSpec(skip_bad_rows=True)).n_skipped_rows == 1
 
 
-@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+@pytest.mark.parametrize("variable", OFFLINE_VARIABLES)
 def test_offline_goes_straight_to_the_sample(monkeypatch, variable):
     calls = fake_hub(monkeypatch, lambda: COMMIT)
     monkeypatch.setenv(variable, "1")

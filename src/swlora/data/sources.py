@@ -20,6 +20,7 @@ from swlora.data.examples import Example, chosen, kept, make_example
 from swlora.data.rows import E2E_COLUMNS, READERS, collect_rows, read_rows
 from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
+from swlora.hub import offline_variable
 from swlora.library_noise import quiet_libraries
 from swlora.settings import flag_name
 
@@ -237,9 +238,8 @@ def _load_hub(skip_bad_rows: bool) -> Dataset:
 
 def _hub_commit() -> str:
     """Resolve the Parquet branch to a commit, by one short request that shows if we are online."""
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
-        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise HubUnreachableError(f"the Hub cannot be reached: {variable} is set")
+    if variable := offline_variable():
+        raise HubUnreachableError(f"the Hub cannot be reached: {variable} is set")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 

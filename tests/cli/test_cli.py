@@ -19,6 +19,7 @@ from swlora.layer_policy import parse_policy
 from swlora.runs import read_run
 
 VERBS = ["identify", "train", "eval", "train-eval", "score", "generate"]
+OTHERS = ["compare", "chat", "serve", "cache"]  # which leave no run folder
 RUN_VERBS = ["identify", "train", "eval", "train-eval"]
 
 
@@ -71,15 +72,46 @@ def test_help_names_every_layer_policy(verb, swlora, monkeypatch):
     assert "every:4" in line and "random:4:SEED" in line
 
 
-def test_the_shell_is_told_how_a_word_goes_on():
+@pytest.mark.parametrize("verb", OTHERS)
+def test_every_other_verb_shows_an_example_too(verb, swlora):
+    done = swlora(verb, "--help")
+    assert done.code == 0
+    assert re.search(rf"Example:\s+`?swlora {verb} --", done.out)
+    assert "--debug" in done.out
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("swlora tra", ["train", "train-eval"]),
+        ("swlora train --lea", ["--learning-rate"]),
+        ("swlora eval --deb", ["--debug"]),
+    ],
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_is_told_how_a_word_goes_on(shell, typed, offered):
     asked = {
-        "_SWLORA_COMPLETE": "complete_bash",
-        "COMP_WORDS": "swlora train --lea",
-        "COMP_CWORD": "2",
+        "_SWLORA_COMPLETE": f"complete_{shell}",
+        **{"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))},  # bash
+        "_TYPER_COMPLETE_ARGS": typed,
+        **{"_TYPER_COMPLETE_FISH_ACTION": "get-args"},
     }
     command = [sys.executable, "-m", "swlora"]
     done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True)
-    assert done.stdout.split() == ["--learning-rate"]
+    words = re.findall(r'"([^"]+)":"' if shell == "zsh" else r"^(\S+)", done.stdout, re.MULTILINE)
+    assert words == offered
+
+
+def test_completion_can_be_shown_and_installed(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    for flag in ("--show-completion", "--install-completion"):
+        command = [sys.executable, "-m", "swlora", flag, "bash"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        if flag == "--show-completion":
+            script = done.stdout.strip()
+    assert "_SWLORA_COMPLETE=complete_bash" in script
+    assert (tmp_path / ".bash_completions" / "swlora.sh").read_text().strip() == script
+    assert "swlora.sh" in (tmp_path / ".bashrc").read_text()
 
 
 def test_no_verb_at_all(swlora):

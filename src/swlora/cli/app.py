@@ -19,6 +19,7 @@ from swlora.cli.flags import (
     MODEL,
     SEED,
     SERVE,
+    TEXT,
     TRAIN,
 )
 from swlora.cli.process import no_library_notes, sigterm_interrupts
@@ -187,7 +188,7 @@ def score(
     invocation.finish(result)
 
 
-@verb("generate", OUTPUT_IF_ASKED, CONFIG, JSON, settings=(*MODEL, *DECODE, *SEED))
+@verb("generate", OUTPUT_IF_ASKED, CONFIG, JSON, settings=(*MODEL, *TEXT, *SEED))
 def generate(
     invocation: Invocation,
     prompt: Annotated[str, typer.Option(help="the text to continue, or the message to answer")],

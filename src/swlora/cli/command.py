@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from swlora.cli.disk import say_what_is_left
+from swlora.cli.effects import check_effects
 from swlora.cli.failure import failure_in_one_line
 from swlora.cli.flags import setting_options
 from swlora.cli.process import no_library_notes, sigterm_interrupts
@@ -66,8 +67,17 @@ class Invocation:
 
     @cached_property
     def spec(self) -> RunSpec:
-        """The settings of the file and the flags, as one configuration."""
-        return load_spec(self.config, self.flags)
+        """The settings of the file and the flags, as one configuration.
+
+        Raises UserError for flags that would do nothing.
+        """
+        spec = load_spec(self.config, self.flags)
+        check_effects(self.command, spec, self._given)
+        return spec
+
+    @property
+    def _given(self) -> list[str]:
+        return [setting for setting, value in self.flags.items() if value is not None]
 
     @cached_property
     def progress(self) -> "Progress":
@@ -100,11 +110,10 @@ class Invocation:
         """Return --output; UserError where it is missing, or beside settings of its own."""
         if self.output is None:
             raise UserError("--resume needs the run's folder: --output DIR")
-        given = [path for path, value in self.flags.items() if value is not None]
-        if self.config is not None or given:
+        if self.config is not None or self._given:
             raise UserError(
                 "--resume continues with the settings in the run's config.yaml; "
-                f"leave out {'--config' if self.config else flag_name(given[0])}"
+                f"leave out {'--config' if self.config else flag_name(self._given[0])}"
             )
         return self.output
 

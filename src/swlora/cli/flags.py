@@ -32,6 +32,7 @@ DATA = tuple(name for name in _fields("data") if name not in EVALUATION)
 EVAL_DATA = tuple(name for name in DATA if not name.startswith("data.train_"))
 IDENTIFY, ADAPTER = _fields("identify"), _fields("adapter")
 TRAIN, DECODE = _fields("train"), _fields("decode")
+TEXT = tuple(name for name in DECODE if name != "decode.batch_size")  # of a single prompt
 SERVE = _fields("serve")
 SEED = ("seed",)
 

@@ -1,0 +1,87 @@
+"""Flags that would do nothing beside the others that were given: they are refused.
+
+A configuration file may hold settings that a command leaves alone, since one file serves several.
+"""
+
+from collections.abc import Callable, Collection
+
+from swlora.config import LORA_SETTINGS, METHOD_SETTINGS, RunSpec
+from swlora.errors import UserError
+from swlora.layer_policy import parse_policy
+from swlora.settings import flag_name, setting_names
+
+Reason = Callable[[str, RunSpec], str | None]  # of a command: why a flag does nothing, if so
+
+
+def check_effects(command: str, spec: RunSpec, given: Collection[str]) -> None:
+    """Raise UserError where a flag of a command would do nothing.
+
+    given: the dotted names of settings that came from flags, which `spec` holds already.
+    """
+    idle: dict[str, list[str]] = {}
+    for setting in given:
+        if setting in _REASONS and (reason := _REASONS[setting](command, spec)):
+            idle.setdefault(reason, []).append(flag_name(setting))
+    if idle:
+        said = (f"{reason}; leave out {', '.join(flags)}" for reason, flags in idle.items())
+        raise UserError("; ".join(said))
+
+
+def _no_search(command: str, spec: RunSpec) -> str | None:
+    policy = parse_policy(spec.adapter.layers)
+    if command == "identify" or policy.kind in ("super", "super+removal"):
+        return None
+    return f"--layers {policy.text} looks for no super weight (super and super+removal do)"
+
+
+def _no_prefix_cache(_command: str, spec: RunSpec) -> str | None:
+    policy = parse_policy(spec.adapter.layers)
+    if policy.kind in ("all", "first") or (policy.kind == "list" and 0 in policy.numbers):
+        return f"--layers {policy.text} adapts the first layer, below which there are no states"
+    return "--engine plain keeps no states" if spec.train.engine == "plain" else None
+
+
+def _padded(_command: str, spec: RunSpec) -> str | None:
+    return "--engine plain runs a step as one batch" if spec.train.engine == "plain" else None
+
+
+def _no_held_out_loss(command: str, spec: RunSpec) -> str | None:
+    if command == "train" and spec.train.eval_every_steps == 0:
+        return "train uses no held-out row with --eval-every-steps 0"
+    return None
+
+
+def _greedy(command: str, spec: RunSpec) -> str | None:
+    samples_by_default = command == "chat" and "temperature" not in spec.decode.model_fields_set
+    if spec.decode.temperature > 0 or samples_by_default:
+        return None
+    return "nothing is drawn at random with --temperature 0"
+
+
+def _measured_in_float32(command: str, spec: RunSpec) -> str | None:
+    if command == "identify" and spec.model.dtype == "bfloat16":
+        return "identify measures weights in float32"
+    return None
+
+
+def _of_another_method(setting: str) -> Reason:
+    def reason(_command: str, spec: RunSpec) -> str | None:
+        taken = METHOD_SETTINGS.get(spec.adapter.method, LORA_SETTINGS)
+        return None if setting in taken else f"--method {spec.adapter.method} has no such setting"
+
+    return reason
+
+
+_REASONS: dict[str, Reason] = {
+    "model.dtype": _measured_in_float32,
+    "data.eval_split": _no_held_out_loss,
+    "data.eval_prompts": _no_held_out_loss,
+    "train.row_tokens": _padded,
+    "train.cache_gb": _no_prefix_cache,
+    "decode.top_p": _greedy,
+    **{name: _no_search for name in setting_names(RunSpec) if name.startswith("identify.")},
+    **{
+        f"adapter.{name}": _of_another_method(name)
+        for name in LORA_SETTINGS.union(*METHOD_SETTINGS.values())
+    },
+}

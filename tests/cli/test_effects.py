@@ -1,0 +1,103 @@
+"""A flag that would do nothing is refused in one line, and taken where it does something."""
+
+from pathlib import Path
+
+import pytest
+
+from swlora.cli.effects import check_effects
+from swlora.config import load_spec
+
+NO_SEARCH = "looks for no super weight (super and super+removal do); leave out"
+FIRST = "adapts the first layer, below which there are no states; leave out --cache-gb"
+PLAIN = "--engine plain"
+GREEDY = "nothing is drawn at random with --temperature 0; leave out --top-p"
+HELD_OUT = "train uses no held-out row with --eval-every-steps 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        (["--windows", 2], f"--layers all {NO_SEARCH} --windows"),
+        (["--layers", "last:2", "--controls", 5], f"--layers last:2 {NO_SEARCH} --controls"),
+        (
+            ["--layers", "auto:0.5", "--prompt", "a", "--text", "t.txt", "--window-tokens", 32],
+            f"--layers auto:0.5 {NO_SEARCH} --prompt, --text, --window-tokens",
+        ),
+        (["--layers", "2", "--max-candidates", 8], f"--layers 2 {NO_SEARCH} --max-candidates"),
+        (["--cache-gb", 1], f"--layers all {FIRST}"),
+        (["--layers", "first:2", "--cache-gb", 0], f"--layers first:2 {FIRST}"),
+        (["--layers", "2,0", "--cache-gb", 1], f"--layers 2,0 {FIRST}"),
+        (
+            ["--layers", 2, "--engine", "plain", "--cache-gb", 1],
+            f"{PLAIN} keeps no states; leave out --cache-gb",
+        ),
+        (
+            ["--engine", "plain", "--row-tokens", 64],
+            f"{PLAIN} runs a step as one batch; leave out --row-tokens",
+        ),
+        (
+            ["--method", "full", "--rank", 4],
+            "--method full has no such setting; leave out --rank",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "train-eval"])
+def test_training(verb, arguments, mistake, swlora):
+    assert swlora(verb, *arguments).mistake == mistake
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        (
+            ["identify", "--dtype", "bfloat16"],
+            "identify measures weights in float32; leave out --dtype",
+        ),
+        (
+            ["train", "--eval-every-steps", 0, "--split", "test", "--eval-prompts", 2],
+            f"{HELD_OUT}; leave out --split, --eval-prompts",
+        ),
+        (
+            ["train", "--engine", "plain", "--row-tokens", 64, "--windows", 1],
+            f"{PLAIN} runs a step as one batch; leave out --row-tokens; "
+            f"--layers all {NO_SEARCH} --windows",
+        ),
+        *(
+            ([*verb, "--top-p", 0.5], GREEDY)
+            for verb in (["eval"], ["train-eval"], ["generate", "--prompt", "x"])
+        ),
+        (["chat", "--temperature", 0, "--top-p", 0.5], GREEDY),
+        (["generate", "--prompt", "x", "--eval-batch-size", 2], None),
+    ],
+)
+def test_other_verbs(arguments, mistake, swlora):
+    said = swlora(*arguments).mistake
+    assert said == mistake or (mistake is None and "No such option: --eval-batch-size" in said)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("train", {"adapter.layers": "super", "identify.windows": 1, "train.cache_gb": 1}),
+        ("train-eval", {"adapter.layers": "super+removal", "identify.controls": 3}),
+        ("train", {"adapter.layers": "last:2", "train.cache_gb": 1, "train.row_tokens": 64}),
+        ("train", {"train.eval_rows": 4, "data.eval_split": "test", "data.eval_prompts": 2}),
+        ("train", {"adapter.method": "full", "train.row_tokens": 64}),
+        ("train", {"adapter.method": "dora", "adapter.rank": 4}),
+        ("train-eval", {"train.eval_every_steps": 0, "data.eval_split": "test"}),
+        ("identify", {"identify.windows": 1, "model.dtype": "float32"}),
+        ("generate", {"decode.temperature": 0.5, "decode.top_p": 0.5}),
+        ("chat", {"decode.top_p": 0.5}),
+    ],
+)
+def test_flags_that_do_something_are_taken(command, flags):
+    check_effects(command, load_spec(None, flags), flags)
+
+
+def test_a_file_may_hold_what_a_command_leaves_alone(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("identify: {windows: 1}\ndecode: {top_p: 0.5}\ntrain: {cache_gb: 1}\n")
+    check_effects("train", load_spec(path, {"seed": 1}), ["seed"])
+    with_flag = load_spec(path, {"adapter.layers": "last:1"})
+    check_effects("train", with_flag, ["adapter.layers"])

@@ -36,7 +36,7 @@ def test_nothing_given_is_the_defaults(tmp_path):
 def test_flags_win_over_the_file(tmp_path):
     (tmp_path / "c.yaml").write_text("adapter: {rank: 8, layers: 'last:2'}\nseed: 3\n")
     spec = load_spec(tmp_path / "c.yaml", {"adapter.rank": 16, "train.epochs": 2, "seed": None})
-    assert (spec.adapter.rank, spec.adapter.layers, spec.train.epochs, spec.seed) == (
+    assert (spec.adapter.rank, str(spec.adapter.layers), spec.train.epochs, spec.seed) == (
         16,
         "last:2",
         2,
@@ -71,13 +71,13 @@ def test_names_by_comma_and_by_repetition(given_, expected):
 )
 def test_layers_by_comma_and_by_repetition(given_, expected):
     assert join_list(given_) == expected
-    assert load_spec(None, {"adapter.layers": given_}).adapter.layers == expected
+    assert str(load_spec(None, {"adapter.layers": given_}).adapter.layers) == expected
 
 
 def test_layers_in_yaml_need_no_quotes(tmp_path):
     for text, expected in (("2", "2"), ("[2, 11]", "2,11"), ("last:2", "last:2"), ("all", "all")):
         (tmp_path / "c.yaml").write_text(f"adapter: {{layers: {text}}}\n")
-        assert load_spec(tmp_path / "c.yaml", {}).adapter.layers == expected
+        assert str(load_spec(tmp_path / "c.yaml", {}).adapter.layers) == expected
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_impossible_settings(text, said, tmp_path):
 def test_settings_that_belong_to_the_method(adapter, tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"adapter": adapter}))
     spec = load_spec(tmp_path / "c.yaml", {})
-    assert {name: getattr(spec.adapter, name) for name in adapter} == adapter
+    assert spec.adapter.model_dump(include=set(adapter)) == adapter
     (tmp_path / "again.yaml").write_text(dump_yaml(spec))
     assert load_spec(tmp_path / "again.yaml", {}) == spec
 

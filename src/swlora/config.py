@@ -16,14 +16,17 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
     SecretStr,
     StringConstraints,
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from swlora.errors import UserError
-from swlora.layer_policy import parse_policy
+from swlora.layer_policy import LayerPolicy, parse_policy
 from swlora.settings import explain, flag_name
 
 DEFAULT_MODEL = "openai-community/gpt2"
@@ -68,15 +71,21 @@ PromptList = Annotated[
 ]
 
 
-def checked_policy(value: str) -> str:
-    """Return a layer policy without spaces; ValueError where it is none."""
+def read_policy(value: object) -> LayerPolicy:
+    """Return the layer policy that a text is; ValueError where it is none."""
+    if isinstance(value, LayerPolicy):
+        return value
+    if not isinstance(value, str):
+        raise PydanticKnownError("string_type")
     try:
-        return parse_policy(value).text
+        return parse_policy(value)
     except UserError as error:
         raise ValueError(str(error)) from error
 
 
-LayerPolicyText = Annotated[str, BeforeValidator(join_list), AfterValidator(checked_policy)]
+Layers = Annotated[
+    LayerPolicy, PlainValidator(read_policy), PlainSerializer(str), BeforeValidator(join_list)
+]
 
 
 def checked_device(value: str) -> str:
@@ -175,8 +184,8 @@ class AdapterSpec(Spec):
         default=None, ge=0, lt=1, description="supertuning: share left frozen [default: 0.99]"
     )
     targets: NameList = Field(default_factory=lambda: ["all-linear"], min_length=1)
-    layers: LayerPolicyText = Field(
-        default="all",
+    layers: Layers = Field(
+        default=parse_policy("all"),
         description="all, super (found and proved first), super+removal, auto:0.5 (half of the "
         "time, or all where a trial finds that worse), last:4, first:4, every:4 (evenly spaced), "
         "random:4:SEED, 2,11",

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from swlora.adapters.layers import needs_identification
 from swlora.config import SAMPLE_DATASET, RunSpec
 from swlora.data.sources import Dataset, load_dataset
 from swlora.data.token_sequences import TokenSequences
@@ -27,9 +26,8 @@ class Job:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model, in float32 where identification comes first (its weights are measured)."""
-        exact = self.run.facts["command"] == "identify" or needs_identification(
-            self.spec.adapter.layers
-        )
+        policy = self.spec.adapter.layers
+        exact = self.run.facts["command"] == "identify" or policy.needs_identification
         with self.timed("load_model"), self.progress.task("load the model"):
             loaded = load_model(self.spec.model, dtype="float32" if exact else None)
         self.progress.say(f"model: {loaded.source}")

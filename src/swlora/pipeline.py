@@ -9,16 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swlora.adapters.layers import (
-    Identified,
-    layer_ranges,
-    needs_identification,
-    resolve_layers,
-    time_budget,
-)
 from swlora.data.examples import Example
 from swlora.data.token_sequences import TokenSequences
 from swlora.job import Job
+from swlora.layer_policy import VerifiedLayers, layer_ranges
 from swlora.loss_sum import LossSum
 from swlora.memory import peak_memory_bytes
 from swlora.models.identity import identify_base, weights_sample_sha256
@@ -176,13 +170,13 @@ def check_adapter(job: Job, n_steps: int) -> None:
     from swlora.training import layer_choice
 
     spec, anatomy = job.spec, Anatomy(job.loaded.model)
-    layers = [0]  # of those that are found later: as good as any to look at
-    if needs_identification(spec.adapter.layers):
+    policy = spec.adapter.layers
+    if policy.needs_identification:
         identification.check(job.loaded, spec.identify)
-    elif time_budget(spec.adapter.layers) is not None:
+    elif policy.time_budget is not None:
         layer_choice.check_family(anatomy)
-    else:
-        layers = resolve_layers(spec.adapter.layers, anatomy.n_layers)
+    # Layers that are found later have the shapes of the first.
+    layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
     check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
 
 
@@ -192,14 +186,14 @@ def choose_layers(job: Job) -> list[int]:
     from swlora.models.precision import cast_parameters, resolve_dtype
 
     policy, model = job.spec.adapter.layers, job.loaded.model
-    if (budget := time_budget(policy)) is not None:
-        return measure_layers(job, budget)
-    found = None
-    if needs_identification(policy):
+    if policy.time_budget is not None:
+        return measure_layers(job, policy.time_budget)
+    verified = None
+    if policy.needs_identification:
         result = identify(job)
-        found = Identified(result["layers"], result["removal_layers"])
+        verified = VerifiedLayers(result["layers"], result["removal_layers"])
         cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device.type))
-    return resolve_layers(policy, Anatomy(model).n_layers, found)
+    return policy.resolve(Anatomy(model).n_layers, verified)
 
 
 def measure_layers(job: Job, budget: float) -> list[int]:

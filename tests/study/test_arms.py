@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from swlora.adapters.layers import resolve_layers
 from swlora.errors import UserError
 from swlora.study.arms import add_controls, arms_of, chosen_arms, expected_controls
 from swlora.study.spec import StudySpec
@@ -33,7 +32,7 @@ def test_a_run_of_an_arm():
     (arm,) = arms_of(spec, N_LAYERS)
     run = arm.run_spec(seed=4, rate=0.5)
     assert (run.seed, run.train.learning_rate) == (4, 0.5)
-    assert (run.adapter.layers, run.adapter.rank) == ("10,11", 3)
+    assert (str(run.adapter.layers), run.adapter.rank) == ("10,11", 3)
     assert (arm.rates, arm.seeds) == ((0.5,), (0, 4))
 
 
@@ -46,12 +45,12 @@ def test_controls_of_a_found_arm():
     for arm in arms[2:]:
         assert arm.control_of == "super"
         assert len(arm.layers) == 3
-        assert list(arm.layers) == resolve_layers(arm.policy, N_LAYERS)
+        assert list(arm.layers) == arm.policy.resolve(N_LAYERS)
         assert (arm.seeds, arm.rates) == (arms[1].seeds, arms[1].rates)
         assert arm.run_spec(seed=4, rate=1.0).train == arms[1].run_spec(seed=4, rate=1.0).train
         assert arm.settings.adapter.rank == 5
     assert len({arm.layers for arm in arms}) == len(arms)
-    assert [arm.policy for arm in arms[-2:]] == ["last:3", "every:3"]
+    assert [str(arm.policy) for arm in arms[-2:]] == ["last:3", "every:3"]
 
 
 def test_expected_controls_have_the_names_of_those_to_come():

@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from swlora.study.tables import csv_table, layer_ranges, markdown_table, number, span
+from swlora.study.tables import csv_table, markdown_table, number, span
 
 
 @pytest.mark.parametrize(
@@ -22,10 +22,8 @@ def test_numbers(value: float | None, digits: int, sign: bool, text: str) -> Non
     assert number(value, digits, sign=sign) == text
 
 
-def test_intervals_and_layers() -> None:
+def test_intervals() -> None:
     assert span((-1.0, 2.0), 2, sign=True) == "[−1.00, +2.00]"
-    assert layer_ranges([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8"
-    assert layer_ranges([]) == ""
 
 
 def test_a_cell_cannot_break_the_table() -> None:

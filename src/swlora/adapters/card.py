@@ -13,6 +13,7 @@ import yaml
 from swlora.config import LORA_SETTINGS, METHOD_SETTINGS, AdapterSpec, RunSpec
 from swlora.data.examples import Example
 from swlora.data.sources import Dataset
+from swlora.layer_policy import Kind, parse_policy
 from swlora.models.identity import BaseModel
 from swlora.runs import package_versions
 
@@ -28,7 +29,7 @@ TITLES = {
     "full": "Full-rank",
     "supertuning": "Super-Tuning",
 }
-POLICIES = {
+POLICIES: dict[Kind, str] = {
     "all": "all that the model has",
     "super": "those in which `swlora identify` verified a super weight",
     "super+removal": "those with a verified super weight, and those that take its activation away",
@@ -37,6 +38,7 @@ POLICIES = {
     "first": "asked for as the first ones",
     "every": "asked for as evenly spaced",
     "random": "drawn at random, as a control",
+    "list": "a list that was asked for",
 }
 SAMPLED_ROWS = 1000
 
@@ -53,7 +55,7 @@ def training_facts(spec: RunSpec, base: BaseModel, dataset: Dataset, layers: lis
         "separator": dataset.separator,
         "is_chat": _is_chat(dataset.train),
         "layers": layers,
-        "layer_policy": spec.adapter.layers,
+        "layer_policy": str(spec.adapter.layers),
         "method": spec.adapter.method,
         "settings": {n: value for n, value in settings.items() if value is not None},
         "targets": list(spec.adapter.targets),
@@ -128,9 +130,11 @@ def _facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
         grown = saved and "rank" in settings and saved != settings["rank"]
         yield f"- Settings: {shown}" + (f" (saved as LoRA of rank {saved})" if grown else "")
     if facts.get("layers"):
-        policy = str(facts.get("layer_policy", ""))
-        why = POLICIES.get(policy.partition(":")[0], "a list that was asked for")
-        yield f"- Layers: {', '.join(map(str, facts['layers']))} (`--layers {policy}`: {why})"
+        asked = ""
+        if "layer_policy" in facts:
+            policy = parse_policy(facts["layer_policy"])
+            asked = f" (`--layers {policy}`: {POLICIES[policy.kind]})"
+        yield f"- Layers: {', '.join(map(str, facts['layers']))}{asked}"
         yield f"- Modules: {', '.join(facts.get('targets', []))}"
     if data := facts.get("data"):
         kind = "chats" if facts.get("is_chat") else "prompts with completions"

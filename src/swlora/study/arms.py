@@ -9,10 +9,10 @@ is there anyway, that arm serves as the control.
 
 from dataclasses import dataclass, replace
 
-from swlora.adapters.layers import resolve_layers
 from swlora.config import RunSpec
 from swlora.errors import UserError
-from swlora.study.spec import ArmSpec, StudySpec, is_found
+from swlora.layer_policy import LayerPolicy, parse_policy
+from swlora.study.spec import ArmSpec, StudySpec
 
 N_TRIES = 100  # draws until a random control is one that is not there yet
 
@@ -22,7 +22,7 @@ class Arm:
     """One way to train, ready to run once `layers` is known; `policy` says where they come from."""
 
     name: str
-    policy: str
+    policy: LayerPolicy
     settings: RunSpec
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
@@ -37,8 +37,10 @@ class Arm:
 
     def run_spec(self, *, seed: int, rate: float) -> RunSpec:
         """Return the configuration of one run of this arm."""
-        spec, layers = self.settings, ",".join(map(str, self.layers or ()))
-        adapter = spec.adapter.model_copy(update={"layers": layers or self.policy})
+        spec, policy = self.settings, self.policy
+        if self.layers:
+            policy = parse_policy(",".join(map(str, self.layers)))
+        adapter = spec.adapter.model_copy(update={"layers": policy})
         train = spec.train.model_copy(update={"learning_rate": rate})
         return spec.model_copy(update={"adapter": adapter, "train": train, "seed": seed})
 
@@ -61,7 +63,7 @@ def add_controls(
     there = [arm for arm in arms if arm.layers is not None]
     for arm in arms:
         every.append(arm)
-        if not (spec.controls and is_found(arm.policy) and arm.layers):
+        if not (spec.controls and arm.policy.needs_search and arm.layers):
             continue
         serving[arm.name] = {}
         for control in _controls(arm, n_layers, spec.random_draws):
@@ -74,13 +76,15 @@ def add_controls(
 
 
 def expected_controls(arm: Arm, spec: StudySpec) -> list[Arm]:
-    """Return the controls that an arm will have, before its layers are known."""
-    if not (spec.controls and is_found(arm.policy)):
+    """Return the controls that an arm will have, before its layers and so their K are known."""
+    if not (spec.controls and arm.policy.needs_search):
         return []
-    draws = [(f"random-{i + 1}", "random:K") for i in range(spec.random_draws)]
+    last, every = LayerPolicy("last:K", "last"), LayerPolicy("every:K", "every")
+    draw = LayerPolicy("random:K", "random")
+    draws = [(f"random-{i + 1}", draw) for i in range(spec.random_draws)]
     return [
         replace(_as_control(arm), name=f"{arm.name}-{name}", policy=policy, layers=None)
-        for name, policy in [*draws, ("last", "last:K"), ("every", "every:K")]
+        for name, policy in [*draws, ("last", last), ("every", every)]
     ]
 
 
@@ -88,8 +92,8 @@ def _arm(spec: StudySpec, arm: ArmSpec, n_layers: int | None) -> Arm:
     settings = spec.run_spec(arm.overrides)
     policy = settings.adapter.layers
     layers = None
-    if n_layers is not None and not is_found(policy):
-        layers = tuple(resolve_layers(policy, n_layers))
+    if n_layers is not None and not policy.needs_search:
+        layers = tuple(policy.resolve(n_layers))
     rates, seeds = tuple(arm.rates or spec.rate.grid), tuple(arm.seeds or spec.seeds)
     control_seeds = tuple(arm.control_seeds) if arm.control_seeds else None
     return Arm(arm.name, policy, settings, rates, seeds, layers, control_seeds=control_seeds)
@@ -103,29 +107,29 @@ def _as_control(arm: Arm) -> Arm:
 def _controls(arm: Arm, n_layers: int, n_draws: int) -> list[Arm]:
     assert arm.layers is not None
     k = len(arm.layers)
-    policies = {"last": f"last:{k}", "every": f"every:{k}"}
-    taken = [arm.layers, *(tuple(resolve_layers(p, n_layers)) for p in policies.values())]
+    policies = {name: parse_policy(f"{name}:{k}") for name in ("last", "every")}
+    taken = [arm.layers, *(tuple(p.resolve(n_layers)) for p in policies.values())]
     drawn = {}
     for i in range(n_draws):
         policy = _new_draw(k, n_layers, taken)
         if policy is not None:
             drawn[f"random-{i + 1}"] = policy
-            taken.append(tuple(resolve_layers(policy, n_layers)))
+            taken.append(tuple(policy.resolve(n_layers)))
     return [
         replace(
             _as_control(arm),
             name=f"{arm.name}-{name}",
             policy=policy,
-            layers=tuple(resolve_layers(policy, n_layers)),
+            layers=tuple(policy.resolve(n_layers)),
         )
         for name, policy in {**drawn, **policies}.items()
     ]
 
 
-def _new_draw(k: int, n_layers: int, taken: list[tuple[int, ...]]) -> str | None:
+def _new_draw(k: int, n_layers: int, taken: list[tuple[int, ...]]) -> LayerPolicy | None:
     """Return `random:k:SEED` with the lowest seed whose layers are not taken; None: all are."""
-    policies = (f"random:{k}:{seed}" for seed in range(N_TRIES))
-    return next((p for p in policies if tuple(resolve_layers(p, n_layers)) not in taken), None)
+    policies = (parse_policy(f"random:{k}:{seed}") for seed in range(N_TRIES))
+    return next((p for p in policies if tuple(p.resolve(n_layers)) not in taken), None)
 
 
 def _repeats(arm: Arm, other: Arm) -> bool:

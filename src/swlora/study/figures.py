@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from swlora.files import atomic_path
+from swlora.layer_policy import parse_policy
 from swlora.study.labels import label_points
 
 Arm = dict[str, Any]
@@ -163,8 +164,7 @@ def _kind(arm: Arm) -> str:
         return BASELINE
     if arm["control_of"]:
         return CONTROL
-    policy = arm["policy"] or ""
-    return FOUND if policy.startswith(("super", "auto")) else OTHER
+    return FOUND if arm["policy"] and parse_policy(arm["policy"]).needs_search else OTHER
 
 
 def _scale_seconds(panel: Any, arms: Sequence[Arm]) -> None:

@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
+from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.study.arms import Arm, arms_of, expected_controls
 from swlora.study.check import Checked
-from swlora.study.tables import layer_ranges, markdown_table, verdict_columns
+from swlora.study.tables import markdown_table, verdict_columns
 
 Plan = dict[str, Any]
 
@@ -74,7 +75,7 @@ def _show_plan(plan: Plan) -> None:
     table.add_column("rates")
     table.add_column("seeds")
     for arm in plan["arms"]:
-        layers = arm["policy"] if arm["layers"] is None else layer_ranges(arm["layers"])
+        layers = arm["policy"] if arm["layers"] is None else layer_ranges(arm["layers"], EN_DASH)
         table.add_row(
             arm["name"],
             arm["method"],
@@ -103,7 +104,7 @@ def _arm_row(checked: Checked, arm: Arm) -> dict[str, Any]:
     return {
         "name": arm.name,
         "method": arm.method,
-        "policy": arm.policy,
+        "policy": str(arm.policy),
         "layers": None if arm.layers is None else list(arm.layers),
         "control_of": arm.control_of,
         "rank": adapter.rank if has_rank else None,

@@ -114,7 +114,7 @@ class Phases:
         known = self.folder.facts["arms"].get(arm.name, {})
         self.folder.record_arm(
             arm.name,
-            policy=arm.policy,
+            policy=str(arm.policy),
             method=arm.method,
             layers=known.get("layers") if arm.layers is None else list(arm.layers),
             n_trainable=self.checked.n_trainable(arm),

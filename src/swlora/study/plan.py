@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from swlora.adapters.layers import needs_identification
 from swlora.config import RunSpec
 from swlora.study.arms import Arm
-from swlora.study.spec import StudySpec, folder_name, is_found
+from swlora.study.spec import StudySpec, folder_name
 from swlora.training.schedule import rows_per_step
 
 Phase = Literal["identify", "rates", "runs", "beam"]
@@ -39,13 +38,13 @@ def identify_tasks(arms: list[Arm]) -> dict[str, Task]:
     """Return by arm the task that finds its layers; arms with equal needs share one."""
     tasks = {}
     for arm in arms:
-        if arm.layers is not None or not is_found(arm.policy):
+        if arm.layers is not None or not arm.policy.needs_search:
             continue
         # What identification finds depends on the model alone; other searches on the arm as well.
-        shared = needs_identification(arm.policy)
-        name = folder_name(arm.policy) if shared else arm.name
+        is_shared = arm.policy.needs_identification
+        name = folder_name(arm.policy) if is_shared else arm.name
         folder = f"identify/{name}"
-        tasks[arm.name] = Task("identify", arm.name, arm.policy, folder, arm.settings)
+        tasks[arm.name] = Task("identify", arm.name, str(arm.policy), folder, arm.settings)
     return tasks
 
 

@@ -13,7 +13,6 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from swlora.adapters.layers import needs_identification, time_budget
 from swlora.config import (
     DEFAULT_BATCH_SIZE,
     LORA_SETTINGS,
@@ -30,8 +29,7 @@ from swlora.config import (
     TrainSpec,
     set_dotted,
 )
-from swlora.errors import UserError
-from swlora.layer_policy import parse_policy
+from swlora.layer_policy import LayerPolicy, policy_or_none
 
 METHODS: tuple[str, ...] = get_args(MethodName)
 ALL_SETTINGS = LORA_SETTINGS.union(*METHOD_SETTINGS.values())
@@ -81,9 +79,9 @@ class ArmSpec(Spec):
         if isinstance(name, str):
             if name in METHODS:
                 overrides.setdefault("adapter.method", name)
-            elif is_policy(name):
+            elif policy := policy_or_none(name):
                 overrides.setdefault("adapter.layers", name)
-                given["name"] = folder_name(name)
+                given["name"] = folder_name(policy)
             elif isinstance(value, str):
                 raise ValueError(
                     f"{name!r} is neither a method ({', '.join(METHODS)}) nor a layer policy; "
@@ -162,21 +160,7 @@ class StudySpec(Spec):
         return RunSpec.model_validate(tree)
 
 
-def is_policy(text: str) -> bool:
-    """Say whether `text` is a layer policy, in whatever model."""
-    try:
-        parse_policy(text)
-    except UserError:
-        return False
-    return True
-
-
-def is_found(policy: str) -> bool:
-    """Say whether the layers are found by running the model, and not by counting."""
-    return needs_identification(policy) or time_budget(policy) is not None
-
-
-def folder_name(policy: str) -> str:
+def folder_name(policy: LayerPolicy) -> str:
     """Turn a policy into a name that can be a folder: last:4 -> last-4, 2,11 -> layers-2-11."""
-    name = re.sub(r"[:, ]+", "-", policy)
-    return f"layers-{name}" if name[0].isdigit() else name
+    name = re.sub(r"[:,]", "-", policy.text)
+    return f"layers-{name}" if policy.kind == "list" else name

@@ -17,7 +17,7 @@ from swlora.config import RunSpec, TrainSpec, read_mapping, set_dotted
 from swlora.errors import UserError
 from swlora.settings import problem_lines
 from swlora.study.arms import arms_of, expected_controls
-from swlora.study.spec import ArmSpec, StudySpec, is_found
+from swlora.study.spec import ArmSpec, StudySpec
 
 # What all arms of a study share, or what the study itself decides
 SHARED = {
@@ -76,7 +76,7 @@ def arm_problems(spec: StudySpec, arm: ArmSpec) -> list[str]:
         return problem_lines(error, RunSpec)
     except UserError as error:
         return [str(error)]
-    if arm.control_seeds and not is_found(run.adapter.layers):
+    if arm.control_seeds and not run.adapter.layers.needs_search:
         problems.append("control_seeds: it has no controls, which layers that are found have")
     if arm.overrides.get("train.schedule") == "constant":
         problems.append(CONSTANT)

@@ -8,8 +8,8 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from swlora.adapters import layers
 from swlora.evaluation.scales import SCALES
+from swlora.layer_policy import EN_DASH, layer_ranges
 
 Arm = dict[str, Any]
 Column = tuple[str, Callable[[Arm], str]]
@@ -31,11 +31,6 @@ def span(bounds: Sequence[float], digits: int, *, sign: bool = False) -> str:
     """Write an interval."""
     low, high = (number(bound, digits, sign=sign) for bound in bounds)
     return f"[{low}, {high}]"
-
-
-def layer_ranges(numbers: Sequence[int]) -> str:
-    """Write [0, 1, 2, 5] as "0–2, 5", with the dashes of a printed text."""
-    return layers.layer_ranges(numbers).replace("-", "–")
 
 
 def csv_table(results: dict[str, Any]) -> str:
@@ -206,7 +201,7 @@ def arm_columns() -> list[Column]:
     return [
         ("arm", _named),
         ("method", lambda arm: str(arm["method"])),
-        ("layers", lambda arm: layer_ranges(arm["layers"])),
+        ("layers", lambda arm: layer_ranges(arm["layers"], EN_DASH)),
         ("rank", _rank),
         ("epochs", lambda arm: str(arm["epochs"])),
         ("learning rate", _rate),

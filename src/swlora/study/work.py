@@ -38,7 +38,7 @@ def find_layers(job: Job) -> None:
             if not _found_nothing(job):
                 raise
             reason = str(error)
-    choice = {"policy": job.spec.adapter.layers, "layers": layers, "reason": reason}
+    choice = {"policy": str(job.spec.adapter.layers), "layers": layers, "reason": reason}
     job.run.write_result({"choice": choice})
 
 

@@ -18,10 +18,10 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from swlora.adapters.layers import layer_ranges
 from swlora.config import RunSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError, UserError
+from swlora.layer_policy import layer_ranges
 from swlora.models.anatomy import Anatomy
 from swlora.progress import Progress
 from swlora.threads import adapted_threads

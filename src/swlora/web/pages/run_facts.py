@@ -7,8 +7,8 @@ from typing import Any
 from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
 from swlora.data.sources import SAMPLE_SOURCE
 from swlora.evaluation.scales import SCALES
+from swlora.layer_policy import EN_DASH, layer_ranges, policy_or_none
 from swlora.progress import duration
-from swlora.study.tables import layer_ranges
 from swlora.web.folders import without_folders
 from swlora.web.pages.charts import finite
 from swlora.web.pages.run_files import adapter_bytes, read_config
@@ -129,11 +129,13 @@ def _layers(policy: Any, layers: Any) -> str:
     """Write the layers, and behind them the policy that chose them."""
     asked = plain(policy)
     try:
-        ranges = layer_ranges(layers) if layers else ""
+        ranges = layer_ranges(layers, EN_DASH) if layers else ""
     except (TypeError, ValueError, IndexError, KeyError):
         ranges = ""
-    chosen = asked if asked and not asked.replace(",", "").isdigit() else ""
-    return f"{ranges} ({chosen})" if ranges and chosen else ranges or asked
+    policy = policy_or_none(asked)
+    if ranges and asked and not (policy and policy.kind == "list"):
+        return f"{ranges} ({asked})"
+    return ranges or asked
 
 
 def _adapter(folder: Path, facts: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swlora.errors import UserError
+from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.progress import duration
 from swlora.study import tables
 from swlora.study.folder import read_study
@@ -164,7 +165,7 @@ def _arms(study: str, arms: Mapping[str, Any], runs: Mapping[str, Any]) -> list[
 
 def _layers(facts: Mapping[str, Any]) -> str:
     try:
-        return tables.layer_ranges(facts["layers"])
+        return layer_ranges(facts["layers"], EN_DASH)
     except ODD:
         return _said(facts, "policy")
 

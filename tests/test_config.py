@@ -7,7 +7,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swlora.config import RunSpec, dump_yaml, join_list, load_spec, split_list
+from swlora.config import RunSpec, dump_yaml, load_spec
+from swlora.config.fields import join_list, split_list
 from swlora.errors import UserError
 
 

@@ -12,7 +12,8 @@ import typer
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from swlora.config import RunSpec, join_list
+from swlora.config import RunSpec
+from swlora.config.fields import join_list
 from swlora.settings import flag_name
 
 

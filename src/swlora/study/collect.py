@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from swlora.config import RunSpec, load_spec, read_mapping
+from swlora.config import RunSpec, load_spec
+from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
 from swlora.evaluation.segments import Segments
 from swlora.runs import read_metrics, read_run

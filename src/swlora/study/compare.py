@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swlora.config import split_list
+from swlora.config.fields import split_list
 from swlora.errors import RunFailedError, UserError
 from swlora.study.arms import arms_of, chosen_arms
 from swlora.study.check import Checked, check

@@ -17,18 +17,14 @@ from swlora.config import (
     DEFAULT_BATCH_SIZE,
     LORA_SETTINGS,
     METHOD_SETTINGS,
-    AdapterSpec,
-    DataSpec,
     DecodeSpec,
-    IdentifySpec,
     MethodName,
-    ModelSpec,
-    NameList,
     RunSpec,
-    Spec,
+    SharedSections,
     TrainSpec,
-    set_dotted,
 )
+from swlora.config.fields import NameList, Spec
+from swlora.config.yaml_file import set_dotted
 from swlora.layer_policy import LayerPolicy, policy_or_none
 
 METHODS: tuple[str, ...] = get_args(MethodName)
@@ -115,15 +111,10 @@ class Margin(Spec):
     nll: float = Field(default=0.01, gt=0, description="nats a completion token")
 
 
-class StudySpec(Spec):
+class StudySpec(SharedSections):
     """Everything one study needs; the sections of a run's configuration are meant for all arms."""
 
-    model: ModelSpec = ModelSpec()
-    data: DataSpec = DataSpec()
-    adapter: AdapterSpec = AdapterSpec()
     train: TrainSpec = Field(default=TrainSpec(), validate_default=True)
-    decode: DecodeSpec = DecodeSpec()
-    identify: IdentifySpec = IdentifySpec()
     arms: list[ArmSpec] = Field(min_length=1)
     seeds: Seeds = Field(default_factory=lambda: [0])
     baseline: str = Field(default="lora", description="the arm that the others are compared with")
@@ -150,8 +141,7 @@ class StudySpec(Spec):
         Where an arm has a method of its own, the study's settings that this method does not have
         are left out.
         """
-        shared = RunSpec.model_fields.keys() & StudySpec.model_fields.keys()
-        tree = {name: getattr(self, name).model_dump() for name in shared}
+        tree = self.model_dump(include=set(SharedSections.model_fields))
         method = overrides.get("adapter.method")
         for name in ALL_SETTINGS - METHOD_SETTINGS.get(method, LORA_SETTINGS) if method else ():
             del tree["adapter"][name]

@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from swlora.config import RunSpec, TrainSpec, read_mapping, set_dotted
+from swlora.config import RunSpec, TrainSpec
+from swlora.config.yaml_file import read_mapping, set_dotted
 from swlora.errors import UserError
 from swlora.settings import problem_lines
 from swlora.study.arms import arms_of, expected_controls

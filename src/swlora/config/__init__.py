@@ -1,0 +1,39 @@
+"""What a run is asked to do: one tree of strict specifications, one default per value.
+
+A section `adapter:` of the YAML file is `config/adapter.py`, and so on. Unknown keys and impossible
+values are refused, all of them in one message. The command line overrides single values by their
+dotted names (`adapter.rank`). Nothing here imports torch, touches the disk beyond the YAML file, or
+probes the machine.
+"""
+
+from swlora.config.adapter import LORA_SETTINGS, METHOD_SETTINGS, AdapterSpec, MethodName
+from swlora.config.data import DEFAULT_DATASET, SAMPLE_DATASET, DataSpec
+from swlora.config.decode import DecodeSpec
+from swlora.config.identify import IdentifySpec
+from swlora.config.model import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
+from swlora.config.run import RunSpec, SharedSections, load_spec
+from swlora.config.serve import ServeSpec
+from swlora.config.train import DEFAULT_BATCH_SIZE, TrainSpec
+from swlora.config.yaml_file import dump_yaml
+
+__all__ = [
+    "BUILTIN_MODEL",
+    "DEFAULT_BATCH_SIZE",
+    "DEFAULT_DATASET",
+    "DEFAULT_MODEL",
+    "LORA_SETTINGS",
+    "METHOD_SETTINGS",
+    "SAMPLE_DATASET",
+    "AdapterSpec",
+    "DataSpec",
+    "DecodeSpec",
+    "IdentifySpec",
+    "MethodName",
+    "ModelSpec",
+    "RunSpec",
+    "ServeSpec",
+    "SharedSections",
+    "TrainSpec",
+    "dump_yaml",
+    "load_spec",
+]

@@ -1,0 +1,50 @@
+"""The section `adapter`, and which methods have which of its settings."""
+
+from typing import Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from swlora.config.fields import Layers, NameList, Spec
+from swlora.layer_policy import parse_policy
+from swlora.settings import flag_name
+
+MethodName = Literal["lora", "lora+", "dora", "adalora", "pissa", "rslora", "full", "supertuning"]
+LORA_SETTINGS = frozenset({"rank", "alpha", "dropout"})
+METHOD_SETTINGS: dict[MethodName, frozenset[str]] = {  # those of the others: LORA_SETTINGS
+    "lora+": LORA_SETTINGS | {"lora_plus_ratio"},
+    "full": frozenset(),
+    "supertuning": frozenset({"sparsity"}),
+}
+
+
+class AdapterSpec(Spec):
+    """The adapter: method, size, and where in the model it sits."""
+
+    method: MethodName = Field(default="lora", description=", ".join(get_args(MethodName)))
+    rank: int = Field(default=4, ge=1, le=4096, description="adalora: the mean in the end")
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_plus_ratio: float | None = Field(
+        default=None, ge=1, description="lora+: B's learning rate over A's [default: 16]"
+    )
+    sparsity: float | None = Field(
+        default=None, ge=0, lt=1, description="supertuning: share left frozen [default: 0.99]"
+    )
+    targets: NameList = Field(default_factory=lambda: ["all-linear"], min_length=1)
+    layers: Layers = Field(
+        default=parse_policy("all"),
+        description="all, super (found and proved first), super+removal, auto:0.5 (half of the "
+        "time, or all where a trial finds that worse), last:4, first:4, every:4 (evenly spaced), "
+        "random:4:SEED, 2,11",
+    )
+
+    @model_validator(mode="after")
+    def _takes_its_settings(self) -> Self:
+        taken = METHOD_SETTINGS.get(self.method, LORA_SETTINGS)
+        known = LORA_SETTINGS.union(*METHOD_SETTINGS.values())
+        given = {n for n, f in AdapterSpec.model_fields.items() if getattr(self, n) != f.default}
+        ignored = sorted(given & (known - taken))
+        if ignored:
+            flags = ", no ".join(flag_name(f"adapter.{name}") for name in ignored)
+            raise ValueError(f"--method {self.method} has no {flags}; leave that out")
+        return self

@@ -1,0 +1,44 @@
+"""The section `model`."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from swlora.config.fields import Spec
+
+DEFAULT_MODEL = "openai-community/gpt2"
+BUILTIN_MODEL = "builtin"
+
+
+def checked_device(value: str) -> str:
+    """Return the name of a device; ValueError where there is no such kind."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value, re.ASCII):
+        raise ValueError(f"must be auto, cpu, cuda, cuda:N or mps, not {value!r}")
+    return value
+
+
+class ModelSpec(Spec):
+    """Which language model, and how it is held in memory."""
+
+    name: str = Field(
+        default=DEFAULT_MODEL,
+        min_length=1,
+        description="Hub id, folder, .gguf or builtin (offline, the default is builtin)",
+    )
+    tokenizer: str | None = Field(
+        default=None, min_length=1, description="Hub id or folder, where it is not the model's"
+    )
+    revision: str | None = Field(
+        default=None, min_length=1, description="commit, tag or branch on the Hub"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: Annotated[str, AfterValidator(checked_device)] = Field(
+        default="auto", description="auto, cpu, cuda, cuda:N or mps"
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="CPU threads [default: the cores that other programs leave free]",
+    )

@@ -1,0 +1,51 @@
+"""The whole configuration of a run, read from a file and from flags."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from swlora.config.adapter import AdapterSpec
+from swlora.config.data import DataSpec
+from swlora.config.decode import DecodeSpec
+from swlora.config.fields import Spec
+from swlora.config.identify import IdentifySpec
+from swlora.config.model import ModelSpec
+from swlora.config.serve import ServeSpec
+from swlora.config.train import TrainSpec
+from swlora.config.yaml_file import read_mapping, set_dotted
+from swlora.errors import UserError
+from swlora.settings import explain
+
+
+class SharedSections(Spec):
+    """The sections that a run and a study have alike."""
+
+    model: ModelSpec = ModelSpec()
+    data: DataSpec = DataSpec()
+    adapter: AdapterSpec = AdapterSpec()
+    train: TrainSpec = TrainSpec()
+    decode: DecodeSpec = DecodeSpec()
+    identify: IdentifySpec = IdentifySpec()
+
+
+class RunSpec(SharedSections):
+    """Everything one run needs."""
+
+    serve: ServeSpec = Field(default=ServeSpec(), exclude=True)  # no part of what a run computes
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:
+    """Build a `RunSpec` from a YAML file and dotted overrides; an override of None is no override.
+
+    Raises UserError with all problems in one line.
+    """
+    tree = {} if path is None else read_mapping(path)
+    flags = [dotted for dotted, value in overrides.items() if value is not None]
+    for dotted in flags:
+        set_dotted(tree, dotted, overrides[dotted])
+    try:
+        return RunSpec.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, RunSpec, path, flags)) from error

@@ -1,0 +1,71 @@
+"""The section `train`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from swlora.config.fields import Spec
+from swlora.settings import flag_name
+
+DEFAULT_BATCH_SIZE = 32
+
+
+class TrainSpec(Spec):
+    """The optimisation."""
+
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="examples per optimizer step "
+        f"[default: {DEFAULT_BATCH_SIZE}, fewer where that makes less than 20 steps]",
+    )
+    learning_rate: float = Field(default=2e-3, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    max_steps: int | None = Field(default=None, ge=1, description="stop the schedule after N steps")
+    engine: Literal["auto", "tree", "plain"] = Field(
+        default="auto", description="tree: same gradient, less work; plain: padded batches"
+    )
+    order: Literal["prompts", "neighbours", "iid"] = Field(
+        default="prompts",
+        description="what shares a step: a prompt's examples, also like prompts, any",
+    )
+    row_tokens: int = Field(default=4096, ge=64, description="tokens that are run at once")
+    cache_gb: float = Field(
+        default=8.0, ge=0, description="disk for states below the lowest adapted layer; 0: none"
+    )
+    checkpoint_every_s: float = Field(
+        default=300.0, gt=0, description="seconds between checkpoints"
+    )
+    eval_every_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="measure the loss on held-out rows every N steps and keep the best adapter; "
+        "0: never [default: a few times, on few rows]",
+    )
+    eval_rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="measure it on the first N rows of --split [default: all with "
+        "--eval-every-steps, else few]",
+    )
+    early_stopping: int | None = Field(
+        default=None,
+        ge=1,
+        description="stop when N measurements of the held-out loss in a row were no better; keep "
+        "the best adapter",
+    )
+
+    @model_validator(mode="after")
+    def _held_out_rows_are_measured(self) -> Self:
+        for name in ("eval_rows", "early_stopping"):
+            if getattr(self, name) is not None and self.eval_every_steps == 0:
+                flag = flag_name(f"train.{name}")
+                raise ValueError(
+                    f"{flag} needs held-out losses; --eval-every-steps 0 measures none"
+                )
+        return self

@@ -107,6 +107,14 @@ def test_what_must_be_found_by_running_the_model(text, identification, search):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [("all", True), ("first:1", True), ("3,0", True), ("1,10", False), ("last:4", False)],
+)
+def test_whether_the_first_layer_is_there_in_whatever_model(text, expected):
+    assert parse_policy(text).has_first_layer == expected
+
+
+@pytest.mark.parametrize(
     ("policy", "said"),
     [
         ("7", "layer 7 does not exist; this model has layers 0 to 6"),

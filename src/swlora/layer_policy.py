@@ -68,6 +68,11 @@ class LayerPolicy:
         """Whether the layers are found by running the model, and not by counting."""
         return self.needs_identification or self.kind == "auto"
 
+    @property
+    def has_first_layer(self) -> bool:
+        """Whether layer 0 is among the layers, whatever the model."""
+        return self.kind in ("all", "first") or (self.kind == "list" and 0 in self.numbers)
+
     def resolve(self, n_layers: int, verified: VerifiedLayers | None = None) -> list[int]:
         """Return sorted layer numbers in a model of `n_layers` blocks.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 
 from swlora.config import LORA_SETTINGS, METHOD_SETTINGS, RunSpec
 from swlora.errors import UserError
-from swlora.layer_policy import parse_policy
 from swlora.settings import flag_name, setting_names
 
 Reason = Callable[[str, RunSpec], str | None]  # of a command: why a flag does nothing, if so
@@ -28,16 +27,15 @@ def check_effects(command: str, spec: RunSpec, given: Collection[str]) -> None:
 
 
 def _no_search(command: str, spec: RunSpec) -> str | None:
-    policy = parse_policy(spec.adapter.layers)
-    if command == "identify" or policy.kind in ("super", "super+removal"):
+    policy = spec.adapter.layers
+    if command == "identify" or policy.needs_identification:
         return None
-    return f"--layers {policy.text} looks for no super weight (super and super+removal do)"
+    return f"--layers {policy} looks for no super weight (super and super+removal do)"
 
 
 def _no_prefix_cache(_command: str, spec: RunSpec) -> str | None:
-    policy = parse_policy(spec.adapter.layers)
-    if policy.kind in ("all", "first") or (policy.kind == "list" and 0 in policy.numbers):
-        return f"--layers {policy.text} adapts the first layer, below which there are no states"
+    if (policy := spec.adapter.layers).has_first_layer:
+        return f"--layers {policy} adapts the first layer, below which there are no states"
     return "--engine plain keeps no states" if spec.train.engine == "plain" else None
 
 

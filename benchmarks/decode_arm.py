@@ -53,8 +53,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         train=TrainSpec(learning_rate=4e-3),
     )
     with Run.create(args.out, spec, "train") as run:
-        _, result = pipeline.train(pipeline.Job(spec, run, Silent()))
-    return {"epochs": [{"examples_per_s": result["examples_per_s"]}]}
+        trained = pipeline.train(pipeline.Job(spec, run, Silent()))
+    return {"epochs": [{"examples_per_s": trained.course.examples_per_s}]}
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:

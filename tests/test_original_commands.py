@@ -41,15 +41,13 @@ class Recorder:
     def _note(self, verb: str, job: Job) -> None:
         self.verb, self.spec, self.folder = verb, job.spec, job.run.folder
 
-    def train(self, job: Job) -> tuple[None, dict[str, object]]:
+    def train(self, job: Job) -> dict[str, object]:
         self._note("train", job)
-        done = {"rows": 1, "steps": 1, "train_s": 1.0, "examples_per_s": 1.0, "adapter": "adapter"}
-        return None, {**done, "final_loss": 1.0, "final_loss_steps": 1}
+        return {"steps": 1}
 
-    def train_evaluate(self, job: Job) -> dict[str, object]:
-        trained = self.train(job)[1]
+    def train_evaluate(self, job: Job) -> tuple[dict[str, object], dict[str, object]]:
         self._note("train_eval", job)
-        return {"train": trained, "eval": {"BLEU": 0.5}}
+        return {"steps": 1}, {"BLEU": 0.5}
 
     def evaluate_adapter(self, job: Job, adapter: Path | None) -> dict[str, object]:
         self._note("eval", job)
@@ -66,7 +64,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
     recorder = Recorder()
     for name in ("train", "train_evaluate", "evaluate_adapter", "identify"):
         monkeypatch.setattr(swlora.pipeline, name, getattr(recorder, name))
-    monkeypatch.setattr(swlora.cli.app, "show_candidates", lambda _: None)
+    for name in ("show_candidates", "show_training", "show_evaluation"):
+        monkeypatch.setattr(swlora.cli.app, name, lambda _: None)
     monkeypatch.chdir(tmp_path)
     return recorder
 

@@ -5,7 +5,7 @@ Each writes what it found into the run folder and returns the same as a dict of 
 """
 
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,10 @@ from swlora.models.identity import identify_base, weights_sample_sha256
 from swlora.runs import read_metrics
 
 if TYPE_CHECKING:
+    from swlora.evaluation.evaluated import EnglishLoss, Evaluated
     from swlora.evaluation.held_out import Measurements
     from swlora.training.schedule import Schedule
+    from swlora.training.trained import Trained
 
 Result = dict[str, Any]
 
@@ -52,8 +54,8 @@ def identify(job: Job, figure: Path | None = None) -> Result:
 
 def train(
     job: Job, prepared: "Prepared | None" = None, layers: list[int] | None = None
-) -> tuple[Any, Result]:
-    """Train the adapter of `job.spec`; return (the PeftModel, what was done).
+) -> "Trained":
+    """Train the adapter of `job.spec`; return the adapted model and what was done.
 
     `prepared` and `layers` are what `prepare_training` and `choose_layers` gave, if asked before.
     Leaves adapter/ (a standard PEFT adapter), metrics.jsonl and loss.png in the run folder, and
@@ -65,9 +67,10 @@ def train(
     from swlora.adapters.methods import adapt, train_mode
     from swlora.adapters.saved import save_adapter
     from swlora.evaluation.held_out import watch_of
-    from swlora.evaluation.loss_curve import draw_loss, training_result
+    from swlora.evaluation.loss_curve import course_of, draw_loss
     from swlora.training.loop import train as run_loop
     from swlora.training.step import make_step
+    from swlora.training.trained import Trained
 
     spec, prepared = job.spec, prepared or prepare_training(job)  # before a search, which is long
     sequences, schedule, planned = prepared.sequences, prepared.schedule, prepared.planned
@@ -104,22 +107,21 @@ def train(
     folder = job.run.folder / "adapter"
     adapter_bytes = save(folder, last_losses(metrics))
     draw_loss(metrics, job.run.folder / "loss.png")
-    result: Result = {
-        "method": spec.adapter.method,
-        "layers": layers,
-        "n_trainable": n_trainable,
-        "adapter_bytes": adapter_bytes,
-        **training_result(state, schedule, metrics),
-        "peak_memory_bytes": peak_memory_bytes(model.device.type),
-        "adapter": str(folder),
-        "loss_figure": str(job.run.folder / "loss.png"),
-    }
-    if adapted.ranks is not None:
-        result["rank_pattern"] = adapted.ranks
-    if watch and watch.best_folder:
-        result["best_adapter"] = str(watch.best_folder)
-    job.run.write_result({"train": result})
-    return model, result
+    trained = Trained(
+        model,
+        method=spec.adapter.method,
+        layers=layers,
+        n_trainable=n_trainable,
+        adapter_bytes=adapter_bytes,
+        course=course_of(state, schedule, metrics),
+        peak_memory_bytes=peak_memory_bytes(model.device.type),
+        adapter=folder,
+        loss_figure=job.run.folder / "loss.png",
+        rank_pattern=adapted.ranks,
+        best_adapter=watch.best_folder if watch else None,
+    )
+    job.run.write_result({"train": trained})
+    return trained
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,11 @@ def measure_layers(job: Job, budget: float) -> list[int]:
         choice = layer_choice.choose(model, sequences, job.spec, budget, job.progress)
     for line in layer_choice.lines(choice):
         job.progress.say(line)
-    job.run.write_result({"layer_choice": asdict(choice)})
+    job.run.write_result({"layer_choice": choice})
     return choice.layers
 
 
-def evaluate(job: Job, model: Any, untouched: LossSum | None) -> Result:
+def evaluate(job: Job, model: Any, untouched: LossSum | None) -> "Evaluated":
     """Generate once for every distinct prompt, score with all references, measure the losses.
 
     `untouched` is what `untouched_english` gave for the base model before it was adapted.
@@ -222,11 +224,10 @@ def evaluate(job: Job, model: Any, untouched: LossSum | None) -> Result:
     run folder.
     """
     from swlora.data.sources import number_prompts
-    from swlora.evaluation import bootstrap
     from swlora.evaluation.decode import chat_end_token_ids, generate
+    from swlora.evaluation.evaluated import Evaluated
     from swlora.evaluation.loss import grouped_losses
     from swlora.evaluation.report import write_predictions
-    from swlora.evaluation.scales import RAW_SCALE
     from swlora.evaluation.scores import segment_statistics
     from swlora.evaluation.segments import Segments
 
@@ -250,23 +251,21 @@ def evaluate(job: Job, model: Any, untouched: LossSum | None) -> Result:
     segments = Segments.of(statistics, losses)
     segments.write(job.run.folder)
     loss = sum(losses, LossSum())
-    result: Result = {
-        **statistics.scores().as_dict(),
-        "nll": loss.nats_per_token,
-        "nll_sum_nats": loss.sum_nats,
-        "n_tokens": loss.n_tokens,
-        "scale": RAW_SCALE,
-        "intervals": segments.intervals(),
-        "bootstrap": bootstrap.settings(),
-        **english,
-        "n_prompts": len(prompts),
-        "split": split,
-        "decode": spec.decode.model_dump(mode="json"),
-        "data": job.dataset.source,
-        "predictions": str(path),
-    }
-    job.run.write_result({"eval": result})
-    return result
+    evaluated = Evaluated(
+        scores=statistics.scores(),
+        nll=loss.nats_per_token,
+        nll_sum_nats=loss.sum_nats,
+        n_tokens=loss.n_tokens,
+        intervals=segments.intervals(),
+        english=english,
+        n_prompts=len(prompts),
+        split=split,
+        decode=spec.decode,
+        data=job.dataset.source,
+        predictions=path,
+    )
+    job.run.write_result({"eval": evaluated})
+    return evaluated
 
 
 def untouched_english(job: Job) -> LossSum | None:
@@ -282,17 +281,17 @@ def untouched_english(job: Job) -> LossSum | None:
         )
 
 
-def _english_text(job: Job, model: Any, untouched: LossSum | None) -> Result:
+def _english_text(job: Job, model: Any, untouched: LossSum | None) -> "EnglishLoss | None":
     """Measure English text with the adapter on, if it was before: what is forgotten shows."""
-    from swlora.evaluation.english import english_facts, english_loss
+    from swlora.evaluation.english import compare_english, english_loss
 
     if untouched is None:
-        return {}
+        return None
     loss = untouched
     if model is not job.loaded.model:
         with job.timed("english"), job.progress.task("loss of English text"):
             loss = english_loss(model, job.loaded.tokenizer)
-    return english_facts(untouched, loss, job.loaded.tokenizer)
+    return compare_english(untouched, loss, job.loaded.tokenizer)
 
 
 def evaluation_rows(job: Job) -> tuple[list[Example], list[list[str]], list[list[int]]]:
@@ -314,7 +313,7 @@ def evaluation_rows(job: Job) -> tuple[list[Example], list[list[str]], list[list
     return examples, [references for _, references in groups], prompts
 
 
-def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
+def evaluate_adapter(job: Job, adapter: Path | None) -> "Evaluated":
     """Evaluate the adapter in a folder (a run folder will do), or the base model for None."""
     from swlora.adapters.saved import adapter_folder, load_adapter, warn_of_other_base
 
@@ -333,13 +332,13 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> Result:
     return evaluate(job, model, untouched)
 
 
-def train_evaluate(job: Job) -> Result:
+def train_evaluate(job: Job) -> "tuple[Trained, Evaluated]":
     """Train, then evaluate what was trained, in one run folder."""
     evaluation_rows(job)  # what cannot be evaluated shall be known before the training
     prepared, layers = prepare_training(job), choose_layers(job)
     untouched = untouched_english(job)  # in the dtype in which it is trained, also after a search
-    model, trained = train(job, prepared, layers)
-    return {"train": trained, "eval": evaluate(job, model.eval(), untouched)}
+    trained = train(job, prepared, layers)
+    return trained, evaluate(job, trained.model.eval(), untouched)
 
 
 def _prompt_text(example: Example) -> str:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from swlora.config import RunSpec, dump_yaml, load_spec
 from swlora.errors import RunFailedError, UserError
 from swlora.files import atomic_path, check_writable, write_json, write_text
+from swlora.result_json import as_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,7 +160,7 @@ class Run:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Add to result.json what came out of the run, under names such as "train" and "eval"."""
-        write_json(self.folder / "result.json", {**self.read_result(), **result})
+        write_json(self.folder / "result.json", {**self.read_result(), **as_json(result)})
 
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far; empty where nothing did."""

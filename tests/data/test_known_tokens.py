@@ -44,7 +44,7 @@ def test_the_model_is_served_and_texts_with_the_token_are_not(folder):
     run = RunSpec(model=spec(folder), decode=DecodeSpec(max_new_tokens=5))
     ids = loaded.model.generate(torch.tensor([list(b"see")]), max_new_tokens=5, eos_token_id=257)
     expected = loaded.tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
-    assert generate_text(run, Prompt("see"), None, Silent())["text"] == expected
+    assert generate_text(run, Prompt("see"), None, Silent()).text == expected
     refused = f"a text holds the token '{SEEN}', which this model has no embedding for"
     with pytest.raises(UserError, match=refused):
         generate_text(run, Prompt(f"see {SEEN}"), None, Silent())

@@ -105,7 +105,7 @@ def test_generate_reads_them_from_the_folder(folder_with):
     spec = RunSpec(
         model=ModelSpec(name=str(folder), dtype="float32"), decode=DecodeSpec(max_new_tokens=N_NEW)
     )
-    text = generate_text(spec, Prompt(bytes(prompt).decode()), None, Silent())["text"]
+    text = generate_text(spec, Prompt(bytes(prompt).decode()), None, Silent()).text
     expected = plain(folder, prompt)
     assert expected[-1] == token_id
     assert text == load(folder).tokenizer.decode(expected[:-1])

@@ -91,8 +91,8 @@ def test_the_form_of_a_prompt(facts, asked, written, said, adapter, model_folder
     place = None if facts is None else adapter(**facts)
     prompt = Prompt("hello", **(BY_ITSELF | asked))
     result = generate_text(spec_of(folder), prompt, place, heard)
-    assert result["text"] == plain_text(folder, tiny_tokenizer, written, place)
-    assert result["chat"] == (written not in ("hello", "hello\n"))
+    assert result.text == plain_text(folder, tiny_tokenizer, written, place)
+    assert result.chat == (written not in ("hello", "hello\n"))
     _, *lines = heard.lines  # the first one names the model
     assert len(lines) == (1 if said else 0)
     assert said in "".join(lines)
@@ -104,9 +104,9 @@ def test_a_chat_ends_where_a_turn_does(model_folder, tiny_tokenizer, monkeypatch
     turn_end = ids[5]
     monkeypatch.setattr(decode, "end_of_turn_token", lambda _: turn_end)
     result = generate_text(spec_of(folder), Prompt("hello", chat=True), None, Silent())
-    assert result["text"] == tiny_tokenizer.decode(ids[: ids.index(turn_end)])
+    assert result.text == tiny_tokenizer.decode(ids[: ids.index(turn_end)])
     same = generate_text(spec_of(folder), Prompt(USER, chat=False), None, Silent())
-    assert same["text"] == tiny_tokenizer.decode(ids)  # elsewhere it is a token like others
+    assert same.text == tiny_tokenizer.decode(ids)  # elsewhere it is a token like others
 
 
 def test_a_system_turn_that_the_template_drops_is_refused(tiny_tokenizer):

@@ -1,12 +1,23 @@
 """Reports: what is written is read back; a score that is missing says why."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 
+from swlora.evaluation.evaluated import EnglishLoss
 from swlora.evaluation.report import scores_table, write_predictions
+from swlora.evaluation.scores import Scores
 
-SCORES = {"BLEU": 0.5, "NIST": 7.12345, "METEOR": None, "ROUGE_L": 0.25, "CIDEr": 2.0}
+SCORES = Scores(
+    bleu=0.5,
+    nist=7.12345,
+    meteor=None,
+    rouge_l=0.25,
+    cider=2.0,
+    meteor_reason="Java was not found",
+    tokenizer="python",
+)
 
 
 def test_predictions_are_read_back_as_they_were(tmp_path):
@@ -32,7 +43,7 @@ def test_lists_of_unequal_length_are_an_error_and_leave_no_file(tmp_path):
 
 def test_a_table_of_scores():
     """On the scales of papers, as the tables of studies are."""
-    lines = scores_table(SCORES | {"meteor_reason": "Java was not found", "nll": 1.25}).splitlines()
+    lines = scores_table(SCORES, {}, 30, nll=1.25).splitlines()
     assert lines == [
         "BLEU         50.0",
         "NIST         7.12",
@@ -42,18 +53,23 @@ def test_a_table_of_scores():
         "NLL         1.250  (nats a completion token)",
         "BLEU, METEOR and ROUGE-L are of 100",
     ]
-    assert "NLL" not in scores_table(SCORES)
-    assert "PPL" not in scores_table(SCORES)
-    assert "PPL" not in scores_table(SCORES | {"english_perplexity": None})
-    english = {"english_perplexity": 25.4677, "english_perplexity_before": 20.0}
-    line = scores_table(SCORES | english).splitlines()[-2]
+    assert "NLL" not in scores_table(SCORES, {}, 30)
+    assert "PPL" not in scores_table(SCORES, {}, 30)
+    english = EnglishLoss(
+        perplexity_before=20.0,
+        perplexity=25.4677,
+        sum_nats=0.0,
+        n_tokens=0,
+        windows_begin_with_bos=False,
+    )
+    line = scores_table(SCORES, {}, 30, english=english).splitlines()[-2]
     assert line == "PPL          25.5  of English text; 20.0 before training"
 
 
 def test_intervals_stand_beside_the_scores():
     intervals = {"BLEU": [0.4012, 0.6], "NIST": [6.5, 7.25], "NLL": [1.2, 1.3004]}
-    scores = SCORES | {"METEOR": 0.375, "nll": 1.25, "intervals": intervals, "n_prompts": 30}
-    assert scores_table(scores).splitlines() == [
+    scores = replace(SCORES, meteor=0.375)
+    assert scores_table(scores, intervals, 30, nll=1.25).splitlines() == [
         "score       value  95% interval",
         "BLEU         50.0  40.1 to 60.0",
         "NIST         7.12  6.50 to 7.25",
@@ -67,11 +83,11 @@ def test_intervals_stand_beside_the_scores():
 
 def test_few_prompts_are_warned_of():
     intervals = {"BLEU": [0.4, 0.6]}
-    line = scores_table(SCORES | {"intervals": intervals, "n_prompts": 3}).splitlines()[-1]
+    line = scores_table(SCORES, intervals, 3).splitlines()[-1]
     assert line == (
         "only 3 prompts: the scores say little of other prompts, and intervals from so few are "
         "too narrow; evaluate on 30 or more"
     )
-    line = scores_table(SCORES | {"intervals": {}, "n_prompts": 1}).splitlines()[-1]
+    line = scores_table(SCORES, {}, 1).splitlines()[-1]
     assert line == "only 1 prompt: the scores say little of other prompts; evaluate on 30 or more"
-    assert "only" not in scores_table(SCORES | {"n_prompts": 30})
+    assert "only" not in scores_table(SCORES, {}, 30)

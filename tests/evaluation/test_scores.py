@@ -19,6 +19,7 @@ from swlora.evaluation.meteor import meteor_score, meteor_statistics, missing_ja
 from swlora.evaluation.ngram_scores import mteval_tokens
 from swlora.evaluation.ptb import ptb_tokenize
 from swlora.evaluation.scores import score, segment_statistics
+from swlora.result_json import as_json
 
 needs_java = pytest.mark.skipif(missing_java() is not None, reason=str(missing_java()))
 NAMES = ("BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
@@ -66,14 +67,14 @@ def rounded(scores: dict[str, Any]) -> dict[str, str]:
 @needs_java
 def test_official_scores_with_java(official: tuple[Corpus, dict[str, Any]]) -> None:
     corpus, golden = official
-    scores = score(*corpus).as_dict()
+    scores = as_json(score(*corpus))
     assert rounded(scores) == rounded(golden)
     assert (scores["tokenizer"], scores["meteor_reason"]) == ("java", None)
 
 
 def test_official_scores_without_java(official: tuple[Corpus, dict[str, Any]]) -> None:
     corpus, golden = official
-    scores = score(*corpus, java=False).as_dict()
+    scores = as_json(score(*corpus, java=False))
     assert rounded(scores) == rounded({**golden, "METEOR": None})
     assert (scores["tokenizer"], scores["METEOR"]) == ("python", None)
     assert scores["meteor_reason"] == "Java was switched off"
@@ -191,7 +192,7 @@ def test_empty_predictions_count_as_segments_without_hits(java: bool) -> None:
     assert half.bleu[1].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 6]
     assert half.rouge_l.tolist() == [1.0, 0.0]
     assert half.cider[0] > 0 == half.cider[1]
-    nothing = score(["", " \n"], groups, java=java).as_dict()
+    nothing = as_json(score(["", " \n"], groups, java=java))
     assert [nothing[name] for name in NAMES if name != "METEOR"] == [0, 0, 0, 0]
     assert nothing["METEOR"] == (0 if java else None)
 

@@ -1,5 +1,6 @@
 """Files of outputs and references: how they are read, and which mistakes are named."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from swlora.errors import DataError, UserError
 from swlora.evaluation import scoring_files
 from swlora.evaluation.scoring_files import read_references, score_files
+from swlora.result_json import as_json
 
 REFERENCES = "a one\na two\n\nb one\n\n\nc one\nc two\nc three\n"
 GROUPS = [["a one", "a two"], ["b one"], ["c one", "c two", "c three"]]
@@ -19,12 +21,13 @@ def scored(monkeypatch) -> list[tuple[list[str], list[list[str]]]]:
     """Record what is handed to the metrics, which have their own tests."""
     calls: list[tuple[list[str], list[list[str]]]] = []
 
-    class Statistics:
-        def scores(self) -> "Statistics":
-            return self
+    @dataclass(frozen=True)
+    class Bleu:
+        BLEU: float = 0.5
 
-        def as_dict(self) -> dict[str, float]:
-            return {"BLEU": 0.5}
+    class Statistics:
+        def scores(self) -> Bleu:
+            return Bleu()
 
         def resampled(self, weights) -> dict[str, np.ndarray]:
             return {"BLEU": weights[:, 0] / weights.sum(axis=1)}
@@ -72,7 +75,7 @@ def test_references_as_e2e_csv(tmp_path):
 )
 def test_one_output_a_line(text, outputs, scored, tmp_path):
     predictions, references = write(tmp_path / "p", text), write(tmp_path / "r", REFERENCES)
-    result = score_files(predictions, references)
+    result = as_json(score_files(predictions, references))
     assert scored == [(outputs, GROUPS)]
     assert result == {
         "BLEU": 0.5,

@@ -24,7 +24,9 @@ from swlora.evaluation.loss import dataset_loss
 from swlora.job import Job
 from swlora.models.load import load_model
 from swlora.progress import Silent
+from swlora.result_json import as_json
 from swlora.runs import Run, read_metrics
+from swlora.training.trained import Trained
 from swlora.web.folders import RunFolders
 
 
@@ -39,9 +41,9 @@ def make_spec(model: Path, data: dict[str, str], **changes: Any) -> RunSpec:
     return small_runs.make_spec(model, data, **long | changes)
 
 
-def train_in(folder: Path, spec: RunSpec, progress: Any = None) -> dict[str, Any]:
+def train_in(folder: Path, spec: RunSpec, progress: Any = None) -> Trained:
     with Run.create(folder, spec, "train") as run:
-        return pipeline.train(Job(spec, run, progress or Silent()))[1]
+        return pipeline.train(Job(spec, run, progress or Silent()))
 
 
 class Heard(Silent):
@@ -76,15 +78,16 @@ def test_the_best_adapter_is_the_one_that_was_measured(
         model_folder("llama"), data, method=method, train__eval_every_steps=1, train__max_steps=9
     )
     result = train_in(tmp_path / "run", spec)
-    best, held_out = Path(result["best_adapter"]), result["held_out"]
+    best, held_out = result.best_adapter, result.course.held_out
+    assert best is not None and held_out is not None
     assert best == tmp_path / "run" / "best" == adapter_folder(best)
     measured = {row["step"]: row["eval_nll"] for row in read_metrics(tmp_path / "run")}
-    assert held_out["best"] == min(measured.values()) == measured[held_out["best_step"]]
-    assert (held_out["first"], held_out["last"]) == (measured[1], measured[9])
-    step = held_out["best_step"]
+    assert held_out.best == min(measured.values()) == measured[held_out.best_step]
+    assert (held_out.first, held_out.last) == (measured[1], measured[9])
+    step = held_out.best_step
     assert read_facts(best) == read_facts(tmp_path / "run" / "adapter") | {
         "step": step,
-        "losses_nats_per_token": {f"held-out rows, after step {step}": held_out["best"]},
+        "losses_nats_per_token": {f"held-out rows, after step {step}": held_out.best},
     }
     assert read_facts(best)["training"]["batch_size"] == 3
 
@@ -93,7 +96,7 @@ def test_the_best_adapter_is_the_one_that_was_measured(
         dev = Job(spec, run, Silent()).encoded("dev")
     plain = PeftModel.from_pretrained(loaded.model, str(best)).eval()
     loss = dataset_loss(plain, dev, Silent()).nats_per_token
-    assert loss == pytest.approx(held_out["best"], rel=1e-5)
+    assert loss == pytest.approx(held_out.best, rel=1e-5)
 
     unmeasured = make_spec(
         model_folder("llama"), data, method=method, train__eval_every_steps=0, train__max_steps=9
@@ -129,27 +132,31 @@ def test_stopped_early_resumed_or_not(
     Path(data["data.eval_file"]).write_text(other + "\n")
     spec = make_spec(model_folder("llama"), data, method=method, train__early_stopping=2)
     expected = train_in(tmp_path / "whole", spec)
-    held_out, n_steps = expected["held_out"], expected["steps"]
-    assert n_steps == held_out["best_step"] + 2 < expected["planned_steps"] == 16
-    assert held_out["n_since_best"] == 2
+    held_out, n_steps = expected.course.held_out, expected.course.steps
+    assert held_out is not None
+    assert n_steps == held_out.best_step + 2 < expected.course.planned_steps == 16
+    assert held_out.n_since_best == 2
     assert not same(tmp_path / "whole" / "adapter", tmp_path / "whole" / "best")
 
-    for stop in {1, held_out["best_step"], n_steps}:
+    for stop in {1, held_out.best_step, n_steps}:
         folder = tmp_path / str(stop)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Run, "append_metrics", signal_in(stop))
             train_in(folder, spec)
         run, resumed = Run.reopen(folder, "train")
         with run:
-            result = pipeline.train(Job(resumed, run, Silent()))[1]
-        assert result["held_out"] == held_out
-        assert (result["steps"], result["final_loss"]) == (n_steps, expected["final_loss"])
+            result = pipeline.train(Job(resumed, run, Silent()))
+        assert result.course.held_out == held_out
+        assert (result.course.steps, result.course.final_loss) == (
+            n_steps,
+            expected.course.final_loss,
+        )
         for name in ("adapter", "best"):
             assert same(folder / name, tmp_path / "whole" / name)
 
     show_training(expected)
     said = capsys.readouterr().out
-    assert f"{held_out['best']:.3f} best (step {held_out['best_step']})" in said
+    assert f"{held_out.best:.3f} best (step {held_out.best_step})" in said
     assert f"stopped early, after {n_steps} of 16 steps: no better held-out loss in 2" in said
     assert f"best adapter: {tmp_path / 'whole' / 'best'}" in said
 
@@ -179,15 +186,15 @@ def test_held_out_loss_is_shown_by_itself(
     measured = [row["step"] for row in read_metrics(tmp_path / "run") if "eval_nll" in row]
     assert measured == [4, 8, 12, 16]
     last = read_metrics(tmp_path / "run")[-1]
-    best = f"{result['held_out']['best']:.3f}"
+    best = f"{result.course.held_out.best:.3f}"
     assert f"held-out {last['eval_nll']:.3f} (best {best})  " in heard.notes[-1]
     assert "held-out" not in heard.notes[3]
-    assert "best_adapter" not in result
+    assert "best_adapter" not in as_json(result)
     assert not (tmp_path / "run" / "best").exists()
     show_training(result)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"loss: {result['final_loss']:.3f} (mean of the last 2 of 16 steps)"
-    assert lines[2].startswith(f"held-out loss: {result['held_out']['first']:.3f} first, ")
+    assert lines[1] == f"loss: {result.course.final_loss:.3f} (mean of the last 2 of 16 steps)"
+    assert lines[2].startswith(f"held-out loss: {result.course.held_out.first:.3f} first, ")
 
 
 def test_data_without_held_out_rows_train_all_the_same(
@@ -196,7 +203,7 @@ def test_data_without_held_out_rows_train_all_the_same(
     heard = Heard()
     changes = {"data__eval_file": None, "data__eval_split": "test", "train__max_steps": 2}
     spec = make_spec(model_folder("llama"), data, **changes)
-    assert "held_out" not in train_in(tmp_path / "run", spec, heard)
+    assert "held_out" not in as_json(train_in(tmp_path / "run", spec, heard))
     assert "the data set has no test split, so no held-out loss is measured" in heard.lines
 
 
@@ -206,7 +213,7 @@ def test_few_rows_get_small_steps_and_are_told(
     heard = Heard()
     spec = make_spec(model_folder("llama"), data, train__batch_size=None, train__epochs=2)
     result = train_in(tmp_path / "run", spec, heard)
-    assert (result["batch_size"], result["steps"]) == (1, 24)
+    assert (result.course.batch_size, result.course.steps) == (1, 24)
     said = "12 rows would make 2 steps of 32 rows; taking 1 rows a step, 24 steps"
     assert any(line.startswith(said) for line in heard.lines)
     assert load_spec(tmp_path / "run" / "config.yaml", {}) == spec

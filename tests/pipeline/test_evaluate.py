@@ -12,6 +12,7 @@ from swlora.evaluation import english
 from swlora.evaluation.prompting import Prompt, generate_text
 from swlora.job import Job
 from swlora.progress import Silent
+from swlora.result_json import as_json
 from swlora.runs import Run
 
 
@@ -25,7 +26,8 @@ def test_an_adapter_is_evaluated_from_its_folder_or_its_run(model_folder, rows, 
         ("base", None),
     ):
         with Run.create(tmp_path / f"eval-{name}", spec, "eval") as run:
-            results[name] = pipeline.evaluate_adapter(Job(spec, run, Silent()), adapter)
+            found = pipeline.evaluate_adapter(Job(spec, run, Silent()), adapter)
+            results[name] = as_json(found)
         assert run.facts.get("adapter") == (None if adapter is None else str(adapter))
     scores = ("BLEU", "NIST", "ROUGE_L", "CIDEr", "n_tokens")
     for name in ("run", "folder"):
@@ -52,8 +54,8 @@ def test_english_text_is_measured_with_e2e_data_or_where_it_is_asked_for(
         with Run.create(tmp_path / name, spec, command) as run:
             job = Job(spec, run, Silent())
             if command == "eval":
-                return pipeline.evaluate_adapter(job, None)
-            return pipeline.train_evaluate(job)["eval"]
+                return as_json(pipeline.evaluate_adapter(job, None))
+            return as_json(pipeline.train_evaluate(job)[1])
 
     assert "english_perplexity" not in evaluated("own", None, own=True)
     assert "english_perplexity" not in evaluated("sample-without", False, own=False)
@@ -79,8 +81,8 @@ def test_generated_text_sees_the_prompt_as_in_training(
     for separator in ("", "\n> "):
         facts.write_text(json.dumps({"separator": separator}))
         result = generate_text(spec, Prompt("name[E]"), tmp_path / "run", Silent())
-        texts.append(" ".join(result["text"].split()))
+        texts.append(" ".join(result.text.split()))
         assert texts[-1] == naive_text(model, tiny_tokenizer, "name[E]" + separator)
     assert texts[0] != texts[1]
-    base = generate_text(spec, Prompt("name[E]"), None, Silent())["text"]
+    base = generate_text(spec, Prompt("name[E]"), None, Silent()).text
     assert " ".join(base.split()) == naive_text(make_model("llama"), tiny_tokenizer, "name[E]")

@@ -29,9 +29,9 @@ def test_few_steps_take_all_layers_and_say_so(model_folder, tmp_path) -> None:
     spec = make_spec(model_folder("llama"), write_data(tmp_path), adapter__layers="auto:0.5")
     heard = Listening()
     with Run.create(tmp_path / "run", spec, "train") as run:
-        _, result = pipeline.train(Job(spec, run, heard))
+        result = pipeline.train(Job(spec, run, heard))
         recorded = run.read_result()["layer_choice"]
-    assert result["layers"] == recorded["layers"] == [0, 1, 2]
+    assert result.layers == recorded["layers"] == [0, 1, 2]
     assert [line for line in heard.said if line.startswith("all layers: of the 8 steps")] == [
         recorded["reason"]
     ]
@@ -72,9 +72,9 @@ def test_a_resumed_run_keeps_the_layers_that_were_measured(
     run, spec = Run.reopen(tmp_path / "run", "train")
     heard = Listening()
     with run:
-        _, result = pipeline.train(Job(spec, run, heard))
+        result = pipeline.train(Job(spec, run, heard))
     assert "resuming after step 3" in heard.said
-    assert (result["layers"], result["steps"]) == ([2], 8)
+    assert (result.layers, result.course.steps) == ([2], 8)
 
 
 def test_auto_is_refused_before_the_run_where_nothing_can_be_measured(

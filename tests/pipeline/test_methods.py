@@ -20,6 +20,7 @@ from swlora.evaluation.loss import dataset_loss
 from swlora.job import Job
 from swlora.models.load import load_model
 from swlora.progress import Silent
+from swlora.result_json import as_json
 from swlora.runs import Run, read_metrics
 from swlora.training.frozen_prefix import PrefixCache
 
@@ -32,7 +33,8 @@ def data(tmp_path: Path) -> dict[str, str]:
 def train_in(folder: Path, spec: RunSpec) -> tuple[Any, dict[str, Any], Job]:
     with Run.create(folder, spec, "train") as run:
         job = Job(spec, run, Silent())
-        return *pipeline.train(job), job
+        trained = pipeline.train(job)
+        return trained.model, as_json(trained), job
 
 
 @pytest.mark.filterwarnings("error::peft.utils.warning.PeftWarning")
@@ -97,7 +99,7 @@ def test_an_interrupted_run_ends_in_the_same_adapter(
     for folder in (tmp_path / "late", tmp_path / "early"):
         run, resumed_spec = Run.reopen(folder, "train")
         with run:
-            _, result = pipeline.train(Job(resumed_spec, run, Silent()))
+            result = as_json(pipeline.train(Job(resumed_spec, run, Silent())))
         assert result["last_loss"] == expected["last_loss"]
         assert result.get("rank_pattern") == expected.get("rank_pattern")
         found = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -171,8 +173,8 @@ def test_its_time_does_not_count(
     monkeypatch.setattr("swlora.training.step.build_tree", _ticking(tick))
     monkeypatch.setattr("swlora.pipeline.read_metrics", lambda _folder: seen)
     with Run.create(tmp_path / "run", spec, "train") as run:
-        _, result = step(Job(spec, run, Silent()))
-    assert result["train_s"] == seen[-1]["elapsed_s"] < 100
+        trained = step(Job(spec, run, Silent()))
+    assert trained.course.train_s == seen[-1]["elapsed_s"] < 100
     assert [line.get("eval_s", 0) for line in seen] == [0, 0, 1000, 0, 0, 1000, 0, 1000]
 
 

@@ -236,9 +236,9 @@ def test_thirty_steps_on_real_data_teach_the_embedded_model(builtin_dir, shared_
         job = Job(spec, run, Silent())
         dev = job.encoded("dev")
         before = dataset_loss(job.loaded.model, dev, Silent())
-        model, result = pipeline.train(job)
-        after = dataset_loss(model.eval(), dev, Silent())
-    assert result["steps"] == 30
+        trained = pipeline.train(job)
+        after = dataset_loss(trained.model.eval(), dev, Silent())
+    assert trained.course.steps == 30
     assert before.n_tokens == after.n_tokens
     assert after.nats_per_token < before.nats_per_token - 0.5
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]

@@ -13,6 +13,7 @@ from swlora.config import RunSpec, dump_yaml
 from swlora.evaluation.scores import SegmentStatistics
 from swlora.evaluation.segments import Segments
 from swlora.loss_sum import LossSum
+from swlora.result_json import as_json
 from swlora.study.live import board_table
 from swlora.study.spec import StudySpec
 
@@ -122,7 +123,7 @@ class HandmadeStudy:
         segments.write(folder)
         total = LossSum(float(segments.sum_nats.sum()), int(segments.n_tokens.sum()))
         evaluated = {
-            **segments.statistics.scores().as_dict(),
+            **as_json(segments.statistics.scores()),
             "nll": total.nats_per_token,
             "nll_sum_nats": total.sum_nats,
             "n_tokens": total.n_tokens,

@@ -11,6 +11,7 @@ from swlora import pipeline
 from swlora.config import RunSpec, load_spec
 from swlora.job import Job
 from swlora.progress import Silent
+from swlora.result_json import as_json
 from swlora.runs import Run, read_run
 
 EOS = 257
@@ -63,9 +64,10 @@ def resume(folder: Path) -> Any:
 
 def work(job: Job) -> Any:
     command = job.run.facts["command"]
-    if command == "train":
-        return pipeline.train(job)[1]
-    return {"train-eval": pipeline.train_evaluate, "identify": pipeline.identify}[command](job)
+    if command == "train-eval":
+        trained, evaluated = pipeline.train_evaluate(job)
+        return as_json({"train": trained, "eval": evaluated})
+    return as_json({"train": pipeline.train, "identify": pipeline.identify}[command](job))
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from swlora.cli.flags import (
     TRAIN,
 )
 from swlora.cli.process import no_library_notes, sigterm_interrupts
-from swlora.cli.show import show_candidates, show_scores, show_training
+from swlora.cli.show import show_candidates, show_evaluation, show_scores, show_training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,7 +91,7 @@ def train(invocation: Invocation) -> None:
     with invocation.job() as job:
         from swlora import pipeline
 
-        _, result = pipeline.train(job)
+        result = pipeline.train(job)
     show_training(result)
     invocation.finish(result)
 
@@ -106,7 +106,7 @@ def evaluate(invocation: Invocation, adapter: Adapter = None) -> None:
         from swlora import pipeline
 
         result = pipeline.evaluate_adapter(job, adapter)
-    show_scores(result)
+    show_evaluation(result)
     invocation.finish(result)
 
 
@@ -123,10 +123,10 @@ def train_evaluate(invocation: Invocation) -> None:
     with invocation.job() as job:
         from swlora import pipeline
 
-        result = pipeline.train_evaluate(job)
-    show_training(result["train"])
-    show_scores(result["eval"])
-    invocation.finish(result)
+        trained, evaluated = pipeline.train_evaluate(job)
+    show_training(trained)
+    show_evaluation(evaluated)
+    invocation.finish({"train": trained, "eval": evaluated})
 
 
 @verb("compare", JSON)
@@ -216,7 +216,7 @@ def generate(
 
         asked = Prompt(prompt, chat, system)
         result = generate_text(spec, asked, adapter, invocation.progress)
-    typer.echo(result["text"])
+    typer.echo(result.text)
     invocation.finish(result)
 
 

@@ -126,20 +126,21 @@ class Invocation:
             with self.job():
                 yield
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write the result where it was asked for, and say where the run folder is."""
+    def finish(self, result: Any) -> None:
+        """Write the result as JSON where it was asked for, and say where the run folder is."""
+        from swlora.result_json import as_json
         from swlora.runs import started_s
 
         if self._job is not None:
             run = self._job.run
             if not (run.folder / "result.json").exists():
-                run.write_result(result)
+                run.write_result(as_json(result))
             print(f"run folder: {run.folder}")
             say_what_is_left(run.folder, started_s(run.facts))
         if self.json is not None:
             from swlora.files import write_json
 
-            write_json(self.json, result)
+            write_json(self.json, as_json(result))
 
 
 def command(

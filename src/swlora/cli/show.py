@@ -1,6 +1,11 @@
 """What a person is shown when work is done: results as lines and small tables, on stdout."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swlora.evaluation.evaluated import Evaluated, Scored
+    from swlora.training.trained import Trained
+    from swlora.training.watch import HeldOutLosses
 
 
 def show_candidates(result: dict[str, Any]) -> None:
@@ -18,42 +23,51 @@ def show_candidates(result: dict[str, Any]) -> None:
     print(f"figure: {result['figure']}")
 
 
-def show_training(result: dict[str, Any]) -> None:
+def show_training(trained: "Trained") -> None:
     """Print what `pipeline.train` did."""
+    course = trained.course
     print(
-        f"trained {result['rows']} rows in {result['train_s']:.0f} s, "
-        f"{result['examples_per_s']:.1f} examples/s"
+        f"trained {course.rows} rows in {course.train_s:.0f} s, "
+        f"{course.examples_per_s:.1f} examples/s"
     )
-    n_steps, n_averaged = result["steps"], result["final_loss_steps"]
+    n_steps, n_averaged = course.steps, course.final_loss_steps
     which = "last step" if n_averaged == 1 else f"mean of the last {n_averaged} of {n_steps} steps"
-    print(f"loss: {result['final_loss']:.3f} ({which})")
-    if held_out := result.get("held_out"):
-        _show_held_out(held_out, result)
-    print(f"adapter: {result['adapter']}")
-    if "best_adapter" in result:
-        print(f"best adapter: {result['best_adapter']}")
+    print(f"loss: {course.final_loss:.3f} ({which})")
+    if course.held_out is not None:
+        _show_held_out(course.held_out, trained)
+    print(f"adapter: {trained.adapter}")
+    if trained.best_adapter is not None:
+        print(f"best adapter: {trained.best_adapter}")
 
 
-def _show_held_out(held_out: dict[str, Any], result: dict[str, Any]) -> None:
+def _show_held_out(held_out: "HeldOutLosses", trained: "Trained") -> None:
     parts = (
-        f"{held_out['first']:.3f} first",
-        f"{held_out['best']:.3f} best (step {held_out['best_step']})",
-        f"{held_out['last']:.3f} last",
+        f"{held_out.first:.3f} first",
+        f"{held_out.best:.3f} best (step {held_out.best_step})",
+        f"{held_out.last:.3f} last",
     )
     print(f"held-out loss: {', '.join(parts)}")
-    if result["steps"] < result["planned_steps"]:
+    if trained.course.steps < trained.course.planned_steps:
         print(
-            f"stopped early, after {result['steps']} of {result['planned_steps']} steps: "
-            f"no better held-out loss in {held_out['n_since_best']} measurements"
+            f"stopped early, after {trained.course.steps} of {trained.course.planned_steps} steps: "
+            f"no better held-out loss in {held_out.n_since_best} measurements"
         )
-    elif held_out["last"] > 1.01 * held_out["best"] and "best_adapter" not in result:
+    elif held_out.last > 1.01 * held_out.best and trained.best_adapter is None:
         print("it was lowest before the end: --early-stopping 3 keeps that adapter too")
 
 
-def show_scores(result: dict[str, Any]) -> None:
-    """Print scores, of an evaluation or of existing outputs."""
+def show_evaluation(evaluated: "Evaluated") -> None:
+    """Print the scores and losses of an evaluation."""
     from swlora.evaluation.report import scores_table
 
-    print(scores_table(result))
-    if "predictions" in result:
-        print(f"predictions: {result['predictions']}")
+    e = evaluated
+    print(scores_table(e.scores, e.intervals, e.n_prompts, nll=e.nll, english=e.english))
+    print(f"predictions: {e.predictions}")
+
+
+def show_scores(scored: "Scored") -> None:
+    """Print the scores of existing outputs."""
+    from swlora.evaluation.report import scores_table
+
+    print(scores_table(scored.scores, scored.intervals, scored.n_prompts))
+    print(f"predictions: {scored.predictions}")

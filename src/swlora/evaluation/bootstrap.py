@@ -5,7 +5,8 @@ second and neither a model nor Java.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,18 @@ N_DRAWS = 1000
 BOOTSTRAP_SEED = 0
 CONFIDENCE = 0.95
 FEW_PROMPTS = 30  # fewer make intervals too narrow: the draws know nothing but these prompts
+
+
+@dataclass(frozen=True)
+class BootstrapSettings:
+    """What is needed to draw the same again."""
+
+    draws: int
+    seed: int
+    confidence: float
+
+
+SETTINGS = BootstrapSettings(N_DRAWS, BOOTSTRAP_SEED, CONFIDENCE)
 
 
 class Interval(NamedTuple):
@@ -37,11 +50,6 @@ def interval(draws: Draws) -> Interval:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Interval(float(low), float(high))
-
-
-def settings() -> dict[str, Any]:
-    """Return what is needed to draw the same again."""
-    return {"draws": N_DRAWS, "seed": BOOTSTRAP_SEED, "confidence": CONFIDENCE}
 
 
 def score_intervals(

@@ -18,6 +18,7 @@ from torch import Tensor
 from swlora.adapters.reach import is_covered
 from swlora.caches import ENGLISH, about
 from swlora.errors import RunFailedError
+from swlora.evaluation.evaluated import EnglishLoss
 from swlora.files import write_json
 from swlora.kernels.forwards import fast_modules
 from swlora.loss_sum import LossSum
@@ -64,15 +65,15 @@ def untouched_english_loss(
     return loss
 
 
-def english_facts(untouched: LossSum, adapted: LossSum, tokenizer: Any) -> dict[str, Any]:
-    """Return what result.json holds of the loss before an adapter was there, and with it."""
-    return {
-        "english_perplexity_before": untouched.perplexity,
-        "english_perplexity": adapted.perplexity,
-        "english_sum_nats": adapted.sum_nats,
-        "english_n_tokens": adapted.n_tokens,
-        "english_windows_begin_with_bos": bool(window_start(tokenizer)),
-    }
+def compare_english(untouched: LossSum, adapted: LossSum, tokenizer: Any) -> EnglishLoss:
+    """Put the loss before an adapter was there beside that with it."""
+    return EnglishLoss(
+        perplexity_before=untouched.perplexity,
+        perplexity=adapted.perplexity,
+        sum_nats=adapted.sum_nats,
+        n_tokens=adapted.n_tokens,
+        windows_begin_with_bos=bool(window_start(tokenizer)),
+    )
 
 
 def content_key(model: Any, windows: Tensor) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.files import atomic_path
 from swlora.loss_sum import LossSum
+from swlora.training.trained import TrainingCourse
 
 if TYPE_CHECKING:
     from swlora.training.checkpoint import LoopState
@@ -37,24 +38,24 @@ def final_loss(metrics: Sequence[dict[str, Any]]) -> tuple[float, int]:
     return total.nats_per_token, len(last)
 
 
-def training_result(
+def course_of(
     state: "LoopState", schedule: "Schedule", metrics: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return what a training did as plain values; `held_out` only where it was measured."""
+) -> TrainingCourse:
+    """Return how a training went, by its last state and its metrics."""
     totals, held_out = state.totals, state.held_out
     loss, n_averaged = final_loss(metrics)
-    result = {
-        "rows": totals.rows,
-        "batch_size": schedule.spec.batch_size,
-        "steps": totals.step,
-        "planned_steps": schedule.n_steps,
-        "train_s": totals.elapsed_s,
-        "examples_per_s": totals.rows / totals.elapsed_s,
-        "last_loss": metrics[-1]["loss"],
-        "final_loss": loss,
-        "final_loss_steps": n_averaged,
-    }
-    return result | ({"held_out": held_out.as_dict()} if held_out.n_measured else {})
+    return TrainingCourse(
+        rows=totals.rows,
+        batch_size=schedule.spec.batch_size,
+        steps=totals.step,
+        planned_steps=schedule.n_steps,
+        train_s=totals.elapsed_s,
+        examples_per_s=totals.rows / totals.elapsed_s,
+        last_loss=metrics[-1]["loss"],
+        final_loss=loss,
+        final_loss_steps=n_averaged,
+        held_out=held_out.losses(),
+    )
 
 
 def draw_loss(metrics: Sequence[dict[str, Any]], target: Path) -> None:

@@ -32,9 +32,21 @@ class Prompt:
     system: str | None = None
 
 
+@dataclass(frozen=True)
+class Generated:
+    """A text, what it continues or answers (`chat`), and what it came from."""
+
+    model: str
+    prompt: str
+    chat: bool
+    system: str | None
+    text: str
+    seed: int
+
+
 def generate_text(
     spec: RunSpec, prompt: Prompt, adapter: Path | None, progress: Progress
-) -> dict[str, Any]:
+) -> Generated:
     """Continue or answer one prompt with the base model or an adapter.
 
     An adapter that was trained here gets its prompt as in training: through the chat template, or
@@ -66,14 +78,7 @@ def generate_text(
         end_token_ids=chat_end_token_ids(loaded) if is_chat else loaded.end_token_ids,
         seed=spec.seed,
     )
-    return {
-        "model": loaded.source,
-        "prompt": prompt.text,
-        "chat": is_chat,
-        "system": prompt.system,
-        "text": text,
-        "seed": spec.seed,
-    }
+    return Generated(loaded.source, prompt.text, is_chat, prompt.system, text, spec.seed)
 
 
 def choose_form(prompt: Prompt, facts: Facts | None, loaded: LoadedModel, say: Say) -> bool:

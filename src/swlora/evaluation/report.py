@@ -1,12 +1,13 @@
 """What an evaluation leaves behind: predictions as CSV, scores as a table."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from swlora.evaluation.bootstrap import CONFIDENCE, FEW_PROMPTS, N_DRAWS
+from swlora.evaluation.evaluated import EnglishLoss
 from swlora.evaluation.scales import OF_100, SCALES
+from swlora.evaluation.scores import Scores
 from swlora.files import atomic_path
 
 
@@ -28,36 +29,42 @@ def write_predictions(
             writer.writerow([prompt, prediction, *refs, *[""] * (width - len(refs))])
 
 
-def scores_table(scores: dict[str, Any]) -> str:
-    """Return an evaluation's scores as aligned text, with intervals where it has some.
+def scores_table(
+    scores: Scores,
+    intervals: Mapping[str, Sequence[float]],
+    n_prompts: int,
+    *,
+    nll: float | None = None,
+    english: EnglishLoss | None = None,
+) -> str:
+    """Return scores as aligned text, with the intervals that there are.
 
-    A score that could not be computed is n/a; few prompts are warned of.
+    A score that could not be computed is n/a; few prompts are warned of. `nll` in nats a token is
+    None for outputs of no model.
     """
-    intervals = scores.get("intervals") or {}
     lines = [f"{'score':<8} {'value':>8}  {CONFIDENCE:.0%} interval"] if intervals else []
-    values = {"NLL": scores.get("nll"), **scores}
-    notes = {"NLL": "nats a completion token", "METEOR": scores.get("meteor_reason")}
+    values = {"NLL": nll, **scores.by_name()}
+    notes = {"NLL": "nats a completion token", "METEOR": scores.meteor_reason}
     for key, scale in SCALES.items():
         value = values.get(key)
         if value is None and key == "NLL":
-            continue  # outputs of no model
+            continue
         shown = "n/a" if value is None else scale.number(value)
         bounds = scale.interval(intervals[key]) if key in intervals else ""
         note = notes.get(key) if value is None or key == "NLL" else None
         said = f"{bounds:<16} {f'({note})' if note else ''}".strip()
         lines.append(f"{scale.name:<8} {shown:>8}  {said}".rstrip())
-    if scores.get("english_perplexity") is not None:
-        now, before = (f"{scores[f'english_perplexity{k}']:.1f}" for k in ("", "_before"))
+    if english is not None:
+        now, before = f"{english.perplexity:.1f}", f"{english.perplexity_before:.1f}"
         lines.append(f"{'PPL':<8} {now:>8}  of English text; {before} before training")
-    return "\n".join([*lines, *_remarks(scores, has_intervals=bool(intervals))])
+    return "\n".join([*lines, *_remarks(n_prompts, has_intervals=bool(intervals))])
 
 
-def _remarks(scores: dict[str, Any], *, has_intervals: bool) -> list[str]:
-    """Say what the numbers mean, and where they mean little."""
-    n = scores.get("n_prompts")
+def _remarks(n: int, *, has_intervals: bool) -> list[str]:
+    """Say what the numbers of `n` prompts mean, and where they mean little."""
     drawn = f"; intervals from {N_DRAWS:,} draws of the {n} prompts" if has_intervals else ""
     said = [OF_100 + drawn]
-    if n is not None and n < FEW_PROMPTS:
+    if n < FEW_PROMPTS:
         too_narrow = ", and intervals from so few are too narrow" if has_intervals else ""
         said.append(
             f"only {n} prompt{'s' * (n > 1)}: the scores say little of other prompts{too_narrow}; "

@@ -9,7 +9,7 @@ of the whole set. METEOR needs Java; without it the score is None, never another
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ from swlora.evaluation.ngram_scores import (
     nist_statistics,
 )
 from swlora.evaluation.ptb import ptb_tokenize
+from swlora.result_json import key
 
 Rows = NDArray[np.float64]
 
@@ -38,25 +39,23 @@ Rows = NDArray[np.float64]
 class Scores:
     """Corpus scores on the official scales: NIST and CIDEr unbounded, the others in [0, 1]."""
 
-    bleu: float
-    nist: float
-    rouge_l: float
-    cider: float
-    meteor: float | None
+    bleu: float = field(metadata=key("BLEU"))
+    nist: float = field(metadata=key("NIST"))
+    meteor: float | None = field(metadata=key("METEOR"))
+    rouge_l: float = field(metadata=key("ROUGE_L"))
+    cider: float = field(metadata=key("CIDEr"))
     meteor_reason: str | None
     """Why METEOR is None; None where it was computed."""
     tokenizer: Literal["java", "python"]
 
-    def as_dict(self) -> dict[str, float | str | None]:
-        """The scores under their official names, with how they were computed."""
+    def by_name(self) -> dict[str, float | None]:
+        """Return the scores under their official names."""
         return {
             "BLEU": self.bleu,
             "NIST": self.nist,
             "METEOR": self.meteor,
             "ROUGE_L": self.rouge_l,
             "CIDEr": self.cider,
-            "meteor_reason": self.meteor_reason,
-            "tokenizer": self.tokenizer,
         }
 
 

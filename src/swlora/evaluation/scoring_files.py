@@ -1,18 +1,16 @@
 """Scores of outputs that already exist, from the official script's file formats."""
 
 from pathlib import Path
-from typing import Any
 
 from swlora.data.rows import E2E_COLUMNS, read_rows
 from swlora.data.sources import group_references
 from swlora.errors import DataError, UserError
-from swlora.evaluation import bootstrap
 from swlora.evaluation.bootstrap import score_intervals
-from swlora.evaluation.scales import RAW_SCALE
+from swlora.evaluation.evaluated import Scored
 from swlora.evaluation.scores import segment_statistics
 
 
-def score_files(predictions: Path, references: Path) -> dict[str, Any]:
+def score_files(predictions: Path, references: Path) -> Scored:
     """Score one output a line against references (E2E CSV, or blank-line-separated groups).
 
     Raises UserError where a file is unreadable or the numbers of outputs and groups differ.
@@ -27,15 +25,13 @@ def score_files(predictions: Path, references: Path) -> dict[str, Any]:
             "distinct MRs; give one output a line, in the file order of the MRs"
         )
     statistics = segment_statistics(outputs, groups)
-    return {
-        **statistics.scores().as_dict(),
-        "scale": RAW_SCALE,
-        "intervals": score_intervals(statistics.resampled, len(groups)),
-        "bootstrap": bootstrap.settings(),
-        "n_prompts": len(groups),
-        "predictions": str(predictions),
-        "references": str(references),
-    }
+    return Scored(
+        scores=statistics.scores(),
+        intervals=score_intervals(statistics.resampled, len(groups)),
+        n_prompts=len(groups),
+        predictions=predictions,
+        references=references,
+    )
 
 
 def read_references(path: Path) -> list[list[str]]:

@@ -19,6 +19,7 @@ from swlora.evaluation import bootstrap
 from swlora.evaluation.bootstrap import Draws
 from swlora.evaluation.scales import OF_100, SCALES
 from swlora.files import write_json, write_text
+from swlora.result_json import as_json
 from swlora.study import statistics as stats
 from swlora.study.collect import ArmRecord, ArmRun, StudyRecord, collect
 from swlora.study.figures import draw_curves, draw_pareto
@@ -65,7 +66,7 @@ def summarise(study: StudyRecord) -> Result:
         "margin": study.spec.margin.model_dump(),
         "controls": study.spec.controls,
         "scores": OF_100,
-        "bootstrap": bootstrap.settings(),
+        "bootstrap": as_json(bootstrap.SETTINGS),
         "setting": _setting(study),
         "target_nll": yardstick.pace.final_nll if yardstick.pace else None,
         "arms": arms,

@@ -11,6 +11,7 @@ import argparse
 import shutil
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from swlora import pipeline
@@ -46,12 +47,13 @@ def train_and_measure(job: Job) -> None:
     """Train, measure the loss on the held-out rows of `data.eval_split`, drop the adapter."""
     from swlora.evaluation.loss import dataset_loss
 
-    model, trained = pipeline.train(job)
+    trained = pipeline.train(job)
     with job.timed("loss"):
-        loss = dataset_loss(model.eval(), job.encoded(job.spec.data.eval_split), job.progress)
+        held_out = job.encoded(job.spec.data.eval_split)
+        loss = dataset_loss(trained.model.eval(), held_out, job.progress)
     values = {"nll": loss.nats_per_token, "sum_nats": loss.sum_nats, "n_tokens": loss.n_tokens}
     shutil.rmtree(job.run.folder / "adapter")  # of full training it is as large as the model
-    job.run.write_result({"train": {**trained, "adapter": None}, "heldout": values})
+    job.run.write_result({"train": replace(trained, adapter=None), "heldout": values})
 
 
 def _found_nothing(job: Job) -> bool:

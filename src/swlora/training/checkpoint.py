@@ -60,7 +60,7 @@ class LoopState:
             tensors[f"parameter/{name}"] = parameter.detach().clone()
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).clone()
-        values = {**vars(self.totals), "held_out": self.held_out.as_dict()}
+        values = {**vars(self.totals), "held_out": vars(self.held_out)}
         save_snapshot(folder, tensors, values)
 
     def load(self, folder: Path) -> bool:

@@ -7,7 +7,7 @@ resumed has the same best adapter, and stops at the same step, as one that never
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,18 @@ from swlora.files import restore_folder
 METRIC = "nll"
 Observer = Callable[[int], dict[str, Any]]
 SaveAdapter = Callable[[Path, int, float], None]
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Held-out losses in nats a token, of which there is one at least; `best_step` had the best."""
+
+    n_measured: int
+    first: float
+    best: float
+    last: float
+    best_step: int
+    n_since_best: int
 
 
 @dataclass
@@ -42,9 +54,13 @@ class HeldOutState:
         self.best, self.best_step, self.n_since_best = loss, step, 0
         return True
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
+    def losses(self) -> HeldOutLosses | None:
+        """Return what was measured so far, None where nothing was."""
+        if self.first is None or self.best is None or self.last is None:
+            return None
+        return HeldOutLosses(
+            self.n_measured, self.first, self.best, self.last, self.best_step, self.n_since_best
+        )
 
 
 @dataclass(frozen=True)

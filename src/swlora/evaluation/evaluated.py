@@ -1,0 +1,64 @@
+"""What an evaluation found, as values: of a model's texts, or of outputs that already exist."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from swlora.config import DecodeSpec
+from swlora.evaluation.bootstrap import SETTINGS, BootstrapSettings
+from swlora.evaluation.scales import RAW_SCALE
+from swlora.evaluation.scores import Scores
+from swlora.loss_sum import LossSum
+from swlora.result_json import FLAT, key
+
+
+@dataclass(frozen=True)
+class EnglishLoss:
+    """The loss of English text before an adapter was there, and with it: what was forgotten."""
+
+    perplexity_before: float = field(metadata=key("english_perplexity_before"))
+    perplexity: float = field(metadata=key("english_perplexity"))
+    sum_nats: float = field(metadata=key("english_sum_nats"))
+    n_tokens: int = field(metadata=key("english_n_tokens"))
+    windows_begin_with_bos: bool = field(metadata=key("english_windows_begin_with_bos"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """A model's texts for every distinct prompt of a split, scored, and the references' loss.
+
+    `nll` is in nats a completion token. `intervals` are [low, high] of the scores and of "NLL", by
+    their official names; {} for a single prompt. `english` is None where it was not measured, and
+    `predictions` where no file was asked for.
+    """
+
+    scores: Scores = field(metadata=FLAT)
+    nll: float
+    nll_sum_nats: float
+    n_tokens: int
+    scale: str = RAW_SCALE
+    intervals: dict[str, list[float]]
+    bootstrap: BootstrapSettings = SETTINGS
+    english: EnglishLoss | None = field(metadata=FLAT)
+    n_prompts: int
+    split: str
+    decode: DecodeSpec
+    data: str
+    predictions: Path | None
+
+    @property
+    def loss(self) -> LossSum:
+        """The summed loss of all references."""
+        return LossSum(self.nll_sum_nats, self.n_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Scores of a file of outputs; `intervals` as in `Evaluated`."""
+
+    scores: Scores = field(metadata=FLAT)
+    scale: str = RAW_SCALE
+    intervals: dict[str, list[float]]
+    bootstrap: BootstrapSettings = SETTINGS
+    n_prompts: int
+    predictions: Path
+    references: Path

@@ -1,0 +1,50 @@
+"""What a training did, as a value."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swlora.result_json import FLAT, IF_ANY, NO_KEY
+from swlora.training.watch import HeldOutLosses
+
+
+@dataclass(frozen=True)
+class TrainingCourse:
+    """How a training went; losses in nats a completion token.
+
+    `rows` are those of the data set, counted once in every epoch. `final_loss` is the mean over the
+    last `final_loss_steps` steps. `held_out` is None where nothing was measured.
+    """
+
+    rows: int
+    batch_size: int | None
+    steps: int
+    planned_steps: int
+    train_s: float
+    examples_per_s: float
+    last_loss: float
+    final_loss: float
+    final_loss_steps: int
+    held_out: HeldOutLosses | None = field(metadata=IF_ANY)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training: the adapted model, and what was done to it.
+
+    `model` is a PeftModel as it was saved. `adapter`, `adapter_bytes`, `loss_figure` and
+    `best_adapter` are None where there is no such file. `rank_pattern` is what AdaLoRA's pruning
+    left of each module's rank, None for the other methods.
+    """
+
+    model: Any = field(metadata=NO_KEY, repr=False, compare=False)
+    method: str
+    layers: list[int]
+    n_trainable: int
+    adapter_bytes: int | None
+    course: TrainingCourse = field(metadata=FLAT)
+    peak_memory_bytes: int | None
+    adapter: Path | None
+    loss_figure: Path | None
+    rank_pattern: dict[str, int] | None = field(default=None, metadata=IF_ANY)
+    best_adapter: Path | None = field(default=None, metadata=IF_ANY)

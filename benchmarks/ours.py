@@ -154,4 +154,4 @@ def _layers(arm: Arm, model_folder: str, anatomy: Anatomy, watch: measure.Stopwa
     with watch("identify"), tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
         spec = RunSpec(model=ModelSpec(name=model_folder))
         with Run.create(Path(scratch) / "run", spec, "identify") as run_folder:
-            return sorted(identify(Job(spec, run_folder, Silent()))["layers"])
+            return sorted(identify(Job(spec, run_folder, Silent())).layers)

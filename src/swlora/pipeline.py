@@ -21,13 +21,12 @@ from swlora.runs import read_metrics
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import EnglishLoss, Evaluated
     from swlora.evaluation.held_out import Measurements
+    from swlora.superweights.findings import Identified
     from swlora.training.schedule import Schedule
     from swlora.training.trained import Trained
 
-Result = dict[str, Any]
 
-
-def identify(job: Job, figure: Path | None = None) -> Result:
+def identify(job: Job, figure: Path | None = None) -> "Identified":
     """Find super weights, prove each by ablation, write report and figures; return the findings.
 
     `layers` in the result are those of candidates whose ablation proved them. Leaves
@@ -193,7 +192,7 @@ def choose_layers(job: Job) -> list[int]:
     verified = None
     if policy.needs_identification:
         result = identify(job)
-        verified = VerifiedLayers(result["layers"], result["removal_layers"])
+        verified = VerifiedLayers(result.layers, result.removal_layers)
         cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device.type))
     return policy.resolve(Anatomy(model).n_layers, verified)
 

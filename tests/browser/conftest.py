@@ -22,6 +22,7 @@ from swlora.config import AdapterSpec, IdentifySpec, ModelSpec
 from swlora.files import write_json
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.models.load import load_model
+from swlora.result_json import as_json
 from swlora.superweights.identify import identify
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +84,7 @@ def runs(model, tmp_path_factory) -> Path:
         IdentifySpec(prompt=["A river"], windows=2, window_tokens=96, controls=3, max_candidates=3),
     )
     write_json(root / "found/run.json", run_facts("identify", "done"))
-    write_json(root / "found/result.json", {"identify": found})
+    write_json(root / "found/result.json", {"identify": as_json(found)})
     write_json(root / "now/run.json", run_facts("train", "running"))
     runs = {
         f"runs/{arm}/seed-0": {"phase": "runs", "arm": arm, "label": "seed 0", "status": "done"}

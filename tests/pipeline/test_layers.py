@@ -1,5 +1,6 @@
 """`--layers auto:BUDGET` through the pipeline: what is recorded, said, and kept on resuming."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_english_text_is_measured_in_one_dtype_before_and_after(
     model_folder, tmp_path, monkeypatch
 ) -> None:
     """The search for super weights needs float32; what is trained after it is in bfloat16."""
-    found = {"layers": [1], "removal_layers": []}
+    found = SimpleNamespace(layers=[1], removal_layers=[])
     dtypes: list[Any] = []
 
     def measure(model: Any, *_: Any) -> LossSum:

@@ -1,6 +1,7 @@
 """Figures: the lines are the result's numbers, and every format can be read on its page."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,51 +9,71 @@ import pytest
 from matplotlib.figure import Figure
 
 from swlora.errors import UserError
+from swlora.models.anatomy import WeightAddress
+from swlora.superweights.detect import ModuleScan, Spike
+from swlora.superweights.effects import Dose
 from swlora.superweights.figure import FORMATS, check_format, draw_dose, draw_path, draw_scan
+from swlora.superweights.findings import ActivationPath, DoseCurve
 
 NAME = "layer 1 mlp.down_proj [out 7, in 9]"
 
 
-def spike(value: float) -> dict[str, Any]:
-    return {"value": value, "token": 0, "channel": 7}
+def spike(value: float) -> Spike:
+    return Spike(value, token=0, channel=7)
 
 
-RESULT: dict[str, Any] = {
-    "model": "a model of 3 layers",
-    "layers": [1],
-    "modules": [
-        {"layer": layer, "module": name, "input": spike(-2.0 - layer), "output": spike(10.0**layer)}
-        for layer in range(3)
-        for name in ("self_attn.o_proj", "mlp.down_proj")
-    ],
-    "path": {
-        **{"name": NAME, "layer": 1, "module": "mlp.down_proj", "out_channel": 7, "in_channel": 9},
-        **{"token": 4, "intact": [1.0, -900.0, 3.0], "ablated": [1.0, -2.0, 0.0]},
-        "others": [2.0, 5.0, 6.0],
-    },
-    "dose_curve": {
-        "name": NAME,
-        "points": [
-            {"scale": scale, "perplexity": ppl, "ratio": ppl / 5}
-            for scale, ppl in ((0.0, 1e9), (0.5, 80.0), (1.0, 5.0), (2.0, 5.5))
-        ],
-    },
-}
-DRAWINGS = [draw_scan, draw_path, draw_dose]
+MODEL = "a model of 3 layers"
+MODULES = [
+    ModuleScan(layer, name, input=spike(-2.0 - layer), output=spike(10.0**layer))
+    for layer in range(3)
+    for name in ("self_attn.o_proj", "mlp.down_proj")
+]
+ADDRESS = WeightAddress(1, "mlp.down_proj", 7, 9)
+PATH = ActivationPath(
+    NAME,
+    ADDRESS,
+    token=4,
+    intact=[1.0, -900.0, 3.0],
+    ablated=[1.0, -2.0, 0.0],
+    others=[2.0, 5.0, 6.0],
+)
+CURVE = DoseCurve(
+    NAME,
+    ADDRESS,
+    tuple(
+        Dose(scale, ppl, ppl / 5)
+        for scale, ppl in ((0.0, 1e9), (0.5, 80.0), (1.0, 5.0), (2.0, 5.5))
+    ),
+)
+
+
+def scan_drawn(target: Path) -> None:
+    draw_scan(MODEL, MODULES, [1], target)
+
+
+def path_drawn(target: Path) -> None:
+    draw_path(PATH, target)
+
+
+def dose_drawn(target: Path) -> None:
+    draw_dose(CURVE, target)
+
+
+DRAWINGS = [scan_drawn, path_drawn, dose_drawn]
 each_drawing = pytest.mark.parametrize("draw", DRAWINGS, ids=lambda draw: draw.__name__)
 
 
 @pytest.fixture
 def drawn(monkeypatch, tmp_path):
-    """A function (draw, result) -> the matplotlib figure that would be saved."""
+    """A function (draw, what) -> the matplotlib figure that would be saved."""
     seen: list[Figure] = []
 
     def keep(self: Figure, target: Path, **_: Any) -> None:
         seen.append(self)
         target.write_bytes(b"x")
 
-    def figure(draw, result) -> Figure:
-        draw(result, tmp_path / "a.png")
+    def figure(draw, *what) -> Figure:
+        draw(*what, tmp_path / "a.png")
         return seen[-1]
 
     monkeypatch.setattr(Figure, "savefig", keep)
@@ -67,7 +88,7 @@ def lines(panel: Any) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def test_the_scan_is_one_line_a_projection(drawn):
-    figure = drawn(draw_scan, RESULT)
+    figure = drawn(draw_scan, MODEL, MODULES, [1])
     assert figure.get_suptitle().startswith("Largest activations in a model of 3 layers")
     for panel, values in zip(figure.axes, ([2, 3, 4], [1, 10, 100]), strict=True):
         shown = lines(panel)
@@ -83,19 +104,19 @@ def test_the_scan_is_one_line_a_projection(drawn):
 
 
 def test_without_a_super_weight_nothing_is_marked(drawn):
-    figure = drawn(draw_scan, {**RESULT, "layers": []})
+    figure = drawn(draw_scan, MODEL, MODULES, [])
     assert all(len(panel.get_lines()) == 2 for panel in figure.axes)
     assert "super weight" not in figure.get_suptitle()
 
 
 def test_more_projections_than_colors_are_all_drawn(drawn):
-    modules = [{**RESULT["modules"][0], "module": f"m{k}"} for k in range(20)]
-    figure = drawn(draw_scan, {**RESULT, "layers": [], "modules": modules})
+    modules = [replace(MODULES[0], module=f"m{k}") for k in range(20)]
+    figure = drawn(draw_scan, MODEL, modules, [])
     assert [len(panel.get_lines()) for panel in figure.axes] == [20, 20]
 
 
 def test_the_path_before_and_after(drawn):
-    figure = drawn(draw_path, RESULT)
+    figure = drawn(draw_path, PATH)
     assert figure.get_suptitle().endswith(f"{NAME}, token 4")
     (panel,) = figure.axes
     assert list(lines(panel).values()) == [
@@ -108,7 +129,7 @@ def test_the_path_before_and_after(drawn):
 
 
 def test_the_dose_curve(drawn):
-    figure = drawn(draw_dose, RESULT)
+    figure = drawn(draw_dose, CURVE)
     assert NAME in figure.get_suptitle()
     curve, mark = lines(figure.axes[0]).values()
     assert curve == ([0, 0.5, 1, 2], [1e9, 80, 5, 5.5])
@@ -121,14 +142,14 @@ def test_the_dose_curve(drawn):
     ("name", "start"), [("a.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("c.PDF", b"%PDF")]
 )
 def test_every_format(draw, name, start, tmp_path):
-    draw(RESULT, tmp_path / "new" / name)
+    draw(tmp_path / "new" / name)
     assert (tmp_path / "new" / name).read_bytes().startswith(start)
 
 
 @each_drawing
 def test_svg_has_no_background_and_no_text_that_vanishes(draw, tmp_path):
     """Neither black nor white: what is drawn must be seen on a light and on a dark page."""
-    draw(RESULT, tmp_path / "a.svg")
+    draw(tmp_path / "a.svg")
     svg = (tmp_path / "a.svg").read_text()
     colors = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg))
     assert "#767676" in colors
@@ -152,7 +173,7 @@ def contrast(one: str, other: str) -> float:
 def test_png_has_a_white_background(tmp_path):
     from matplotlib.image import imread
 
-    draw_dose(RESULT, tmp_path / "a.png")
+    draw_dose(CURVE, tmp_path / "a.png")
     assert imread(tmp_path / "a.png")[0, 0].tolist() == [1, 1, 1, 1]
 
 
@@ -160,7 +181,7 @@ def test_png_has_a_white_background(tmp_path):
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_the_same_result_gives_the_same_bytes(draw, suffix, tmp_path):
     for name in ("a", "b"):
-        draw(RESULT, tmp_path / f"{name}{suffix}")
+        draw(tmp_path / f"{name}{suffix}")
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 

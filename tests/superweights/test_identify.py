@@ -14,14 +14,18 @@ from swlora.config import IdentifySpec, ModelSpec
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.models.load import LoadedModel, load_model
+from swlora.result_json import as_json
 from swlora.superweights import ablate, effects, proof, search
 from swlora.superweights import identify as identification
-from swlora.superweights.identify import identify
 from swlora.superweights.meter import Meter
 
 SMALL = IdentifySpec(max_candidates=3, controls=2, windows=2, window_tokens=33)
 KEYS = ("layer", "module", "out_channel", "in_channel")
 FAMILIES = ["gpt2", "llama", "gpt_neox", "opt", "phi3", "mixtral"]
+
+
+def identify(*arguments: Any, **options: Any) -> dict[str, Any]:
+    return as_json(identification.identify(*arguments, **options))
 
 
 def n_hooks(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from swlora.config import IdentifySpec
 from swlora.models.anatomy import Anatomy, WeightAddress, weight_out_in
 from swlora.models.load import LoadedModel
+from swlora.result_json import as_json
 from swlora.superweights.ablate import zeroed
 from swlora.superweights.identify import identify
 
@@ -145,7 +146,7 @@ def identified(composed: Composed, tokenizer: Any, folder: Path) -> dict[str, An
         composed.model, tokenizer, "composed", None, "a composed model", (tokenizer.eos_token_id,)
     )
     spec = IdentifySpec(text=folder / "text.txt", windows=4, window_tokens=64)
-    return identify(loaded, spec)
+    return as_json(identify(loaded, spec))
 
 
 def proved(result: dict[str, Any]) -> list[WeightAddress]:

@@ -179,7 +179,7 @@ def test_the_interval_weighs_blocks_by_their_tokens_and_holds_the_ratio(make_mod
     equal = BlockLosses((64.0, 5.0), (64, 5)), BlockLosses((96.0, 7.5), (64, 5))
     assert ratio_interval(*equal, seed=0) == pytest.approx((math.exp(0.5),) * 2)
     for of_one in planted_proof(make_model)[2].addresses:
-        assert 0 < of_one.ratio_low < of_one.ratio < of_one.ratio_high
+        assert 0 < of_one.interval[0] < of_one.ratio < of_one.interval[1]
 
 
 def test_progress_reaches_its_totals(make_model):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ import pytest
 from swlora.config import IdentifySpec
 from swlora.models.anatomy import Anatomy
 from swlora.models.load import LoadedModel
+from swlora.result_json import as_json
+from swlora.superweights.effects import Generation
+from swlora.superweights.findings import Identified, JudgedCandidate, KnownAgreement
 from swlora.superweights.identify import identify
+from swlora.superweights.known import Agreement
 from swlora.superweights.report import COLUMNS, agreement, answer, number, publish, rows
 
 NASTY = "a | b <script>x</script> `c` *d* [e](f)\n# g \\"
 
 
 @pytest.fixture(scope="module")
-def found(make_model, tiny_tokenizer) -> dict[str, Any]:
+def found(make_model, tiny_tokenizer) -> Identified:
     """The result of a tiny model with a massive activation and no super weight."""
     model = make_model("gpt2")
     Anatomy(model).projection(0, "mlp.c_proj").weight[5, 17] = 300.0
@@ -31,17 +36,21 @@ def found(make_model, tiny_tokenizer) -> dict[str, Any]:
 
 
 @pytest.fixture
-def proved(found) -> dict[str, Any]:
+def proved(found) -> Identified:
     """The same, had the proof said so."""
-    first, second = found["candidates"]
-    first = {**first, "verdict": "super", "ratio": 2.5e7, "largest_control": 1.04}
-    first["interval"] = [2e7, 3.14e8]
-    return {**found, "candidates": [first, second], "layers": [0], "removal_layers": [2]}
+    first, second = found.candidates
+    shown = {"verdict": "super", "ratio": 2.5e7, "largest_control": 1.04, "interval": (2e7, 3.14e8)}
+    candidates = (judged(first, **shown), second)
+    return replace(found, candidates=candidates, layers=[0], removal_layers=[2])
 
 
-def report(result: dict[str, Any], folder: Path, figure: str = "superweights.png") -> str:
+def judged(candidate: JudgedCandidate, **changes: Any) -> JudgedCandidate:
+    return replace(candidate, proof=replace(candidate.proof, **changes))
+
+
+def report(result: Identified, folder: Path, figure: str = "superweights.png") -> str:
     published = publish(result, folder / "run", folder / figure)
-    assert published["report"] == str(folder / "run" / "superweights.md")
+    assert published.report == folder / "run" / "superweights.md"
     return (folder / "run" / "superweights.md").read_text(encoding="utf-8")
 
 
@@ -69,9 +78,9 @@ def test_no_super_weight_is_the_first_thing_said(found, tmp_path):
 
 
 def test_a_ratio_that_controls_reach_too_is_no_super_weight(found):
-    first, second = found["candidates"]
-    first = {**first, "ratio": 3.0, "largest_control": 2.0}
-    said = answer({**found, "candidates": [first, second]})[0]
+    first, second = found.candidates
+    first = judged(first, ratio=3.0, largest_control=2.0)
+    said = answer(replace(found, candidates=(first, second)))[0]
     assert said == "no super weight: what the candidates do, random weights of like size do as well"
 
 
@@ -82,9 +91,9 @@ def test_super_weights_are_the_first_thing_said(proved, tmp_path):
 
 
 def test_several_verified_ones_are_also_judged_together(proved):
-    both = [{**c, "verdict": "strong"} for c in proved["candidates"]]
-    joint = {**proved["joint"], "ratio": 88.0, "interval": [80.0, 90.0], "verdict": "super"}
-    said = answer({**proved, "candidates": both, "joint_proven": joint})
+    both = tuple(judged(c, verdict="strong") for c in proved.candidates)
+    joint = replace(proved.joint, ratio=88.0, interval=(80.0, 90.0), verdict="super")
+    said = answer(replace(proved, candidates=both, joint_proven=joint))
     assert "the 2 verified ones zeroed together: ratio 88.00 (80.00 to 90.00), super" in said
     assert not any("verified ones" in line for line in answer(proved))
 
@@ -105,22 +114,23 @@ def test_all_that_repeats_it_is_there(found, tmp_path):
     assert facts["arithmetic"] == "float32 on cpu"
     said = "2 windows of 33 tokens, without BOS, as the tokenizer has it; sha256 of "
     assert said in facts["text"]
-    with_bos = dict(tables(report({**found, "windows_begin_with_bos": True}, tmp_path))[-1])
+    with_bos = replace(found, setup=replace(found.setup, windows_begin_with_bos=True))
+    with_bos = dict(tables(report(with_bos, tmp_path))[-1])
     assert said.replace("without", "each beginning with") in with_bos["text"]
     assert re.search(r"sha256 of the token ids [0-9a-f]{64}$", facts["text"])
     assert facts["seed"] == "7"
     assert facts["controls"] == "3 a candidate"
     assert facts["thresholds"] == "super 10, strong 1.5, control_factor 5, massive_ratio 30"
     for package in ("swlora", "torch", "transformers"):
-        assert f"{package} {found['packages'][package]}" in facts["packages"]
+        assert f"{package} {found.setup.packages[package]}" in facts["packages"]
     settings = next(table for table in tables(text) if table[0][:2] == ["prompt", "BOS"])
     assert [row[1] for row in settings[2:]] == ["no", "yes"] * 2
 
 
 def test_text_of_models_and_users_is_text(found, tmp_path):
     """Nothing of it is read as a cell, a line, a link or HTML."""
-    texts = [{"prompt": NASTY, "before": "\nx\r\n\x0b| \x00-\u2028|", "after": "   "}]
-    written = {**found, "generations": {**found["generations"], "texts": texts}}
+    texts = (Generation(NASTY, before="\nx\r\n\x0b| \x00-\u2028|", after="   "),)
+    written = replace(found, generations=replace(found.generations, texts=texts))
     text = report(written, tmp_path)
     for table in tables(text):
         assert {len(row) for row in table} == {len(table[0])}
@@ -131,7 +141,7 @@ def test_text_of_models_and_users_is_text(found, tmp_path):
 
 
 def test_texts_that_are_missing_are_explained(found, tmp_path):
-    without = {**found, "generations": {**found["generations"], "texts": []}}
+    without = replace(found, generations=replace(found.generations, texts=()))
     assert "no prompt leaves room" in report(without, tmp_path)
 
 
@@ -143,31 +153,29 @@ def test_figures_are_linked_from_where_the_report_lies(found, tmp_path):
 
 
 def test_the_result_with_its_paths_is_strict_json(found, tmp_path):
-    whole = publish(found, tmp_path, tmp_path / "a.png")
+    whole = as_json(publish(found, tmp_path, tmp_path / "a.png"))
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     assert whole["figure"] == str(tmp_path / "a.png")
-    assert {**whole, **found} == whole
-    assert set(whole) - set(found) == {"figure", "figures", "report"}
+    assert {**whole, **as_json(found)} == whole
+    assert set(whole) - set(as_json(found)) == {"figure", "figures", "report"}
+
+
+NOTHING = Agreement([], [], [], [], [])
 
 
 def test_what_was_published_is_said(found):
-    assert answer({**found, "known": {"said": "it agrees"}})[-1] == "it agrees"
+    assert answer(replace(found, known=KnownAgreement(NOTHING, "it agrees")))[-1] == "it agrees"
 
 
 def test_agreement_over_prompts(found):
     """The planted weight is massive in all four settings, at one channel."""
     said = "massive activation in 4 of 4 settings (2 prompts, with and without BOS), at channel 17"
-    assert agreement(found) == said
-    settings = [dict(s) for s in found["search"]["settings"]]
-    settings[0]["is_massive"] = False
-    settings[1]["activation"] = {**settings[1]["activation"], "channel": 3}
-    assert agreement({**found, "search": {"settings": settings}}).endswith(
-        "at channel 3, channel 17"
-    )
-    assert (
-        agreement({**found, "search": {"settings": settings[:1]}})
-        == "no massive activation in 1 prompt"
-    )
+    first, second, *others = found.search.settings
+    assert agreement([first, second, *others]) == said
+    first = replace(first, is_massive=False)
+    second = replace(second, activation=replace(second.activation, channel=3))
+    assert agreement([first, second, *others]).endswith("at channel 3, channel 17")
+    assert agreement([first]) == "no massive activation in 1 prompt"
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,27 @@
 """What a person is shown when work is done: results as lines and small tables, on stdout."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import Evaluated, Scored
+    from swlora.superweights.findings import Identified
     from swlora.training.trained import Trained
     from swlora.training.watch import HeldOutLosses
 
 
-def show_candidates(result: dict[str, Any]) -> None:
+def show_candidates(result: "Identified") -> None:
     """Print what `pipeline.identify` found."""
     from swlora.superweights.report import COLUMNS, answer, rows
 
-    print(f"perplexity of the intact model: {result['perplexity']:.2f}")
+    print(f"perplexity of the intact model: {result.perplexity:.2f}")
     table = [COLUMNS, *rows(result)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
     print("\n".join(answer(result)))
-    print(f"report: {result['report']}")
-    print(f"figure: {result['figure']}")
+    print(f"report: {result.report}")
+    print(f"figure: {result.figure}")
 
 
 def show_training(trained: "Trained") -> None:

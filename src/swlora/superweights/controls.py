@@ -7,13 +7,14 @@ its matrix; then its controls are the next largest ones.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, weight_out_in
+from swlora.result_json import FLAT
 
 POOL_PER_CONTROL = 5
 
@@ -22,7 +23,7 @@ POOL_PER_CONTROL = 5
 class Control:
     """A random weight beside a candidate."""
 
-    address: WeightAddress
+    address: WeightAddress = field(metadata=FLAT)
     weight: float
 
 

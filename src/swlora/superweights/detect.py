@@ -8,7 +8,7 @@ earlier one. A candidate is no proof all the same; `ablate.py` decides.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -26,6 +26,7 @@ from swlora.models.anatomy import (
     n_embeddings,
     weight_out_in,
 )
+from swlora.result_json import FLAT
 from swlora.superweights.observe import Observation, followed, observed
 
 DOMINANT_SHARE = 0.5  # super activations come in groups, so the largest channel is not the only one
@@ -59,7 +60,7 @@ class Candidate:
     is explained at the function of that name.
     """
 
-    address: WeightAddress
+    address: WeightAddress = field(metadata=FLAT)
     weight: float
     input_value: float
     output_value: float

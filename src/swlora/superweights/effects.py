@@ -50,7 +50,7 @@ def dose_curve(
     """Measure the text with the weight scaled by every factor; 1 is the model as it is."""
     if not scales:
         raise UserError("a dose curve needs at least one scale")
-    meter.anatomy.weight_view(address)  # complains before the work
+    meter.anatomy.weight_view(address)  # raises UserError before the work
     base = meter.measure({}, keep=[address.layer])
     doses = []
     with (progress or Silent()).task(f"dose curve of {address}", len(scales)) as task:

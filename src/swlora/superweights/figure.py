@@ -1,4 +1,4 @@
-"""Three pictures of an identification, drawn from its result alone, as PNG, SVG or PDF.
+"""Three pictures of an identification as PNG, SVG or PDF.
 
     scan   the largest input and output of every projection against the layer
     path   the super activation through the residual stream, intact and with the weight at zero
@@ -8,16 +8,17 @@ PNG has a white background. SVG and PDF have none: their text and lines are of a
 can be read on white and on black.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from swlora.errors import UserError
 from swlora.files import atomic_path
+from swlora.superweights.detect import ModuleScan
+from swlora.superweights.findings import ActivationPath, DoseCurve
 
 FORMATS = (".png", ".svg", ".pdf")
-Result = dict[str, Any]
 
 _MIDDLE, _DARK = "#767676", "#222222"  # _MIDDLE has a contrast of 4.5 to white and black alike
 _COLORS = ("#2a7fd4", "#d9541e", "#2e9e5b", "#a45bc9", "#b8860b", "#0f9ba8", "#c2417d")
@@ -44,20 +45,23 @@ def check_format(target: Path) -> None:
         raise UserError(f"the figure {target} must end in {', '.join(FORMATS)}")
 
 
-def draw_scan(result: Result, target: Path) -> None:
+def draw_scan(
+    model: str, modules: Sequence[ModuleScan], layers: Sequence[int], target: Path
+) -> None:
     """Draw largest |input| and |output| of every projection per layer, one line a projection.
 
-    Layers with a verified super weight are marked.
+    `layers` with a verified super weight are marked; `model` is named in the title.
     """
 
     def draw(panels: list[Any]) -> None:
-        names = dict.fromkeys(m["module"] for m in result["modules"])
+        names = dict.fromkeys(m.module for m in modules)
         for panel, side in zip(panels, ("input", "output"), strict=True):
             for name, color in zip(names, cycle(_COLORS), strict=False):
-                rows = [m for m in result["modules"] if m["module"] == name]
-                values = [abs(m[side]["value"]) for m in rows]
-                panel.plot([m["layer"] for m in rows], values, ".-", color=color, label=name)
-            for layer in result["layers"]:
+                found = [m for m in modules if m.module == name]
+                spikes = [m.input if side == "input" else m.output for m in found]
+                values = [abs(spike.value) for spike in spikes]
+                panel.plot([m.layer for m in found], values, ".-", color=color, label=name)
+            for layer in layers:
                 panel.axvline(layer, color=_MIDDLE, linestyle=":", zorder=0)
             _log_axis(panel)
             _layer_axis(panel, "layer")
@@ -65,17 +69,16 @@ def draw_scan(result: Result, target: Path) -> None:
             panel.set_title(f"{side} of every projection")
         panels[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
-    marked = "dotted: layers with a verified super weight" if result["layers"] else ""
-    _figure(f"Largest activations in {result['model']}", marked, 2, draw, target)
+    marked = "dotted: layers with a verified super weight" if layers else ""
+    _figure(f"Largest activations in {model}", marked, 2, draw, target)
 
 
-def draw_path(result: Result, target: Path) -> None:
+def draw_path(path: ActivationPath, target: Path) -> None:
     """Draw the super activation after every layer, intact and with the weight set to zero."""
-    path = result["path"]
     lines = {
-        "intact": (path["intact"], _COLORS[0]),
-        "with the weight set to zero": (path["ablated"], _COLORS[1]),
-        "largest other channel at this token, intact": (path["others"], _MIDDLE),
+        "intact": (path.intact, _COLORS[0]),
+        "with the weight set to zero": (path.ablated, _COLORS[1]),
+        "largest other channel at this token, intact": (path.others, _MIDDLE),
     }
 
     def draw(panels: list[Any]) -> None:
@@ -83,27 +86,26 @@ def draw_path(result: Result, target: Path) -> None:
             panels[0].plot([abs(value) for value in values], ".-", color=color, label=label)
         _log_axis(panels[0])
         _layer_axis(panels[0], "layer whose output is shown")
-        panels[0].set_ylabel(f"|residual stream| at channel {path['out_channel']}")
+        panels[0].set_ylabel(f"|residual stream| at channel {path.address.out_channel}")
         panels[0].legend()
 
-    what = f"{path['name']}, token {path['token']}"
+    what = f"{path.name}, token {path.token}"
     _figure("The super activation on its way through the layers", what, 1, draw, target)
 
 
-def draw_dose(result: Result, target: Path) -> None:
+def draw_dose(curve: DoseCurve, target: Path) -> None:
     """Draw perplexity against the factor on the weight."""
-    curve = result["dose_curve"]
 
     def draw(panels: list[Any]) -> None:
-        values = [point["perplexity"] for point in curve["points"]]
-        panels[0].plot([p["scale"] for p in curve["points"]], values, ".-", color=_COLORS[0])
+        values = [dose.perplexity for dose in curve.points]
+        panels[0].plot([dose.scale for dose in curve.points], values, ".-", color=_COLORS[0])
         _log_axis(panels[0])
         panels[0].axvline(1, color=_MIDDLE, linestyle=":", label="the model as it is")
         panels[0].set_xlabel("factor on the weight (0: set to zero)")
         panels[0].set_ylabel("perplexity of the text")
         panels[0].legend()
 
-    _figure("Perplexity as one weight is scaled", curve["name"], 1, draw, target)
+    _figure("Perplexity as one weight is scaled", curve.name, 1, draw, target)
 
 
 def _log_axis(panel: Any) -> None:

@@ -2,14 +2,11 @@
 
     search -> proof of every candidate -> path, dose curve and texts of the leading one
 
-The result is one dict of plain values: report, figures and tables are made from it alone. Where no
-candidate is proved, that is the answer, and the leading one is the largest spike that was found.
+Where no candidate is proved, that is the answer, and the leading one is the largest spike that was
+found.
 """
 
 import hashlib
-from dataclasses import asdict
-from math import exp
-from typing import Any
 
 from swlora.config import IdentifySpec
 from swlora.data.known_tokens import check_prompts
@@ -20,17 +17,26 @@ from swlora.progress import Progress, Silent
 from swlora.runs import package_versions
 from swlora.superweights import ablate, known, proof, search
 from swlora.superweights.detect import prompt_tokens, trace
-from swlora.superweights.effects import NEW_TOKENS, dose_curve, generations
+from swlora.superweights.effects import NEW_TOKENS, Generation, dose_curve, generations
+from swlora.superweights.findings import (
+    ActivationPath,
+    BlockBootstrap,
+    DoseCurve,
+    Generations,
+    Identified,
+    JudgedCandidate,
+    KnownAgreement,
+    Setup,
+    Thresholds,
+)
 from swlora.superweights.meter import Meter
 from swlora.threads import adapted_threads
-
-Result = dict[str, Any]
 
 
 @adapted_threads()
 def identify(
     loaded: LoadedModel, spec: IdentifySpec, *, seed: int = 0, progress: Progress | None = None
-) -> Result:
+) -> Identified:
     """Find candidates for super weights, ablate each beside random weights, follow the leading one.
 
     `layers` of the result are those of candidates that were proved, each by itself. The model is
@@ -47,38 +53,39 @@ def identify(
     meter = Meter(model, windows)
     addresses = [finding.candidate.address for finding in found.candidates]
     proved = proof.prove(meter, addresses, n_controls=spec.controls, seed=seed, progress=progress)
-    candidates = [
-        _candidate(finding, of_one, len(found.settings))
+    candidates = tuple(
+        JudgedCandidate(
+            finding.candidate,
+            finding.round,
+            finding.mean_contribution,
+            finding.n_settings / len(found.settings),
+            of_one,
+        )
         for finding, of_one in zip(found.candidates, proved.addresses, strict=True)
-    ]
+    )
     lead = _leading(proved)
-    short = [s.prompt for s in found.settings if len(s.tokens) + NEW_TOKENS < loaded.context_tokens]
     doses = dose_curve(meter, lead, progress=progress)
-    short = list(dict.fromkeys(short))
-    ends = loaded.end_token_ids
-    texts = generations(model, tokenizer, short, [lead], end_token_ids=ends, progress=progress)
-    verdicts = [(of_one.address, of_one.verdict) for of_one in proved.addresses]
-    agreement = known.compare(loaded.name, verdicts)
-    return {
-        **_setup(loaded, spec, windows.tolist(), seed, prompts),
-        "prompt": found.scan.prompt,
-        "tokens": found.scan.tokens,
-        "perplexity": proved.perplexity,
-        "control_windows": proved.control_windows,
-        "bootstrap": {"draws": proved.bootstrap_draws, "block_tokens": proved.block_tokens},
-        "layers": sorted({c["layer"] for c in candidates if c["verdict"] != "none"}),
-        "removal_layers": found.removal_layers,
-        "candidates": candidates,
-        "joint": _together(proved.joint),
-        "joint_proven": _together(proved.joint_proven) if proved.joint_proven else None,
-        "search": _search(found),
-        "known": asdict(agreement) | {"said": known.describe(agreement)} if agreement else None,
-        "path": _path(loaded, found, lead),
-        "dose_curve": {"name": str(lead), **asdict(lead), "points": [asdict(d) for d in doses]},
-        "generations": {"name": str(lead), **asdict(lead), "texts": [asdict(t) for t in texts]},
-        "modules": [asdict(module) for module in found.scan.modules],
-        "residual": [asdict(spike) for spike in found.scan.residual],
-    }
+    texts = _texts(loaded, found, lead, progress)
+    return Identified(
+        setup=_setup(loaded, spec, windows.tolist(), seed, prompts),
+        prompt=found.scan.prompt,
+        tokens=found.scan.tokens,
+        perplexity=proved.perplexity,
+        control_windows=proved.control_windows,
+        bootstrap=BlockBootstrap(proved.bootstrap_draws, proved.block_tokens),
+        layers=sorted({c.address.layer for c in candidates if c.is_proved}),
+        removal_layers=found.removal_layers,
+        candidates=candidates,
+        joint=proved.joint,
+        joint_proven=proved.joint_proven,
+        search=found,
+        known=_known(loaded, proved),
+        path=_path(loaded, found, lead),
+        dose_curve=DoseCurve(str(lead), lead, doses),
+        generations=Generations(str(lead), lead, texts),
+        modules=found.scan.modules,
+        residual=found.scan.residual,
+    )
 
 
 def check(loaded: LoadedModel, spec: IdentifySpec) -> None:
@@ -99,62 +106,30 @@ def _setup(
     windows: list[list[int]],
     seed: int,
     prompts: list[str],
-) -> Result:
+) -> Setup:
     """Return what is needed to do the same again."""
-    return {
-        "model": loaded.source,
-        "model_id": loaded.name,
-        "model_revision": loaded.revision,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": loaded.model.device.type,
-        "prompts": prompts,
-        "text": str(spec.text) if spec.text else "the English sample shipped with swlora",
-        "text_tokens_sha256": hashlib.sha256(str(windows).encode()).hexdigest(),
-        "n_windows": spec.windows,
-        "window_tokens": spec.window_tokens,
-        "windows_begin_with_bos": bool(ablate.window_start(loaded.tokenizer)),
-        "n_controls": spec.controls,
-        "seed": seed,
-        "thresholds": {
-            "super": proof.SUPER_RATIO,
-            "strong": proof.STRONG_RATIO,
-            "control_factor": proof.CONTROL_FACTOR,
-            "massive_ratio": search.MASSIVE_RATIO,
-        },
-        "packages": package_versions(),
-    }
-
-
-def _candidate(finding: search.Finding, of_one: proof.AddressProof, n_settings: int) -> Result:
-    seen = asdict(finding.candidate)
-    return {
-        **seen.pop("address"),
-        **seen,
-        "round": finding.round,
-        "mean_contribution": finding.mean_contribution,
-        "agreement": finding.n_settings / n_settings,
-        **_effect(of_one),
-        "leave_one_out_ratio": of_one.leave_one_out_ratio,
-        "controls": [{**asdict(c.address), "weight": c.weight} for c in of_one.controls],
-    }
-
-
-def _together(joint: proof.JointProof) -> Result:
-    return {"addresses": [asdict(a) for a in joint.addresses], **_effect(joint)}
-
-
-def _effect(effect: proof.Effect) -> Result:
-    """Return ratio, interval, largest control (as a ratio, None where not measured), verdict."""
-    largest = effect.largest_control_effect
-    return {
-        "perplexity": effect.perplexity,
-        "ratio": effect.ratio,
-        "interval": [effect.ratio_low, effect.ratio_high],
-        "largest_control": None if largest is None else exp(largest),
-        "effect_nats": effect.effect_nats,
-        "control_effects_nats": list(effect.control_effects_nats),
-        "verdict": effect.verdict,
-    }
+    return Setup(
+        model=loaded.source,
+        model_id=loaded.name,
+        model_revision=loaded.revision,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        device=loaded.model.device.type,
+        prompts=prompts,
+        text=str(spec.text) if spec.text else "the English sample shipped with swlora",
+        text_tokens_sha256=hashlib.sha256(str(windows).encode()).hexdigest(),
+        n_windows=spec.windows,
+        window_tokens=spec.window_tokens,
+        windows_begin_with_bos=bool(ablate.window_start(loaded.tokenizer)),
+        n_controls=spec.controls,
+        seed=seed,
+        thresholds=Thresholds(
+            super=proof.SUPER_RATIO,
+            strong=proof.STRONG_RATIO,
+            control_factor=proof.CONTROL_FACTOR,
+            massive_ratio=search.MASSIVE_RATIO,
+        ),
+        packages=package_versions(),
+    )
 
 
 def _leading(proved: proof.Proof) -> WeightAddress:
@@ -163,27 +138,30 @@ def _leading(proved: proof.Proof) -> WeightAddress:
     return max(proven, key=lambda p: p.ratio).address if proven else proved.addresses[0].address
 
 
-def _search(found: search.Search) -> Result:
-    return {
-        "outcome": found.outcome,
-        "rounds": [
-            {**asdict(r.address), "n_settings": r.n_settings, "ratios": r.ratios}
-            for r in found.rounds
-        ],
-        "settings": [
-            {
-                "prompt": s.prompt,
-                "has_bos": s.has_bos,
-                "is_massive": s.is_massive,
-                "activation": asdict(s.activation),
-                "removal_layers": s.removal_layers,
-            }
-            for s in found.settings
-        ],
-    }
+def _known(loaded: LoadedModel, proved: proof.Proof) -> KnownAgreement | None:
+    """Compare with what was published for this model, None where nothing was."""
+    verdicts = [(of_one.address, of_one.verdict) for of_one in proved.addresses]
+    agreement = known.compare(loaded.name, verdicts)
+    return KnownAgreement(agreement, known.describe(agreement)) if agreement else None
 
 
-def _path(loaded: LoadedModel, found: search.Search, lead: WeightAddress) -> Result:
+def _texts(
+    loaded: LoadedModel, found: search.Search, lead: WeightAddress, progress: Progress
+) -> tuple[Generation, ...]:
+    """Continue the prompts that leave room for it, before and after the ablation."""
+    room = loaded.context_tokens - NEW_TOKENS
+    prompts = list(dict.fromkeys(s.prompt for s in found.settings if len(s.tokens) < room))
+    return generations(
+        loaded.model,
+        loaded.tokenizer,
+        prompts,
+        [lead],
+        end_token_ids=loaded.end_token_ids,
+        progress=progress,
+    )
+
+
+def _path(loaded: LoadedModel, found: search.Search, lead: WeightAddress) -> ActivationPath:
     """Follow the leading candidate's output channel through the layers, intact and ablated.
 
     At the token of the first prompt where the channel is largest after the candidate's layer;
@@ -198,11 +176,11 @@ def _path(loaded: LoadedModel, found: search.Search, lead: WeightAddress) -> Res
     token = int(stream[lead.layer, :, channel].abs().argmax())
     others = stream[:, token].abs()
     others[:, channel] = 0
-    return {
-        "name": str(lead),
-        **asdict(lead),
-        "token": token,
-        "intact": intact.path(token, channel),
-        "ablated": ablated.path(token, channel),
-        "others": others.amax(dim=1).tolist(),
-    }
+    return ActivationPath(
+        str(lead),
+        lead,
+        token,
+        intact=intact.path(token, channel),
+        ablated=ablated.path(token, channel),
+        others=others.amax(dim=1).tolist(),
+    )

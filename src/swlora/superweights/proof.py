@@ -14,7 +14,7 @@ member. Intervals: 95 %, from the bootstrap over 64-token blocks, the same block
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import exp
 from typing import Literal
@@ -24,6 +24,7 @@ import numpy as np
 from swlora.errors import UserError
 from swlora.models.anatomy import WeightAddress
 from swlora.progress import Progress, Silent
+from swlora.result_json import NO_KEY
 from swlora.superweights.controls import Control, draw_controls
 from swlora.superweights.meter import BLOCK_TOKENS, BlockLosses, Meter, rise_nats
 
@@ -38,19 +39,20 @@ Verdict = Literal["super", "strong", "none"]
 class Effect:
     """What one ablation does, and the numbers that decide.
 
-    `effect_nats` and `control_effects_nats` are the rise in nats a token on the control windows,
-    of the ablation and of every control; the former None and the latter empty where the ratio
-    alone decides.
+    `interval` is that of the ratio. `effect_nats` and `control_effects_nats` are the rise in nats a
+    token on the control windows, of the ablation and of every control; the former None and the
+    latter empty where the ratio alone decides. `largest_control` is the ratio of the control with
+    the largest effect, None where none was measured.
     """
 
     perplexity: float
     ratio: float
-    ratio_low: float
-    ratio_high: float
-    effect_nats: float | None
-    control_effects_nats: tuple[float, ...]
-    largest_control_effect: float | None
-    verdict: Verdict
+    interval: tuple[float, float]
+    largest_control: float | None = None
+    largest_control_effect: float | None = field(default=None, metadata=NO_KEY)
+    effect_nats: float | None = None
+    control_effects_nats: tuple[float, ...] = ()
+    verdict: Verdict = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,8 @@ class AddressProof(Effect):
     the order of `control_effects_nats`.
     """
 
-    address: WeightAddress
-    weight: float
+    address: WeightAddress = field(metadata=NO_KEY)
+    weight: float = field(metadata=NO_KEY)
     leave_one_out_ratio: float
     controls: tuple[Control, ...]
 
@@ -116,7 +118,7 @@ def prove(
             f"not {n_controls} on {control_windows}"
         )
     for address in addresses:
-        meter.anatomy.weight_view(address)  # complains before the work
+        meter.anatomy.weight_view(address)  # raises UserError before the work
     judge = _Judge(meter, addresses, n_controls, control_windows, seed, progress or Silent())
     judge.ablate()
     alone = tuple(judge.alone(address) for address in addresses)
@@ -215,16 +217,10 @@ class _Judge:
     def _judge(self, addresses: Sequence[WeightAddress], name: str) -> Effect:
         losses = self.meter.ablate(addresses)
         ratio = exp(rise_nats(self.base, losses))
-        low, high = ratio_interval(self.base, losses, self.seed)
         effect = Effect(
             perplexity=losses.total.perplexity,
             ratio=ratio,
-            ratio_low=low,
-            ratio_high=high,
-            effect_nats=None,
-            control_effects_nats=(),
-            largest_control_effect=None,
-            verdict="none",
+            interval=ratio_interval(self.base, losses, self.seed),
         )
         if ratio <= STRONG_RATIO:
             return effect
@@ -235,6 +231,7 @@ class _Judge:
             effect,
             effect_nats=rise,
             control_effects_nats=control_rises,
+            largest_control=exp(largest),
             largest_control_effect=largest,
             verdict=verdict(ratio, rise, largest),
         )

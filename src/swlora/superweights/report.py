@@ -1,19 +1,19 @@
 """An identification as Markdown: the answer first, the evidence, and all that repeats it.
 
-Made from the result of `identify` alone, so the same report can be written from result.json.
+Made from the result of `identify` alone.
 """
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from swlora.files import write_text
-from swlora.models.anatomy import WeightAddress
 from swlora.superweights.figure import draw_dose, draw_path, draw_scan
-
-Result = dict[str, Any]
+from swlora.superweights.findings import Identified
+from swlora.superweights.proof import Effect
+from swlora.superweights.search import Setting
 
 COLUMNS = (
     *("layer", "module", "out", "in", "weight"),
@@ -27,30 +27,32 @@ OUTCOMES = {
 }
 
 
-def publish(result: Result, folder: Path, scan_figure: Path) -> Result:
+def publish(result: Identified, folder: Path, scan_figure: Path) -> Identified:
     """Draw the figures and write superweights.md into a folder; return the result with their paths.
 
     The scan goes to `scan_figure`, the other figures into the folder, in the same format.
     """
     suffix = scan_figure.suffix.lower()
+    path_figure = folder / f"superweights-path{suffix}"
+    dose_figure = folder / f"superweights-dose{suffix}"
+    draw_scan(result.setup.model, result.modules, result.layers, scan_figure)
+    draw_path(result.path, path_figure)
+    draw_dose(result.dose_curve, dose_figure)
     figures = {
-        "Largest activations": (draw_scan, scan_figure),
-        "Path of the super activation": (draw_path, folder / f"superweights-path{suffix}"),
-        "Dose curve": (draw_dose, folder / f"superweights-dose{suffix}"),
+        "Largest activations": scan_figure,
+        "Path of the super activation": path_figure,
+        "Dose curve": dose_figure,
     }
-    for draw, path in figures.values():
-        draw(result, path)
     report = folder / "superweights.md"
-    paths = {title: str(path) for title, (_, path) in figures.items()}
-    whole = {**result, "figure": str(scan_figure), "figures": paths, "report": str(report)}
+    whole = replace(result, figure=scan_figure, figures=figures, report=report)
     write_report(whole, report)
     return whole
 
 
-def write_report(result: Result, target: Path) -> None:
+def write_report(result: Identified, target: Path) -> None:
     """Write the report; it links the figures relative to its own folder."""
     parts = [
-        f"# Super weights of {result['model']}",
+        f"# Super weights of {result.setup.model}",
         "\n".join(f"- {line}" for line in answer(result)),
         *_candidates(result),
         *_search(result),
@@ -61,65 +63,64 @@ def write_report(result: Result, target: Path) -> None:
     write_text(target, "\n\n".join(parts) + "\n")
 
 
-def answer(result: Result) -> list[str]:
+def answer(result: Identified) -> list[str]:
     """Return what was found in a sentence each: single weights, all together, published ones."""
-    proved = [c for c in result["candidates"] if c["verdict"] != "none"]
+    proved = [c for c in result.candidates if c.is_proved]
     if proved:
-        layers = ", ".join(map(str, result["layers"]))
+        layers = ", ".join(map(str, result.layers))
         said = [f"layers with a verified super weight: {layers}"]
     else:
         said = [
             "no super weight: setting any one candidate to zero barely matters in this model"
-            if max(c["ratio"] for c in result["candidates"]) <= result["thresholds"]["strong"]
+            if max(c.proof.ratio for c in result.candidates) <= result.setup.thresholds.strong
             else "no super weight: what the candidates do, random weights of like size do as well"
         ]
-    removal = ", ".join(map(str, result["removal_layers"]))
+    removal = ", ".join(map(str, result.removal_layers))
     if removal:
         said.append(f"layers that take the super activation away again: {removal}")
-    together = {f"all {len(result['candidates'])} candidates": result["joint"]}
-    if len(proved) > 1:
-        together[f"the {len(proved)} verified ones"] = result["joint_proven"]
+    together = {f"all {len(result.candidates)} candidates": result.joint}
+    if len(proved) > 1 and result.joint_proven:
+        together[f"the {len(proved)} verified ones"] = result.joint_proven
     for who, effect in together.items():
-        ratio = f"ratio {number(effect['ratio'])} ({interval(effect)})"
-        said.append(f"{who} zeroed together: {ratio}, {effect['verdict']}")
-    said.append(agreement(result))
-    if result["known"]:
-        said.append(result["known"]["said"])
+        ratio = f"ratio {number(effect.ratio)} ({interval(effect)})"
+        said.append(f"{who} zeroed together: {ratio}, {effect.verdict}")
+    said.append(agreement(result.search.settings))
+    if result.known:
+        said.append(result.known.said)
     return said
 
 
-def agreement(result: Result) -> str:
+def agreement(settings: Sequence[Setting]) -> str:
     """Say how far prompts, with and without BOS, agree on the super activation."""
-    settings = result["search"]["settings"]
-    massive = [s for s in settings if s["is_massive"]]
-    n_prompts = len({s["prompt"] for s in settings})
+    massive = [s for s in settings if s.is_massive]
+    n_prompts = len({s.prompt for s in settings})
     tried = f"{n_prompts} prompt{'s' * (n_prompts > 1)}" + (
-        ", with and without BOS" if len({s["has_bos"] for s in settings}) > 1 else ""
+        ", with and without BOS" if len({s.has_bos for s in settings}) > 1 else ""
     )
     if not massive:
         return f"no massive activation in {tried}"
-    places = {(s["activation"]["layer"], s["activation"]["channel"]) for s in massive}
-    where = ", ".join(f"channel {channel}" for channel in sorted({c for _, c in places}))
+    places = {s.activation.channel for s in massive}
+    where = ", ".join(f"channel {channel}" for channel in sorted(places))
     return f"massive activation in {len(massive)} of {len(settings)} settings ({tried}), at {where}"
 
 
-def rows(result: Result) -> list[tuple[str, ...]]:
+def rows(result: Identified) -> list[tuple[str, ...]]:
     """Return the cells of every candidate under `COLUMNS`."""
-    n_settings = len(result["search"]["settings"])
+    n_settings = len(result.search.settings)
     return [
         (
-            str(c["layer"]),
-            c["module"],
-            str(c["out_channel"]),
-            str(c["in_channel"]),
-            f"{c['weight']:.3f}",
-            number(c["ratio"]),
-            interval(c),
-            "-" if c["largest_control"] is None else number(c["largest_control"]),
-            f"{round(c['agreement'] * n_settings)}/{n_settings}",
-            c["verdict"],
+            str(c.address.layer),
+            c.address.module,
+            str(c.address.out_channel),
+            str(c.address.in_channel),
+            f"{c.seen.weight:.3f}",
+            number(c.proof.ratio),
+            interval(c.proof),
+            "-" if c.proof.largest_control is None else number(c.proof.largest_control),
+            f"{round(c.agreement * n_settings)}/{n_settings}",
+            c.proof.verdict,
         )
-        for c in result["candidates"]
+        for c in result.candidates
     ]
 
 
@@ -128,99 +129,92 @@ def number(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 1e5 else f"{ratio:.1e}"
 
 
-def interval(effect: Result) -> str:
+def interval(effect: Effect) -> str:
     """Write the interval of an effect."""
-    low, high = effect["interval"]
+    low, high = effect.interval
     return f"{number(low)} to {number(high)}"
 
 
-def _candidates(result: Result) -> Iterable[str]:
-    limits = result["thresholds"]
+def _candidates(result: Identified) -> Iterable[str]:
+    setup, limits = result.setup, result.setup.thresholds
     yield "## Candidates"
     yield _table(COLUMNS, rows(result))
     yield (
-        f"Perplexity of the intact model: {result['perplexity']:.3f}. `ratio` is the perplexity "
+        f"Perplexity of the intact model: {result.perplexity:.3f}. `ratio` is the perplexity "
         "with the weight at zero over that, `95 %` its bootstrap interval, `control` the largest "
-        f"ratio among {result['n_controls']} random weights of the same matrix and of like size "
-        f"(where the ratio exceeds {limits['strong']:g}, on the first {result['control_windows']} "
-        f"of {result['n_windows']} windows), `agree` in how many settings the candidate was seen. "
+        f"ratio among {setup.n_controls} random weights of the same matrix and of like size "
+        f"(where the ratio exceeds {limits.strong:g}, on the first {result.control_windows} "
+        f"of {setup.n_windows} windows), `agree` in how many settings the candidate was seen. "
         "In nats a token, on the same windows, a verified candidate's effect is more than "
-        f"{limits['control_factor']:g} times that of any control: `super` above a ratio of "
-        f"{limits['super']:g}, `strong` above {limits['strong']:g}."
+        f"{limits.control_factor:g} times that of any control: `super` above a ratio of "
+        f"{limits.super:g}, `strong` above {limits.strong:g}."
     )
     yield _table(
         ("candidate", "all but this one zeroed"),
-        [(_name(c), number(c["leave_one_out_ratio"])) for c in result["candidates"]],
+        [(str(c.address), number(c.proof.leave_one_out_ratio)) for c in result.candidates],
     )
 
 
-def _search(result: Result) -> Iterable[str]:
-    found = result["search"]
+def _search(result: Identified) -> Iterable[str]:
+    found = result.search
+    zeroed = "; ".join(str(round.address) for round in found.rounds) or "nothing"
     yield "## Search"
     yield (
-        f"Zeroed one after the other: {'; '.join(map(_name, found['rounds'])) or 'nothing'}. Then "
-        f"{OUTCOMES[found['outcome']]}. An activation is massive at "
-        f"{result['thresholds']['massive_ratio']:g} times the median magnitude of its state."
+        f"Zeroed one after the other: {zeroed}. Then {OUTCOMES[found.outcome]}. "
+        f"An activation is massive at {result.setup.thresholds.massive_ratio:g} times the median "
+        "magnitude of its state."
     )
     cells = [
         (
-            _cell(s["prompt"]),
-            "yes" if s["has_bos"] else "no",
-            *(str(s["activation"][key]) for key in ("layer", "token", "channel")),
-            f"{s['activation']['value']:.1f}",
-            f"{s['activation']['ratio']:.0f}",
-            ", ".join(map(str, s["removal_layers"])) or "-",
+            _cell(s.prompt),
+            "yes" if s.has_bos else "no",
+            *map(str, (s.activation.layer, s.activation.token, s.activation.channel)),
+            f"{s.activation.value:.1f}",
+            f"{s.activation.ratio:.0f}",
+            ", ".join(map(str, s.removal_layers)) or "-",
         )
-        for s in found["settings"]
+        for s in found.settings
     ]
     head = ("prompt", "BOS", "layer", "token", "channel", "value", "times median", "removed in")
     yield _table(head, cells)
 
 
-def _texts(result: Result) -> Iterable[str]:
-    written = result["generations"]
+def _texts(result: Identified) -> Iterable[str]:
+    written = result.generations
     yield "## Text before and after"
-    yield f"Greedy continuations, as the model is and with {written['name']} set to zero."
-    if not written["texts"]:
+    yield f"Greedy continuations, as the model is and with {written.name} set to zero."
+    if not written.texts:
         yield "None: no prompt leaves room for an answer in the model's context."
         return
-    cells = [
-        tuple(_cell(t[key]) for key in ("prompt", "before", "after")) for t in written["texts"]
-    ]
+    cells = [tuple(map(_cell, (t.prompt, t.before, t.after))) for t in written.texts]
     yield _table(("prompt", "as it is", "set to zero"), cells)
 
 
-def _figures(result: Result, target: Path) -> Iterable[str]:
+def _figures(result: Identified, target: Path) -> Iterable[str]:
     yield "## Figures"
-    for title, path in result["figures"].items():
+    for title, path in (result.figures or {}).items():
         yield f"![{title}](<{Path(os.path.relpath(path, target.parent)).as_posix()}>)"
 
 
-def _repeat(result: Result) -> Iterable[str]:
+def _repeat(result: Identified) -> Iterable[str]:
+    setup, bootstrap = result.setup, result.bootstrap
     yield "## To repeat this"
     facts = {
-        "model": f"{result['model']}, revision {result['model_revision'] or 'not named'}",
-        "arithmetic": f"{result['dtype']} on {result['device']}",
+        "model": f"{setup.model}, revision {setup.model_revision or 'not named'}",
+        "arithmetic": f"{setup.dtype} on {setup.device}",
         "text": (
-            f"{result['text']}: {result['n_windows']} windows of {result['window_tokens']} tokens, "
-            f"{'each beginning with' if result['windows_begin_with_bos'] else 'without'} BOS, as "
-            f"the tokenizer has it; sha256 of the token ids {result['text_tokens_sha256']}"
+            f"{setup.text}: {setup.n_windows} windows of {setup.window_tokens} tokens, "
+            f"{'each beginning with' if setup.windows_begin_with_bos else 'without'} BOS, as "
+            f"the tokenizer has it; sha256 of the token ids {setup.text_tokens_sha256}"
         ),
-        "prompts": "; ".join(map(_cell, result["prompts"])),
-        "seed": result["seed"],
-        "controls": f"{result['n_controls']} a candidate",
-        "bootstrap": "{draws} draws of blocks of {block_tokens} tokens".format(
-            **result["bootstrap"]
-        ),
-        "thresholds": ", ".join(f"{k} {v:g}" for k, v in result["thresholds"].items()),
-        "packages": ", ".join(f"{k} {v}" for k, v in result["packages"].items()),
+        "prompts": "; ".join(map(_cell, setup.prompts)),
+        "seed": setup.seed,
+        "controls": f"{setup.n_controls} a candidate",
+        "bootstrap": f"{bootstrap.draws} draws of blocks of {bootstrap.block_tokens} tokens",
+        "thresholds": ", ".join(f"{k} {v:g}" for k, v in vars(setup.thresholds).items()),
+        "packages": ", ".join(f"{k} {v}" for k, v in setup.packages.items()),
     }
     yield _table(("what", "value"), [(what, str(value)) for what, value in facts.items()])
-
-
-def _name(weight: Result) -> str:
-    where = {name: weight[name] for name in ("layer", "module", "out_channel", "in_channel")}
-    return str(WeightAddress(**where))
 
 
 def _table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> str:

@@ -11,7 +11,7 @@ model's super activation away are left out, for a remover without its activation
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import torch
 
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress
+from swlora.result_json import FLAT, NO_KEY
 from swlora.superweights.ablate import zeroed
 from swlora.superweights.detect import (
     Candidate,
@@ -64,10 +65,10 @@ class Setting:
 
     prompt: str
     has_bos: bool
-    tokens: list[str]
+    tokens: list[str] = field(metadata=NO_KEY)
     activation: Activation
     is_massive: bool
-    path: list[float]
+    path: list[float] = field(metadata=NO_KEY)
     removal_layers: list[int]
 
 
@@ -79,10 +80,10 @@ class Round:
     the super activation of the first setting, were measured with the weight at zero.
     """
 
-    address: WeightAddress
+    address: WeightAddress = field(metadata=FLAT)
     n_settings: int
     ratios: list[float]
-    path: list[float]
+    path: list[float] = field(metadata=NO_KEY)
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,12 @@ class Search:
     """
 
     settings: list[Setting]
-    candidates: list[Finding]
+    candidates: list[Finding] = field(metadata=NO_KEY)
     rounds: list[Round]
     outcome: Outcome
-    scan: Scan
-    path: list[float]
-    removal_layers: list[int]
+    scan: Scan = field(metadata=NO_KEY)
+    path: list[float] = field(metadata=NO_KEY)
+    removal_layers: list[int] = field(metadata=NO_KEY)
 
 
 def search(

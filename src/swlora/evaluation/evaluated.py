@@ -18,7 +18,7 @@ class EnglishLoss:
     perplexity_before: float = field(metadata=key("english_perplexity_before"))
     perplexity: float = field(metadata=key("english_perplexity"))
     sum_nats: float = field(metadata=key("english_sum_nats"))
-    n_tokens: int = field(metadata=key("english_n_tokens"))
+    n_tokens: float = field(metadata=key("english_n_tokens"))
     windows_begin_with_bos: bool = field(metadata=key("english_windows_begin_with_bos"))
 
 
@@ -34,7 +34,7 @@ class Evaluated:
     scores: Scores = field(metadata=FLAT)
     nll: float
     nll_sum_nats: float
-    n_tokens: int
+    n_tokens: float
     scale: str = RAW_SCALE
     intervals: dict[str, list[float]]
     bootstrap: BootstrapSettings = SETTINGS

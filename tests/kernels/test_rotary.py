@@ -146,7 +146,7 @@ def test_the_prefix_cache_serves_one_side_only(make_model: MakeModel) -> None:
         for _ in range(2):  # computed, then read
             loss = step([np.arange(len(sequences))])
             assert loss.sum_nats == pytest.approx(expected, rel=1e-5)
-        assert (getattr(step.prefix_source, "n_read_rows", 0) == 1) is is_cached
+        assert (getattr(step.prefix_source, "n_read_trees", 0) == 1) is is_cached
         step.close()
     assert len(said) == 1
     assert "change beyond 32 tokens" in said[0]

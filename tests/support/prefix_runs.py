@@ -90,7 +90,7 @@ class Run:
 
     def counts(self) -> tuple[int, int]:
         """Rows read and rows computed."""
-        return self.cache.n_read_rows, self.cache.n_computed_rows
+        return self.cache.n_read_trees, self.cache.n_computed_trees
 
 
 def n_rows(sequences: TokenSequences) -> int:

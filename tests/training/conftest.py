@@ -12,8 +12,8 @@ from swlora.training import layer_trial
 @pytest.fixture
 def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of 8 steps of two rows."""
-    monkeypatch.setattr(layer_trial, "TRIAL_ROWS", 16)
-    monkeypatch.setattr(layer_trial, "PROFILED_ROWS", 6)
+    monkeypatch.setattr(layer_trial, "TRIAL_EXAMPLES", 16)
+    monkeypatch.setattr(layer_trial, "PROFILED_EXAMPLES", 6)
 
 
 @pytest.fixture

@@ -79,23 +79,23 @@ def test_states_come_back_as_they_were(
     rows = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
     layouts = [TreeLayout(row, torch.device("cpu")) for row in rows]
     computed = [cache(row, layout) for row, layout in zip(rows, layouts, strict=True)]
-    assert cache.n_computed_rows == 3
+    assert cache.n_computed_trees == 3
     for row, layout, states in zip(rows, layouts, computed, strict=True):
         assert torch.equal(states, split.prefix(layout))
         read = cache(row, layout)
         assert read.dtype == dtype and torch.equal(read, states) and not read.requires_grad
-    assert (cache.n_read_rows, cache.n_computed_rows) == (3, 3)
+    assert (cache.n_read_trees, cache.n_computed_trees) == (3, 3)
     # A row of nodes that were computed in several rows, and one with a node that was not.
     mixed = build_tree(sequences, np.array([1, 6, 11]))
     states = cache(mixed, TreeLayout(mixed, torch.device("cpu")))
     expected = split.prefix(TreeLayout(mixed, torch.device("cpu")))
-    assert cache.n_read_rows == 4
+    assert cache.n_read_trees == 4
     torch.testing.assert_close(
         states, expected, rtol=1e-2, atol=1e-2 if dtype != torch.float32 else 1e-5
     )
     partly = build_tree(sequences, np.array([1, 22]))
     cache(partly, TreeLayout(partly, torch.device("cpu")))
-    assert cache.n_computed_rows == 4
+    assert cache.n_computed_trees == 4
     cache.close()
 
 
@@ -163,5 +163,5 @@ def test_two_runs_over_the_same_content_share_their_states(make_model: MakeModel
     third = PrefixCache(split, sequences, limit_gb=1, say=print)
     for row, layout in zip(rows, layouts, strict=True):
         assert torch.equal(third(row, layout), split.prefix(layout))
-    assert (third.n_read_rows, third.n_computed_rows) == (len(rows), 0)
+    assert (third.n_read_trees, third.n_computed_trees) == (len(rows), 0)
     third.close()

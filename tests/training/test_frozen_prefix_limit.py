@@ -92,7 +92,7 @@ def test_a_cache_in_use_is_not_evicted(make_model: MakeModel, prefix_folder: Pat
     row = build_tree(make_sequences(1), np.arange(3))
     layout = TreeLayout(row, torch.device("cpu"))
     torch.testing.assert_close(used.cache(row, layout), split.prefix(layout))
-    assert used.cache.n_read_rows == 1
+    assert used.cache.n_read_trees == 1
     used.cache.close()
     PrefixCache(split, sequences, limit_gb=limit_gb, say=print).close()
     assert not used.folder.exists()

@@ -9,7 +9,15 @@ from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.errors import RunFailedError, UserError
 from swlora.progress import Silent
 from swlora.training import layer_choice
-from swlora.training.layer_choice import Forecast, Trial, decide, lines, middle, options_of, propose
+from swlora.training.layer_choice import (
+    Forecast,
+    Trial,
+    decide,
+    lines,
+    middle_layers,
+    options_of,
+    propose,
+)
 from swlora.training.layer_profile import LayerProfile
 from swlora.training.layer_trial import TrialLosses, TrialPlan
 
@@ -64,7 +72,7 @@ def test_the_time_of_measuring_counts():
     forecast = _forecast(found, n_rows=n_rows, spent_s=spent_s)
     more = 12.0 / (0.9 + 9.0)
     assert forecast.trial_steps(3) == round(8 * more) == 10
-    first, steps = middle(6, 3)[0], forecast.trial_steps(1)
+    first, steps = middle_layers(6, 3)[0], forecast.trial_steps(1)
     assert (first, steps) == (1, round(8 * 12 / 11.3))
     trials_s = 4 * (8 * 12.0 + 10 * 9.9 + steps * 11.3 + 6 * (6 * 0.3 + 6.0))
     share = (spent_s + trials_s + n_rows * 9.9) / (n_rows * 12.0)

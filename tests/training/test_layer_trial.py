@@ -82,8 +82,8 @@ def test_measuring_must_be_worth_its_time(sequences):
 
 
 def test_small_steps_are_tried_for_longer(sequences, monkeypatch):
-    monkeypatch.setattr(layer_trial, "TRIAL_ROWS", 256)
-    monkeypatch.setattr(layer_trial, "PROFILED_ROWS", 96)
+    monkeypatch.setattr(layer_trial, "TRIAL_EXAMPLES", 256)
+    monkeypatch.setattr(layer_trial, "PROFILED_EXAMPLES", 96)
     plan = _plan(sequences, _spec(epochs=1))
     assert (plan.n_trial, plan.n_profiled) == (128, 48)  # of 2 rows
 

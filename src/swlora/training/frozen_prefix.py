@@ -2,7 +2,7 @@
 
 They depend on the tokens up to a node and on frozen weights only, so they are constants: kept by
 node of the data set's trie, (n_nodes, D) in the model's dtype, under a folder named by a hash of
-everything that they depend on. The first epoch writes, later epochs and later runs read; a row is
+everything that they depend on. The first epoch writes, later epochs and later runs read; a tree is
 read only where all of its nodes are there. Plain reads and writes instead of a mapping, so that a
 full disk is an error that can be caught and the pages do not count as the process's memory.
 """
@@ -40,7 +40,7 @@ def n_cache_bytes(base_model: Any, sequences: TokenSequences) -> int:
 
 
 class PrefixCache:
-    """Serves `split.prefix` from a file where it can; falls back to computing for good.
+    """Reads what `split.prefix` would compute from a file; after a failure it computes to the end.
 
     `say` gets a line when the cache is used, or cannot be.
     """
@@ -61,9 +61,9 @@ class PrefixCache:
         parameter = next(split.base_model.parameters())
         self._width = int(split.base_model.config.hidden_size)
         self._dtype: torch.dtype = parameter.dtype
-        self._row_bytes = self._width * parameter.element_size()
+        self._state_bytes = self._width * parameter.element_size()
         self._data: int | None = None
-        self.n_read_rows = self.n_computed_rows = 0
+        self.n_read_trees = self.n_computed_trees = 0
         n_bytes, limit_bytes = n_cache_bytes(split.base_model, sequences), int(limit_gb * GIB)
         if n_bytes > limit_bytes:
             say(
@@ -77,17 +77,17 @@ class PrefixCache:
         except (OSError, RunFailedError) as error:
             self._give_up(error)
 
-    def __call__(self, row: PrefixTree, layout: TreeLayout) -> Tensor:
-        """Return the hidden state at the cut, (1, T, D), for a tree row."""
+    def __call__(self, tree: PrefixTree, layout: TreeLayout) -> Tensor:
+        """Return the hidden state at the cut, (1, T, D), of the T nodes of a tree."""
         if self._data is None:
             return self._split.prefix(layout)
-        nodes = self._numbers[row.node_source]
+        nodes = self._numbers[tree.node_source]
         try:
             if self._present[nodes].all():
-                self.n_read_rows += 1
+                self.n_read_trees += 1
                 return self._read(nodes).to(layout.token_ids.device)[None]
             hidden = self._split.prefix(layout)
-            self.n_computed_rows += 1
+            self.n_computed_trees += 1
             self._write(nodes, hidden[0])
         except OSError as error:
             self._give_up(error)
@@ -110,7 +110,7 @@ class PrefixCache:
         folder.mkdir(exist_ok=True)
         self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(self._lock, fcntl.LOCK_SH)  # in use: not to be evicted
-        header = {"format": FORMAT, "n_nodes": self._n_nodes, "row_bytes": self._row_bytes}
+        header = {"format": FORMAT, "n_nodes": self._n_nodes, "row_bytes": self._state_bytes}
         if _header(folder) != header:
             for stale in ("states", "present"):
                 (folder / stale).unlink(missing_ok=True)
@@ -118,7 +118,7 @@ class PrefixCache:
             write_json(folder / "header.json", header)
         self._flags = os.open(folder / "present", os.O_RDWR | os.O_CREAT, 0o644)
         self._data = os.open(folder / "states", os.O_RDWR | os.O_CREAT, 0o644)
-        n_whole = os.fstat(self._data).st_size // self._row_bytes
+        n_whole = os.fstat(self._data).st_size // self._state_bytes
         if os.fstat(self._flags).st_size > n_whole:  # cut off: what it lost is computed again
             os.ftruncate(self._flags, n_whole)
         os.utime(folder)
@@ -134,8 +134,8 @@ class PrefixCache:
         view = states.view(torch.uint8).numpy().data.cast("B")
         assert self._data is not None
         for first, start, stop in _stretches(nodes):
-            target = view[start * self._row_bytes : stop * self._row_bytes]
-            if os.preadv(self._data, [target], first * self._row_bytes) != len(target):
+            target = view[start * self._state_bytes : stop * self._state_bytes]
+            if os.preadv(self._data, [target], first * self._state_bytes) != len(target):
                 raise OSError("the prefix cache is shorter than its header says")
         return states
 
@@ -144,8 +144,8 @@ class PrefixCache:
         view = states.view(torch.uint8).numpy().data.cast("B")
         assert self._data is not None
         for first, start, stop in _stretches(nodes):
-            source = view[start * self._row_bytes : stop * self._row_bytes]
-            _write_all(self._data, source, first * self._row_bytes)
+            source = view[start * self._state_bytes : stop * self._state_bytes]
+            _write_all(self._data, source, first * self._state_bytes)
             _write_all(self._flags, memoryview(bytes([1]) * (stop - start)), first)
         self._present[nodes] = 1
 
@@ -170,7 +170,7 @@ def content_key(split: SplitModel, sequences: TokenSequences) -> str:
 
 
 def _stretches(nodes: np.ndarray) -> list[tuple[int, int, int]]:
-    """Cut node numbers into stretches that lie together in the file: (first, start, stop)."""
+    """Cut nodes (T,) into stretches of consecutive numbers: (number of the first, start, stop)."""
     bounds = np.flatnonzero(np.diff(nodes) != 1) + 1
     starts = [0, *bounds.tolist()]
     stops = [*bounds.tolist(), len(nodes)]

@@ -7,8 +7,8 @@
    G(0) / G(l) passes, at least one. The least time wins, among those that keep the budget with the
    time of measuring counted.
 3. A trial (`layer_trial`) decides: all layers, the proposed ones, and as many in the middle train
-   the same rows for the same seconds. What keeps the budget is taken where its held-out loss is no
-   higher than that of all layers, else all are. So nothing is taken that did worst.
+   the same examples for the same seconds. What keeps the budget is taken where its held-out loss is
+   no higher than that of all layers, else all are. So nothing is taken that did worst.
 """
 
 import time
@@ -35,7 +35,7 @@ class Option:
     """The layers from `lowest` up: what they are predicted to take, and to bring.
 
     `share_of_time` is that of the training with all layers, measuring included. What one pass with
-    all layers wins takes `time_to_quality_s` a row.
+    all layers wins takes `time_to_quality_s` an example.
     """
 
     lowest: int
@@ -46,7 +46,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Trial:
-    """Layers that were trained for a moment, and their held-out losses in nats a token.
+    """Layers that were trained for some steps, and their held-out losses in nats a token.
 
     `loss_nats` is that after the seconds of the trial with all layers, in which these layers make
     `n_steps`; `early_loss_nats` that after as many steps as all layers make. None: it diverged.
@@ -83,18 +83,18 @@ class Choice:
 class Forecast:
     """Seconds of trainings and trials, by the lowest adapted layer.
 
-    `n_rows` are a data set's, run `n_epochs` times; `spent_s` have been measured away so far.
+    `n_examples` are trained on, `n_epochs` times each; measuring took `spent_s` so far.
     """
 
     found: LayerProfile
     plan: TrialPlan
-    n_rows: int
+    n_examples: int
     n_epochs: float
     spent_s: float
 
     def training_s(self, lowest: int) -> float:
         """Return the seconds of the training asked for, with the layers from `lowest` up."""
-        return self.n_rows * self.found.training_s(lowest, self.n_epochs)
+        return self.n_examples * self.found.training_s(lowest, self.n_epochs)
 
     def trial_steps(self, lowest: int) -> int:
         """Return the steps that take as long as those of the trial with all layers.
@@ -106,10 +106,10 @@ class Forecast:
 
     def trial_s(self, lowest: int) -> float:
         """Return the seconds of all trials, where the layers from `lowest` up are proposed."""
-        tried = (0, lowest, middle(self.found.n_layers, lowest)[0])
+        tried = (0, lowest, middle_layers(self.found.n_layers, lowest)[0])
         pass_s = sum(self.trial_steps(i) * self.found.pass_s(i, is_first=True) for i in tried)
         losses_s = N_HELD_OUT_LOSSES * len(self.plan.held_out) * self.found.forward_s
-        return self.plan.rows_per_step * (pass_s + losses_s)
+        return self.plan.examples_per_step * (pass_s + losses_s)
 
     def share_of_time(self, lowest: int, measuring_s: float) -> float:
         """Return the share of the time with all layers that measuring and training take."""
@@ -121,7 +121,7 @@ class Forecast:
 
 
 def check_family(anatomy: Anatomy) -> None:
-    """Raise UserError where nothing can be measured, for want of tree rows."""
+    """Raise UserError where nothing can be measured, because the family cannot run trees."""
     if not anatomy.family.has_attention_interface:
         raise UserError("--layers auto needs tree rows, which this family cannot run")
 
@@ -132,8 +132,8 @@ def choose(
 ) -> Choice:
     """Choose layers of a base model for a training that shall take `budget` of all layers' time.
 
-    The model's weights are those that it had. Raises UserError where the family cannot run tree
-    rows or the adapters do not fit.
+    The model's weights are the same afterwards, to the last bit. Raises UserError where the family
+    cannot run trees or the adapters do not fit.
     """
     start_s = time.perf_counter()
     anatomy = Anatomy(model)
@@ -144,9 +144,9 @@ def choose(
     if plan.objection:
         return Choice(budget, all_layers, f"all layers: {plan.objection}")
     found = profile(model, sequences, spec, plan.profiled, progress.say)
-    n_rows = min(len(sequences), schedule.n_rows)
+    n_examples = min(len(sequences), schedule.n_rows)
     spent_s = time.perf_counter() - start_s
-    forecast = Forecast(found, plan, n_rows, schedule.n_rows / n_rows, spent_s)
+    forecast = Forecast(found, plan, n_examples, schedule.n_rows / n_examples, spent_s)
     options = options_of(forecast)
     measured: dict[str, Any] = {"profile": found, "options": options}
     proposed = propose(options, budget)
@@ -187,7 +187,7 @@ def propose(options: list[Option], budget: float) -> Option | None:
     return min(affordable, key=lambda option: option.time_to_quality_s, default=None)
 
 
-def middle(n_layers: int, lowest: int) -> list[int]:
+def middle_layers(n_layers: int, lowest: int) -> list[int]:
     """Return as many layers as there are from `lowest` up, from the middle of the model."""
     n_taken = n_layers - lowest
     first = (n_layers - n_taken) // 2
@@ -199,20 +199,20 @@ def decide(trials: list[Trial], budget: float, measured: dict[str, Any]) -> Choi
 
     `measured` goes into the choice.
     """
-    everything, *others = trials
+    of_all, *others = trials
     within = [t for t in others if t.share_of_time <= budget and t.loss_nats is not None]
-    best = min(within, key=lambda t: _loss(t.loss_nats), default=None)
-    if best is None or _loss(best.loss_nats) > _loss(everything.loss_nats):
+    best = min(within, key=lambda t: _loss_or_infinity(t.loss_nats), default=None)
+    if best is None or _loss_or_infinity(best.loss_nats) > _loss_or_infinity(of_all.loss_nats):
         reason = "all layers: " + (
-            _above(best, everything) if best else "trained alone, what keeps the budget diverges"
+            _excess_text(best, of_all) if best else "trained alone, what keeps the budget diverges"
         )
-        return Choice(budget, everything.layers, reason, **measured)
+        return Choice(budget, of_all.layers, reason, **measured)
     lost = 0.0
     reason = f"layers {layer_ranges(best.layers)}: "
-    if everything.loss_nats is None:
+    if of_all.loss_nats is None:
         reason += "all layers diverge at this learning rate"
     else:
-        lost = _loss(best.early_loss_nats) - everything.loss_nats
+        lost = _loss_or_infinity(best.early_loss_nats) - of_all.loss_nats
         reason += (
             f"no worse than all layers in the same seconds. They take {best.share_of_time:.2f} of "
             f"the time and are expected to end {abs(lost):.3f} nats a token "
@@ -233,7 +233,7 @@ def lines(choice: Choice) -> Iterator[str]:
         taken = "  <- taken" if trial.layers == choice.layers else ""
         yield (
             f"{layer_ranges(trial.layers):<12}{trial.share_of_time:18.2f}"
-            f"{_shown(trial.loss_nats):>22}{_shown(trial.early_loss_nats):>22}{taken}"
+            f"{_loss_text(trial.loss_nats):>22}{_loss_text(trial.early_loss_nats):>22}{taken}"
         )
     yield choice.reason
 
@@ -251,7 +251,7 @@ def _trials(
     tried = {
         "all": list(range(n_layers)),
         f"last:{n_layers - lowest}": list(range(lowest, n_layers)),
-        "middle": middle(n_layers, lowest),
+        "middle": middle_layers(n_layers, lowest),
     }
     n_steps = {name: forecast.trial_steps(layers[0]) for name, layers in tried.items()}
     trials, before = [], 0.0
@@ -276,17 +276,17 @@ def _trials(
     return before, trials
 
 
-def _above(best: Trial, everything: Trial) -> str:
-    lost = _loss(best.loss_nats) - _loss(everything.loss_nats)
+def _excess_text(best: Trial, of_all: Trial) -> str:
+    lost = _loss_or_infinity(best.loss_nats) - _loss_or_infinity(of_all.loss_nats)
     return (
         f"what keeps the budget, layers {layer_ranges(best.layers)}, ended {lost:.3f} nats a token "
         "above them in the same seconds"
     )
 
 
-def _loss(nats: float | None) -> float:
+def _loss_or_infinity(nats: float | None) -> float:
     return float("inf") if nats is None else nats
 
 
-def _shown(nats: float | None) -> str:
+def _loss_text(nats: float | None) -> str:
     return "diverged" if nats is None else f"{nats:.3f}"

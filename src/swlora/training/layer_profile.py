@@ -1,9 +1,9 @@
 """What each layer costs and may bring: seconds and gradients, measured over a few steps.
 
 A step runs backward through every block above the lowest adapted one, so adapters in all of these
-cost little more, and the question is only where to begin. With f, c, h the seconds a data-set row
-costs a frozen block, a trained block and the head, E epochs over cached prefixes with the layers
-from l up (of n) take, a row,
+cost little more, and the question is only where to begin. With f, c, h the seconds that an example
+takes in a frozen block, a trained block and the head, E epochs over cached prefixes with adapters
+in the layers from l up (of n) take, for each example,
 
     T(l) = l f + E ((n - l) c + h)
 """
@@ -37,7 +37,7 @@ TRIED_AS_THEMSELVES = ("lora", "lora+", "rslora", "dora")
 @dataclass(frozen=True)
 class LayerProfile:
     """What was measured: gradients' L1 norms by layer (nats a token and unit of rate), and the
-    seconds a row costs the head, a frozen block and a trained block.
+    seconds that an example takes in the head, a frozen block and a trained block.
 
     `is_cached` says whether later epochs read the states below the lowest adapted layer.
     """
@@ -55,22 +55,22 @@ class LayerProfile:
 
     @property
     def forward_s(self) -> float:
-        """The seconds that a row's loss takes, without a gradient in the blocks."""
+        """The seconds that the loss of an example takes, without a gradient in the blocks."""
         return self.n_layers * self.frozen_block_s + self.head_s
 
     def pass_s(self, lowest: int, *, is_first: bool) -> float:
-        """Return the seconds a row of an epoch costs, with adapters from layer `lowest` up."""
+        """Return the seconds an example takes in an epoch, with adapters from layer `lowest` up."""
         prefix_s = lowest * self.frozen_block_s if is_first or not self.is_cached else 0.0
         return prefix_s + (self.n_layers - lowest) * self.trained_block_s + self.head_s
 
     def training_s(self, lowest: int, n_epochs: float) -> float:
-        """Return the seconds a row costs over `n_epochs` epochs, one at least."""
+        """Return the seconds an example takes over `n_epochs` epochs, one at least."""
         later_s = self.pass_s(lowest, is_first=False)
         return self.pass_s(lowest, is_first=True) + max(0.0, n_epochs - 1) * later_s
 
 
 @contextmanager
-def adapters_for_now(
+def temporary_adapters(
     model: Any, spec: AdapterSpec, layers: Sequence[int], seed: int
 ) -> Iterator[Adapted]:
     """Put adapters like those of `spec` on a base model while the body runs.
@@ -93,55 +93,55 @@ def profile(
     steps: Sequence[Step],
     say: Callable[[str], None],
 ) -> LayerProfile:
-    """Measure a base model on the rows of `steps`, with the adapters of `spec` in all layers."""
+    """Measure a base model on `steps`, with LoRA of the size that `spec` asks for in all layers."""
     lora = spec.adapter.model_copy(update={"method": "lora"})
     every_layer = range(int(model.config.num_hidden_layers))
-    with adapters_for_now(model, lora, every_layer, spec.seed) as adapted:
+    with temporary_adapters(model, lora, every_layer, spec.seed) as adapted:
         step = TreeStep(adapted.model, sequences, say=say)
         parameters = list(adapted.parameters.values())
         step(steps[0])  # memory and kernels warm up
-        _clear(parameters)
+        _clear_gradients(parameters)
         whole_s = frozen_s = head_s = 0.0
-        n_tokens, n_rows = 0.0, 0
-        for rows in steps:  # each is timed in parts at once, lest the machine change in between
+        n_tokens, n_examples = 0.0, 0
+        for groups in steps:  # whole and in parts one after the other: other programs come and go
             adapt_threads()
             start_s = time.perf_counter()
-            n_tokens += step(rows).n_tokens
+            n_tokens += step(groups).n_tokens
             whole_s += time.perf_counter() - start_s
-            parts_s = _partial_times_s(step, rows)
+            parts_s = _partial_times_s(step, groups)
             frozen_s, head_s = frozen_s + parts_s[0], head_s + parts_s[1]
-            n_rows += sum(map(len, rows))
+            n_examples += sum(map(len, groups))
         norms = _gradient_norms(step.split, parameters, n_tokens)
     is_cached = spec.train.engine != "plain" and (
         n_cache_bytes(model, sequences) <= spec.train.cache_gb * GIB
     )
-    n_blocks = n_rows * len(norms)
+    n_blocks = n_examples * len(norms)
     trained_s = max(0.0, whole_s - head_s)
     return LayerProfile(
-        norms, head_s / n_rows, frozen_s / n_blocks, trained_s / n_blocks, is_cached
+        norms, head_s / n_examples, frozen_s / n_blocks, trained_s / n_blocks, is_cached
     )
 
 
-def _partial_times_s(step: TreeStep, rows: Step) -> tuple[float, float]:
+def _partial_times_s(step: TreeStep, groups: Step) -> tuple[float, float]:
     """Return the seconds of all blocks without a graph, and those of the head with its gradient."""
     frozen_s = head_s = 0.0
     split = step.split
     with fast_modules(split.base_model):
-        for ids in step.parts(rows):
-            row = build_tree(step.sequences, ids)
-            layout = TreeLayout(row, step.base_model.device)
+        for ids in step.parts(groups):
+            tree = build_tree(step.sequences, ids)
+            layout = TreeLayout(tree, step.base_model.device)
             start_s = time.perf_counter()
             with torch.no_grad():
                 hidden = split.whole(layout)
             middle_s = time.perf_counter()
-            tree_nats(split, row, hidden.requires_grad_())
+            tree_nats(split, tree, hidden.requires_grad_())
             head_s += time.perf_counter() - middle_s
             frozen_s += middle_s - start_s
     return frozen_s, head_s
 
 
 def _gradient_norms(split: SplitModel, parameters: Sequence[Any], n_tokens: float) -> list[float]:
-    """Return the L1 norm of the gradient in each block, a token."""
+    """Return the L1 norm of the gradient in each block, in nats a token and unit of rate."""
     blocks = split.anatomy.blocks
     layer_of = {id(p): layer for layer, block in enumerate(blocks) for p in block.parameters()}
     norms = np.zeros(len(blocks))
@@ -151,6 +151,6 @@ def _gradient_norms(split: SplitModel, parameters: Sequence[Any], n_tokens: floa
     return [float(norm) for norm in norms]
 
 
-def _clear(parameters: Sequence[Any]) -> None:
+def _clear_gradients(parameters: Sequence[Any]) -> None:
     for parameter in parameters:
         parameter.grad = None

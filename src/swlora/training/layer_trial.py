@@ -1,4 +1,4 @@
-"""Short trainings that compare layers: the same rows, the same seconds, the same held-out rows.
+"""Short trainings that compare layers: same examples, same seconds, same held-out examples.
 
 How long they are is planned from the number of steps alone, so that a training that is over sooner
 than its measurement is never measured.
@@ -20,18 +20,19 @@ from swlora.errors import DivergedError
 from swlora.kernels.forwards import fast_modules
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.loss_sum import LossSum
-from swlora.training.layer_profile import adapters_for_now
+from swlora.training.layer_profile import temporary_adapters
 from swlora.training.loop import reports
 from swlora.training.schedule import Schedule, Step
 from swlora.training.step import TreeStep, tree_nats
 
 N_TRIED = 3  # choices of layers: all, the last ones, the middle
 N_HELD_OUT_LOSSES = 2 * N_TRIED  # of each: in the end, and of fewer layers also on the way
-PROFILED_STEPS, PROFILED_ROWS = 3, 96  # at least
-TRIAL_STEPS, TRIAL_ROWS = 8, 256  # with all layers, at least
-TRIAL_SHARE, LONGEST = 0.08, 5  # of what can be saved; at most so many times the shortest trial
-HELD_OUT_ROWS, HELD_OUT_SHARE = 64, 0.25  # of an epoch; at most
-WORTH = 2.0  # measuring must be able to save so many times what it costs
+PROFILED_STEPS, PROFILED_EXAMPLES = 3, 96  # at least
+TRIAL_STEPS, TRIAL_EXAMPLES = 8, 256  # with all layers, at least
+TRIAL_SHARE = 0.08  # of what can be saved
+MAX_TRIAL_FACTOR = 5  # a trial is at most so many times the shortest one
+HELD_OUT_EXAMPLES, HELD_OUT_SHARE = 64, 0.25  # of an epoch; at most
+MIN_SAVED_FACTOR = 2.0  # measuring must be able to save so many times what it costs
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class TrialPlan:
     n_saved: float
     n_trial: int
     n_profiled: int
-    rows_per_step: int
+    examples_per_step: int
     trained: list[list[np.ndarray]]
     held_out: list[list[np.ndarray]]
 
@@ -65,7 +66,7 @@ class TrialPlan:
     @property
     def objection(self) -> str | None:
         """Say why nothing shall be measured; None where it shall."""
-        if self.n_saved < WORTH * self.cost_steps:
+        if self.n_saved < MIN_SAVED_FACTOR * self.cost_steps:
             return (
                 f"of the {self.n_steps} steps the budget can save the time of {self.n_saved:.0f} "
                 f"at most, and choosing layers takes that of about {self.cost_steps}"
@@ -80,10 +81,10 @@ def plan_trial(schedule: Schedule, sequences: TokenSequences, budget: float) -> 
     n_saved = (1 - budget) * schedule.n_steps
     steps = schedule.epoch(0)
     per_step = math.ceil(len(sequences) / len(steps))
-    shortest = max(TRIAL_STEPS, math.ceil(TRIAL_ROWS / per_step))
-    n_trial = min(LONGEST * shortest, max(shortest, round(TRIAL_SHARE * n_saved)))
-    n_profiled = max(PROFILED_STEPS, math.ceil(PROFILED_ROWS / per_step))
-    n_held_out = min(math.ceil(HELD_OUT_ROWS / per_step), int(HELD_OUT_SHARE * len(steps)))
+    shortest = max(TRIAL_STEPS, math.ceil(TRIAL_EXAMPLES / per_step))
+    n_trial = min(MAX_TRIAL_FACTOR * shortest, max(shortest, round(TRIAL_SHARE * n_saved)))
+    n_profiled = max(PROFILED_STEPS, math.ceil(PROFILED_EXAMPLES / per_step))
+    n_held_out = min(math.ceil(HELD_OUT_EXAMPLES / per_step), int(HELD_OUT_SHARE * len(steps)))
     trained, held_out = steps[n_held_out:], steps[:n_held_out]
     return TrialPlan(schedule.n_steps, n_saved, n_trial, n_profiled, per_step, trained, held_out)
 
@@ -112,32 +113,32 @@ def try_layers(
 ) -> TrialLosses:
     """Train fresh adapters in `layers` for `n_steps` at the asked rate; take them off again.
 
-    Every call begins with the same weights, rows and random numbers.
+    Every call begins with the same weights, examples and random numbers.
     """
-    schedule = _schedule(spec.train, plan, n_steps)
+    schedule = _trial_schedule(spec.train, plan, n_steps)
     losses: dict[int, float | None] = {}
     with (
-        adapters_for_now(model, spec.adapter, layers, spec.seed) as adapted,
+        temporary_adapters(model, spec.adapter, layers, spec.seed) as adapted,
         torch.random.fork_rng(devices=[]),
     ):
         torch.manual_seed(spec.seed)  # dropout
         step = TreeStep(
-            adapted.model, sequences, label_smoothing=spec.train.label_smoothing, say=_quiet
+            adapted.model, sequences, label_smoothing=spec.train.label_smoothing, say=_say_nothing
         )
-        before = _loss(step, plan.held_out)
+        before = _held_out_loss(step, plan.held_out)
         try:
             for report in reports(step, schedule, adapted):
                 advance()
                 if report["step"] in (plan.n_trial, n_steps):
-                    losses[report["step"]] = _loss(step, plan.held_out)
+                    losses[report["step"]] = _held_out_loss(step, plan.held_out)
         except DivergedError:
             losses[n_steps] = None
-    early, last = (_finite(losses.get(n)) for n in (plan.n_trial, n_steps))
+    early, last = (_finite_or_none(losses.get(n)) for n in (plan.n_trial, n_steps))
     return TrialLosses(before, early, last)
 
 
-def _schedule(spec: TrainSpec, plan: TrialPlan, n_steps: int) -> Schedule:
-    """Return `n_steps` steps over and over the same rows, at one rate after the warm-up.
+def _trial_schedule(spec: TrainSpec, plan: TrialPlan, n_steps: int) -> Schedule:
+    """Return `n_steps` steps over and over the same examples, at one rate after the warm-up.
 
     The warm-up is that of `plan.n_trial` steps in every trial, so that losses after as many steps
     come of the same rates.
@@ -155,22 +156,22 @@ def _schedule(spec: TrainSpec, plan: TrialPlan, n_steps: int) -> Schedule:
 
 
 @torch.no_grad()
-def _loss(step: TreeStep, steps: Sequence[Step]) -> float:
+def _held_out_loss(step: TreeStep, steps: Sequence[Step]) -> float:
     """Return the loss in nats a token, without dropout and label smoothing."""
     total = LossSum()
     step.peft_model.eval()
     with fast_modules(step.peft_model):
-        for ids in (ids for rows in steps for ids in step.parts(rows)):
-            row = build_tree(step.sequences, ids)
-            hidden = step.split.whole(TreeLayout(row, step.base_model.device))
-            total += LossSum(float(tree_nats(step.split, row, hidden)), row.n_target_tokens)
+        for ids in (ids for groups in steps for ids in step.parts(groups)):
+            tree = build_tree(step.sequences, ids)
+            hidden = step.split.whole(TreeLayout(tree, step.base_model.device))
+            total += LossSum(float(tree_nats(step.split, tree, hidden)), tree.n_target_tokens)
     train_mode(step.peft_model)
     return total.nats_per_token
 
 
-def _finite(loss: float | None) -> float | None:
+def _finite_or_none(loss: float | None) -> float | None:
     return loss if loss is not None and math.isfinite(loss) else None
 
 
-def _quiet(_line: str) -> None:
-    """The training itself will say it."""
+def _say_nothing(_line: str) -> None:
+    """Drop a line: the training that follows says the same."""

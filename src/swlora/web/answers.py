@@ -1,4 +1,4 @@
-"""From texts in the making to HTTP, whole or as events; a client that leaves ends the making."""
+"""Texts as HTTP responses, whole or as events; their generation ends when the client leaves."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from swlora.web.generation import Finish, Generation, Scored
 from swlora.web.problems import json_text
 
-LEFT = 499  # a status for the log alone: nobody is there to read it
+LEFT = 499  # for the log alone, as nginx has it: nobody is there to read it
 
 
 class EventStream(StreamingResponse):
@@ -52,8 +52,8 @@ async def collect(generation: Generation, receive: Receive) -> list[WholeText] |
 
     Raises the ApiError of the first text that did not end well.
     """
-    writing = asyncio.create_task(_whole(generation))
-    leaving = asyncio.create_task(_left(receive))
+    writing = asyncio.create_task(_write_all(generation))
+    leaving = asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return writing.result() if writing.done() else None
@@ -63,12 +63,12 @@ async def collect(generation: Generation, receive: Receive) -> list[WholeText] |
         generation.cancel()
 
 
-def gone() -> Response:
-    """Return the answer to a client that is not there any more."""
+def client_left() -> Response:
+    """Return the response for a client that has left."""
     return Response(status_code=LEFT)
 
 
-async def _whole(generation: Generation) -> list[WholeText]:
+async def _write_all(generation: Generation) -> list[WholeText]:
     texts = [WholeText() for _ in range(generation.n_texts)]
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
@@ -81,6 +81,6 @@ async def _whole(generation: Generation) -> list[WholeText]:
     return texts
 
 
-async def _left(receive: Receive) -> None:
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -4,7 +4,7 @@ Clients send many of them as they are by default. Every other value is refused b
 that says which values are taken; null is the same as leaving a field out.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -31,8 +31,8 @@ class Body(BaseModel):
         return {name: v for name, v in given.items() if v is not None or name not in known}
 
 
-def said(message: str) -> WrapValidator:
-    """Say this of whatever the type refuses, instead of pydantic's words for each alternative."""
+def refused_with(message: str) -> WrapValidator:
+    """Refuse what the type does with this message, instead of pydantic's for each alternative."""
 
     def check(value: Any, accepted: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -45,7 +45,7 @@ def said(message: str) -> WrapValidator:
 
 def only(values: str) -> WrapValidator:
     """Name the values that are accepted."""
-    return said(f"only {values} is accepted")
+    return refused_with(f"only {values} is accepted")
 
 
 Nothing = Annotated[None, only("null")]
@@ -60,9 +60,9 @@ class Neutral(Body):
     safety_identifier: ShortText = ""
     prompt_cache_key: ShortText = ""
     store: bool = False
-    metadata: Annotated[Metadata, said("at most 16 texts by name, of 512 characters each")] = Field(
-        default_factory=dict
-    )
+    metadata: Annotated[
+        Metadata, refused_with("at most 16 texts by name, of 512 characters each")
+    ] = Field(default_factory=dict)
     service_tier: Annotated[
         Literal["auto", "default", "flex", "scale", "priority"],
         only("one of auto, default, flex, scale and priority"),
@@ -110,7 +110,7 @@ class TextPart(Body):
     text: str
 
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 MAX_CHARACTERS = 65_536
 Parts = Annotated[list[TextPart], Field(max_length=256)]
 
@@ -119,11 +119,12 @@ class Message(Body):
     """One turn of a chat. A `name` or a call's id is no part of what a template writes."""
 
     role: Annotated[
-        Literal["system", "developer", "user", "assistant", "tool"],
-        said(f"a role is one of {', '.join(ROLES)}"),
+        Role,
+        refused_with(f"a role is one of {', '.join(get_args(Role))}"),
     ]
     content: Annotated[
-        str | Parts, said('a text or a list of parts {"type": "text", "text": ...} is needed')
+        str | Parts,
+        refused_with('a text or a list of parts {"type": "text", "text": ...} is needed'),
     ] = ""
     name: ShortText = ""
     tool_call_id: ShortText = ""

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from swlora.evaluation.text_stream import prompt_offsets
-from swlora.web.answers import EventStream, collect, gone, sse
+from swlora.web.answers import EventStream, client_left, collect, sse
 from swlora.web.generation import Echo, Finish, Generation, TextRequest
 from swlora.web.problems import json_response
 from swlora.web.schemas import ChatBody, CompletionBody
@@ -122,7 +122,7 @@ async def _answer(
         return EventStream(generation, _chunks(generation, head, shape, body))
     texts = await collect(generation, request.receive)
     if texts is None:
-        return gone()
+        return client_left()
     choices = []
     for index, text in enumerate(texts):
         assert text.finish is not None

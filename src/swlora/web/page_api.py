@@ -138,17 +138,17 @@ async def text_requests(service: Service, body: GenerateBody) -> list[TextReques
 
 def news(delta: Delta) -> dict[str, Any]:
     """Return what the page needs of a delta: side, text, tokens so far, at the end its reason."""
-    said: dict[str, Any] = {"side": delta.index, "text": delta.text, "tokens": delta.n_tokens}
+    event: dict[str, Any] = {"side": delta.index, "text": delta.text, "tokens": delta.n_tokens}
     finish = delta.finish
     if finish is not None:
-        said["end"] = {
+        event["end"] = {
             "reason": finish.reason,
             "error": finish.error.message if finish.error else None,
             "prompt_tokens": finish.n_prompt_tokens,
             "tokens": finish.n_tokens,
             "seconds": round(finish.seconds, 3),
         }
-    return said
+    return event
 
 
 async def _events(generation: Generation) -> AsyncGenerator[str]:

@@ -1,8 +1,8 @@
 """One thread owns the model; everybody else hands it tickets and gets tokens back.
 
-Every turn: tickets that were cancelled or are overdue go, waiting ones are admitted, and the rows
-of one variant take a step of one token. Variants take turns, and the model is in a variant's state
-for its own steps only. A ticket beyond `max_rows` at work and `queue` waiting is refused. A failure
+Every turn: tickets that were cancelled or are overdue end, waiting ones are admitted, and the texts
+of one variant grow by one token. Variants take turns, and the model is in a variant's state for its
+own steps only. A ticket beyond `max_rows` at work and `queue` waiting is refused. A failure
 ends the tickets of its own variant; after it, the base model must answer as it did at the start, or
 nothing is taken on until it does.
 """
@@ -55,7 +55,7 @@ class Scheduler:
         self._batches: OrderedDict[Variant, _Batch] = OrderedDict()  # the thread's, like the rest
         self._current: Variant | None = None
         self._state = ExitStack()
-        self._service_s = 1.0  # what a text took of late
+        self._service_s = 1.0  # moving average of the time that a text takes
         self._is_broken = False
         self._thread = threading.Thread(target=self._run, name="swlora-model", daemon=True)
 
@@ -134,13 +134,13 @@ class Scheduler:
             try:
                 self._wait()
                 if self._is_broken and not self._stopping:
-                    self._mend()
+                    self._restore_model()
                 self._turn()
             except Exception:  # whatever went wrong, the next request shall find a server
                 log.exception("the model's thread failed")
-                self._forsake(FAILED)
-                self._mend()
-        self._forsake(Ended("shutdown", "the server is shutting down"))
+                self._end_all(FAILED)
+                self._restore_model()
+        self._end_all(Ended("shutdown", "the server is shutting down"))
         self._leave()
 
     def _wait(self) -> None:
@@ -154,7 +154,7 @@ class Scheduler:
                 self._changed.wait(RETRY_S)
 
     def _turn(self) -> None:
-        self._sweep()
+        self._end_overdue()
         for variant, tickets in self._next_tickets().items():
             self._admit(variant, tickets)
         if self._batches:
@@ -162,34 +162,34 @@ class Scheduler:
             self._batches.move_to_end(variant)
             self._step(variant, batch)
 
-    def _sweep(self) -> None:
+    def _end_overdue(self) -> None:
         """End what was cancelled or is overdue."""
         now_s = time.monotonic()
         with self._changed:
             late = [ticket for ticket in self._waiting if self._due_s(ticket) <= now_s]
             self._waiting = deque(ticket for ticket in self._waiting if ticket not in late)
         for ticket in late:
-            self._tell(ticket, self._lateness(ticket))
+            self._deliver(ticket, self._overdue(ticket))
         for variant, batch in list(self._batches.items()):
-            if variant not in self._batches:  # one before it failed, and took all along
+            if variant not in self._batches:  # the failure of one before it ended all
                 continue
             try:
-                self._sweep_batch(variant, batch, now_s)
+                self._end_overdue_of(variant, batch, now_s)
             except Exception:
                 self._fail(variant, "a text could not be taken out")
 
-    def _sweep_batch(self, variant: Variant, batch: _Batch, now_s: float) -> None:
+    def _end_overdue_of(self, variant: Variant, batch: _Batch, now_s: float) -> None:
         for ticket in list(batch.tickets.values()):
             if ticket.cancelled or self._due_s(ticket) <= now_s:
                 batch.decoder.drop(ticket.request.request_id)
                 self._leave_batch(variant, ticket)
-                ended = Ended("cancelled") if ticket.cancelled else self._lateness(ticket)
-                self._tell(ticket, ended)
+                ended = Ended("cancelled") if ticket.cancelled else self._overdue(ticket)
+                self._deliver(ticket, ended)
 
     def _due_s(self, ticket: Ticket) -> float:
         return min(ticket.due_s, self._shutdown_s)
 
-    def _lateness(self, ticket: Ticket) -> Ended:
+    def _overdue(self, ticket: Ticket) -> Ended:
         if self._shutdown_s < ticket.due_s:
             return Ended("shutdown", "the server is shutting down")
         return Ended("deadline", f"the request took longer than {self._limits.deadline_s:g} s")
@@ -236,7 +236,7 @@ class Scheduler:
             self._enter(variant)
             for event in batch.decoder.step():
                 ticket = batch.tickets[event.request_id]
-                self._tell(ticket, event)
+                self._deliver(ticket, event)
                 if event.finish_reason:
                     self._leave_batch(variant, ticket)
                     took_s = time.monotonic() - ticket.submitted_s
@@ -257,7 +257,7 @@ class Scheduler:
         with self._changed:
             self._n_active -= len(tickets)
         for ticket in tickets:
-            self._tell(ticket, ended)
+            self._deliver(ticket, ended)
 
     def _discard(self, variant: Variant, ended: Ended = FAILED) -> None:
         self._host.forget(variant)
@@ -269,18 +269,18 @@ class Scheduler:
         """End the tickets of a variant because of the exception that is being handled."""
         log.exception("%s (%s)", what, variant.adapter or "the base model")
         self._discard(variant)
-        self._mend()
+        self._restore_model()
 
-    def _mend(self) -> None:
-        """Leave the variant, and see to it that the base model is what it was."""
+    def _restore_model(self) -> None:
+        """Leave the variant, and bring the base model back to what it was at the start."""
         self._leave()
         try:
             is_whole = self._host.recover(list(self._batches))
         except Exception:
             log.exception("the model could not be checked after a failure")
             is_whole = False
-        if not is_whole:  # then nobody can be sure of what the others would get
-            self._forsake(FAILED)
+        if not is_whole:  # then the other variants' texts may be wrong too
+            self._end_all(FAILED)
             try:
                 is_whole = self._host.rebuild()
             except Exception:
@@ -290,19 +290,19 @@ class Scheduler:
         with self._changed:
             self._is_broken = not is_whole
         if self._is_broken:
-            self._forsake(FAILED)  # what came meanwhile
+            self._end_all(FAILED)  # what was submitted meanwhile
 
-    def _forsake(self, ended: Ended) -> None:
+    def _end_all(self, ended: Ended) -> None:
         """End everything, also what waits."""
         with self._changed:
             waiting = list(self._waiting)
             self._waiting.clear()
         for ticket in waiting:
-            self._tell(ticket, ended)
+            self._deliver(ticket, ended)
         for variant in list(self._batches):
             self._discard(variant, ended)
 
-    def _tell(self, ticket: Ticket, news: Event | Ended) -> None:
+    def _deliver(self, ticket: Ticket, news: Event | Ended) -> None:
         try:
             ticket.deliver(news)
         except Exception:
@@ -310,11 +310,11 @@ class Scheduler:
             ticket.cancelled = True
 
     def _enter(self, variant: Variant | None) -> None:
-        """Switch the model to a variant; None leaves it whole, for nobody's use."""
+        """Switch the model to a variant; None leaves it whole, for no variant."""
         if variant == self._current:
             return
         if not self._leave():
-            self._mend()
+            self._restore_model()
         if variant is not None:
             self._state.enter_context(self._host.switched(variant))
             self._current = variant

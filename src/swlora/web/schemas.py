@@ -8,7 +8,15 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from swlora.web.neutral import MAX_CHARACTERS, Body, Message, Neutral, NeutralChat, only, said
+from swlora.web.neutral import (
+    MAX_CHARACTERS,
+    Body,
+    Message,
+    Neutral,
+    NeutralChat,
+    only,
+    refused_with,
+)
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 64
 MAX_TOP_LOGPROBS = 20
@@ -21,7 +29,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 Stop = Annotated[
     StopText | StopTexts,
-    said(f"a text of 1 to {MAX_STOP_CHARACTERS} characters, or up to {MAX_STOPS} of them"),
+    refused_with(f"a text of 1 to {MAX_STOP_CHARACTERS} characters, or up to {MAX_STOPS} of them"),
 ]
 PromptText = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
@@ -29,7 +37,7 @@ PromptTexts = Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PRO
 PromptIds = Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 Prompt = Annotated[
     PromptText | TokenIds | PromptTexts | PromptIds,
-    said(
+    refused_with(
         f"a text of up to {MAX_CHARACTERS} characters, a list of token ids, or up to {MAX_PROMPTS} "
         "of either is needed"
     ),
@@ -132,7 +140,7 @@ class Side(Body):
 class GenerateBody(SamplingBody):
     """POST /api/generate: one prompt, continued by one or two variants of the model."""
 
-    prompt: str | None = Field(default=None, max_length=65_536)
+    prompt: PromptText | None = None
     messages: Messages | None = None
     sides: list[Side] = Field(min_length=1, max_length=2)
 

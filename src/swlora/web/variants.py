@@ -2,8 +2,8 @@
 
 The base model is never changed for good: only plain LoRA is loaded (see `folders`), none of the
 model's own tensors is ever read from an adapter's file, and weights at zero are put back bit for
-bit. Whether that holds is seen by what the base model says of a few tokens. Used by the scheduler's
-thread alone.
+bit. Whether that holds shows in the log-probabilities that the base model gives a few tokens. Used
+by the scheduler's thread alone.
 """
 
 import logging
@@ -58,7 +58,7 @@ class ModelHost:
         self._decoders: OrderedDict[Variant, Decoder] = OrderedDict()
         self.decoder(Variant())
         self._tree = ModuleTree(self._model)
-        self._said = self._say()
+        self._logprobs_at_start = self._check_logprobs()
 
     def decoder(self, variant: Variant) -> Decoder:
         """Return an empty decoder for the variant, in whose state the model is."""
@@ -127,13 +127,14 @@ class ModelHost:
 
     def _is_whole(self) -> bool:
         with self.switched(Variant()):
-            said = self._say()
+            logprobs = self._check_logprobs()
         is_float32 = self._model.dtype == torch.float32
         tolerance = TOLERANCE_FLOAT32 if is_float32 else TOLERANCE
-        return torch.allclose(said, self._said, rtol=0, atol=tolerance, equal_nan=True)
+        expected = self._logprobs_at_start
+        return torch.allclose(logprobs, expected, rtol=0, atol=tolerance, equal_nan=True)
 
-    def _say(self) -> Tensor:
-        """Return what the model, as it is, thinks of some tokens: (n,), in nats, float64."""
+    def _check_logprobs(self) -> Tensor:
+        """Return log-probabilities (n,) of some tokens in the model as it is, in nats, float64."""
         n_tokens = min(CHECK_TOKENS, n_embeddings(self._model), context_tokens(self._model))
         decoder = BatchDecoder(self._model, eos_token_ids=(), max_rows=1)
         decoder.admit([DecodeRequest(0, range(n_tokens), 1, prompt_logprobs=0)])

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field, TypeAdapter, ValidationError
 from starlette.responses import Response
 
-from swlora.web.answers import gone
+from swlora.web.answers import client_left
 from swlora.web.neutral import Body
 from swlora.web.pages import forms
 from swlora.web.pages.forms import Filled, Pane
@@ -66,7 +66,7 @@ async def chat_posted(request: Request) -> Response:
         filled.refuse(error)
     else:
         if answered is None:
-            return gone()
+            return client_left()
         turns = answered
     return await asyncio.to_thread(_page, request, filled, turns)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from swlora.web.answers import gone
+from swlora.web.answers import client_left
 from swlora.web.page_api import meaning_and_references
 from swlora.web.pages import chatting, forms, restaurant_view, weights_view
 from swlora.web.pages.forms import Filled, Pane
@@ -56,7 +56,7 @@ async def write_posted(request: Request) -> Response:
     sides = [{"model": name} for name in names if name]
     filled.panes = _panes(names)
     if not await forms.write_texts(request, service, filled, sides):
-        return gone()
+        return client_left()
     return await asyncio.to_thread(_write_page, request, filled)
 
 
@@ -114,7 +114,7 @@ async def restaurant_posted(request: Request) -> Response:
     else:
         sides = [{"model": name} for name in names if name]
         if not await forms.write_texts(request, service, filled, sides, shows_prompt=False):
-            return gone()
+            return client_left()
     return await asyncio.to_thread(_restaurant_page, request, filled, fields)
 
 
@@ -166,7 +166,7 @@ async def super_weights_posted(request: Request, run: Name = "") -> Response:
         sides.append({"model": model, "zeroed": filled.chosen})
     filled.panes = _weight_panes(model, filled.chosen)
     if not await forms.write_texts(request, service, filled, sides):
-        return gone()
+        return client_left()
     return await asyncio.to_thread(_weights_page, request, filled, run)
 
 

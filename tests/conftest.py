@@ -98,6 +98,14 @@ def fresh_cache(own_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Java takes ten seconds to say what tests of the scores say anyway."""
+    from swlora.evaluation import scores
+
+    monkeypatch.setattr(scores, "missing_java", lambda: "Java is left out here")
+
+
 @pytest.fixture(autouse=True)
 def few_threads(request: pytest.FixtureRequest) -> None:
     """Run tiny models on one thread: threads that wait for each other cost more than the work."""

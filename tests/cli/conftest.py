@@ -1,13 +1,12 @@
 """The command as a test runs it, and a short run of it."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tests.support.data_files import write_rows
 
 from swlora.cli import main
-from swlora.evaluation import scores as official
 
 NOTES = ("data: ", "model: ", "warning: ")
 ROWS = [{"prompt": f"p{k // 2}", "completion": f"answer {k}."} for k in range(8)]
@@ -29,11 +28,10 @@ class Done(NamedTuple):
 
 
 @pytest.fixture
-def swlora(capsys, tmp_path, monkeypatch):
+def swlora(capsys, tmp_path, monkeypatch, no_java):
     """A function that runs the command in a folder of its own, without Java and the Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SWLORA_E2E", raising=False)
-    monkeypatch.setattr(official, "missing_java", lambda: "Java is left out here")
 
     def run(*arguments: object) -> Done:
         capsys.readouterr()
@@ -50,9 +48,7 @@ def swlora(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def rows(tmp_path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
 @pytest.fixture

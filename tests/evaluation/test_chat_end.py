@@ -1,13 +1,13 @@
 """Answers of chats stop at the token that ends a turn, though no configuration names it."""
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from starlette.testclient import TestClient
 from tests.support.chat_templates import CHATML, SPECIAL, chat_tokenizer
+from tests.support.data_files import write_rows
 
 from swlora.config import DataSpec, DecodeSpec, ModelSpec, RunSpec, ServeSpec
 from swlora.data.encode import encode_prompts
@@ -50,14 +50,13 @@ def base_model(make_model, tmp_path) -> tuple[Path, str]:
     return folder, tokenizer.decode(new[:at], skip_special_tokens=True)
 
 
-def test_eval_and_serve_stop_at_the_end_of_a_turn(base_model, tmp_path):
+def test_eval_and_serve_stop_at_the_end_of_a_turn(base_model, tmp_path, no_java):
     folder, answer = base_model
     rows = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "Fine."}]}
         for q in QUESTIONS
     ]
-    data = tmp_path / "chats.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows(tmp_path / "chats.jsonl", rows)
     spec = RunSpec(
         model=ModelSpec(name=str(folder), dtype="float32"),
         data=DataSpec(name=str(data), eval_file=data),

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from tests.support.adapters import randomise
+from tests.support.plain_peft import greedy
 
 from swlora.adapters.methods import attach
 from swlora.config import AdapterSpec, DecodeSpec
@@ -25,15 +26,6 @@ def decode(model, tokenizer, spec: DecodeSpec, prompts=PROMPTS, seed: int = 0) -
 
 def log_p(model, ids: list[int]) -> torch.Tensor:
     return torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0, -1].float(), dim=-1)
-
-
-def greedy(model, prompt: list[int], n: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(n):
-        ids.append(int(log_p(model, ids).argmax()))
-        if ids[-1] == EOS:
-            return ids[len(prompt) : -1]
-    return ids[len(prompt) :]
 
 
 @pytest.fixture

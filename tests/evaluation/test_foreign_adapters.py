@@ -15,6 +15,7 @@ from peft import LoraConfig
 from tests.evaluation.test_loss import make_sequences, oracle
 from tests.support.adapters import move
 from tests.support.models import MakeModel
+from tests.support.plain_peft import greedy
 
 from swlora.adapters.reach import is_covered
 from swlora.adapters.saved import load_adapter
@@ -100,15 +101,6 @@ def saved(make_model: MakeModel, kind: str, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def greedy(model: Any, prompt: list[int], n: int) -> list[int]:
-    ids = list(prompt)
-    while len(ids) < len(prompt) + n and (len(ids) == len(prompt) or ids[-1] != EOS):
-        ids.append(
-            int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-        )
-    return [token for token in ids[len(prompt) :] if token != EOS]
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_measured_and_continued_as_by_plain_peft(

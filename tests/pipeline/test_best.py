@@ -1,18 +1,14 @@
 """Held-out losses through the pipeline: shown, the best adapter kept, the end in time."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from tests.support import small_runs
 from tests.support.models import ModelFolder
-from tests.support.small_runs import write_data
+from tests.support.small_runs import Heard, same_weights, signal_in_step
 
 from swlora import pipeline
 from swlora.adapters.methods import METHODS
@@ -29,10 +25,7 @@ from swlora.runs import Run, read_metrics
 from swlora.training.trained import Trained
 from swlora.web.folders import RunFolders
 
-
-@pytest.fixture
-def data(tmp_path: Path) -> dict[str, str]:
-    return write_data(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_drawings")
 
 
 def make_spec(model: Path, data: dict[str, str], **changes: Any) -> RunSpec:
@@ -44,29 +37,6 @@ def make_spec(model: Path, data: dict[str, str], **changes: Any) -> RunSpec:
 def train_in(folder: Path, spec: RunSpec, progress: Any = None) -> Trained:
     with Run.create(folder, spec, "train") as run:
         return pipeline.train(Job(spec, run, progress or Silent()))
-
-
-class Heard(Silent):
-    """Keeps what is said, and the notes beside the bar."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.notes: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
-
-    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002
-        self.notes.append(note)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,20 +72,8 @@ def test_the_best_adapter_is_the_one_that_was_measured(
         model_folder("llama"), data, method=method, train__eval_every_steps=0, train__max_steps=9
     )
     train_in(tmp_path / "unmeasured", unmeasured)
-    assert same(tmp_path / "run" / "adapter", tmp_path / "unmeasured" / "adapter")
+    assert same_weights(tmp_path / "run" / "adapter", tmp_path / "unmeasured" / "adapter")
     assert not (tmp_path / "unmeasured" / "best").exists()
-
-
-def signal_in(stop: int) -> Callable[[Run, Any], None]:
-    """Return Run.append_metrics, which a signal follows in step `stop`."""
-    append = Run.append_metrics
-
-    def appended(run: Run, values: Any) -> None:
-        append(run, values)
-        if values["step"] == stop:
-            os.kill(os.getpid(), 15)
-
-    return appended
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "adalora", "full"])
@@ -136,12 +94,12 @@ def test_stopped_early_resumed_or_not(
     assert held_out is not None
     assert n_steps == held_out.best_step + 2 < expected.course.planned_steps == 16
     assert held_out.n_since_best == 2
-    assert not same(tmp_path / "whole" / "adapter", tmp_path / "whole" / "best")
+    assert not same_weights(tmp_path / "whole" / "adapter", tmp_path / "whole" / "best")
 
     for stop in {1, held_out.best_step, n_steps}:
         folder = tmp_path / str(stop)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Run, "append_metrics", signal_in(stop))
+            patch.setattr(Run, "append_metrics", signal_in_step(stop))
             train_in(folder, spec)
         run, resumed = Run.reopen(folder, "train")
         with run:
@@ -152,7 +110,7 @@ def test_stopped_early_resumed_or_not(
             expected.course.final_loss,
         )
         for name in ("adapter", "best"):
-            assert same(folder / name, tmp_path / "whole" / name)
+            assert same_weights(folder / name, tmp_path / "whole" / name)
 
     show_training(expected)
     said = capsys.readouterr().out

@@ -15,6 +15,8 @@ from swlora.progress import Silent
 from swlora.result_json import as_json
 from swlora.runs import Run
 
+pytestmark = pytest.mark.usefixtures("no_drawings")
+
 
 def test_an_adapter_is_evaluated_from_its_folder_or_its_run(model_folder, rows, tmp_path):
     spec = make_spec(model_folder("llama"), rows)
@@ -37,10 +39,9 @@ def test_an_adapter_is_evaluated_from_its_folder_or_its_run(model_folder, rows, 
 
 
 def test_english_text_is_measured_with_e2e_data_or_where_it_is_asked_for(
-    model_folder, rows, tmp_path, monkeypatch
+    model_folder, rows, tmp_path, monkeypatch, fresh_cache
 ):
     """The untouched model once, however many evaluations; without an adapter nothing else."""
-    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
     measured, measure = [], english._measured
     monkeypatch.setattr(english, "_measured", lambda *a: measured.append(a) or measure(*a))
     sample: dict[str, Any] = {"name": "sample", "eval_file": None, "truncate": True}

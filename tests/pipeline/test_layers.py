@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.small_runs import make_spec, write_data
+from tests.support.small_runs import Heard, make_spec, write_data
 
 from swlora import pipeline
 from swlora.errors import UserError
@@ -17,23 +17,17 @@ from swlora.runs import Run
 from swlora.training import layer_choice, loop
 from swlora.training.layer_choice import Choice, Trial
 
-
-class Listening(Silent):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
+pytestmark = pytest.mark.usefixtures("no_drawings")
 
 
 def test_few_steps_take_all_layers_and_say_so(model_folder, tmp_path) -> None:
     spec = make_spec(model_folder("llama"), write_data(tmp_path), adapter__layers="auto:0.5")
-    heard = Listening()
+    heard = Heard()
     with Run.create(tmp_path / "run", spec, "train") as run:
         result = pipeline.train(Job(spec, run, heard))
         recorded = run.read_result()["layer_choice"]
     assert result.layers == recorded["layers"] == [0, 1, 2]
-    assert [line for line in heard.said if line.startswith("all layers: of the 8 steps")] == [
+    assert [line for line in heard.lines if line.startswith("all layers: of the 8 steps")] == [
         recorded["reason"]
     ]
     assert recorded["trials"] == []
@@ -71,10 +65,10 @@ def test_a_resumed_run_keeps_the_layers_that_were_measured(
 
     monkeypatch.setattr(layer_choice, "choose", lambda *_: pytest.fail("it measured again"))
     run, spec = Run.reopen(tmp_path / "run", "train")
-    heard = Listening()
+    heard = Heard()
     with run:
         result = pipeline.train(Job(spec, run, heard))
-    assert "resuming after step 3" in heard.said
+    assert "resuming after step 3" in heard.lines
     assert (result.layers, result.course.steps) == ([2], 8)
 
 

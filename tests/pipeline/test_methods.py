@@ -1,15 +1,13 @@
 """Every method through the pipeline: what it reports, saves and resumes; loss while training."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from tests.support.models import ModelFolder
-from tests.support.small_runs import DEV, make_spec, write_data
+from tests.support.small_runs import DEV, make_spec, same_weights, signal_in_step
 
 from swlora import pipeline
 from swlora.adapters.methods import METHODS
@@ -24,10 +22,7 @@ from swlora.result_json import as_json
 from swlora.runs import Run, read_metrics
 from swlora.training.frozen_prefix import PrefixCache
 
-
-@pytest.fixture
-def data(tmp_path: Path) -> dict[str, str]:
-    return write_data(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_drawings")
 
 
 def train_in(folder: Path, spec: RunSpec) -> tuple[Any, dict[str, Any], Job]:
@@ -92,9 +87,8 @@ def test_an_interrupted_run_ends_in_the_same_adapter(
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr("swlora.adapters.saved.save_adapter", out_of_disk)
         train_in(tmp_path / "late", spec)  # after the last step, before anything is saved
-    stop = StopsAfter(3)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "append_metrics", stop(Run.append_metrics))
+        patch.setattr(Run, "append_metrics", signal_in_step(3))
         train_in(tmp_path / "early", spec)
     for folder in (tmp_path / "late", tmp_path / "early"):
         run, resumed_spec = Run.reopen(folder, "train")
@@ -102,25 +96,7 @@ def test_an_interrupted_run_ends_in_the_same_adapter(
             result = as_json(pipeline.train(Job(resumed_spec, run, Silent())))
         assert result["last_loss"] == expected["last_loss"]
         assert result.get("rank_pattern") == expected.get("rank_pattern")
-        found = load_file(folder / "adapter" / "adapter_model.safetensors")
-        whole = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
-        assert found.keys() == whole.keys()
-        assert all(torch.equal(found[name], whole[name]) for name in whole)
-
-
-class StopsAfter:
-    """Wraps a method that is called once a step: a signal comes in step n."""
-
-    def __init__(self, n: int) -> None:
-        self.n = n
-
-    def __call__(self, method: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(run: Run, values: dict[str, Any]) -> None:
-            method(run, values)
-            if values["step"] == self.n:
-                os.kill(os.getpid(), 15)
-
-        return wrapped
+        assert same_weights(folder / "adapter", tmp_path / "whole" / "adapter")
 
 
 # Loss on held-out rows while training
@@ -211,8 +187,8 @@ def test_the_prefix_cache_is_closed_when_training_ends_and_when_it_fails(
     data: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    fresh_cache: Path,
 ) -> None:
-    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
     opened: list[PrefixCache] = []
     original = PrefixCache.__init__
 
@@ -224,7 +200,7 @@ def test_the_prefix_cache_is_closed_when_training_ends_and_when_it_fails(
     spec = make_spec(model_folder("llama"), data)
     train_in(tmp_path / "done", spec)
     with pytest.raises(KeyboardInterrupt):
-        monkeypatch.setattr(Run, "append_metrics", StopsAfter(2)(Run.append_metrics))
+        monkeypatch.setattr(Run, "append_metrics", signal_in_step(2))
         train_in(tmp_path / "stopped", spec)
     assert len(opened) == 2
     assert all(cache._data is None for cache in opened)

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 from peft import PeftConfig, PeftModel
+from tests.support.data_files import write_rows
+from tests.support.small_runs import Heard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swlora import pipeline
@@ -27,20 +29,12 @@ CHATS = [
 ]
 
 
-class Heard(Silent):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, message: str) -> None:
-        self.lines.append(message)
+pytestmark = pytest.mark.usefixtures("no_drawings")
 
 
 def trained(folder: Path, model: Path, rows: list[dict[str, Any]], **changes: Any) -> Path:
     """Train for six steps; return the adapter's folder."""
-    data = folder.with_suffix(".jsonl")
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows(folder.with_suffix(".jsonl"), rows)
     settings = {
         "model.name": str(model),
         "model.dtype": "float32",
@@ -148,8 +142,7 @@ def test_the_card_says_what_was_done(model_folder, tmp_path):
 
 
 def evaluated(model: Path, adapter: Path, folder: Path) -> list[str]:
-    data, heard = folder.with_suffix(".jsonl"), Heard()
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data, heard = write_rows(folder.with_suffix(".jsonl"), ROWS), Heard()
     settings = {"model.name": str(model), "data.name": str(data), "data.eval_file": str(data)}
     spec = load_spec(None, settings | {"decode.max_new_tokens": 2, "model.dtype": "bfloat16"})
     with Run.create(folder, spec, "eval") as run:
@@ -157,10 +150,7 @@ def evaluated(model: Path, adapter: Path, folder: Path) -> list[str]:
     return [line for line in heard.lines if "warning" in line]
 
 
-def test_another_base_of_the_same_shape_is_told(
-    model_folder, make_model, tiny_tokenizer, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("swlora.evaluation.scores.missing_java", lambda: "left out here")
+def test_another_base_of_the_same_shape_is_told(model_folder, make_model, tiny_tokenizer, tmp_path):
     adapter = trained(tmp_path / "run", model_folder("llama"), ROWS)  # in float32
     assert evaluated(model_folder("llama"), adapter, tmp_path / "same") == []
     other = tmp_path / "other"

@@ -6,11 +6,15 @@ from typing import Any
 
 import peft
 import pytest
-from tests.support.whole_jobs import TRAIN, make_spec, resume, run_in, same_adapters, write_rows
+from tests.support.data_files import write_rows
+from tests.support.small_runs import ROWS
+from tests.support.whole_jobs import make_spec, resume, run_in, same_adapters
 
 from swlora.errors import RunFailedError, UserError
 from swlora.progress import Silent
 from swlora.runs import read_metrics, read_run
+
+pytestmark = pytest.mark.usefixtures("no_drawings")
 
 
 class StopsIn(Silent):
@@ -72,10 +76,10 @@ def test_a_run_does_not_go_on_with_other_data(model_folder, rows, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run_in(folder, make_spec(model_folder("llama"), rows), progress=StopsIn("train", 3))
-    write_rows(rows[0], [*TRAIN[1:], TRAIN[0]])
+    write_rows(rows[0], [*ROWS[1:], ROWS[0]])
     with pytest.raises(UserError, match="cannot go on: data_sha256 was"):
         resume(folder)
-    write_rows(rows[0], TRAIN)
+    write_rows(rows[0], ROWS)
     assert resume(folder)["train"]["steps"] == 12
 
 

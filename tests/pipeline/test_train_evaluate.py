@@ -7,17 +7,16 @@ import math
 import peft
 import pytest
 import torch
+from tests.support.data_files import write_rows
+from tests.support.plain_peft import EOS
+from tests.support.small_runs import ROWS, weights
 from tests.support.whole_jobs import (
     DEV,
-    EOS,
-    TRAIN,
-    adapter_weights,
     make_spec,
     naive_nll,
     naive_text,
     run_in,
     same_adapters,
-    write_rows,
 )
 
 from swlora import pipeline
@@ -33,9 +32,8 @@ from swlora.runs import Run, read_metrics, read_run
 
 @pytest.mark.parametrize("layers", ["all", "last:1"])
 def test_data_in_files_gives_the_same_adapter_and_loss(
-    model_folder, rows, tmp_path, monkeypatch, layers
+    model_folder, rows, tmp_path, monkeypatch, fresh_cache, layers
 ) -> None:
-    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
     spec = make_spec(model_folder("llama"), rows, adapter__layers=layers)
     held = run_in(tmp_path / "held", spec)
     monkeypatch.setattr(scratch, "MEMORY_BYTES", 0)
@@ -63,8 +61,8 @@ def test_the_whole_job(
 
     trained = result["train"]
     assert (trained["layers"], trained["rows"], trained["steps"]) == ([0, 2], 36, 12)
-    weights = adapter_weights(folder)
-    assert trained["n_trainable"] == sum(tensor.numel() for tensor in weights.values())
+    saved = weights(folder / "adapter")
+    assert trained["n_trainable"] == sum(tensor.numel() for tensor in saved.values())
     lines = read_metrics(folder)
     assert trained["last_loss"] == lines[-1]["loss"] < lines[0]["loss"]
 
@@ -183,7 +181,7 @@ def test_chats(model_folder, make_model, rows, tmp_path):
 def test_rows_that_are_left_out_or_cut_are_counted(model_folder, rows, tmp_path):
     long = {"prompt": "p", "completion": "y" * 300}
     bad = {"prompt": "", "completion": "y"}
-    data = write_rows(tmp_path / "more.jsonl", [*TRAIN, bad, long]), rows[1]
+    data = write_rows(tmp_path / "more.jsonl", [*ROWS, bad, long]), rows[1]
     folder = model_folder("llama")
     with pytest.raises(DataError, match="line 13: its prompt is empty"):
         run_in(tmp_path / "a", make_spec(folder, data))

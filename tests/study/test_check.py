@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from tests.support.data_files import write_rows
 
 from swlora.adapters.methods import adapt
 from swlora.config import DEFAULT_DATASET, DEFAULT_MODEL
@@ -17,9 +18,7 @@ ROWS = [{"prompt": f"prompt {k}\n", "completion": f"answer {k}."} for k in range
 
 @pytest.fixture
 def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from tests.support.data_files import write_rows
 
 from swlora.errors import RunFailedError, UserError
 from swlora.study import compare as study
@@ -17,8 +18,7 @@ ROWS = [{"prompt": f"prompt {k}\n", "completion": f"answer {k}."} for k in range
 @pytest.fixture
 def settings(model_folder, tmp_path):
     """A study of two arms and the controls of one, on a Llama of three layers."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     return {
         "model": {"name": str(model_folder("llama")), "dtype": "float32"},
         "data": {"name": str(rows)},

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from tests.support.data_files import write_rows
 
 from swlora import pipeline
 from swlora.errors import UserError
@@ -16,8 +17,7 @@ ROWS = [{"prompt": f"prompt {k // 2}\n", "completion": f"answer {k} of many."} f
 @pytest.fixture
 def start(model_folder, tmp_path, monkeypatch):
     """A function (work, **sections) -> (run.json, result.json or {})."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     settings = {
         "model": {"name": str(model_folder("llama")), "dtype": "float32"},
         "data": {"name": str(rows), "eval_split": "dev"},

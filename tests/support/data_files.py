@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from swlora.data.sources import Example
 
@@ -25,6 +27,12 @@ def as_jsonl(rows: list[tuple[str, str]]) -> bytes:
         json.dumps({"prompt": p, "completion": c}, ensure_ascii=False).encode() + b"\n"
         for p, c in rows
     )
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def write(path: Path, content: bytes) -> str:

@@ -1,10 +1,18 @@
 """A dozen short rows and the configuration of a training on them, for tests of the pipeline."""
 
-import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from tests.support.data_files import write_rows
+
 from swlora.config import RunSpec, load_spec
+from swlora.progress import Silent
+from swlora.runs import Run
 
 ROWS = [
     {"prompt": f"name[{name}], food[{food}]\n", "completion": f"{name} {verb} {food}."}
@@ -14,11 +22,47 @@ ROWS = [
 DEV = [{"prompt": "name[E], food[x]\n", "completion": f"E {verb} x."} for verb in ("has", "sells")]
 
 
+class Heard(Silent):
+    """Keeps what is said, and the notes beside the bar."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.notes: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002
+        self.notes.append(note)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two adapters are the same bits."""
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def signal_in_step(n: int) -> Callable[[Run, dict[str, Any]], None]:
+    """Return a Run.append_metrics that SIGTERM follows in step n."""
+    append = Run.append_metrics
+
+    def appended(run: Run, values: dict[str, Any]) -> None:
+        append(run, values)
+        if values["step"] == n:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return appended
+
+
 def write_data(folder: Path) -> dict[str, str]:
     """Write ROWS and DEV as files; return the settings that name them."""
     for name, rows in (("train", ROWS), ("dev", DEV)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines)
+        write_rows(folder / f"{name}.jsonl", rows)
     return {"data.name": f"{folder}/train.jsonl", "data.eval_file": f"{folder}/dev.jsonl"}
 
 

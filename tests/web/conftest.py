@@ -1,6 +1,5 @@
 """A tiny model behind the web server: in the test's own loop, or on a loopback socket."""
 
-import json
 import shutil
 import threading
 import time
@@ -14,6 +13,7 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 from tests.support.adapters import randomise
+from tests.support.data_files import write_rows
 from tests.support.fake_host import FakeHost
 
 from swlora.adapters.methods import attach
@@ -59,7 +59,7 @@ def runs(served_folder, tmp_path_factory) -> Path:
         facts = {"status": "done", "command": "train", "started_at": f"2030-01-0{number + 1}"}
         write_json(folder / "run.json", facts)
         rows = [{"step": step, "loss": 3.0 - step} for step in range(3)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / "metrics.jsonl", rows)
         (folder / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     found = {
         "layer": ZEROED.layer,

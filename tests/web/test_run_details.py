@@ -5,6 +5,7 @@ import os
 from html import unescape
 
 import pytest
+from tests.support.data_files import write_rows
 from tests.support.page_reading import look
 
 from swlora.config import load_spec
@@ -84,7 +85,7 @@ def terms_of(text: str) -> list[tuple[str, str]]:
 def test_the_last_losses_stand_among_the_numbers(make, browse, root):
     folder = make_run(root / "mine", "train")
     rows = [{"step": 1, "loss": 3.0, "eval_nll": 2.5}, {"step": 2, "loss": 2.0}]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
     with browse(make(runs=root)) as client:
         text = client.get("/runs/mine", headers={"accept": "text/html"}).text
     terms = dict(terms_of(text))

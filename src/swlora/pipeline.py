@@ -176,7 +176,7 @@ def check_adapter(job: Job, n_steps: int) -> None:
         identification.check(job.loaded, spec.identify)
     elif policy.time_budget is not None:
         layer_choice.check_family(anatomy)
-    # Layers that are found later have the shapes of the first.
+    # The first layer stands for layers that are not found yet.
     layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
     check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
 

@@ -30,7 +30,8 @@ from swlora.data.sources import load_dataset
 from swlora.data.steps import StepOrder
 from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.loss import dataset_loss
-from swlora.kernels.forwards import fast_modules
+from swlora.kernels.forwards import fast_forwards
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.models.anatomy import Anatomy, weight_out_in
@@ -206,7 +207,7 @@ def leading_inputs(
     for module in projections:
         module.weight.requires_grad_(True)
     split = SplitModel(model, 0)
-    with fast_modules(model):
+    with patched_forwards(fast_forwards(model)):
         for ids in step:
             row = build_tree(rows, ids)
             hidden = split.whole(TreeLayout(row, model.device))

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ from swlora.adapters.methods import METHODS, adapt, attach
 from swlora.config import AdapterSpec
 from swlora.decoding import forwards
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
-from swlora.decoding.forwards import DecodeForwards
-from swlora.kernels import packed_weight
+from swlora.decoding.forwards import decode_forwards
+from swlora.kernels.linear import packed_weight
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.superweights.ablate import zeroed
 
@@ -35,8 +36,8 @@ def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     return model(input_ids=tokens).logits.clone()  # type: ignore[no-any-return]
 
 
-def fast_logits(model: Any, forwards: DecodeForwards | None = None) -> Tensor:
-    with (forwards or DecodeForwards(model)).active():
+def fast_logits(model: Any, forwards: Mapping[nn.Module, Any] | None = None) -> Tensor:
+    with patched_forwards(forwards or decode_forwards(model)):
         return logits(model)
 
 
@@ -107,7 +108,7 @@ def test_biases_are_added(shape: dict[str, Any], make_model: MakeModel) -> None:
 def test_an_adapter_that_is_switched_off_is_not_there(make_model: MakeModel) -> None:
     model = adapted(make_model, "lora", "llama")
     with model.disable_adapter():
-        forwards = DecodeForwards(model.get_base_model())
+        forwards = decode_forwards(model.get_base_model())
         expected = logits(model)
         torch.testing.assert_close(fast_logits(model, forwards), expected, atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(expected, logits(make_model("llama")), atol=1e-5, rtol=1e-5)
@@ -116,7 +117,7 @@ def test_an_adapter_that_is_switched_off_is_not_there(make_model: MakeModel) -> 
 @pytest.mark.parametrize("module", ["mlp.down_proj", "self_attn.k_proj", "mlp.up_proj"])
 def test_a_weight_that_changes_counts_at_once(module: str, make_model: MakeModel) -> None:
     model = make_model("llama")
-    forwards = DecodeForwards(model)
+    forwards = decode_forwards(model)
     before = fast_logits(model, forwards)
     with zeroed(Anatomy(model), [WeightAddress(1, module, c, 3) for c in range(16)]):
         changed = logits(model)
@@ -124,7 +125,7 @@ def test_a_weight_that_changes_counts_at_once(module: str, make_model: MakeModel
         assert not torch.allclose(changed, before, atol=1e-2)
     assert torch.equal(fast_logits(model, forwards), before)
     model.half().bfloat16()  # another tensor, of another dtype
-    forwards = DecodeForwards(model)
+    forwards = decode_forwards(model)
     assert fast_logits(model, forwards).dtype == torch.bfloat16
 
 
@@ -134,7 +135,7 @@ def test_products_in_bf16_are_rounded_once(n_rows: int, make_model: MakeModel) -
     model = adapted(make_model, "lora", "llama").bfloat16()
     projections = [p.module for p in Anatomy(model.get_base_model()).projections(0)]
     generator = torch.Generator().manual_seed(3)
-    with DecodeForwards(model).active(), torch.inference_mode():
+    with patched_forwards(decode_forwards(model)), torch.inference_mode():
         found = {}
         for width in (24, 32, 40):  # what q, k, v and gate, up read; o; down
             x = torch.randn(n_rows, width, generator=generator).bfloat16()
@@ -156,7 +157,7 @@ def test_bf16_is_as_close_to_float64_as_torch_is(make_model: MakeModel) -> None:
     exact.load_state_dict(model.state_dict())  # the same numbers, in float64
     tokens = torch.randint(0, 250, (90, 5), generator=torch.Generator().manual_seed(3))
     wanted, plain = logits(exact, tokens), logits(model, tokens)
-    with DecodeForwards(model).active():
+    with patched_forwards(decode_forwards(model)):
         fast = logits(model, tokens)
     errors = [float((found.double() - wanted).norm()) for found in (fast, plain)]
     assert errors[0] <= 1.15 * errors[1]
@@ -167,26 +168,33 @@ def test_copies_stay_within_the_limit(
 ) -> None:
     model = make_model("llama")
     head_bytes = model.lm_head.weight.nbytes
-    monkeypatch.setattr(packed_weight, "PACK_LIMIT_BYTES", head_bytes + 100)
+    gc.collect()
+    limit = packed_weight.held_bytes() + head_bytes + 100
+    monkeypatch.setattr(packed_weight, "LIMIT_BYTES", limit)
     with counted(monkeypatch) as widths:
         found = fast_logits(model)
     assert widths == [264]
     torch.testing.assert_close(found, logits(model), atol=2e-4, rtol=1e-4)
 
 
-def test_copies_are_shared_and_go_with_the_model(make_model: MakeModel) -> None:
+def test_copies_are_shared_and_go_with_their_use(make_model: MakeModel) -> None:
     model = make_model("llama")
-    n_before = len(packed_weight._PACKED)
-    first, second = DecodeForwards(model), DecodeForwards(model)
-    assert len(packed_weight._PACKED) == n_before + 13
-    fast_logits(model, first)
-    weight = packed_weight._PACKED[model.lm_head][1, False]
-    packed = weight.of([model.lm_head])
-    fast_logits(model, second)
-    assert weight.of([model.lm_head]) is packed
-    del model, first, second, weight, packed
     gc.collect()
-    assert len(packed_weight._PACKED) <= n_before
+    n_before, held_before = len(packed_weight._HELD), packed_weight.held_bytes()
+    first, second = decode_forwards(model), decode_forwards(model)
+    assert len(packed_weight._HELD) == n_before + 13
+    maps = [model.lm_head, *(p.module for p in Anatomy(model).all_projections())]
+    assert packed_weight.held_bytes() - held_before == sum(m.weight.nbytes for m in maps)
+    fast_logits(model, first)
+    weight = packed_weight.packed_weight([model.lm_head])
+    assert weight is not None
+    packed = weight.tensor()
+    fast_logits(model, second)
+    assert weight.tensor() is packed
+    del first, weight, packed
+    assert len(packed_weight._HELD) == n_before + 13
+    del second
+    assert (len(packed_weight._HELD), packed_weight.held_bytes()) == (n_before, held_before)
 
 
 def test_a_decoder_keeps_the_variant_it_was_made_for(make_model: MakeModel) -> None:

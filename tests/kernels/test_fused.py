@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from tests.support.models import MakeModel
 from torch import Tensor, nn
 
-from swlora.kernels.fused import RMS_NORMS, SWIGLU_MLPS, fused_modules
-from swlora.models.anatomy import FAMILIES
+from swlora.kernels.fused import fused_forwards
+from swlora.kernels.patched_forwards import patched_forwards
+from swlora.models.anatomy import FAMILIES, RMS_NORMS, SWIGLU_MLPS
 
 FAMILIES_BY_TYPE = {t: f for f in FAMILIES for t in f.model_types}
 CLASS_NAMES = sorted(RMS_NORMS | SWIGLU_MLPS)
@@ -55,7 +56,7 @@ def measured(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fused(part: Part, x: Tensor) -> tuple[Tensor, Tensor]:
-    with fused_modules(part.model):
+    with patched_forwards(fused_forwards(part.model)):
         assert "forward" in vars(part.module), f"{type(part.module).__name__} is not replaced"
         return measured(part.module, x)
 
@@ -126,7 +127,7 @@ def test_other_activations_keep_their_forward(make_model: MakeModel, activation:
     ((model, mlp),) = parts(make_model, "LlamaMLP", hidden_act=activation)
     x = torch.randn(5, width_of(mlp))
     expected = measured(mlp, x)
-    with fused_modules(model):
+    with patched_forwards(fused_forwards(model)):
         found = measured(mlp, x)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -139,7 +140,7 @@ def test_a_part_that_is_trained_gets_its_gradients(make_model: MakeModel, name: 
     measured(module, x)
     expected = {key: parameter.grad for key, parameter in module.named_parameters()}
     module.zero_grad(set_to_none=True)
-    with fused_modules(model):
+    with patched_forwards(fused_forwards(model)):
         measured(module, x)
     for key, parameter in module.named_parameters():
         assert expected[key] is not None
@@ -151,7 +152,7 @@ def test_a_head_computes_the_same_from_a_slice(make_model: MakeModel) -> None:
     hidden = torch.randn(3, 5, 24)[:, -1:]
     assert not hidden.is_contiguous()
     expected = model.lm_head(hidden)
-    with fused_modules(model):
+    with patched_forwards(fused_forwards(model)):
         torch.testing.assert_close(model.lm_head(hidden), expected)
 
 
@@ -162,7 +163,7 @@ def test_a_head_with_an_adapter_keeps_its_forward(make_model: MakeModel) -> None
     ids = torch.tensor([[3, 1, 4]])
     with torch.no_grad():
         expected = model(ids).logits
-        with fused_modules(model):
+        with patched_forwards(fused_forwards(model)):
             torch.testing.assert_close(model(ids).logits, expected)
         with model.disable_adapter():
             assert not torch.allclose(model(ids).logits, expected)
@@ -177,7 +178,7 @@ def test_a_whole_model_computes_the_same_and_is_given_back(
     known = [m for m in model.modules() if type(m).__name__ in RMS_NORMS | SWIGLU_MLPS]
     with torch.no_grad():
         before = model(ids).logits
-        with fused_modules(model):
+        with patched_forwards(fused_forwards(model)):
             replaced = [m for m in model.modules() if "forward" in vars(m)]
             inside = model(ids).logits
         after = model(ids).logits
@@ -185,6 +186,6 @@ def test_a_whole_model_computes_the_same_and_is_given_back(
     assert set(known) <= set(replaced) and not others
     torch.testing.assert_close(inside, before, rtol=1e-5, atol=1e-5)
     assert torch.equal(before, after)
-    with pytest.raises(ZeroDivisionError), fused_modules(model):
+    with pytest.raises(ZeroDivisionError), patched_forwards(fused_forwards(model)):
         raise ZeroDivisionError
     assert not any("forward" in vars(module) for module in model.modules())

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.methods import trainable_parameters
-from swlora.kernels.lora import fast_lora
+from swlora.kernels.lora import lora_forwards
+from swlora.kernels.patched_forwards import patched_forwards
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module"),
@@ -78,7 +79,7 @@ def measured(layer: Any, x: Tensor, *, clamp: float | None = None) -> dict[str, 
 
 
 def is_covered(model: Any, name: str) -> bool:
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         return "forward" in vars(layer_of(model, name))
 
 
@@ -87,7 +88,7 @@ def assert_fast_equals_peft(
 ) -> None:
     layer = layer_of(model, name)
     expected = measured(layer, x, clamp=clamp)
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         assert "forward" in vars(layer)
         found = measured(layer, x, clamp=clamp)
     assert found.keys() == expected.keys()
@@ -134,7 +135,7 @@ def test_variants_without_a_graph(name: str, variant: str) -> None:
     layer = layer_of(model, name)
     with torch.no_grad():
         expected = layer(x)
-        with fast_lora(model):
+        with patched_forwards(lora_forwards(model)):
             torch.testing.assert_close(layer(x), expected)
             torch.testing.assert_close(layer(x[:1, :1]), expected[:1, :1])
 
@@ -145,7 +146,7 @@ def test_adalora_with_a_matrix_that_lost_all_its_ranks() -> None:
     model.base_model.resize_modules_by_rank_pattern(mask, "default")
     layer, x = layer_of(model, "no_bias"), make_input()
     assert is_covered(model, "no_bias")
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         assert torch.equal(layer(x), layer.base_layer(x))
         with torch.no_grad():
             assert torch.equal(layer(x), layer.base_layer(x))
@@ -159,7 +160,7 @@ def test_the_norms_of_dora_follow_the_weights() -> None:
         with torch.no_grad():
             layer.lora_B["default"].weight.mul_(3)
         expected = layer(x)
-        with fast_lora(model):
+        with patched_forwards(lora_forwards(model)):
             torch.testing.assert_close(layer(x), expected)
 
 
@@ -176,7 +177,7 @@ def test_an_input_that_does_not_lie_in_one_piece(name: str) -> None:
     model = make()
     layer = layer_of(model, name)
     expected = layer(x.contiguous())  # Conv1D itself takes nothing else
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         torch.testing.assert_close(layer(x), expected)
 
 
@@ -191,7 +192,7 @@ def test_an_input_without_gradient(name: str) -> None:
     layer = layer_of(model, name)
     expected = measured(layer, x)
     layer.zero_grad(set_to_none=True)
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         y = layer(x)
         weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
         (y * weights).sum().backward()
@@ -205,7 +206,7 @@ def test_an_input_without_gradient(name: str) -> None:
 def test_gradients_add_up(name: str) -> None:
     model, x = make(), make_input()
     layer = layer_of(model, name)
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         once = measured(layer, x)
         layer(x).sum().backward()
     both = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
@@ -221,7 +222,7 @@ def test_bfloat16_with_float32_adapters(name: str, variant: str) -> None:
     model = make(torch.bfloat16, **VARIANTS[variant])
     layer = layer_of(model, name)
     x = make_input(torch.bfloat16, (40, N_IN))
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         found = measured(layer, x)
     assert {value.dtype for key, value in found.items() if "lora" in key} == {torch.float32}
     assert found["y"].dtype == found["x"].dtype == torch.bfloat16
@@ -247,7 +248,7 @@ def test_dropout_keeps_the_mean() -> None:
     x = make_input(shape=(1, N_IN))
     torch.manual_seed(0)
     with torch.no_grad():
-        with fast_lora(model):
+        with patched_forwards(lora_forwards(model)):
             mean = layer(x.expand(40_000, N_IN)).mean(0)
         expected = layer_of(model.eval(), "no_bias")(x)[0]
         without_adapter = layer.base_layer(x)[0]
@@ -258,9 +259,9 @@ def test_every_forward_is_given_back_bit_for_bit() -> None:
     model, x = make(), make_input()
     layers = [layer_of(model, name) for name in N_OUT]
     before = [layer(x) for layer in layers]
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         assert all("forward" in vars(layer) for layer in layers)
-    with pytest.raises(ZeroDivisionError), fast_lora(model):
+    with pytest.raises(ZeroDivisionError), patched_forwards(lora_forwards(model)):
         raise ZeroDivisionError
     for layer, expected in zip(layers, before, strict=True):
         assert "forward" not in vars(layer)
@@ -270,7 +271,7 @@ def test_every_forward_is_given_back_bit_for_bit() -> None:
 def assert_left_alone(model: Any, name: str, x: Tensor) -> None:
     layer = layer_of(model, name)
     expected = layer(x)
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         assert "forward" not in vars(layer)
         torch.testing.assert_close(layer(x), expected)
 
@@ -301,7 +302,7 @@ def test_trained_biases_are_left_alone() -> None:
     model = make(bias="all", names=["with_bias"])
     layer, x = layer_of(model, "with_bias"), make_input()
     assert_left_alone(model, "with_bias", x)
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         assert "base_layer.bias" in measured(layer, x)
 
 
@@ -339,7 +340,7 @@ def test_disabled_and_merged_adapters_are_left_alone() -> None:
 def test_a_model_without_adapters_runs_as_it_is() -> None:
     model, x = Projections(), make_input()
     expected = model.with_bias(x)
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         assert torch.equal(model.with_bias(x), expected)
 
 
@@ -352,7 +353,7 @@ def test_a_frozen_map_without_an_adapter_has_the_same_products() -> None:
         x = torch.randn(2, 3, n_in, requires_grad=True)
         expected = module(x)
         (gradient,) = torch.autograd.grad(expected.square().sum(), x)
-        with fast_lora(model):
+        with patched_forwards(lora_forwards(model)):
             found = module(x)
             (fast_gradient,) = torch.autograd.grad(found.square().sum(), x)
         torch.testing.assert_close(found, expected)
@@ -367,7 +368,7 @@ def test_a_weight_written_through_data_counts_in_the_next_body() -> None:
         weight = layer.base_layer.weight
         weight.data.mul_(-1.5)
         x.grad = None
-        with fast_lora(model):
+        with patched_forwards(lora_forwards(model)):
             fast = layer(x)
             fast.sum().backward()
         assert x.grad is not None

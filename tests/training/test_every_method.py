@@ -14,7 +14,8 @@ from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import adapt, train_mode
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.kernels.lora import FastLora, fast_lora
+from swlora.kernels.lora import FastLora, lora_forwards
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.training.plain import PlainStep
 from swlora.training.step import TreeStep
 
@@ -59,7 +60,7 @@ def test_which_methods_have_a_fast_forward(
     make_model: MakeModel, method: str, model_type: str
 ) -> None:
     model = perturbed(make_model, method, model_type).model
-    with fast_lora(model):
+    with patched_forwards(lora_forwards(model)):
         forwards = [vars(module).get("forward") for module in model.modules()]
         n_fast = sum(isinstance(forward, FastLora) for forward in forwards)
     n_projections = 2 * {"gpt2": 4, "llama": 7}[model_type]

@@ -8,6 +8,7 @@ not even that would measure truly is refused by name.
 from collections.abc import Mapping
 from typing import Any
 
+from swlora.adapters.base_model import base_model_of
 from swlora.adapters.methods import adapted_modules
 from swlora.models.anatomy import Anatomy
 
@@ -63,11 +64,11 @@ def is_covered(model: Any) -> bool:
     projections of blocks, by methods that are trained here.
     """
     configs = getattr(model, "peft_config", None)
-    if not configs or not hasattr(model, "get_base_model"):
+    if not configs or base_model_of(model) is model:
         return True
     if not all(_is_plain(config) for config in configs.values()):
         return False
-    inside = {id(p.module) for p in Anatomy(model.get_base_model()).all_projections()}
+    inside = {id(p.module) for p in Anatomy(base_model_of(model)).all_projections()}
     return all(id(module) in inside for module in adapted_modules(model).values())
 
 

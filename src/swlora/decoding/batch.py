@@ -15,12 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from swlora.adapters.base_model import base_model_of
 from swlora.decoding.attention import attending
-from swlora.decoding.forwards import DecodeForwards
+from swlora.decoding.forwards import decode_forwards
 from swlora.decoding.prefill import PREFILL_TOKENS, TreePrefill
 from swlora.decoding.sampling import Choice, Chooser, Sampling
 from swlora.decoding.slot_cache import RowCache
 from swlora.errors import UserError
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.rotary import RotaryLengths
 from swlora.models.anatomy import Anatomy, context_tokens, n_embeddings
 from swlora.threads import adapt_threads
@@ -109,12 +111,12 @@ class BatchDecoder:
     ) -> None:
         if max_rows < 1 or prefill_tokens < 1:
             raise ValueError("max_rows and prefill_tokens must be at least 1")
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = base_model_of(model)
         anatomy = Anatomy(self._model)
         if not anatomy.family.has_attention_interface:
             name = self._model.config.model_type
             raise UserError(f"{name} models cannot be decoded in changing batches")
-        self._forwards = DecodeForwards(model)
+        self._forwards = decode_forwards(model)
         self._eos = frozenset(eos_token_ids)
         self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
         self._n_layers, self._context = anatomy.n_layers, context_tokens(self._model)
@@ -154,7 +156,7 @@ class BatchDecoder:
     def step(self) -> list[Event]:
         """Give every active row one token and run a stretch of the prompts that wait."""
         adapt_threads()
-        with self._forwards.active():
+        with patched_forwards(self._forwards):
             self._turn_back()
             events = self._decode() if self._rows else []
             if self._prefill is None and self._waiting:

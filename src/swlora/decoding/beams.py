@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swlora.adapters.base_model import base_model_of
 from swlora.decoding.attention import attending
 from swlora.decoding.beam_cache import BeamCache
-from swlora.decoding.forwards import DecodeForwards
+from swlora.decoding.forwards import decode_forwards
 from swlora.decoding.prefill import PREFILL_TOKENS, TreePrefill
 from swlora.errors import UserError
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.rotary import RotaryLengths
 from swlora.models.anatomy import Anatomy, n_embeddings
 from swlora.threads import adapt_threads
@@ -100,11 +102,11 @@ class BeamDecoder:
         eos_token_ids: Collection[int],
         max_prompts: int,
     ) -> None:
-        self._model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._model = base_model_of(model)
         n_tokens = n_embeddings(self._model)
         if n_tokens < settings.n_beams + len(eos_token_ids):
             raise UserError(f"{n_tokens} tokens are too few for {settings.n_beams} beams")
-        self._forwards = DecodeForwards(model)
+        self._forwards = decode_forwards(model)
         self._settings, self._eos = settings, frozenset(eos_token_ids)
         self._max_prompts = max_prompts
         self._n_layers = Anatomy(self._model).n_layers
@@ -132,7 +134,7 @@ class BeamDecoder:
         if self._rotary.side(longest):
             raise ValueError("beams cannot grow beyond a limit of the rotary frequencies")
         new = [_Search(i, list(prompt), self._settings) for i, prompt in prompts.items()]
-        with self._forwards.active():
+        with patched_forwards(self._forwards):
             starts = [search.prompt for search in new]
             prefill = TreePrefill(self._model, starts, self._n_layers, self._rotary)
             n_complete = 0
@@ -158,7 +160,8 @@ class BeamDecoder:
         tokens = torch.tensor([[text[-1] for text in s.texts] for s in self._searches])
         positions = torch.tensor(self._cache.lengths)[:, None].expand(tokens.shape)
         layout = self._cache.advance(torch.tensor([s.parents for s in self._searches]))
-        with self._forwards.active(), attending(self._model.config, layout, self._n_layers):
+        followed = attending(self._model.config, layout, self._n_layers)
+        with patched_forwards(self._forwards), followed:
             out = self._model(
                 input_ids=tokens.to(device),
                 position_ids=positions.to(device),

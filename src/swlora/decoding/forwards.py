@@ -1,13 +1,12 @@
 """Forwards for inference that computes a few rows at a time, again and again.
 
-Weights are laid out for the kernels once (`swlora.kernels.packed_weight`), and maps of one input
+Weights are laid out for the kernels once (`swlora.kernels.linear.backends`), and maps of one input
 (query, key and value; gate and up) become one product:
 
     [y1 | y2] = x [W1; W2]' + (x [A1; A2]') diag(s1 B1', s2 B2')
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,46 +14,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swlora.adapters.base_model import base_model_of
 from swlora.adapters.methods import adapted_modules
-from swlora.kernels.forwards import fast_modules
+from swlora.kernels.forwards import fast_forwards
+from swlora.kernels.linear.backends import PackedProducts
 from swlora.kernels.lora import FastDora, FastLora
-from swlora.kernels.packed_weight import linear, packable, packed_weight
-from swlora.kernels.patched_forwards import patched_forwards
 from swlora.models.anatomy import Anatomy, weight_out_in
 
 _Forward = Callable[[Tensor], Tensor]
 
 
-class DecodeForwards:
-    """The fast forwards of a model in its present state, a PeftModel or the base model in it.
+def decode_forwards(model: Any) -> dict[nn.Module, Callable[..., Tensor]]:
+    """Return the forwards of a model in its present state, a PeftModel or the base model in it.
 
     The base model's weights may change in place later on; which adapter is active, and the
-    adapter's weights, may not. Copies of weights are shared by all objects of this class and live
-    as long as the model; they take `PACK_LIMIT_BYTES` at most.
+    adapter's weights, may not. Copies of weights are shared with all who hold copies of the same,
+    and go with the last of them.
     """
-
-    def __init__(self, model: Any) -> None:
-        base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        with fast_modules(model):
-            forwards = {m: m.__dict__["forward"] for m in model.modules() if "forward" in vars(m)}
-        adapters = set(adapted_modules(model).values())
-        groups = []
-        for modules in _maps_by_input(base_model):
-            bases = (
-                m.base_layer if m in adapters and hasattr(m, "base_layer") else m for m in modules
-            )
-            groups.append((modules, list(bases)))
-        chosen = packable(base for _, maps in groups for base in maps)
-        for modules, maps in groups:
-            if chosen.issuperset(maps):
-                forwards |= _packed(modules, maps, forwards)
-        self._forwards = forwards
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Use them while the body runs."""
-        with patched_forwards(self._forwards):
-            yield
+    forwards = fast_forwards(model)
+    adapters = set(adapted_modules(model).values())
+    for modules in _maps_by_input(base_model_of(model)):
+        maps = [m.base_layer if m in adapters and hasattr(m, "base_layer") else m for m in modules]
+        if all(map(PackedProducts.takes, maps)):
+            forwards |= _packed(modules, maps, forwards)
+    return forwards
 
 
 def _maps_by_input(base_model: Any) -> Iterator[list[Any]]:
@@ -70,9 +53,12 @@ def _maps_by_input(base_model: Any) -> Iterator[list[Any]]:
 
 
 def _packed(
-    modules: Sequence[Any], maps: Sequence[Any], forwards: dict[nn.Module, Any]
+    modules: Sequence[Any], maps: Sequence[Any], forwards: Mapping[nn.Module, Any]
 ) -> dict[nn.Module, _Forward]:
-    """Return the forwards of modules with one input; `maps` are the linear maps in them."""
+    """Return the forwards of modules with one input, as far as there is room for copies.
+
+    `maps` are the linear maps in the modules.
+    """
     loras: list[FastLora | None] = []
     for module, base in zip(modules, maps, strict=True):
         forward = forwards.get(module)
@@ -81,10 +67,10 @@ def _packed(
         elif module is base or (module.disable_adapters and not module.merged):
             loras.append(None)
     if len(loras) == len(maps):
-        stacked = _StackedMaps(maps, loras)
-        return {module: stacked.part(i) for i, module in enumerate(modules)}
-    # An adapter of another kind, DoRA for one, calls the maps that it wraps
-    return {base: _StackedMaps([base], [None]).part(0) for base in maps}
+        groups = [(modules, _StackedMaps(maps, loras))]
+    else:  # an adapter of another kind, DoRA for one, calls the maps that it wraps
+        groups = [([base], _StackedMaps([base], [None])) for base in maps]
+    return {m: g.part(i) for own, g in groups if g.reserve() for i, m in enumerate(own)}
 
 
 class _StackedMaps:
@@ -92,7 +78,8 @@ class _StackedMaps:
 
     def __init__(self, maps: Sequence[Any], loras: Sequence[FastLora | None]) -> None:
         self._maps, self._loras = maps, loras
-        self._weight = packed_weight(maps)
+        self._products = PackedProducts(maps)
+        self.reserve = self._products.reserve
         sizes = [weight_out_in(m).shape[0] for m in maps]
         self._bounds = list(pairwise([sum(sizes[:i]) for i in range(len(sizes) + 1)]))
         self._adapter: tuple[Tensor, Tensor] | None = None
@@ -117,7 +104,7 @@ class _StackedMaps:
 
     def _product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = linear(rows, self._weight.of(self._maps), self._bias(rows))
+        y = self._products.product(rows, self._bias(rows))
         if any(self._loras):
             a, b = self._matrices(rows)
             y.addmm_(F.linear(rows, a), b)

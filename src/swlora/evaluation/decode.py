@@ -25,7 +25,8 @@ from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.beams import BeamDecoder, BeamSettings
 from swlora.decoding.sampling import Sampling
 from swlora.errors import UserError
-from swlora.kernels.forwards import fast_modules
+from swlora.kernels.forwards import fast_forwards
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.rotary import RotaryLengths
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.load import LoadedModel
@@ -171,7 +172,7 @@ def _by_batches(
     """Yield (prompt, its new tokens), batch by batch from the shortest prompts on."""
     order = sorted(prompts, key=lambda i: len(prompts[i]))
     n_at_once = max(1, spec.batch_size // spec.num_beams)
-    forwards = fast_modules(model) if is_covered(model) else nullcontext()
+    forwards = patched_forwards(fast_forwards(model)) if is_covered(model) else nullcontext()
     with torch.random.fork_rng(), forwards:
         torch.manual_seed(seed)
         for start in range(0, len(order), n_at_once):

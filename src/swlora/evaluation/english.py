@@ -20,7 +20,8 @@ from swlora.caches import ENGLISH, about
 from swlora.errors import RunFailedError
 from swlora.evaluation.evaluated import EnglishLoss
 from swlora.files import write_json
-from swlora.kernels.forwards import fast_modules
+from swlora.kernels.forwards import fast_forwards
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import context_tokens
 from swlora.models.fingerprint import add_weights, config_values
@@ -88,7 +89,7 @@ def content_key(model: Any, windows: Tensor) -> str:
 
 @adapted_threads()
 def _measured(model: Any, windows: Tensor) -> LossSum:
-    with fast_modules(model) if is_covered(model) else nullcontext():
+    with patched_forwards(fast_forwards(model)) if is_covered(model) else nullcontext():
         return text_loss(model, windows)
 
 

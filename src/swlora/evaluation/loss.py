@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from swlora.adapters.base_model import base_model_of
 from swlora.adapters.reach import is_covered
 from swlora.data.prefix_tree import PrefixTree, build_tree, number_nodes
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import Ints, TokenSequences
-from swlora.kernels.forwards import fast_modules
+from swlora.kernels.forwards import fast_forwards
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.loss_sum import LossSum
@@ -50,7 +52,7 @@ def grouped_losses(
     """
     if group_of.shape != (len(sequences),) or not np.bincount(group_of).all():
         raise ValueError("group_of must number the group of every sequence, from 0 without gaps")
-    base_model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base_model = base_model_of(model)
     split = SplitModel(base_model, 0)
     n_groups = int(group_of.max()) + 1
     node_numbers = number_nodes(sequences) if n_groups > 1 else np.empty(0, dtype=np.int64)
@@ -65,7 +67,7 @@ def grouped_losses(
     totals = [LossSum()] * n_groups
     is_fast = is_covered(model)
     has_tree_rows = is_fast and split.anatomy.family.has_attention_interface
-    forwards = fast_modules(model) if is_fast else nullcontext()
+    forwards = patched_forwards(fast_forwards(model)) if is_fast else nullcontext()
     with progress.task("loss", len(sequences)) as task, forwards:
         rows = (ids for step in steps for ids in step)
         for ids in (part for row in rows for part in split.rotary.sides(row, sequences.lengths)):

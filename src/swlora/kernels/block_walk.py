@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from swlora.kernels.fast_linear import fast_linears, linear
+from swlora.kernels.linear.backends import WITHOUT_COPIES, backend_of, forwards_without_copies
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.models.anatomy import Anatomy
 from swlora.threads import adapt_threads
@@ -29,6 +29,7 @@ class Walk:
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
         self._head: Any = anatomy.head
+        self._head_products = backend_of(anatomy.head, WITHOUT_COPIES)
         self._cap = float(getattr(anatomy.model.config, "final_logit_softcapping", None) or 0.0)
         self._blocks_return_tuples = False  # known after the first whole walk
         self._start = 0
@@ -44,7 +45,7 @@ class Walk:
         with (
             torch.inference_mode(),
             patched_forwards(forwards),
-            fast_linears(self._anatomy.backbone),
+            patched_forwards(forwards_without_copies(self._anatomy.backbone)),
         ):
             yield
 
@@ -74,7 +75,7 @@ class Walk:
         return torch.cat(nats).view(len(hidden), -1)
 
     def _logits(self, rows: Tensor) -> Tensor:
-        z = linear(rows, self._head.weight, self._head.bias)
+        z = self._head_products.product(rows, self._head.bias)
         if z.dtype != torch.float64:
             z = z.float()
         return z if not self._cap else z.div_(self._cap).tanh_().mul_(self._cap)

@@ -1,15 +1,30 @@
-"""Every fast forward there is, put into a model for a while."""
+"""Every fast forward there is, as a value: a forward for each module that has one.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+`patched_forwards` puts them into a model. Made once, they serve until another adapter is active:
+what they keep of weights (casts, norms, copies in the kernels' layout) goes with them.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from swlora.kernels.fused import fused_modules
-from swlora.kernels.lora import fast_lora
+from torch import Tensor, nn
+
+from swlora.kernels.fused import fused_forwards
+from swlora.kernels.linear.frozen import FrozenLinear
+from swlora.kernels.lora import FastLora, lora_forwards
 
 
-@contextmanager
-def fast_modules(model: Any) -> Iterator[None]:
-    """Use every fast forward there is, for LoRA, norms and MLPs, while the body runs."""
-    with fast_lora(model), fused_modules(model):
-        yield
+def fast_forwards(model: Any) -> dict[nn.Module, Callable[..., Tensor]]:
+    """Return the forwards for LoRA, frozen linear maps, norms and MLPs.
+
+    `model` is a causal language model or a PeftModel of one. While they are in use without a
+    `refresh`, no weight of an adapter may change; frozen weights may, other than through `.data`.
+    """
+    return {**fused_forwards(model), **lora_forwards(model)}
+
+
+def refresh(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> None:
+    """Let the forwards follow weights that have changed, as those of an adapter do in a step."""
+    for forward in forwards.values():
+        if isinstance(forward, FastLora | FrozenLinear):
+            forward.refresh()

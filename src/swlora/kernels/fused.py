@@ -4,26 +4,19 @@
     SwiGLU   h = silu(g) u           dg = dh u silu'(g),  du = dh silu(g)
 
 Arithmetic is float32 inside, in the model's dtype outside, as in transformers; frozen weights get
-no gradient. Classes that are not known here keep their own forward.
+no gradient. Other norms and MLPs keep their own forward.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swlora.kernels.patched_forwards import patched_forwards
+from swlora.kernels.linear.frozen import is_frozen
 from swlora.kernels.tree_attention import wide
-
-RMS_NORMS = frozenset(
-    f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "SmolLM3")
-)
-SWIGLU_MLPS = frozenset(
-    f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Olmo2")
-)
+from swlora.models.anatomy import SwigluMaps, rms_norm_epsilon, swiglu_maps
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -61,23 +54,24 @@ _silu_mul: Callable[..., Tensor] = _SiluMul.apply
 
 
 class _FastRmsNorm:
-    def __init__(self, module: Any) -> None:
-        self.weight, self.eps = module.weight, float(module.variance_epsilon)
+    def __init__(self, module: Any, eps: float) -> None:
+        self._module, self._eps = module, eps
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
+        weight: Tensor = self._module.weight
         if torch.is_grad_enabled():
-            return _rms_norm(hidden_states, self.weight, self.eps)
-        normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], None, self.eps)
-        return normed.mul_(self.weight)  # rounded before and after, as in transformers
+            return _rms_norm(hidden_states, weight, self._eps)
+        normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], None, self._eps)
+        return normed.mul_(weight)  # rounded before and after, as in transformers
 
 
 class _FastSwiglu:
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    def __init__(self, maps: SwigluMaps) -> None:
+        self._maps = maps
 
     def __call__(self, x: Tensor) -> Tensor:
-        m = self.module
-        return m.down_proj(_silu_mul(m.gate_proj(x), m.up_proj(x)))  # type: ignore[no-any-return]
+        maps = self._maps
+        return maps.down(_silu_mul(maps.gate(x), maps.up(x)))  # type: ignore[no-any-return]
 
 
 class _ContiguousLinear:
@@ -94,27 +88,15 @@ class _ContiguousLinear:
         return F.linear(x.contiguous(), self.module.weight, self.module.bias)
 
 
-def _replacement(module: nn.Module) -> Any:
-    name = type(module).__name__
-    if name in RMS_NORMS and not any(p.requires_grad for p in module.parameters()):
-        return _FastRmsNorm(module)
-    if name in SWIGLU_MLPS and isinstance(getattr(module, "act_fn", None), nn.SiLU):
-        return _FastSwiglu(module)
-    if name in SWIGLU_MLPS and type(getattr(module, "act_fn", None)).__name__ == "SiLUActivation":
-        return _FastSwiglu(module)
-    return None
-
-
-@contextmanager
-def fused_modules(model: Any) -> Iterator[None]:
-    """Use the fused forward of every known norm and MLP while the body runs."""
-    head = model.get_output_embeddings()
-    replacements: dict[nn.Module, Any] = {}
+def fused_forwards(model: Any) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return the fused forward of every norm and MLP of a known kind, and that of a plain head."""
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
     for module in model.modules():
-        # Not an adapter around it, nor one that has a fast forward already
-        is_plain = isinstance(module, nn.Linear) and "forward" not in vars(module)
-        forward = _ContiguousLinear(module) if module is head and is_plain else _replacement(module)
-        if forward is not None:
-            replacements[module] = forward
-    with patched_forwards(replacements):
-        yield
+        if (eps := rms_norm_epsilon(module)) is not None and is_frozen(module):
+            forwards[module] = _FastRmsNorm(module, eps)
+        elif maps := swiglu_maps(module):
+            forwards[module] = _FastSwiglu(maps)
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):  # not an adapter around it
+        forwards[head] = _ContiguousLinear(head)
+    return forwards

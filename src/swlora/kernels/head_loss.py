@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swlora.kernels.frozen_linear import FrozenLinear
-from swlora.kernels.packed_weight import packable
+from swlora.kernels.linear.frozen import FrozenLinear
 from swlora.kernels.tree_attention import wide
 
 CHUNK_ROWS = 128
@@ -44,11 +43,12 @@ def head_loss(
 
     `cap` > 0 is the soft cap that some families put on logits: cap * tanh(z / cap).
     A head that is trained itself, or wrapped by an adapter, goes through an ordinary
-    differentiable pass.
+    differentiable pass. Copies of its weight are those of the fast forward in its place; without
+    one, they last for this call.
     """
     if head.weight.requires_grad or not isinstance(head, nn.Linear):
         return _differentiable(hidden, head, targets, smoothing, cap)
-    frozen = FrozenLinear(head, packs=bool(packable([head], copies=2)))
+    frozen = head.forward if isinstance(head.forward, FrozenLinear) else FrozenLinear(head)
     return _frozen_head_loss(hidden, frozen, targets, smoothing, cap)
 
 

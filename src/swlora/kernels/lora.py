@@ -4,15 +4,13 @@
     dx = dy W + u A     dA = u' x     dB = s dy' (x A')
 
 Forward keeps x and the r-wide product x A'; the adapter's matrices are used in the model's dtype
-and their gradients return in float32. Products with frozen weights, adapted or not, use copies in
-the kernels' own layout. LoRA+, rsLoRA and PiSSA are this with other numbers; AdaLoRA has diag(e) A
-in the place of A. DoRA scales y, before the bias, by m / ||W + s B A||, one number an output
-channel, whose norm is a constant to the gradient (arXiv 2402.09353, section 4.3).
+and their gradients return in float32. LoRA+, rsLoRA and PiSSA are this with other numbers; AdaLoRA
+has diag(e) A in the place of A. DoRA scales y, before the bias, by m / ||W + s B A||, one number an
+output channel, whose norm is a constant to the gradient (arXiv 2402.09353, section 4.3).
 PEFT's own forward stays in place for what this does not cover (several adapters at once).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +19,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.methods import adapted_modules
-from swlora.kernels.frozen_linear import FrozenLinear, is_frozen, reshaped
-from swlora.kernels.packed_weight import packable
-from swlora.kernels.patched_forwards import patched_forwards
+from swlora.kernels.linear.frozen import FrozenLinear, frozen_forwards, reshaped
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -72,11 +68,14 @@ _lora_linear: Callable[..., Tensor] = _LoraLinear.apply
 
 
 class FastLora:
-    """Replaces the forward of one PEFT LoRA layer."""
+    """The fast forward of one PEFT LoRA layer, whose frozen linear map is `frozen`.
 
-    def __init__(self, layer: Any, *, packs: bool) -> None:
+    What it makes of the adapter's weights once is kept until `refresh`.
+    """
+
+    def __init__(self, layer: Any, frozen: FrozenLinear) -> None:
         name = layer.active_adapters[0]
-        self._frozen = FrozenLinear(layer.base_layer, packs=packs)
+        self._frozen = frozen
         self.scale = float(layer.scaling[name])
         self.dropout = layer.lora_dropout[name]
         self.p = float(getattr(self.dropout, "p", 0.0))
@@ -87,6 +86,10 @@ class FastLora:
         """Return A (r, in) and B (out, r), with a graph where gradients are on."""
         a, b = self._matrices
         return a.weight, b.weight
+
+    def refresh(self) -> None:
+        """Follow the adapter's weights, which have changed."""
+        self._cast = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y (..., out) for x (..., in)."""
@@ -114,8 +117,8 @@ class FastLora:
 class _FastAdaLora(FastLora):
     """y = x W' + b + s / r0 (x (diag(e) A)') B', with r0 the rank it started with."""
 
-    def __init__(self, layer: Any, *, packs: bool) -> None:
-        super().__init__(layer, packs=packs)
+    def __init__(self, layer: Any, frozen: FrozenLinear) -> None:
+        super().__init__(layer, frozen)
         name = layer.active_adapters[0]
         self._singular_values = layer.lora_E[name]
         self.scale /= float(layer.ranknum[name].detach()) + 1e-5  # as PEFT does
@@ -127,15 +130,26 @@ class _FastAdaLora(FastLora):
 
 
 class FastDora(FastLora):
-    """y = c (x W' + s (x A') B') + b with c = m / ||W + s B A||, (out,), in float32."""
+    """y = c (x W' + s (x A') B') + b with c = m / ||W + s B A||, (out,), in float32.
 
-    def __init__(self, layer: Any, *, packs: bool) -> None:
-        super().__init__(layer, packs=packs)
+    Where dropout is switched on later, PEFT's own forward is used.
+    """
+
+    def __init__(self, layer: Any, frozen: FrozenLinear) -> None:
+        super().__init__(layer, frozen)
+        self._layer = layer
         self._magnitude: nn.Parameter = layer.lora_magnitude_vector[layer.active_adapters[0]].weight
-        self._norm: Tensor | None = None  # constant while the forward is in place: one step
+        self._norm: Tensor | None = None
+
+    def refresh(self) -> None:
+        """Follow the adapter's weights, which have changed."""
+        super().refresh()
+        self._norm = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y (..., out) for x (..., in)."""
+        if _drops_base_input(self._layer):
+            return type(self._layer).forward(self._layer, x)  # type: ignore[no-any-return]
         if self._norm is None:
             self._norm = self._channel_norms()
         y = self.product(x, None) * (self._magnitude / self._norm)
@@ -157,8 +171,8 @@ class FastDora(FastLora):
         return squares.sqrt()
 
 
-def _fast_forward(layer: Any, *, packs: bool) -> FastLora | None:
-    """Return the fast forward of a PEFT layer, None where only PEFT's own is right.
+def _fast_kind(layer: Any) -> type[FastLora] | None:
+    """Return the class of a PEFT layer's fast forward, None where only PEFT's own is right.
 
     Covered are LoRA, DoRA and AdaLoRA on a frozen linear map with one active adapter.
     """
@@ -173,29 +187,29 @@ def _fast_forward(layer: Any, *, packs: bool) -> FastLora | None:
     if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):
         return None  # the fast backward has no gradient for them
     if isinstance(layer.lora_A, nn.ParameterDict):
-        return None if layer.ranknum[name].requires_grad else _FastAdaLora(layer, packs=packs)
+        return None if layer.ranknum[name].requires_grad else _FastAdaLora
     if layer.lora_B[name].bias is not None:
         return None
     if name not in layer.lora_variant:
-        return FastLora(layer, packs=packs)
+        return FastLora
     is_dora = name in layer.lora_magnitude_vector
-    drops = isinstance(dropouts[name], nn.Dropout) and layer.training  # drops the base's input too
-    return FastDora(layer, packs=packs) if is_dora and not drops else None
+    return FastDora if is_dora and not _drops_base_input(layer) else None
 
 
-@contextmanager
-def fast_lora(model: Any) -> Iterator[None]:
-    """Use the fast forward of every covered adapter and frozen linear map while the body runs.
+def _drops_base_input(layer: Any) -> bool:
+    """Say whether PEFT's DoRA drops the input of the frozen map, too, in the layer's mode."""
+    return layer.training and isinstance(layer.lora_dropout[layer.active_adapters[0]], nn.Dropout)
 
-    `model` is a PeftModel or a plain one. The weights must not change while the body runs.
+
+def lora_forwards(model: Any) -> dict[nn.Module, FastLora | FrozenLinear]:
+    """Return the fast forward of every covered adapter and frozen linear map.
+
+    `model` is a PeftModel or a plain one; which adapter is active must stay as it is.
     """
-    packs = packable((m for m in model.modules() if is_frozen(m)), copies=2)
-    forwards: dict[nn.Module, Callable[..., Tensor]] = {
-        module: FrozenLinear(module, packs=True) for module in packs
-    }
+    frozen = frozen_forwards(model)
+    forwards: dict[nn.Module, FastLora | FrozenLinear] = {**frozen}
     for layer in adapted_modules(model).values():
-        fast = _fast_forward(layer, packs=getattr(layer, "base_layer", None) in packs)
-        if fast is not None:
-            forwards[layer] = fast
-    with patched_forwards(forwards):
-        yield
+        if kind := _fast_kind(layer):
+            base: Any = layer.base_layer
+            forwards[layer] = kind(layer, frozen.get(base) or FrozenLinear(base))
+    return forwards

@@ -19,6 +19,14 @@ from swlora.errors import UnknownFamilyError, UserError
 
 EXPERT_IN, EXPERT_OUT = "gate_up_proj", "down_proj"
 
+# Classes that compute w x / rms(x), and down(silu(gate(x)) up(x)) where their activation is SiLU
+RMS_NORMS = frozenset(
+    f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "SmolLM3")
+)
+SWIGLU_MLPS = frozenset(
+    f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Olmo2")
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -153,6 +161,15 @@ class WeightAddress:
         return f"layer {self.layer} {self.module} [out {self.out_channel}, in {self.in_channel}]"
 
 
+@dataclass(frozen=True)
+class SwigluMaps:
+    """The three linear maps of a gated MLP: down(silu(gate(x)) up(x))."""
+
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
 class Anatomy:
     """The named parts of one loaded model.
 
@@ -253,6 +270,20 @@ def bias_out(module: nn.Module) -> Tensor | None:
     """Return a projection's bias of shape (out,); None where it has none."""
     bias = getattr(module, "bias", None)
     return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def rms_norm_epsilon(module: Any) -> float | None:
+    """Return the epsilon of an RMSNorm of a known class; None for any other module."""
+    return float(module.variance_epsilon) if type(module).__name__ in RMS_NORMS else None
+
+
+def swiglu_maps(module: Any) -> SwigluMaps | None:
+    """Return the maps of a gated MLP of a known class with SiLU; None for any other module."""
+    activation = getattr(module, "act_fn", None)
+    is_silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+    if type(module).__name__ not in SWIGLU_MLPS or not is_silu:
+        return None
+    return SwigluMaps(module.gate_proj, module.up_proj, module.down_proj)
 
 
 def context_tokens(model: Any) -> int:

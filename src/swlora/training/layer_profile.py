@@ -22,7 +22,8 @@ from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.kernels.forwards import fast_modules
+from swlora.kernels.forwards import fast_forwards
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.threads import adapt_threads
@@ -126,7 +127,7 @@ def _partial_times_s(step: TreeStep, groups: Step) -> tuple[float, float]:
     """Return the seconds of all blocks without a graph, and those of the head with its gradient."""
     frozen_s = head_s = 0.0
     split = step.split
-    with fast_modules(split.base_model):
+    with patched_forwards(fast_forwards(split.base_model)):
         for ids in step.parts(groups):
             tree = build_tree(step.sequences, ids)
             layout = TreeLayout(tree, step.base_model.device)

@@ -17,7 +17,8 @@ from swlora.config import RunSpec, TrainSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import DivergedError
-from swlora.kernels.forwards import fast_modules
+from swlora.kernels.forwards import fast_forwards
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.loss_sum import LossSum
 from swlora.training.layer_profile import temporary_adapters
@@ -160,7 +161,7 @@ def _held_out_loss(step: TreeStep, steps: Sequence[Step]) -> float:
     """Return the loss in nats a token, without dropout and label smoothing."""
     total = LossSum()
     step.peft_model.eval()
-    with fast_modules(step.peft_model):
+    with patched_forwards(fast_forwards(step.peft_model)):
         for ids in (ids for groups in steps for ids in step.parts(groups)):
             tree = build_tree(step.sequences, ids)
             hidden = step.split.whole(TreeLayout(tree, step.base_model.device))

@@ -5,19 +5,22 @@ row -> hidden state at the lowest adapted block (no graph, cached) -> the blocks
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swlora.adapters.methods import adapted_layers, trainable_parameters
 from swlora.config import TrainSpec
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError, UserError
-from swlora.kernels.forwards import fast_modules
+from swlora.kernels.forwards import fast_forwards, refresh
 from swlora.kernels.head_loss import Targets, head_loss
+from swlora.kernels.linear.frozen import FrozenLinear
+from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.loss_sum import LossSum
@@ -61,8 +64,8 @@ class TreeStep:
         self.base_model = peft_model.get_base_model()
         self.sequences = sequences
         self.label_smoothing = label_smoothing
-        self.split = SplitModel(self.base_model, adapted_layers(peft_model)[0])
-        self.prefix_source: PrefixSource = lambda _row, layout: self.split.prefix(layout)
+        split = self.split = SplitModel(self.base_model, adapted_layers(peft_model)[0])
+        self.prefix_source: PrefixSource = lambda _row, layout: split.prefix(layout)  # no cycle
         self._say = say
         self._n_parts = 1  # every row is run in so many parts, doubled when memory runs out
 
@@ -84,7 +87,8 @@ class TreeStep:
 
     def _run(self, parts: Sequence[np.ndarray]) -> LossSum:
         total = LossSum()
-        with fast_modules(self.peft_model):
+        refresh(self._forwards)
+        with patched_forwards(self._forwards):
             for ids in parts:
                 row = build_tree(self.sequences, ids)
                 layout = TreeLayout(row, self.base_model.device)
@@ -94,8 +98,18 @@ class TreeStep:
                 total += LossSum(float(loss.detach()), row.n_target_tokens)
         return total
 
+    @cached_property
+    def _forwards(self) -> dict[nn.Module, Callable[..., Tensor]]:
+        """The fast forwards, made before the first step and used in all of them."""
+        forwards = fast_forwards(self.peft_model)
+        head = forwards.get(self.split.anatomy.head)
+        if isinstance(head, FrozenLinear):
+            head.reserve()  # it is read once a chunk, the blocks' weights once a tree
+        return forwards
+
     def close(self) -> None:
-        """Let go of the prefix cache's files; they stay for later runs."""
+        """Let go of copies of weights, and of the prefix cache's files, which stay for later."""
+        self.__dict__.pop("_forwards", None)
         if isinstance(self.prefix_source, PrefixCache):
             self.prefix_source.close()
 

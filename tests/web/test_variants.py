@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from swlora.adapters.saved import load_adapter
 from swlora.config import ModelSpec
+from swlora.kernels.linear import packed_weight
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.models.load import load_model
 
@@ -188,6 +190,20 @@ def test_few_adapters_are_in_memory_at_a_time(own_client, own_runs, loaded, monk
     n_loaded = sum("lora_A" in name for name, _ in loaded.model.named_parameters())
     assert n_loaded == 2 * 7  # two adapters of one layer with seven projections
     assert digests(loaded.model) == before
+
+
+def test_copies_of_weights_outlive_the_adapters_that_come_and_go(
+    own_client, own_runs, loaded, monkeypatch
+):
+    monkeypatch.setattr("swlora.web.variants.MAX_LOADED", 1)
+    head = loaded.model.get_output_embeddings()
+    completion(own_client, "tiny")
+    copy = weakref.ref(packed_weight._HELD[False, (id(head),)])
+    packed, held_bytes = copy().tensor(), packed_weight.held_bytes()
+    for name in ("second.run", "study/first", "tiny", "second.run"):
+        assert completion(own_client, name)
+        assert copy().tensor() is packed
+    assert packed_weight.held_bytes() == held_bytes
 
 
 def change_config(folder: Path, **changes) -> None:

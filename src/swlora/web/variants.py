@@ -21,6 +21,7 @@ from swlora.adapters.methods import quiet_peft
 from swlora.adapters.own_tensors import check_tensors
 from swlora.adapters.saved import WEIGHTS, warn_of_other_base
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
+from swlora.decoding.forwards import decode_forwards
 from swlora.errors import UserError
 from swlora.evaluation.decode import chat_end_token_ids
 from swlora.models.anatomy import context_tokens, n_embeddings
@@ -57,6 +58,7 @@ class ModelHost:
         self._n_loads = 0
         self._decoders: OrderedDict[Variant, Decoder] = OrderedDict()
         self.decoder(Variant())
+        self._copies = decode_forwards(self._model)  # of weights: held while decoders come and go
         self._tree = ModuleTree(self._model)
         self._logprobs_at_start = self._check_logprobs()
 

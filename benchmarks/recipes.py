@@ -32,8 +32,8 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.loss import dataset_loss
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.models.anatomy import Anatomy, weight_out_in
 from swlora.models.load import load_model
 from swlora.progress import Silent
@@ -206,12 +206,12 @@ def leading_inputs(
     projections = [p.module for p in Anatomy(model).all_projections()]
     for module in projections:
         module.weight.requires_grad_(True)
-    split = SplitModel(model, 0)
+    walk = TreeWalk(model, 0)
     with patched_forwards(fast_forwards(model)):
         for ids in step:
             row = build_tree(rows, ids)
-            hidden = split.whole(TreeLayout(row, model.device))
-            torch.autograd.backward(tree_nats(split, row, hidden))
+            hidden = walk.whole(TreeLayout(row, model.device))
+            torch.autograd.backward(tree_nats(walk, row, hidden))
     found = {}
     for module in projections:
         gradient, module.weight.grad = module.weight.grad, None

@@ -23,8 +23,8 @@ from swlora.errors import RunFailedError
 from swlora.evaluation.decode import generate
 from swlora.evaluation.loss import grouped_losses
 from swlora.kernels.rotary import RotaryLengths
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.models.anatomy import Anatomy
 from swlora.progress import Silent
 from swlora.superweights.detect import trace
@@ -153,10 +153,10 @@ def test_the_prefix_cache_serves_one_side_only(make_model: MakeModel) -> None:
 
 
 def test_a_row_of_both_sides_is_never_run(make_model: MakeModel) -> None:
-    split = SplitModel(long_model(make_model, "phi3"), 0)
+    walk = TreeWalk(long_model(make_model, "phi3"), 0)
     row = build_tree(sequences_of(LIMIT, LIMIT + 1), np.array([0, 1]))
     with pytest.raises(RunFailedError, match="of 32 and of 33 tokens"):
-        split.whole(TreeLayout(row, torch.device("cpu")))
+        walk.whole(TreeLayout(row, torch.device("cpu")))
 
 
 # Generation: short, long, and growing beyond the limit after some tokens or at once

@@ -19,8 +19,8 @@ from tests.support.prefix_runs import (
 from swlora.adapters.methods import trainable_parameters
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.training.frozen_prefix import PrefixCache, content_key
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -73,22 +73,22 @@ def test_a_run_that_was_cut_short_leaves_what_it_computed(make_model: MakeModel)
 def test_states_come_back_as_they_were(
     make_model: MakeModel, model_type: str, dtype: torch.dtype
 ) -> None:
-    split, sequences = SplitModel(make_model(model_type).to(dtype), 2), make_sequences()
-    cache = PrefixCache(split, sequences, limit_gb=1, say=print)
+    walk, sequences = TreeWalk(make_model(model_type).to(dtype), 2), make_sequences()
+    cache = PrefixCache(walk, sequences, limit_gb=1, say=print)
     bounds = pairwise((0, 6, 13, 21))  # between prompts: what two rows share, the later one writes
     rows = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
     layouts = [TreeLayout(row, torch.device("cpu")) for row in rows]
     computed = [cache(row, layout) for row, layout in zip(rows, layouts, strict=True)]
     assert cache.n_computed_trees == 3
     for row, layout, states in zip(rows, layouts, computed, strict=True):
-        assert torch.equal(states, split.prefix(layout))
+        assert torch.equal(states, walk.prefix(layout))
         read = cache(row, layout)
         assert read.dtype == dtype and torch.equal(read, states) and not read.requires_grad
     assert (cache.n_read_trees, cache.n_computed_trees) == (3, 3)
     # A row of nodes that were computed in several rows, and one with a node that was not.
     mixed = build_tree(sequences, np.array([1, 6, 11]))
     states = cache(mixed, TreeLayout(mixed, torch.device("cpu")))
-    expected = split.prefix(TreeLayout(mixed, torch.device("cpu")))
+    expected = walk.prefix(TreeLayout(mixed, torch.device("cpu")))
     assert cache.n_read_trees == 4
     torch.testing.assert_close(
         states, expected, rtol=1e-2, atol=1e-2 if dtype != torch.float32 else 1e-5
@@ -100,7 +100,7 @@ def test_states_come_back_as_they_were(
 
 
 def key(model: Any, sequences: TokenSequences, cut: int = 1) -> str:
-    return content_key(SplitModel(model, cut), sequences)
+    return content_key(TreeWalk(model, cut), sequences)
 
 
 def test_the_key_depends_on_all_that_the_states_depend_on(make_model: MakeModel) -> None:
@@ -145,23 +145,23 @@ def test_the_key_depends_on_nothing_else(make_model: MakeModel) -> None:
 
 def test_two_runs_over_the_same_content_share_their_states(make_model: MakeModel) -> None:
     sequences = make_sequences()
-    split = SplitModel(make_model("llama"), 1)
-    first = PrefixCache(split, sequences, limit_gb=1, say=print)
-    second = PrefixCache(split, sequences, limit_gb=1, say=print)
+    walk = TreeWalk(make_model("llama"), 1)
+    first = PrefixCache(walk, sequences, limit_gb=1, say=print)
+    second = PrefixCache(walk, sequences, limit_gb=1, say=print)
     bounds = list(pairwise((0, 1, 3, 6, 10, 11, 13, 16, 20, 21, 23)))
     assert bounds[-1][1] == len(sequences)
     rows = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
     layouts = [TreeLayout(row, torch.device("cpu")) for row in rows]
     for number, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
         cache = (first, second)[number % 2]
-        assert torch.equal(cache(row, layout), split.prefix(layout))
+        assert torch.equal(cache(row, layout), walk.prefix(layout))
     for number, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
         cache = (second, first)[number % 2]  # what the other one wrote
-        assert torch.equal(cache(row, layout), split.prefix(layout))
+        assert torch.equal(cache(row, layout), walk.prefix(layout))
     first.close()
     second.close()
-    third = PrefixCache(split, sequences, limit_gb=1, say=print)
+    third = PrefixCache(walk, sequences, limit_gb=1, say=print)
     for row, layout in zip(rows, layouts, strict=True):
-        assert torch.equal(third(row, layout), split.prefix(layout))
+        assert torch.equal(third(row, layout), walk.prefix(layout))
     assert (third.n_read_trees, third.n_computed_trees) == (len(rows), 0)
     third.close()

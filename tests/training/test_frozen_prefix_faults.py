@@ -21,8 +21,8 @@ from tests.support.prefix_runs import (
 )
 
 from swlora.data.prefix_tree import build_tree
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.training.frozen_prefix import PrefixCache
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -110,19 +110,19 @@ def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
 @pytest.mark.parametrize("n_writes", range(4))
 def test_states_are_there_before_they_are_said_to_be(make_model: MakeModel, n_writes: int) -> None:
     # The last prompts lie at the end of the file: what the first ones lack is a hole of zeros.
-    split, sequences = SplitModel(make_model("llama"), 1), make_sequences()
+    walk, sequences = TreeWalk(make_model("llama"), 1), make_sequences()
     row = build_tree(sequences, np.array([0, 6]))
     layout = TreeLayout(row, torch.device("cpu"))
     last = build_tree(sequences, np.array([22]))
-    cache = PrefixCache(split, sequences, limit_gb=1, say=print)
+    cache = PrefixCache(walk, sequences, limit_gb=1, say=print)
     cache(last, TreeLayout(last, torch.device("cpu")))
     with full_disk_after(n_writes):
-        torch.testing.assert_close(cache(row, layout), split.prefix(layout))
-    later = PrefixCache(split, sequences, limit_gb=1, say=print)
+        torch.testing.assert_close(cache(row, layout), walk.prefix(layout))
+    later = PrefixCache(walk, sequences, limit_gb=1, say=print)
     for ids in ([0], [6], [0, 6]):
         part = build_tree(sequences, np.array(ids))
         layout = TreeLayout(part, torch.device("cpu"))
-        torch.testing.assert_close(later(part, layout), split.prefix(layout))
+        torch.testing.assert_close(later(part, layout), walk.prefix(layout))
     later.close()
 
 

@@ -12,8 +12,8 @@ from tests.support.prefix_runs import Run, assert_same_adapters, make_sequences
 
 from swlora.data.prefix_tree import build_tree, count_nodes
 from swlora.data.token_sequences import TokenSequences
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.training.frozen_prefix import GIB, PrefixCache
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
@@ -45,11 +45,11 @@ class Filled(NamedTuple):
     folder: Path
 
 
-def fill(split: SplitModel, root: Path, seed: int, used_s: float) -> Filled:
+def fill(walk: TreeWalk, root: Path, seed: int, used_s: float) -> Filled:
     """Fill the cache of `make_sequences(seed)`, last used at time `used_s`."""
     before = set(root.iterdir()) if root.exists() else set()
     sequences = make_sequences(seed)
-    cache = PrefixCache(split, sequences, limit_gb=1, say=print)
+    cache = PrefixCache(walk, sequences, limit_gb=1, say=print)
     row = build_tree(sequences, np.arange(len(sequences)))
     cache(row, TreeLayout(row, torch.device("cpu")))
     (folder,) = set(root.iterdir()) - before
@@ -60,9 +60,9 @@ def fill(split: SplitModel, root: Path, seed: int, used_s: float) -> Filled:
 def test_the_least_recently_used_cache_goes_first(
     make_model: MakeModel, prefix_folder: Path
 ) -> None:
-    split = SplitModel(make_model("llama"), 1)
+    walk = TreeWalk(make_model("llama"), 1)
     oldest, newest, middle = (
-        fill(split, prefix_folder, n, t) for n, t in ((1, 100), (2, 300), (3, 200))
+        fill(walk, prefix_folder, n, t) for n, t in ((1, 100), (2, 300), (3, 200))
     )
     for filled in (oldest, newest, middle):
         filled.cache.close()
@@ -71,7 +71,7 @@ def test_the_least_recently_used_cache_goes_first(
 
     def open_with_room_for(n_bytes: int) -> set[Path]:
         limit_gb = (needed_bytes(sequences) + n_bytes) / GIB
-        PrefixCache(split, sequences, limit_gb=limit_gb, say=print).close()
+        PrefixCache(walk, sequences, limit_gb=limit_gb, say=print).close()
         return {folder for folder in others if folder.exists()}
 
     total = sum(size_on_disk(folder) for folder in others)
@@ -82,29 +82,29 @@ def test_the_least_recently_used_cache_goes_first(
 
 
 def test_a_cache_in_use_is_not_evicted(make_model: MakeModel, prefix_folder: Path) -> None:
-    split = SplitModel(make_model("llama"), 1)
-    used, unused = (fill(split, prefix_folder, n, t) for n, t in ((1, 100), (2, 300)))
+    walk = TreeWalk(make_model("llama"), 1)
+    used, unused = (fill(walk, prefix_folder, n, t) for n, t in ((1, 100), (2, 300)))
     unused.cache.close()
     sequences = make_sequences(4)
     limit_gb = needed_bytes(sequences) / GIB
-    PrefixCache(split, sequences, limit_gb=limit_gb, say=print).close()
+    PrefixCache(walk, sequences, limit_gb=limit_gb, say=print).close()
     assert used.folder.exists() and not unused.folder.exists()
     row = build_tree(make_sequences(1), np.arange(3))
     layout = TreeLayout(row, torch.device("cpu"))
-    torch.testing.assert_close(used.cache(row, layout), split.prefix(layout))
+    torch.testing.assert_close(used.cache(row, layout), walk.prefix(layout))
     assert used.cache.n_read_trees == 1
     used.cache.close()
-    PrefixCache(split, sequences, limit_gb=limit_gb, say=print).close()
+    PrefixCache(walk, sequences, limit_gb=limit_gb, say=print).close()
     assert not used.folder.exists()
 
 
 def test_using_a_cache_makes_it_recent(make_model: MakeModel, prefix_folder: Path) -> None:
-    split = SplitModel(make_model("llama"), 1)
-    again, other = (fill(split, prefix_folder, n, t) for n, t in ((1, 100), (2, 300)))
+    walk = TreeWalk(make_model("llama"), 1)
+    again, other = (fill(walk, prefix_folder, n, t) for n, t in ((1, 100), (2, 300)))
     again.cache.close()
     other.cache.close()
-    PrefixCache(split, make_sequences(1), limit_gb=1, say=print).close()
+    PrefixCache(walk, make_sequences(1), limit_gb=1, say=print).close()
     sequences = make_sequences(4)
     limit_gb = (needed_bytes(sequences) + size_on_disk(again.folder)) / GIB
-    PrefixCache(split, sequences, limit_gb=limit_gb, say=print).close()
+    PrefixCache(walk, sequences, limit_gb=limit_gb, say=print).close()
     assert again.folder.exists() and not other.folder.exists()

@@ -16,7 +16,7 @@ from torch import Tensor
 from swlora.adapters.methods import attach, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, ModelSpec
 from swlora.data.token_sequences import TokenSequences
-from swlora.kernels import tree_attention
+from swlora.kernels import block_walk, tree_attention
 from swlora.models.load import load_model
 from swlora.training.step import TreeStep
 
@@ -58,7 +58,8 @@ def found() -> Callable[[str], dict[Any, dict[str, Tensor]]]:
             torch.set_num_threads(n)
             results[n] = gradients(step, rows)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tree_attention, "adapt_threads", alternating())
+            for module in (block_walk, tree_attention):  # forward, backward
+                patch.setattr(module, "adapt_threads", alternating())
             results["changing"] = gradients(step, rows)
         return results
 

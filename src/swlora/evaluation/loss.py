@@ -20,8 +20,8 @@ from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
@@ -53,7 +53,7 @@ def grouped_losses(
     if group_of.shape != (len(sequences),) or not np.bincount(group_of).all():
         raise ValueError("group_of must number the group of every sequence, from 0 without gaps")
     base_model = base_model_of(model)
-    split = SplitModel(base_model, 0)
+    walk = TreeWalk(base_model, 0)
     n_groups = int(group_of.max()) + 1
     node_numbers = number_nodes(sequences) if n_groups > 1 else np.empty(0, dtype=np.int64)
     steps = plan_steps(
@@ -66,16 +66,16 @@ def grouped_losses(
     )
     totals = [LossSum()] * n_groups
     is_fast = is_covered(model)
-    has_tree_rows = is_fast and split.anatomy.family.has_attention_interface
+    has_tree_rows = is_fast and walk.anatomy.family.has_attention_interface
     forwards = patched_forwards(fast_forwards(model)) if is_fast else nullcontext()
     with progress.task("loss", len(sequences)) as task, forwards:
         rows = (ids for step in steps for ids in step)
-        for ids in (part for row in rows for part in split.rotary.sides(row, sequences.lengths)):
+        for ids in (part for row in rows for part in walk.rotary.sides(row, sequences.lengths)):
             if has_tree_rows:
                 row = build_tree(sequences, ids)
-                hidden = split.whole(TreeLayout(row, base_model.device))
+                hidden = walk.whole(TreeLayout(row, base_model.device))
                 for group, part in _split_targets(sequences, row, group_of, node_numbers):
-                    loss = tree_nats(split, part, hidden)
+                    loss = tree_nats(walk, part, hidden)
                     totals[group] += LossSum(float(loss), part.n_target_tokens)
             else:
                 for group in np.unique(group_of[ids]):

@@ -1,112 +1,80 @@
-"""A decoder walked over windows of text from any block on, and the loss of what comes out.
+"""A decoder walked from one block to another, through the model's own forward.
 
-Zeroing a weight of block l changes nothing below it, so the walk may begin at the hidden state
-that enters block l. The model's own forward prepares masks and rotary tables and calls its blocks
-in turn; those below l hand through what they get, and the state is put in at l. Works for any
-decoder whose blocks take the hidden state first and return it, alone or in a tuple.
+That forward prepares masks and rotary tables and calls the blocks in turn. Blocks outside the walk
+hand through what they get; the hidden state is put in where the walk starts, and taken out at the
+input of the block where it stops. No forward is left by an exception, so every hook fires: sharding
+(FSDP2) gathers weights in one hook and frees them in another. Works for any decoder whose blocks
+take the hidden state first and return it, alone or first in a tuple.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
-from swlora.kernels.linear.backends import WITHOUT_COPIES, backend_of, forwards_without_copies
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.models.anatomy import Anatomy
 from swlora.threads import adapt_threads
 
-HEAD_ROWS = 256  # rows of logits alive at a time
-SOFTMAX_ROWS = 16  # of these, rows that stay in a CPU's cache while they are read twice
-
 
 class Walk:
-    """Walks one model; use its methods inside `ready()`."""
+    """Walks through the blocks of one model."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
-        self._head: Any = anatomy.head
-        self._head_products = backend_of(anatomy.head, WITHOUT_COPIES)
-        self._cap = float(getattr(anatomy.model.config, "final_logit_softcapping", None) or 0.0)
-        self._blocks_return_tuples = False  # known after the first whole walk
-        self._start = 0
-        self._entry: Tensor | None = None
-        self._keep: Collection[int] = ()
-        self._kept: dict[int, Tensor] = {}
 
-    @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Put the walk's own forwards into the model while the body runs."""
-        blocks = self._anatomy.blocks
-        forwards = {b: self._block_forward(i, b.forward) for i, b in enumerate(blocks)}
-        with (
-            torch.inference_mode(),
-            patched_forwards(forwards),
-            patched_forwards(forwards_without_copies(self._anatomy.backbone)),
-        ):
-            yield
-
-    def hidden(
-        self, token_ids: Tensor, start: int, entry: Tensor | None, keep: Collection[int]
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        start: int = 0,
+        entry: Tensor | None = None,
+        stop: int | None = None,
+        keep: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return the final normed hidden state (B, T, D) of token ids (B, T), and others.
+        """Run the blocks from `start` on and below `stop`; return the state there, and others.
 
-        `entry` (B, T, D) is the state at the input of block `start`; None walks from the tokens.
-        The others are the states at the input of the blocks in `keep`, none below `start`.
+        `inputs` are the decoder's arguments. `entry` is the hidden state (B, T, D) at the input of
+        block `start`; None walks from the tokens. Returned are the state at the input of block
+        `stop`, or the final normed one where that is None, and copies of the states at the inputs
+        of the blocks in `keep`. Raises ValueError for blocks that the walk does not pass.
         """
-        self._start, self._entry, self._keep = start, entry, keep
+        self._check(start, entry, stop, keep)
+        end = self._anatomy.n_layers if stop is None else stop
+        at_stop: list[Tensor] = []
         kept: dict[int, Tensor] = {}
-        self._kept = kept
-        try:
-            out = self._anatomy.backbone(input_ids=token_ids, use_cache=False)
-        finally:
-            self._entry, self._kept = None, {}
-        return out[0], kept
 
-    def token_nats(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Return the loss of every predicted token, (B, T - 1), in nats, float32 at least."""
-        rows = hidden[:, :-1].flatten(0, 1)
-        targets = token_ids[:, 1:].flatten()
-        chunks = zip(rows.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        nats = [_cross_entropy(self._logits(chunk), target) for chunk, target in chunks]
-        return torch.cat(nats).view(len(hidden), -1)
+        def walked(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if layer == start and entry is not None:
+                    hidden = entry
+                if layer in keep:
+                    kept[layer] = hidden.clone()
+                if layer == stop:
+                    at_stop.append(hidden)
+                if not start <= layer < end:
+                    return (hidden,) if self._anatomy.family.blocks_return_tuples else hidden
+                adapt_threads()
+                return forward(hidden, *args, **kwargs)
 
-    def _logits(self, rows: Tensor) -> Tensor:
-        z = self._head_products.product(rows, self._head.bias)
-        if z.dtype != torch.float64:
-            z = z.float()
-        return z if not self._cap else z.div_(self._cap).tanh_().mul_(self._cap)
+            return run
 
-    def _block_forward(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            adapt_threads()
-            if layer < self._start:
-                return (hidden,) if self._blocks_return_tuples else hidden
-            if layer == self._start and self._entry is not None:
-                hidden = self._entry
-            if layer in self._keep:
-                self._kept[layer] = hidden.clone()
-            output = forward(hidden, *args, **kwargs)
-            self._blocks_return_tuples = isinstance(output, tuple)
-            return output
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            block: walked(layer, block.forward) for layer, block in enumerate(self._anatomy.blocks)
+        }
+        if stop is not None and self._anatomy.final_norm is not None:
+            forwards[self._anatomy.final_norm] = lambda hidden: hidden  # nobody reads it
+        with patched_forwards(forwards):
+            output = self._anatomy.backbone(**inputs)
+        return (output[0] if stop is None else at_stop[0]), kept
 
-        return run
-
-
-def _cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
-    """Return logsumexp(z) - z[target] for every row of logits (C, V), which are overwritten.
-
-    With m the largest logit, logsumexp(z) = m - log(max softmax(z)): no third array of that size.
-    """
-    if z.device.type != "cpu":
-        return F.cross_entropy(z, targets, reduction="none")
-    nats = []
-    for rows, target in zip(z.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True):
-        largest = rows.amax(-1)
-        gap = largest - rows.gather(1, target[:, None])[:, 0]
-        torch.softmax(rows, -1, out=rows)
-        nats.append(gap - rows.amax(-1).log())
-    return torch.cat(nats)
+    def _check(
+        self, start: int, entry: Tensor | None, stop: int | None, keep: Collection[int]
+    ) -> None:
+        last = self._anatomy.n_layers - 1
+        if not 0 <= start <= (last if stop is None else stop) <= last:
+            raise ValueError(f"blocks {start} to {stop} are no walk through blocks 0 to {last}")
+        if start and entry is None:
+            raise ValueError(f"a walk from block {start} needs the hidden state there")
+        if not all(start <= layer <= (last if stop is None else stop) for layer in keep):
+            raise ValueError(f"a walk from block {start} to {stop} does not pass all of {keep}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swlora.kernels.linear.frozen import is_frozen
-from swlora.kernels.tree_attention import wide
+from swlora.kernels.wide import wide
 from swlora.models.anatomy import SwigluMaps, rms_norm_epsilon, swiglu_maps
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swlora.kernels.linear.frozen import FrozenLinear
-from swlora.kernels.tree_attention import wide
+from swlora.kernels.wide import wide
 
 CHUNK_ROWS = 128
 WIDE_ROWS = 16  # rows in float32 at a time: they stay in the cache

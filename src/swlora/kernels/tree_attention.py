@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swlora.data.prefix_tree import PrefixTree
 from swlora.errors import RunFailedError
+from swlora.kernels.wide import wide
 from swlora.threads import adapt_threads
 
 NAME = "swlora_tree"
@@ -184,7 +185,6 @@ class _RunAttention(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        adapt_threads()
         n_groups = query.shape[1] // key.shape[1]
         q = _query_runs(query, runs, key.shape[1]) * scale  # (S * H_kv, G * Lq, h)
         k, v = _key_runs(key, runs), _key_runs(value, runs)  # (S * H_kv, A + Lq, h)
@@ -223,11 +223,6 @@ class _RunAttention(torch.autograd.Function):
             None,
             None,
         )
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return x in float32, or as it is where it is wider already (tests run in float64)."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 _run_attention: Callable[..., Tensor] = _RunAttention.apply

@@ -34,7 +34,8 @@ class Family:
 
     `experts` is the module that holds the experts of a block, in families that have any; some of
     their blocks may have a plain MLP instead. `has_attention_interface` says whether transformers
-    lets another attention function in.
+    lets another attention function in, `blocks_return_tuples` what a block's forward returns (its
+    annotation does not: Gemma 3's is wrong, Falcon has none).
     """
 
     model_types: tuple[str, ...]
@@ -46,6 +47,7 @@ class Family:
     mlp_in: tuple[str, ...]
     mlp_out: str
     has_attention_interface: bool = True
+    blocks_return_tuples: bool = False
     experts: str | None = None
 
     @property
@@ -130,6 +132,7 @@ FAMILIES: tuple[Family, ...] = (
         mlp_in=("mlp.dense_h_to_4h",),
         mlp_out="mlp.dense_4h_to_h",
         has_attention_interface=False,
+        blocks_return_tuples=True,
     ),
 )
 MOE_FAMILIES: tuple[Family, ...] = (

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from swlora.errors import RunFailedError, UserError
 from swlora.kernels.block_walk import Walk
+from swlora.kernels.linear.backends import forwards_without_copies
+from swlora.kernels.patched_forwards import patched_forwards
+from swlora.kernels.token_nats import token_nats
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy, WeightAddress, context_tokens
 from swlora.superweights.ablate import scaled
@@ -137,12 +140,14 @@ class Meter:
         nats: list[Tensor] = []
         kept: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
         n_at_once = max(1, BATCH_TOKENS // self.windows.shape[1])
-        with self._walk.ready():
+        fast = patched_forwards(forwards_without_copies(self.anatomy.backbone))
+        with torch.inference_mode(), fast:
             for first in range(0, n, n_at_once):
                 rows = slice(first, min(first + n_at_once, n))
                 windows, part = self.windows[rows], None if entry is None else entry[rows]
-                hidden, states = self._walk.hidden(windows, start, part, wanted)
-                nats.append(self._walk.token_nats(hidden, windows))
+                inputs = {"input_ids": windows, "use_cache": False}
+                hidden, states = self._walk.run(inputs, start=start, entry=part, keep=wanted)
+                nats.append(token_nats(self.anatomy, hidden, windows))
                 for layer in wanted:
                     kept[layer].append(states[layer])
         for layer in wanted:

@@ -24,8 +24,8 @@ from swlora.data.prefix_tree import PrefixTree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
 from swlora.files import write_json
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
 
@@ -40,31 +40,31 @@ def n_cache_bytes(base_model: Any, sequences: TokenSequences) -> int:
 
 
 class PrefixCache:
-    """Reads what `split.prefix` would compute from a file; after a failure it computes to the end.
+    """Reads what `walk.prefix` would compute from a file; after a failure it computes to the end.
 
     `say` gets a line when the cache is used, or cannot be.
     """
 
     def __init__(
         self,
-        split: SplitModel,
+        walk: TreeWalk,
         sequences: TokenSequences,
         *,
         limit_gb: float,
         say: Callable[[str], None],
     ) -> None:
-        self._split = split
+        self._walk = walk
         self._say = say
         self._n_nodes = count_nodes(sequences)
-        name = Path(split.base_model.config._name_or_path or "a model").name
-        self._owner = f"{name}: states of {self._n_nodes:,} tokens below layer {split.cut}"
-        parameter = next(split.base_model.parameters())
-        self._width = int(split.base_model.config.hidden_size)
+        name = Path(walk.base_model.config._name_or_path or "a model").name
+        self._owner = f"{name}: states of {self._n_nodes:,} tokens below layer {walk.cut}"
+        parameter = next(walk.base_model.parameters())
+        self._width = int(walk.base_model.config.hidden_size)
         self._dtype: torch.dtype = parameter.dtype
         self._state_bytes = self._width * parameter.element_size()
         self._data: int | None = None
         self.n_read_trees = self.n_computed_trees = 0
-        n_bytes, limit_bytes = n_cache_bytes(split.base_model, sequences), int(limit_gb * GIB)
+        n_bytes, limit_bytes = n_cache_bytes(walk.base_model, sequences), int(limit_gb * GIB)
         if n_bytes > limit_bytes:
             say(
                 f"no prefix cache: it needs {n_bytes / GIB:.1f} GiB and --cache-gb allows "
@@ -73,25 +73,25 @@ class PrefixCache:
             return
         self._numbers = number_nodes(sequences)
         try:
-            self._open(content_key(split, sequences), limit_bytes - n_bytes)
+            self._open(content_key(walk, sequences), limit_bytes - n_bytes)
         except (OSError, RunFailedError) as error:
             self._give_up(error)
 
     def __call__(self, tree: PrefixTree, layout: TreeLayout) -> Tensor:
         """Return the hidden state at the cut, (1, T, D), of the T nodes of a tree."""
         if self._data is None:
-            return self._split.prefix(layout)
+            return self._walk.prefix(layout)
         nodes = self._numbers[tree.node_source]
         try:
             if self._present[nodes].all():
                 self.n_read_trees += 1
                 return self._read(nodes).to(layout.token_ids.device)[None]
-            hidden = self._split.prefix(layout)
+            hidden = self._walk.prefix(layout)
             self.n_computed_trees += 1
             self._write(nodes, hidden[0])
         except OSError as error:
             self._give_up(error)
-            return self._split.prefix(layout)
+            return self._walk.prefix(layout)
         return hidden
 
     def close(self) -> None:
@@ -155,16 +155,16 @@ class PrefixCache:
         self.close()
 
 
-def content_key(split: SplitModel, sequences: TokenSequences) -> str:
+def content_key(walk: TreeWalk, sequences: TokenSequences) -> str:
     """Hash everything the states at the cut depend on: tokens, frozen weights, cut, dtype."""
     digest = hashlib.sha256()
-    config = config_values(split.base_model.config)
-    facts = [FORMAT, split.cut, config, *split.rotary.limits_tokens]
+    config = config_values(walk.base_model.config)
+    facts = [FORMAT, walk.cut, config, *walk.rotary.limits_tokens]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(np.ascontiguousarray(sequences.tokens).data)
     digest.update(np.ascontiguousarray(sequences.offsets).data)
-    above = {id(p) for block in split.anatomy.blocks[split.cut :] for p in block.parameters()}
-    named = split.anatomy.backbone.named_parameters()
+    above = {id(p) for block in walk.anatomy.blocks[walk.cut :] for p in block.parameters()}
+    named = walk.anatomy.backbone.named_parameters()
     add_weights(digest, ((name, weight) for name, weight in named if id(weight) not in above))
     return digest.hexdigest()[:32]
 

@@ -24,8 +24,8 @@ from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.threads import adapt_threads
 from swlora.training.frozen_prefix import GIB, n_cache_bytes
 from swlora.training.schedule import Step
@@ -112,7 +112,7 @@ def profile(
             parts_s = _partial_times_s(step, groups)
             frozen_s, head_s = frozen_s + parts_s[0], head_s + parts_s[1]
             n_examples += sum(map(len, groups))
-        norms = _gradient_norms(step.split, parameters, n_tokens)
+        norms = _gradient_norms(step.walk, parameters, n_tokens)
     is_cached = spec.train.engine != "plain" and (
         n_cache_bytes(model, sequences) <= spec.train.cache_gb * GIB
     )
@@ -126,24 +126,24 @@ def profile(
 def _partial_times_s(step: TreeStep, groups: Step) -> tuple[float, float]:
     """Return the seconds of all blocks without a graph, and those of the head with its gradient."""
     frozen_s = head_s = 0.0
-    split = step.split
-    with patched_forwards(fast_forwards(split.base_model)):
+    walk = step.walk
+    with patched_forwards(fast_forwards(walk.base_model)):
         for ids in step.parts(groups):
             tree = build_tree(step.sequences, ids)
             layout = TreeLayout(tree, step.base_model.device)
             start_s = time.perf_counter()
             with torch.no_grad():
-                hidden = split.whole(layout)
+                hidden = walk.whole(layout)
             middle_s = time.perf_counter()
-            tree_nats(split, tree, hidden.requires_grad_())
+            tree_nats(walk, tree, hidden.requires_grad_())
             head_s += time.perf_counter() - middle_s
             frozen_s += middle_s - start_s
     return frozen_s, head_s
 
 
-def _gradient_norms(split: SplitModel, parameters: Sequence[Any], n_tokens: float) -> list[float]:
+def _gradient_norms(walk: TreeWalk, parameters: Sequence[Any], n_tokens: float) -> list[float]:
     """Return the L1 norm of the gradient in each block, in nats a token and unit of rate."""
-    blocks = split.anatomy.blocks
+    blocks = walk.anatomy.blocks
     layer_of = {id(p): layer for layer, block in enumerate(blocks) for p in block.parameters()}
     norms = np.zeros(len(blocks))
     for parameter in parameters:

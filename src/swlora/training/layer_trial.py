@@ -164,8 +164,8 @@ def _held_out_loss(step: TreeStep, steps: Sequence[Step]) -> float:
     with patched_forwards(fast_forwards(step.peft_model)):
         for ids in (ids for groups in steps for ids in step.parts(groups)):
             tree = build_tree(step.sequences, ids)
-            hidden = step.split.whole(TreeLayout(tree, step.base_model.device))
-            total += LossSum(float(tree_nats(step.split, tree, hidden)), tree.n_target_tokens)
+            hidden = step.walk.whole(TreeLayout(tree, step.base_model.device))
+            total += LossSum(float(tree_nats(step.walk, tree, hidden)), tree.n_target_tokens)
     train_mode(step.peft_model)
     return total.nats_per_token
 

@@ -21,8 +21,8 @@ from swlora.kernels.forwards import fast_forwards, refresh
 from swlora.kernels.head_loss import Targets, head_loss
 from swlora.kernels.linear.frozen import FrozenLinear
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.plain import PlainStep
@@ -39,13 +39,13 @@ def make_step(
     them.
     """
     step = TreeStep(peft_model, sequences, label_smoothing=spec.label_smoothing, say=say)
-    family = step.split.anatomy.family
+    family = step.walk.anatomy.family
     if spec.engine == "tree" and not family.has_attention_interface:
         raise UserError(f"{family.model_types[0]} models cannot run tree rows; use --engine plain")
     if spec.engine == "plain" or not family.has_attention_interface:
         return PlainStep(peft_model, sequences, label_smoothing=spec.label_smoothing)
-    if spec.cache_gb and step.split.cut > 0 and _one_side(step, sequences, say):
-        step.prefix_source = PrefixCache(step.split, sequences, limit_gb=spec.cache_gb, say=say)
+    if spec.cache_gb and step.walk.cut > 0 and _one_side(step, sequences, say):
+        step.prefix_source = PrefixCache(step.walk, sequences, limit_gb=spec.cache_gb, say=say)
     return step
 
 
@@ -64,8 +64,8 @@ class TreeStep:
         self.base_model = peft_model.get_base_model()
         self.sequences = sequences
         self.label_smoothing = label_smoothing
-        split = self.split = SplitModel(self.base_model, adapted_layers(peft_model)[0])
-        self.prefix_source: PrefixSource = lambda _row, layout: split.prefix(layout)  # no cycle
+        walk = self.walk = TreeWalk(self.base_model, adapted_layers(peft_model)[0])
+        self.prefix_source: PrefixSource = lambda _row, layout: walk.prefix(layout)  # no cycle
         self._say = say
         self._n_parts = 1  # every row is run in so many parts, doubled when memory runs out
 
@@ -81,7 +81,7 @@ class TreeStep:
 
     def parts(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Cut rows into what is run: sequences that may run together, as many as memory holds."""
-        rotary, lengths = self.split.rotary, self.sequences.lengths
+        rotary, lengths = self.walk.rotary, self.sequences.lengths
         together = [part for ids in rows for part in rotary.sides(ids, lengths)]
         return [p for ids in together for p in np.array_split(ids, self._n_parts) if len(p)]
 
@@ -92,8 +92,8 @@ class TreeStep:
             for ids in parts:
                 row = build_tree(self.sequences, ids)
                 layout = TreeLayout(row, self.base_model.device)
-                hidden = self.split.suffix(layout, self.prefix_source(row, layout))
-                loss = tree_nats(self.split, row, hidden, self.label_smoothing)
+                hidden = self.walk.suffix(layout, self.prefix_source(row, layout))
+                loss = tree_nats(self.walk, row, hidden, self.label_smoothing)
                 torch.autograd.backward(loss)
                 total += LossSum(float(loss.detach()), row.n_target_tokens)
         return total
@@ -102,7 +102,7 @@ class TreeStep:
     def _forwards(self) -> dict[nn.Module, Callable[..., Tensor]]:
         """The fast forwards, made before the first step and used in all of them."""
         forwards = fast_forwards(self.peft_model)
-        head = forwards.get(self.split.anatomy.head)
+        head = forwards.get(self.walk.anatomy.head)
         if isinstance(head, FrozenLinear):
             head.reserve()  # it is read once a chunk, the blocks' weights once a tree
         return forwards
@@ -126,7 +126,7 @@ def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], No
     """Say whether every prefix has one state, however long the sequence is that it belongs to."""
     if len(step.parts([np.arange(len(sequences))])) == 1:
         return True
-    limits = " and ".join(map(str, step.split.rotary.limits_tokens))
+    limits = " and ".join(map(str, step.walk.rotary.limits_tokens))
     say(
         f"no prefix cache: this model's rotary frequencies change beyond {limits} tokens, and the "
         "data have sequences on both sides"
@@ -134,11 +134,11 @@ def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], No
     return False
 
 
-def tree_nats(split: SplitModel, row: PrefixTree, hidden: Tensor, smoothing: float = 0.0) -> Tensor:
+def tree_nats(walk: TreeWalk, row: PrefixTree, hidden: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the summed loss in nats of a row from the decoder's final state (1, T, D)."""
     scored, targets = scored_targets(row, hidden.device)
-    cap = float(getattr(split.base_model.config, "final_logit_softcapping", None) or 0.0)
-    head: Any = split.anatomy.head
+    cap = float(getattr(walk.base_model.config, "final_logit_softcapping", None) or 0.0)
+    head: Any = walk.anatomy.head
     return head_loss(hidden[0, scored], head, targets, smoothing=smoothing, cap=cap)
 
 

@@ -1,4 +1,4 @@
-"""A decoder over tree rows, whole and cut in two, against its own forward on single sequences."""
+"""A decoder walked over trees, whole and cut in two, against its forward on single sequences."""
 
 import copy
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
-from swlora.kernels.split_model import SplitModel
 from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.models.anatomy import FAMILIES, Anatomy
 
 MODEL_TYPES = [t for f in FAMILIES if f.has_attention_interface for t in f.model_types]
@@ -48,11 +48,11 @@ def states_of_block(model: Any, cut: int, ids: list[int]) -> Tensor:
 def test_every_cut_gives_the_whole(make_model: MakeModel, model_type: str) -> None:
     model = make_model(model_type)
     _, layout = make_row()
-    whole = SplitModel(model, 0).whole(layout)
+    whole = TreeWalk(model, 0).whole(layout)
     assert whole.shape[:2] == (1, layout.n_nodes)
     for cut in range(N_BLOCKS):
-        split = SplitModel(model, cut)
-        torch.testing.assert_close(split.suffix(layout, split.prefix(layout)), whole)
+        walk = TreeWalk(model, cut)
+        torch.testing.assert_close(walk.suffix(layout, walk.prefix(layout)), whole)
         assert not patched(model)
 
 
@@ -60,8 +60,8 @@ def test_every_cut_gives_the_whole(make_model: MakeModel, model_type: str) -> No
 def test_nodes_have_the_states_of_their_sequences(make_model: MakeModel, model_type: str) -> None:
     model = make_model(model_type)
     row, layout = make_row()
-    found = [SplitModel(model, cut).prefix(layout)[0] for cut in range(N_BLOCKS)]
-    final = SplitModel(model, 1).whole(layout)[0]
+    found = [TreeWalk(model, cut).prefix(layout)[0] for cut in range(N_BLOCKS)]
+    final = TreeWalk(model, 1).whole(layout)[0]
     for leaf in range(layout.n_nodes):
         path = [j for j in range(leaf + 1) if leaf < row.subtree_end[j]]
         ids = row.token_ids[path].tolist()
@@ -77,20 +77,20 @@ def test_the_prefix_has_no_graph_and_the_suffix_none_below_the_cut(
 ) -> None:
     model = make_model(model_type).requires_grad_()
     _, layout = make_row()
-    split = SplitModel(model, 1)
-    hidden = split.prefix(layout)
+    walk = TreeWalk(model, 1)
+    hidden = walk.prefix(layout)
     assert not hidden.requires_grad and hidden.grad_fn is None
-    split.suffix(layout, hidden).square().sum().backward()
-    for number, block in enumerate(split.anatomy.blocks):
+    walk.suffix(layout, hidden).square().sum().backward()
+    for number, block in enumerate(walk.anatomy.blocks):
         has_gradient = [parameter.grad is not None for parameter in block.parameters()]
         assert all(has_gradient) if number >= 1 else not any(has_gradient)
 
 
 def test_a_gradient_can_enter_the_prefix_state(make_model: MakeModel) -> None:
-    split = SplitModel(make_model("llama"), 2)
+    walk = TreeWalk(make_model("llama"), 2)
     _, layout = make_row()
-    hidden = split.prefix(layout).clone().requires_grad_()
-    split.suffix(layout, hidden).square().sum().backward()
+    hidden = walk.prefix(layout).clone().requires_grad_()
+    walk.suffix(layout, hidden).square().sum().backward()
     assert hidden.grad is not None and float(hidden.grad.norm()) > 0
 
 
@@ -98,28 +98,28 @@ def test_a_gradient_can_enter_the_prefix_state(make_model: MakeModel) -> None:
 def test_all_is_given_back_when_a_block_fails(make_model: MakeModel, part: str) -> None:
     model = make_model("llama")
     _, layout = make_row()
-    split = SplitModel(model, 2)
-    attention, hidden = model.config._attn_implementation, split.prefix(layout)
-    expected = split.whole(layout)
+    walk = TreeWalk(model, 2)
+    attention, hidden = model.config._attn_implementation, walk.prefix(layout)
+    expected = walk.whole(layout)
 
     def fail(*_args: Any) -> None:
         raise ZeroDivisionError
 
     # Block 0 runs in the prefix and in the whole, block 2 in the suffix and in the whole.
-    hook = split.anatomy.blocks[0 if part == "prefix" else 2].register_forward_hook(fail)
+    hook = walk.anatomy.blocks[0 if part == "prefix" else 2].register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
-        getattr(split, part)(*((layout, hidden) if part == "suffix" else (layout,)))
+        getattr(walk, part)(*((layout, hidden) if part == "suffix" else (layout,)))
     hook.remove()
     assert not patched(model)
     assert model.config._attn_implementation == attention
-    assert torch.equal(split.whole(layout), expected)
+    assert torch.equal(walk.whole(layout), expected)
 
 
 def test_a_forward_that_was_there_before_stays(make_model: MakeModel) -> None:
     model = make_model("llama")
     _, layout = make_row()
-    split = SplitModel(model, 1)
-    block = split.anatomy.blocks[1]
+    walk = TreeWalk(model, 1)
+    block = walk.anatomy.blocks[1]
     original, calls = block.forward, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -127,10 +127,10 @@ def test_a_forward_that_was_there_before_stays(make_model: MakeModel) -> None:
         return original(*args, **kwargs)
 
     block.forward = counted
-    whole = split.whole(layout)
-    hidden = split.prefix(layout)
+    whole = walk.whole(layout)
+    hidden = walk.prefix(layout)
     assert len(calls) == 1  # the prefix ends before the block
-    torch.testing.assert_close(split.suffix(layout, hidden), whole)
+    torch.testing.assert_close(walk.suffix(layout, hidden), whole)
     assert len(calls) == 2
     assert vars(block)["forward"] is counted
 
@@ -145,8 +145,8 @@ def test_a_block_with_a_configuration_of_its_own_is_refused(
     attention.config = copy.deepcopy(attention.config)
     _, layout = make_row()
     with pytest.raises(RunFailedError, match="--engine plain"):
-        SplitModel(model, 1).whole(layout)
-    split = SplitModel(model, 1)
+        TreeWalk(model, 1).whole(layout)
+    walk = TreeWalk(model, 1)
     with pytest.raises(RunFailedError, match="--engine plain"):
-        split.suffix(layout, split.prefix(layout))
+        walk.suffix(layout, walk.prefix(layout))
     assert not patched(model)

@@ -1,0 +1,79 @@
+"""A decoder walked over prefix trees, whole or cut below its lowest adapted block.
+
+The cut makes a frozen prefix and a trained suffix. All blocks that run must attend along the tree,
+and its sequences must lie on one side of every limit of the model's rotary frequencies.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swlora.errors import RunFailedError
+from swlora.kernels.block_walk import Walk
+from swlora.kernels.rotary import RotaryLengths
+from swlora.kernels.tree_attention import TreeLayout, tree_attention
+from swlora.models.anatomy import Anatomy
+
+
+class TreeWalk:
+    """Walks a causal language model's decoder over prefix trees.
+
+    `cut` is the lowest adapted block: blocks below it see no gradient.
+    """
+
+    def __init__(self, base_model: Any, cut: int) -> None:
+        self.anatomy = Anatomy(base_model)
+        self.base_model = base_model
+        self.cut = cut
+        self.rotary = RotaryLengths(base_model)
+        self._walk = Walk(self.anatomy)
+
+    @torch.no_grad()
+    def prefix(self, layout: TreeLayout) -> Tensor:
+        """Return the hidden state at the input of block `cut`, (1, T, D), without a graph."""
+        with self._following(layout, n_blocks=self.cut):
+            return self._walk.run(_inputs(layout), stop=self.cut)[0]
+
+    def whole(self, layout: TreeLayout) -> Tensor:
+        """Return the final normed hidden state (1, T, D), nothing cut."""
+        with self._following(layout, n_blocks=self.anatomy.n_layers):
+            return self._walk.run(_inputs(layout))[0]
+
+    def suffix(self, layout: TreeLayout, hidden: Tensor) -> Tensor:
+        """Return the final normed hidden state (1, T, D) from the state at the cut."""
+        with self._following(layout, n_blocks=self.anatomy.n_layers - self.cut):
+            return self._walk.run(_inputs(layout), start=self.cut, entry=hidden)[0]
+
+    @contextmanager
+    def _following(self, layout: TreeLayout, *, n_blocks: int) -> Iterator[None]:
+        """Attend along the layout in the body, and make sure that `n_blocks` blocks did.
+
+        A block with a configuration of its own would attend as if the tree were one sequence.
+        """
+        shortest, longest = layout.sequence_tokens
+        if self.rotary.side(shortest) != self.rotary.side(longest):
+            raise RunFailedError(
+                f"a row has sequences of {shortest} and of {longest} tokens, whose rotary "
+                "frequencies differ, so the loss would be wrong"
+            )
+        n_before = layout.n_attentions
+        turned = self.rotary.of(longest)
+        with tree_attention(self.base_model.config), layout.active(), turned:
+            yield
+        n_followed = layout.n_attentions - n_before
+        if n_followed != n_blocks:
+            raise RunFailedError(
+                f"{n_followed} of {n_blocks} blocks attend along tree rows, so the loss would be "
+                "wrong; this model needs --engine plain"
+            )
+
+
+def _inputs(layout: TreeLayout) -> dict[str, Any]:
+    return {
+        "input_ids": layout.token_ids,
+        "position_ids": layout.position_ids,
+        "use_cache": False,
+    }

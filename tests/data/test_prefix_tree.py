@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.tries import Pair, data_sets, proper_prefixes
+from tests.support.tries import Pair, Weighted, data_sets, proper_prefixes, weighted_sets
 
 from swlora.data.prefix_tree import PrefixTree, build_tree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences
@@ -80,6 +80,20 @@ def test_row_of_a_subset_depends_on_no_order_of_ids(pairs, random) -> None:
     for name in ("token_ids", "position_ids", "subtree_end", "target_position", "target_id"):
         np.testing.assert_array_equal(getattr(row, name), getattr(other, name))
     np.testing.assert_array_equal(row.target_weight, other.target_weight)
+
+
+@given(weighted_sets)
+@settings(max_examples=150, deadline=None)
+def test_targets_carry_the_sums_of_the_weights(data: list[Weighted]) -> None:
+    sequences = TokenSequences.from_weighted(data)
+    row = build_tree(sequences, np.arange(len(data)))
+    expected: Counter[tuple[tuple[int, ...], int]] = Counter()
+    for ids, weights in data:
+        for place, weight in enumerate(weights):
+            expected[tuple(ids[:place]), ids[place]] += weight  # type: ignore[assignment]
+    assert row_targets(row) == {target: weight for target, weight in expected.items() if weight}
+    assert row.n_target_tokens == sum(sum(weights) for _, weights in data)
+    assert set(paths(row)) == proper_prefixes([(ids, []) for ids, _ in data])
 
 
 def paths_of_tokens(sequences: TokenSequences) -> list[tuple[int, ...] | None]:

@@ -8,7 +8,8 @@ from operator import eq
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tests.support.tries import Pair, data_sets, many_prompts
+from hypothesis import strategies as st
+from tests.support.tries import Pair, Weighted, data_sets, many_prompts, weighted_sets
 
 from swlora.data import scratch, token_sequences
 from swlora.data.token_sequences import TokenSequences, common_with_previous
@@ -92,6 +93,64 @@ def test_joined_parts_are_the_whole_wherever_the_tokens_lie(memory_bytes, monkey
     for name in ("tokens", "offsets", "weights"):
         np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 40, 1 << 20])
+@given(data=weighted_sets)
+@settings(max_examples=40, deadline=None)
+def test_joined_weights_are_those_of_the_parts(memory_bytes: int, data: list[Weighted]) -> None:
+    """Parts with fractions and parts without, in any order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scratch, "MEMORY_BYTES", memory_bytes)
+        patch.setattr(scratch, "_COPIED_AT_ONCE", 5)
+        joined = TokenSequences.joined(TokenSequences.from_weighted([one]) for one in data)
+    whole = TokenSequences.from_weighted(data)
+    assert joined.weights.dtype == whole.weights.dtype
+    assert joined.weights.tolist() == whole.weights.tolist()
+    assert joined.tokens.tolist() == whole.tokens.tolist()
+    has_fractions = any(w not in (0, 1) for _, weights in data for w in weights)
+    assert (whole.weights.dtype == np.float32) == has_fractions
+
+
+@pytest.mark.parametrize("block_tokens", [1, 2, 7, 1 << 20])
+@given(data=weighted_sets)
+@settings(max_examples=40, deadline=None)
+def test_the_prompt_ends_before_the_first_trained_token(
+    block_tokens: int, data: list[Weighted]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_sequences, "_BLOCK_TOKENS", block_tokens)
+        sequences = TokenSequences.from_weighted(data)
+    expected = [next(i for i, w in enumerate(weights) if w) for _, weights in data]
+    assert sequences.prompt_lengths.tolist() == expected
+
+
+@given(data=weighted_sets, n_tokens=st.integers(2, 10))
+@settings(max_examples=100, deadline=None)
+def test_truncation_keeps_the_first_trained_token(data: list[Weighted], n_tokens: int) -> None:
+    found = TokenSequences.from_weighted(data).truncated(n_tokens)
+    expected = []
+    for ids, weights in data:
+        n_prompt = next(i for i, w in enumerate(weights) if w)
+        first = max(0, n_prompt + 1 - n_tokens)
+        expected.append((ids[first : first + n_tokens], weights[first : first + n_tokens]))
+    for i, (ids, weights) in enumerate(expected):
+        part = slice(found.offsets[i], found.offsets[i + 1])
+        assert found.tokens[part].tolist() == ids
+        assert found.weights[part].tolist() == weights
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    for data, message in (
+        ([([1, 2], [0, 1]), ([1, 2], [1, 1])], "sequence 1 has no prompt token"),
+        ([([1, 2, 3], [0, 0, 0])], "sequence 0 has no completion token"),
+        ([([1, 2], [0, 1]), ([], [])], "sequence 1 has no completion token"),
+        ([([1, 2], [0, 1, 1])], "sequence 0 has 2 tokens and 3 weights"),
+        ([([1, 2], [0, -1])], "none below 0"),
+        ([], "no sequences"),
+    ):
+        with pytest.raises((UserError, ValueError), match=message):
+            TokenSequences.from_weighted(data)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cells", [1, 40, 400])

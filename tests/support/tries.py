@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from swlora.data.steps import StepOrder
 
 Pair = tuple[list[int], list[int]]
+Weighted = tuple[list[int], list[float]]  # token ids, weight of each
 ORDERS: tuple[StepOrder, ...] = ("neighbours", "prompts", "iid")
 
 # Three tokens and short lists make duplicates, nested prompts and shared prefixes common; the
@@ -21,6 +22,20 @@ pairs_with_head = st.builds(
     pairs_without_head,
 )
 data_sets = st.one_of(pairs_without_head, pairs_with_head)
+
+
+@st.composite
+def weighted_sequences(draw: st.DrawFn) -> Weighted:
+    """Two tokens or more, the first with weight 0, and one with another weight at least."""
+    ids = draw(st.lists(tokens, min_size=2, max_size=9))
+    some = st.sampled_from((0.0, 0.0, 1.0, 1.0, 0.5, 2.25))
+    weights = [0.0, *draw(st.lists(some, min_size=len(ids) - 1, max_size=len(ids) - 1))]
+    if not any(weights):
+        weights[draw(st.integers(1, len(ids) - 1))] = 1.0
+    return ids, weights
+
+
+weighted_sets = st.lists(weighted_sequences(), min_size=1, max_size=14)
 
 
 def proper_prefixes(pairs: list[Pair]) -> set[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""A job: one configuration at work in one run folder, with the model and the data that it needs."""
+"""A job: one configuration at work, with the model and the data that it needs."""
 
 import time
 from collections.abc import Iterator
@@ -11,25 +11,32 @@ from swlora.data.sources import Dataset, load_dataset
 from swlora.data.token_sequences import TokenSequences
 from swlora.models.load import LoadedModel, check_model, load_model, settled_model
 from swlora.progress import Progress
-from swlora.runs import Run
+from swlora.run_record import RunRecord
 
 
 @dataclass
 class Job:
-    """One configuration at work in one run folder; model and data are loaded when first used."""
+    """One configuration at work, with or without a run folder; loads what is used when it is."""
 
     spec: RunSpec
-    run: Run
+    run: RunRecord
     progress: Progress
     _encoded: dict[tuple[str, int | None], TokenSequences] = field(default_factory=dict)
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        """The model, in float32 where identification comes first (its weights are measured)."""
-        policy = self.spec.adapter.layers
-        exact = self.run.facts["command"] == "identify" or policy.needs_identification
+        """The model; in float32 where a search for super weights comes before a training."""
+        return self._load("float32" if self.spec.adapter.layers.needs_identification else None)
+
+    def loaded_in_float32(self) -> LoadedModel:
+        """Return the model in float32, whatever was asked for: its weights are to be measured."""
+        if "loaded" not in vars(self):
+            self.loaded = self._load("float32")
+        return self.loaded
+
+    def _load(self, dtype: str | None) -> LoadedModel:
         with self.timed("load_model"), self.progress.task("load the model"):
-            loaded = load_model(self.spec.model, dtype="float32" if exact else None)
+            loaded = load_model(self.spec.model, dtype=dtype)
         self.progress.say(f"model: {loaded.source}")
         name = settled_model(self.spec.model).name
         self.run.record_source(model=name, model_revision=loaded.revision)

@@ -153,6 +153,10 @@ class Run:
         except OSError as error:
             raise RunFailedError(f"cannot write {path}: {error.strerror or error}") from error
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        return read_metrics(self.folder)
+
     def truncate_metrics(self, after_step: int) -> None:
         """Drop metric lines of steps after `after_step`, which a resumed run does again."""
         kept = [row for row in read_metrics(self.folder) if row["step"] <= after_step]

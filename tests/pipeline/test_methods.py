@@ -147,7 +147,7 @@ def test_its_time_does_not_count(
         return values
 
     monkeypatch.setattr("swlora.training.step.build_tree", _ticking(tick))
-    monkeypatch.setattr("swlora.pipeline.read_metrics", lambda _folder: seen)
+    monkeypatch.setattr(Run, "metrics", lambda _run: seen)
     with Run.create(tmp_path / "run", spec, "train") as run:
         trained = step(Job(spec, run, Silent()))
     assert trained.course.train_s == seen[-1]["elapsed_s"] < 100

@@ -9,21 +9,9 @@ import typer
 from swlora import __version__, caches
 from swlora.cli import chat
 from swlora.cli.command import CONFIG, JSON, OUTPUT, OUTPUT_IF_ASKED, RESUME, Invocation, command
-from swlora.cli.flags import (
-    ADAPTER,
-    DATA,
-    DECODE,
-    EVAL_DATA,
-    EVALUATION,
-    IDENTIFY,
-    MODEL,
-    SEED,
-    SERVE,
-    TEXT,
-    TRAIN,
-)
 from swlora.cli.process import no_library_notes, sigterm_interrupts
 from swlora.cli.show import show_candidates, show_evaluation, show_scores, show_training
+from swlora.command_settings import SETTINGS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,7 +46,7 @@ def _options_of_all(
     """Take the options that come before the command."""
 
 
-@verb("identify", OUTPUT, CONFIG, JSON, settings=(*MODEL, *IDENTIFY, *SEED))
+@verb("identify", OUTPUT, CONFIG, JSON, settings=SETTINGS["identify"])
 def identify(
     invocation: Invocation,
     figure: Annotated[
@@ -81,7 +69,7 @@ def identify(
 @verb(
     "train",
     *(OUTPUT, RESUME, CONFIG, JSON),
-    settings=(*MODEL, *DATA, *ADAPTER, *TRAIN, *IDENTIFY, *SEED),
+    settings=SETTINGS["train"],
 )
 def train(invocation: Invocation) -> None:
     """Train a LoRA adapter in the chosen layers.
@@ -96,7 +84,7 @@ def train(invocation: Invocation) -> None:
     invocation.finish(result)
 
 
-@verb("eval", OUTPUT, CONFIG, JSON, settings=(*MODEL, *EVAL_DATA, *EVALUATION, *DECODE, *SEED))
+@verb("eval", OUTPUT, CONFIG, JSON, settings=SETTINGS["eval"])
 def evaluate(invocation: Invocation, adapter: Adapter = None) -> None:
     """Generate for every prompt and score with the official E2E metrics.
 
@@ -113,7 +101,7 @@ def evaluate(invocation: Invocation, adapter: Adapter = None) -> None:
 @verb(
     "train-eval",
     *(OUTPUT, RESUME, CONFIG, JSON),
-    settings=(*MODEL, *DATA, *EVALUATION, *ADAPTER, *TRAIN, *DECODE, *IDENTIFY, *SEED),
+    settings=SETTINGS["train-eval"],
 )
 def train_evaluate(invocation: Invocation) -> None:
     """Train an adapter, then evaluate it.
@@ -188,7 +176,7 @@ def score(
     invocation.finish(result)
 
 
-@verb("generate", OUTPUT_IF_ASKED, CONFIG, JSON, settings=(*MODEL, *TEXT, *SEED))
+@verb("generate", OUTPUT_IF_ASKED, CONFIG, JSON, settings=SETTINGS["generate"])
 def generate(
     invocation: Invocation,
     prompt: Annotated[str, typer.Option(help="the text to continue, or the message to answer")],
@@ -223,7 +211,7 @@ def generate(
 @verb(
     "chat",
     *(CONFIG, JSON),
-    settings=(*MODEL, *(f"decode.{name}" for name in chat.DEFAULTS), *SEED),
+    settings=SETTINGS["chat"],
     defaults={f"decode.{name}": value for name, value in chat.DEFAULTS.items()},
 )
 def talk(
@@ -238,7 +226,7 @@ def talk(
     invocation.finish(chat.talk(invocation.spec, adapter, system, invocation.progress))
 
 
-@verb("serve", CONFIG, settings=(*MODEL, *SERVE))
+@verb("serve", CONFIG, settings=SETTINGS["serve"])
 def serve(invocation: Invocation) -> None:
     """Serve the web page and an API like OpenAI's.
 

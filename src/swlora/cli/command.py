@@ -23,6 +23,7 @@ from swlora.settings import flag_name
 if TYPE_CHECKING:
     from swlora.job import Job
     from swlora.progress import Progress
+    from swlora.runs import Run
 
 
 def _output(default: str) -> Any:
@@ -63,7 +64,7 @@ class Invocation:
     output: Path | None = None
     resume: bool = False
     json: Path | None = None
-    _job: "Job | None" = None
+    _run: "Run | None" = None
 
     @cached_property
     def spec(self) -> RunSpec:
@@ -103,8 +104,8 @@ class Invocation:
         with run, sigterm_interrupts():
             from swlora.job import Job
 
-            self._job = Job(spec, run, self.progress)
-            yield self._job
+            self._run = run
+            yield Job(spec, run, self.progress)
 
     def _resumed_folder(self) -> Path:
         """Return --output; UserError where it is missing, or beside settings of its own."""
@@ -131,8 +132,7 @@ class Invocation:
         from swlora.result_json import as_json
         from swlora.runs import started_s
 
-        if self._job is not None:
-            run = self._job.run
+        if (run := self._run) is not None:
             if not (run.folder / "result.json").exists():
                 run.write_result(as_json(result))
             print(f"run folder: {run.folder}")

@@ -9,33 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
+from swlora.command_settings import section_class
 from swlora.config import RunSpec
 from swlora.config.fields import join_list
 from swlora.settings import flag_name
-
-
-def _section(group: str) -> type[BaseModel]:
-    section = RunSpec.model_fields[group].annotation
-    assert isinstance(section, type) and issubclass(section, BaseModel)
-    return section
-
-
-def _fields(group: str) -> tuple[str, ...]:
-    return tuple(f"{group}.{name}" for name in _section(group).model_fields)
-
-
-MODEL = _fields("model")
-EVALUATION = ("data.english",)
-DATA = tuple(name for name in _fields("data") if name not in EVALUATION)
-EVAL_DATA = tuple(name for name in DATA if not name.startswith("data.train_"))
-IDENTIFY, ADAPTER = _fields("identify"), _fields("adapter")
-TRAIN, DECODE = _fields("train"), _fields("decode")
-TEXT = tuple(name for name in DECODE if name != "decode.batch_size")  # of a single prompt
-SERVE = _fields("serve")
-SEED = ("seed",)
 
 
 def setting_options(
@@ -50,7 +30,7 @@ def setting_options(
 
 def _option(path: str, shown_default: Any) -> inspect.Parameter:
     group, _, name = path.partition(".")
-    field = _section(group).model_fields[name] if name else RunSpec.model_fields[path]
+    field = section_class(group).model_fields[name] if name else RunSpec.model_fields[path]
     default = shown_default
     if default is None:
         default = field.get_default(call_default_factory=True)

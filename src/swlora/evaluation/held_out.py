@@ -57,9 +57,10 @@ def watch_of(
     sequences: TokenSequences,
     planned: Measurements,
     save: Callable[..., Any],
-    best_folder: Path,
+    best_folder: Path | None,
 ) -> Watch:
-    """Return what the training loop measures on `sequences`; asked for, it keeps the best adapter.
+    """Return what the training loop measures on `sequences`; asked for, it keeps the best adapter
+    in `best_folder`, unless that is None.
 
     `save(folder, losses_nats, step=...)` saves the model as it is; it is called while `adapted` is
     as it would be in the end.

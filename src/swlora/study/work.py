@@ -52,7 +52,8 @@ def train_and_measure(job: Job) -> None:
         held_out = job.encoded(job.spec.data.eval_split)
         loss = dataset_loss(trained.model.eval(), held_out, job.progress)
     values = {"nll": loss.nats_per_token, "sum_nats": loss.sum_nats, "n_tokens": loss.n_tokens}
-    shutil.rmtree(job.run.folder / "adapter")  # of full training it is as large as the model
+    assert trained.adapter is not None
+    shutil.rmtree(trained.adapter)  # of full training it is as large as the model
     job.run.write_result({"train": replace(trained, adapter=None), "heldout": values})
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from swlora.config import TrainSpec
 from swlora.errors import DivergedError, RunFailedError
 from swlora.loss_sum import LossSum
 from swlora.progress import Progress
-from swlora.runs import Run
+from swlora.run_record import RunRecord
 from swlora.threads import adapt_threads, adapted_threads
 from swlora.training.checkpoint import LoopState
 from swlora.training.schedule import Schedule, Step
@@ -42,7 +43,7 @@ def train(
     step_function: StepFunction,
     schedule: Schedule,
     adapted: Adapted,
-    run: Run,
+    run: RunRecord,
     progress: Progress,
     watch: Watch | None = None,
 ) -> LoopState:
@@ -57,7 +58,7 @@ def train(
     spec = schedule.spec
     accelerator, state = _begin(adapted, spec)
     folder, n_steps = run.checkpoint, schedule.n_steps
-    if state.load(folder):
+    if folder and state.load(folder):
         progress.say(f"resuming after step {state.totals.step}")
     run.truncate_metrics(state.totals.step)
     if watch:
@@ -73,7 +74,7 @@ def train(
                 report = _one_step(step_function, rows, state, accelerator, schedule)
             except RunFailedError:  # raised before the weights changed: nothing is lost
                 state.set_random_state(random_state)
-                state.save(folder)
+                _save(state, folder)
                 raise
             if watch:
                 report |= watch.after_step(state.held_out, state.totals.step, n_steps)
@@ -81,15 +82,20 @@ def train(
             task.advance(1, _note(report, state.held_out))
             stopping = stop.is_set()  # asked once: the signal may come between two questions
             if stopping or time.perf_counter() - saved_at_s > spec.checkpoint_every_s:
-                state.save(folder)
+                _save(state, folder)
                 saved_at_s = time.perf_counter()
             if stopping:
-                raise KeyboardInterrupt(
-                    f"stopped after step {state.totals.step} of {n_steps}; "
-                    f"--resume --output {run.folder} continues"
-                )
-    state.save(folder)
+                stopped = f"stopped after step {state.totals.step} of {n_steps}"
+                how = f"; --resume --output {run.folder} continues" if folder else ""
+                raise KeyboardInterrupt(stopped + how)
+    _save(state, folder)
     return state
+
+
+def _save(state: LoopState, folder: Path | None) -> None:
+    """Write a checkpoint, where there is a place for it."""
+    if folder:
+        state.save(folder)
 
 
 def reports(

@@ -1,0 +1,178 @@
+"""swlora in Python: the functions behind `swlora.train` and its like, one for each command.
+
+Settings are keyword arguments with the names of the command line's flags (`batch_size` for
+--batch-size), and mean the same. Without `output` there is no run folder, and nothing is written
+but what lies in the cache folder; progress is not shown unless a `Progress` is given.
+"""
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from swlora import pipeline
+from swlora.adapters.saved import adapter_folder, load_adapter, warn_of_other_base
+from swlora.command_settings import MODEL, SETTINGS
+from swlora.config import RunSpec, load_spec
+from swlora.errors import UserError
+from swlora.evaluation.evaluated import Evaluated
+from swlora.evaluation.prompting import Generated, Prompt, generate_text
+from swlora.job import Job
+from swlora.models.identity import weights_sample_sha256
+from swlora.models.load import LoadedModel, load_model
+from swlora.progress import Progress, Silent
+from swlora.run_record import MemoryRecord
+from swlora.runs import Run
+from swlora.settings import flag_name
+from swlora.superweights.findings import Identified
+from swlora.training.trained import Trained
+
+PathLike = str | os.PathLike[str]
+
+
+def identify(
+    *,
+    output: PathLike | None = None,
+    config: PathLike | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Identified:
+    """Find super weights and prove each by setting it to zero, as `swlora identify` does.
+
+    Raises UserError for a setting that is not one of that command, or has no such value.
+    """
+    spec = _spec("identify", config, settings)
+    with _job("identify", spec, output, progress) as job:
+        return pipeline.identify(job)
+
+
+def train(
+    *,
+    output: PathLike | None = None,
+    config: PathLike | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Trained:
+    """Train an adapter, as `swlora train` does; the result's `model` is the PeftModel.
+
+    Without `output` nothing is saved, and there is no checkpoint to resume from. Raises UserError
+    for what cannot be trained, and DivergedError where the loss is no number any more.
+    """
+    spec = _spec("train", config, settings)
+    with _job("train", spec, output, progress) as job:
+        trained = pipeline.train(job)
+    trained.model.eval()
+    return trained
+
+
+def evaluate(
+    adapter: PathLike | None = None,
+    *,
+    output: PathLike | None = None,
+    config: PathLike | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Evaluated:
+    """Generate for every prompt and score, as `swlora eval` does.
+
+    `adapter` is a folder (a run folder will do); None is the base model.
+    """
+    spec = _spec("eval", config, settings)
+    with _job("eval", spec, output, progress) as job:
+        return pipeline.evaluate_adapter(job, _path(adapter))
+
+
+def compare(
+    config: PathLike,
+    *,
+    output: PathLike | None = None,
+    only: Sequence[str] | None = None,
+    controls: bool | None = None,
+) -> dict[str, Any]:
+    """Compare methods and layers as the study in a YAML file says, as `swlora compare` does.
+
+    Returns what results.json holds. Every run is a process with a folder of its own: without
+    `output` they are temporary, and a study that was interrupted cannot go on.
+    """
+    from swlora.study.compare import Request, compare
+
+    with tempfile.TemporaryDirectory(prefix="swlora-") as scratch:
+        folder = _path(output) or Path(scratch) / "study"
+        names = None if only is None else list(only)
+        return compare(Request(Path(config), folder, names, {"controls": controls}))
+
+
+def generate(
+    prompt: str,
+    *,
+    adapter: PathLike | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    config: PathLike | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Generated:
+    """Continue a prompt, or answer it (`chat`), as `swlora generate` does."""
+    spec = _spec("generate", config, settings)
+    return generate_text(spec, Prompt(prompt, chat, system), _path(adapter), progress or Silent())
+
+
+def load(
+    adapter: PathLike | None = None,
+    *,
+    config: PathLike | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> LoadedModel:
+    """Load a model and its tokenizer, with the adapter in a folder on it if one is named."""
+    progress, folder = progress or Silent(), _path(adapter)
+    folder = adapter_folder(folder) if folder else None
+    loaded = load_model(_spec("load", config, settings).model)
+    if folder is None:
+        return loaded
+    sample = weights_sample_sha256(loaded.model)
+    warn_of_other_base(folder, loaded.source, sample, progress.say)
+    return replace(loaded, model=load_adapter(loaded.model, folder))
+
+
+@contextmanager
+def _job(
+    command: str, spec: RunSpec, output: PathLike | None, progress: Progress | None
+) -> Iterator[Job]:
+    """Make a job with a run folder, or with none."""
+    progress = progress or Silent()
+    if output is None:
+        yield Job(spec, MemoryRecord(), progress)
+        return
+    with Run.prepare(Path(output), spec, command) as run:
+        yield Job(spec, run, progress)
+
+
+def _spec(command: str, config: PathLike | None, settings: dict[str, Any]) -> RunSpec:
+    """Build the configuration from a YAML file and keyword arguments.
+
+    Raises UserError for names that the command does not take, with the nearest that it does.
+    """
+    names = {keyword(path): path for path in (MODEL if command == "load" else SETTINGS[command])}
+    for name in settings.keys() - names.keys():
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" (do you mean {near[0]}?)" if near else ""
+        raise UserError(f"{command} takes no setting {name!r}{hint}")
+    return load_spec(_path(config), {names[name]: _plain(v) for name, v in settings.items()})
+
+
+def keyword(path: str) -> str:
+    """Return the keyword argument of a setting, such as dataset for data.name."""
+    return flag_name(path).removeprefix("--").replace("-", "_")
+
+
+def _path(given: PathLike | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

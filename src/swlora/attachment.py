@@ -1,0 +1,71 @@
+"""An adapter on the model of a job: attached, trained step by step, saved."""
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swlora.job import Job
+from swlora.layer_policy import layer_ranges
+from swlora.models.identity import identify_base
+from swlora.preparation import PreparedTraining
+
+if TYPE_CHECKING:
+    from swlora.adapters.adapted import Adapted
+    from swlora.adapters.card import Facts
+    from swlora.training.checkpoint import LoopState
+    from swlora.training.schedule import Schedule
+    from swlora.training.watch import Watch
+
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter on the model of a job, and what is noted of it wherever it is saved."""
+
+    adapted: "Adapted"
+    n_trainable: int
+    facts: "Facts"
+    tokenizer: Any
+
+    def save(self, folder: Path, losses_nats: dict[str, float], **more: Any) -> int:
+        """Save the adapter as it is now; return the bytes of its weights."""
+        from swlora.adapters.saved import save_adapter
+
+        noted = {**self.facts, "losses_nats_per_token": losses_nats, **more}
+        return save_adapter(self.adapted.model, folder, noted, self.tokenizer)
+
+
+def attach(job: Job, schedule: "Schedule", layers: list[int]) -> Attached:
+    """Put an untrained adapter into the model of a job."""
+    from swlora.adapters.card import training_facts
+    from swlora.adapters.methods import adapt, train_mode
+
+    spec, loaded, n_steps = job.spec, job.loaded, schedule.n_steps
+    with job.timed("attach"):
+        resolved = spec.model_copy(update={"train": schedule.spec})
+        facts = training_facts(resolved, identify_base(loaded), job.dataset, layers)
+        adapted = adapt(loaded.model, spec.adapter, layers, seed=spec.seed, n_steps=n_steps)
+    train_mode(adapted.model)
+    n_trainable = sum(p.numel() for p in adapted.parameters.values())
+    job.progress.say(
+        f"training {n_trainable:,} weights ({spec.adapter.method}) in layers "
+        f"{layer_ranges(layers)} on {facts['data']['rows']:,} rows"
+    )
+    return Attached(adapted, n_trainable, facts, loaded.tokenizer)
+
+
+def run_steps(
+    job: Job, prepared: PreparedTraining, adapted: "Adapted", watch: "Watch | None"
+) -> "LoopState":
+    """Run all steps of a training, or those that an earlier process left undone."""
+    import torch
+
+    from swlora.training.loop import train as run_loop
+    from swlora.training.step import make_step
+
+    with job.timed("prepare"):
+        ready = make_step(adapted.model, prepared.sequences, job.spec.train, job.progress.say)
+    with closing(ready) as step:
+        torch.manual_seed(job.spec.seed)  # dropout
+        with job.timed("train"):
+            return run_loop(step, prepared.schedule, adapted, job.run, job.progress, watch)

@@ -1,0 +1,41 @@
+"""Which settings each command takes, on the command line and in Python; all others are refused."""
+
+from pydantic import BaseModel
+
+from swlora.config import RunSpec
+
+
+def section_class(name: str) -> type[BaseModel]:
+    """Return the specification of a section such as "model"."""
+    section = RunSpec.model_fields[name].annotation
+    assert isinstance(section, type) and issubclass(section, BaseModel)
+    return section
+
+
+def _settings(section: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in section_class(section).model_fields)
+
+
+MODEL = _settings("model")
+EVALUATION = ("data.english",)
+DATA = tuple(name for name in _settings("data") if name not in EVALUATION)
+EVAL_DATA = tuple(name for name in DATA if not name.startswith("data.train_"))
+IDENTIFY, ADAPTER = _settings("identify"), _settings("adapter")
+TRAIN, DECODE = _settings("train"), _settings("decode")
+TEXT = tuple(name for name in DECODE if name != "decode.batch_size")  # of a single prompt
+CHAT = ("decode.temperature", "decode.top_p", "decode.max_new_tokens")
+SERVE = _settings("serve")
+SEED = ("seed",)
+
+SETTINGS = {
+    "identify": (*MODEL, *IDENTIFY, *SEED),
+    "train": (*MODEL, *DATA, *ADAPTER, *TRAIN, *IDENTIFY, *SEED),
+    "eval": (*MODEL, *EVAL_DATA, *EVALUATION, *DECODE, *SEED),
+    "train-eval": (
+        *(*MODEL, *DATA, *EVALUATION, *ADAPTER),
+        *(*TRAIN, *DECODE, *IDENTIFY, *SEED),
+    ),
+    "generate": (*MODEL, *TEXT, *SEED),
+    "chat": (*MODEL, *CHAT, *SEED),
+    "serve": (*MODEL, *SERVE),
+}

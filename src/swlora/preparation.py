@@ -1,0 +1,118 @@
+"""What is known of a job before its work begins: its rows and steps, and that it can be done."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from swlora.data.examples import Example
+from swlora.data.token_sequences import TokenSequences
+from swlora.job import Job
+
+if TYPE_CHECKING:
+    from swlora.evaluation.held_out import Measurements
+    from swlora.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class PreparedTraining:
+    """What a training begins with: its sequences and steps, and what is measured on which others.
+
+    `held_out` is None where there is nothing to measure on.
+    """
+
+    sequences: TokenSequences
+    schedule: "Schedule"
+    measurements: "Measurements | None"
+    held_out: TokenSequences | None
+
+
+@dataclass(frozen=True)
+class PreparedEvaluation:
+    """The distinct prompts of a split, each with its references and its token ids."""
+
+    examples: list[Example]
+    references: list[list[str]]
+    prompts: list[list[int]]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether some of the prompts are chats."""
+        return any(example.messages for example in self.examples)
+
+    @property
+    def shown_prompts(self) -> list[str]:
+        """The prompts for a person to read: a text, or the turns of a chat."""
+        return [
+            e.prompt or "\n".join(f"{role}: {content}" for role, content in e.messages)
+            for e in self.examples
+        ]
+
+
+def prepare_training(job: Job) -> PreparedTraining:
+    """Load, encode and check what a training needs, then begin the run."""
+    from swlora.evaluation.held_out import planned_measurements
+    from swlora.training.schedule import Schedule, batch_note
+
+    spec, sequences = job.spec, job.encoded("train")
+    schedule = Schedule.of(sequences, spec.train, spec.seed)
+    if note := batch_note(spec.train, len(sequences)):
+        job.progress.say(note)
+    planned = planned_measurements(spec.train, n_steps=schedule.n_steps, n_rows=schedule.n_rows)
+    held_out = encode_held_out(job, planned) if planned else None
+    check_adapter(job, schedule.n_steps)
+    job.begin()
+    return PreparedTraining(sequences, schedule, planned, held_out)
+
+
+def encode_held_out(job: Job, planned: "Measurements") -> TokenSequences | None:
+    """Return what is measured while training; None where there is none and nobody asked for it."""
+    split = job.spec.data.eval_split
+    if not planned.is_asked and not len(job.dataset.dev if split == "dev" else job.dataset.test):
+        job.progress.say(f"the data set has no {split} split, so no held-out loss is measured")
+        return None
+    if split == "test" and job.spec.train.early_stopping:
+        job.progress.say(
+            "early stopping looks at the test rows, so that scores on them will flatter; "
+            "--split dev leaves them unseen"
+        )
+    if planned.is_asked and job.run.folder is None:
+        job.progress.say(
+            "the adapter with the lowest held-out loss is not kept: that needs a run folder"
+        )
+    return job.encoded(split, planned.n_rows)
+
+
+def check_adapter(job: Job, n_steps: int) -> None:
+    """Refuse an adapter that cannot be trained in this model, before any work is done."""
+    from swlora.adapters.methods import check_fit
+    from swlora.models.anatomy import Anatomy
+    from swlora.superweights import identify as identification
+    from swlora.training import layer_choice
+
+    spec, anatomy = job.spec, Anatomy(job.loaded.model)
+    policy = spec.adapter.layers
+    if policy.needs_identification:
+        identification.check(job.loaded, spec.identify)
+    elif policy.time_budget is not None:
+        layer_choice.check_family(anatomy)
+    # The first layer stands for layers that are not found yet.
+    layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
+    check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
+
+
+def prepare_evaluation(job: Job) -> PreparedEvaluation:
+    """Return the prompts to generate for.
+
+    Raises UserError where there are none, or where the model has no room for an answer.
+    """
+    from swlora.data.encode import encode_prompts
+    from swlora.data.known_tokens import check_prompts
+    from swlora.data.sources import group_references
+    from swlora.evaluation.decode import check_room
+    from swlora.models.anatomy import n_embeddings
+
+    groups = group_references(job.dataset.split(job.spec.data.eval_split))
+    examples = [example for example, _ in groups]
+    prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)
+    check_prompts(prompts, job.loaded.tokenizer, n_embeddings(job.loaded.model))
+    check_room(job.loaded.model, prompts, job.spec.decode)
+    return PreparedEvaluation(examples, [references for _, references in groups], prompts)

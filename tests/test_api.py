@@ -1,0 +1,201 @@
+"""swlora in Python: the same results as of the command line, nothing on disk unless asked for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tests.support.data_files import write_rows
+from tests.support.small_runs import ROWS, Heard, weights
+from tests.support.whole_jobs import DEV
+
+import swlora
+from swlora.adapters.methods import trainable_parameters
+from swlora.api import keyword
+from swlora.cli import main
+from swlora.command_settings import SETTINGS
+from swlora.errors import UserError
+from swlora.result_json import as_json
+from swlora.runs import read_metrics, read_run
+from swlora.study import compare as study
+
+NOT_IN_MEMORY = ("adapter", "adapter_bytes", "loss_figure", "best_adapter", "predictions")
+OF_THE_CLOCK = ("train_s", "examples_per_s", "peak_memory_bytes")
+
+
+@pytest.fixture
+def settings(model_folder, tmp_path, monkeypatch, no_java) -> dict[str, Any]:
+    """Keyword arguments of a small training; the working directory is an empty one."""
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return {
+        "model": str(model_folder("llama")),
+        "dtype": "float32",
+        "device": "cpu",
+        "dataset": write_rows(tmp_path / "train.jsonl", ROWS),
+        "eval_file": write_rows(tmp_path / "dev.jsonl", DEV),
+    }
+
+
+TRAINING = {"rank": 3, "epochs": 2, "batch_size": 3, "learning_rate": 0.02, "layers": "last:2"}
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [word for n, v in settings.items() for word in (f"--{n.replace('_', '-')}", str(v))]
+
+
+def run_command(command: str, settings: dict[str, Any], *more: str) -> Any:
+    """Run the command line; return its --json."""
+    target = Path("..") / f"{command}.json"
+    main([command, *flags(settings), "--json", str(target), *more])
+    return json.loads(target.read_text())
+
+
+def comparable(result: dict[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in result.items() if n not in (*NOT_IN_MEMORY, *OF_THE_CLOCK)}
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_a_training_without_a_run_folder_is_that_of_the_command_line(method, settings) -> None:
+    settings |= TRAINING | {"method": method, "seed": 5}
+    trained = swlora.train(**settings)
+    assert os.listdir() == []
+    result = as_json(trained)
+    assert result["adapter"] is result["adapter_bytes"] is result["loss_figure"] is None
+    expected = run_command("train", settings, "--output", "../run")
+    assert comparable(result) == comparable(expected)
+    saved = weights(Path("../run/adapter"))
+    found = peft.get_peft_model_state_dict(trained.model)
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert not trained.model.training
+
+
+def test_output_makes_the_run_folder_of_the_command(settings) -> None:
+    trained = swlora.train(**settings, **TRAINING, output="../run")
+    facts = read_run(Path("../run"))
+    assert (facts["status"], facts["command"]) == ("done", "train")
+    assert len(read_metrics(Path("../run"))) == trained.course.steps == 8
+    assert trained.adapter == Path("../run/adapter")
+    assert json.loads(Path("../run/result.json").read_text()) == {"train": as_json(trained)}
+    with pytest.raises(UserError, match="already holds a run"):
+        swlora.train(**settings, **TRAINING, output="../run")
+
+
+def test_evaluation_with_and_without_a_run_folder(settings) -> None:
+    swlora.train(**settings, **TRAINING, output="../run")
+    evaluation = settings | {"max_new_tokens": 5, "eval_prompts": 2}
+    evaluated = swlora.evaluate("../run", **evaluation)
+    assert os.listdir() == []
+    assert evaluated.predictions is None
+    expected = run_command("eval", evaluation, "--adapter", "../run", "--output", "../eval")
+    assert comparable(as_json(evaluated)) == comparable(expected)
+    assert evaluated.nll < swlora.evaluate(**evaluation).nll
+    assert evaluated.loss.nats_per_token == evaluated.nll
+
+
+def test_a_model_is_loaded_with_its_adapter_and_generates(settings, model_folder) -> None:
+    swlora.train(**settings, **TRAINING, output="../run")
+    model = {name: settings[name] for name in ("model", "dtype", "device")}
+    loaded, base = swlora.load("../run", **model), swlora.load(**model)
+    ids = torch.tensor([[5, 6, 7]])
+    plain = peft.PeftModel.from_pretrained(base.model, "../run/adapter").eval()
+    with torch.no_grad():
+        expected = plain(ids).logits
+        torch.testing.assert_close(loaded.model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    given = {**model, "max_new_tokens": 4}
+    text = swlora.generate("name[E]", adapter="../run", **given).text
+    written = run_command("generate", given, "--adapter", "../run", "--prompt", "name[E]")
+    assert text == written["text"]
+    assert os.listdir() == []
+
+
+def test_identification_leaves_nothing_either(settings) -> None:
+    small = {name: settings[name] for name in ("model", "dtype", "device")}
+    small |= {"windows": 1, "window_tokens": 32, "controls": 1, "max_candidates": 1}
+    small["prompt"] = "hello"
+    found = swlora.identify(**small | {"prompt": ["hello"]})
+    assert os.listdir() == []
+    expected = run_command("identify", small, "--output", "../found")
+    assert set(expected) - set(as_json(found)) == {"figure", "figures", "report"}
+    assert as_json(found) == {name: expected[name] for name in as_json(found)}
+    assert found.report is found.figure is None
+
+
+def test_identification_measures_weights_in_float32_whatever_is_asked_for(settings) -> None:
+    asked = {"model": settings["model"], "dtype": "bfloat16", "device": "cpu"}
+    small = {"windows": 1, "window_tokens": 32, "controls": 1, "max_candidates": 1}
+    assert swlora.identify(**asked, **small, prompt=["hello"]).setup.dtype == "float32"
+
+
+def test_progress_is_told_what_is_not_kept(settings) -> None:
+    heard = Heard()
+    stopping = TRAINING | {"early_stopping": 3}
+    trained = swlora.train(**settings, **stopping, progress=heard)
+    assert trained.course.held_out is not None and trained.best_adapter is None
+    assert any("lowest held-out loss is not kept" in line for line in heard.lines)
+
+
+def test_a_file_with_settings_and_arguments_that_win(settings, tmp_path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("adapter: {rank: 7}\ntrain: {epochs: 1, batch_size: 6}\n")
+    trained = swlora.train(config=config, **settings, rank=2, layers="2")
+    assert (trained.course.steps, trained.layers) == (2, [2])
+    assert {p.shape[0] for n, p in trainable_parameters(trained.model).items() if "_A" in n} == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        ({"rnak": 3}, r"train takes no setting 'rnak' \(do you mean rank\?\)"),
+        ({"num_beams": 3}, "train takes no setting 'num_beams'"),
+        ({"rank": 0}, "--rank: must be"),
+        ({"layers": "lats:2"}, "do you mean last:2"),
+    ],
+)
+def test_mistakes_are_named(arguments, mistake) -> None:
+    with pytest.raises(UserError, match=mistake):
+        swlora.train(**arguments)
+
+
+def test_every_setting_of_a_command_has_a_keyword_of_its_own() -> None:
+    for command, paths in SETTINGS.items():
+        assert len({keyword(path) for path in paths}) == len(paths), command
+    assert [keyword(p) for p in ("model.name", "data.eval_split", "train.batch_size")] == [
+        *("model", "split", "batch_size")
+    ]
+
+
+def test_a_study_without_a_folder_is_temporary(monkeypatch, tmp_path) -> None:
+    seen: list[study.Request] = []
+
+    def compare(request: study.Request) -> dict[str, Any]:
+        request.output.mkdir()
+        seen.append(request)
+        return {"status": "done"}
+
+    monkeypatch.setattr(study, "compare", compare)
+    monkeypatch.chdir(tmp_path)
+    assert swlora.compare("study.yaml", only=["lora"], controls=False) == {"status": "done"}
+    assert not seen[0].output.exists() and os.listdir() == []
+    swlora.compare("study.yaml", output="kept")
+    assert (seen[0].only, seen[0].overrides) == (["lora"], {"controls": False})
+    assert (seen[1].output, seen[1].overrides) == (Path("kept"), {"controls": None})
+    assert os.listdir() == ["kept"]
+
+
+def test_import_alone_imports_no_torch() -> None:
+    code = (
+        "import sys, swlora; assert 'torch' not in sys.modules; assert 'train' in dir(swlora); "
+        "swlora.train; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(swlora.__all__) <= set(dir(swlora))
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        swlora.trian  # noqa: B018

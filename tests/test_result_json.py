@@ -1,0 +1,111 @@
+"""Results as JSON: keys, nesting and None are those that run folders have always had."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.data_files import write_rows
+from tests.support.small_runs import ROWS
+from tests.support.whole_jobs import DEV, make_spec, run_in
+
+from swlora.result_json import FLAT, IF_ANY, NO_KEY, as_json, key
+
+
+@dataclass(frozen=True)
+class Place:
+    layer: int
+    channel: int | None
+
+
+@dataclass(frozen=True)
+class Found:
+    place: Place = field(metadata=FLAT)
+    missing: Place | None = field(metadata=FLAT)
+    score: float = field(metadata=key("BLEU"))
+    reason: str | None
+    best: Path | None = field(metadata=IF_ANY)
+    model: Any = field(metadata=NO_KEY)
+    parts: tuple[Place, ...]
+    by_name: Mapping[str, Path]
+
+
+def test_what_fields_become() -> None:
+    found = Found(
+        Place(3, None), None, 0.5, None, None, object(), (Place(1, 2),), {"a": Path("x/y")}
+    )
+    assert as_json(found) == {
+        "layer": 3,
+        "channel": None,
+        "BLEU": 0.5,
+        "reason": None,
+        "parts": [{"layer": 1, "channel": 2}],
+        "by_name": {"a": "x/y"},
+    }
+    with pytest.raises(TypeError, match="object has no place in a result"):
+        as_json({"a": object()})
+
+
+TRAINED = """method layers n_trainable adapter_bytes rows batch_size steps planned_steps train_s
+examples_per_s last_loss final_loss final_loss_steps held_out peak_memory_bytes adapter
+loss_figure"""
+HELD_OUT = "n_measured first best last best_step n_since_best"
+EVALUATED = """BLEU NIST METEOR ROUGE_L CIDEr meteor_reason tokenizer nll nll_sum_nats n_tokens
+scale intervals bootstrap english_perplexity_before english_perplexity english_sum_nats
+english_n_tokens english_windows_begin_with_bos n_prompts split decode data predictions"""
+IDENTIFIED = """model model_id model_revision dtype device prompts text text_tokens_sha256
+n_windows window_tokens windows_begin_with_bos n_controls seed thresholds packages prompt tokens
+perplexity control_windows bootstrap layers removal_layers candidates joint joint_proven search
+known path dose_curve generations modules residual figure figures report"""
+ADDRESS = "layer module out_channel in_channel"
+EFFECT = """perplexity ratio interval largest_control effect_nats control_effects_nats verdict"""
+CANDIDATE = f"""{ADDRESS} weight input_value output_value token contribution contribution_share
+bias_share persistence round mean_contribution agreement {EFFECT} leave_one_out_ratio controls"""
+PARTS = {
+    "joint": f"addresses {EFFECT}",
+    "search": "outcome rounds settings",
+    "path": f"name {ADDRESS} token intact ablated others",
+    "dose_curve": f"name {ADDRESS} points",
+    "generations": f"name {ADDRESS} texts",
+    "thresholds": "super strong control_factor massive_ratio",
+    "bootstrap": "draws block_tokens",
+}
+
+
+def keys(result: Mapping[str, Any]) -> set[str]:
+    return set(result)
+
+
+def test_what_a_run_folder_holds(model_folder, tmp_path, monkeypatch, no_java) -> None:
+    """The keys as they were when results were dictionaries."""
+    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
+    data = write_rows(tmp_path / "a.jsonl", ROWS), write_rows(tmp_path / "b.jsonl", DEV)
+    spec = make_spec(model_folder("llama"), data, data__english=True, train__max_steps=2)
+    run_in(tmp_path / "run", spec)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert keys(result) == {"train", "eval"}
+    assert keys(result["train"]) == set(TRAINED.split())
+    assert keys(result["train"]["held_out"]) == set(HELD_OUT.split())
+    evaluated = result["eval"]
+    assert keys(evaluated) == set(EVALUATED.split())
+    assert keys(evaluated["bootstrap"]) == {"draws", "seed", "confidence"}
+    assert evaluated["decode"] == spec.decode.model_dump(mode="json")
+
+
+def test_what_an_identification_leaves(model_folder, tmp_path) -> None:
+    spec = make_spec(model_folder("llama"), (tmp_path / "a", tmp_path / "b"))
+    changes = {"controls": 2, "max_candidates": 2, "prompt": ["hello there"]}
+    spec = spec.model_copy(update={"identify": spec.identify.model_copy(update=changes)})
+    run_in(tmp_path / "run", spec, "identify")
+    found = json.loads((tmp_path / "run" / "result.json").read_text())["identify"]
+    assert keys(found) == set(IDENTIFIED.split())
+    assert all(keys(candidate) == set(CANDIDATE.split()) for candidate in found["candidates"])
+    for name, expected in PARTS.items():
+        assert keys(found[name]) == set(expected.split()), name
+    settings, activation = found["search"]["settings"], "layer token channel value ratio"
+    said = "prompt has_bos is_massive activation removal_layers"
+    assert keys(settings[0]) == set(said.split())
+    assert keys(settings[0]["activation"]) == set(activation.split())
+    assert keys(found["modules"][0]) == {"layer", "module", "input", "output"}

@@ -83,17 +83,19 @@ def _token_ids(
     Where rotary frequencies change with a text's length, each prompt whose text may grow so long is
     left to `generate` of transformers by itself, unless rows can do it.
     """
-    way, rotary = _way(model, spec), RotaryLengths(model)
+    generate_each, rotary = _choose_generator(model, spec), RotaryLengths(model)
     beyond = {}
-    if way is not _by_rows:
+    if generate_each is not _by_rows:
         beyond = {i: p for i, p in prompts.items() if rotary.side(len(p) + spec.max_new_tokens)}
     if together := {i: prompt for i, prompt in prompts.items() if i not in beyond}:
-        yield from way(model, ends, together, spec, seed)
+        yield from generate_each(model, ends, together, spec, seed)
     for i, prompt in beyond.items():
         yield from _by_batches(model, ends, {i: prompt}, spec, _seed_of(i, seed))
 
 
-def _way(model: Any, spec: DecodeSpec) -> Callable[..., Iterator[tuple[int, list[int]]]]:
+def _choose_generator(
+    model: Any, spec: DecodeSpec
+) -> Callable[..., Iterator[tuple[int, list[int]]]]:
     """Return how texts are made: a function that yields (prompt, its new tokens) as they end."""
     if not joins_batches(model):
         return _by_batches

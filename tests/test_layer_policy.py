@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swlora.config import AdapterSpec, dump_yaml, load_spec
-from swlora.errors import UserError
+from swlora.errors import NoSuperWeightError, UserError
 from swlora.layer_policy import (
     EN_DASH,
     LayerPolicy,
@@ -150,7 +150,7 @@ def test_mistakes(policy, said):
 
 
 def test_super_without_super_weights():
-    with pytest.raises(UserError, match="no super weight was verified"):
+    with pytest.raises(NoSuperWeightError, match="no super weight was verified"):
         resolve("super", 7, VerifiedLayers([], [6]))
     with pytest.raises(UserError, match="needs the layers"):
         resolve("super", 7)

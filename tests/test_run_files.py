@@ -10,12 +10,8 @@ from safetensors import SafetensorError
 from swlora import files
 from swlora.config import RunSpec
 from swlora.errors import RunFailedError
-from swlora.runs import (
-    Run,
-    load_snapshot,
-    read_metrics,
-    save_snapshot,
-)
+from swlora.runs import Run, read_metrics
+from swlora.snapshots import load_snapshot, save_snapshot
 
 
 def start(folder: Path) -> Run:

@@ -9,14 +9,10 @@ import pytest
 import torch
 
 from swlora.config import AdapterSpec, RunSpec, load_spec
-from swlora.errors import RunFailedError, UserError
-from swlora.runs import (
-    Run,
-    default_folder,
-    load_snapshot,
-    read_run,
-    save_snapshot,
-)
+from swlora.errors import DivergedError, RunFailedError, UserError
+from swlora.runs import Run, default_folder, read_run
+from swlora.snapshots import load_snapshot, save_snapshot
+from swlora.work_folder import Failure, failure_of
 
 SPEC = RunSpec(adapter=AdapterSpec(rank=7), seed=5)
 
@@ -52,21 +48,46 @@ def test_a_new_run_explains_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "reason"),
+    ("error", "status", "reason", "code", "message"),
     [
-        (None, "done", None),
-        (RunFailedError("no more space"), "failed", "RunFailedError: no more space"),
-        (ValueError(), "failed", "ValueError"),
-        (KeyboardInterrupt("after step 3"), "cancelled", "KeyboardInterrupt: after step 3"),
-        (SystemExit(1), "cancelled", "SystemExit: 1"),
+        (None, "done", None, None, None),
+        (
+            *(RunFailedError("no more space"), "failed", "RunFailedError: no more space"),
+            *("failed", "no more space"),
+        ),
+        (UserError("no"), "failed", "UserError: no", "bad_input", "no"),
+        (DivergedError("too high"), "failed", "DivergedError: too high", "diverged", "too high"),
+        (ValueError(), "failed", "ValueError", "unexpected", "ValueError"),
+        (
+            *(KeyboardInterrupt("after step 3"), "cancelled", "KeyboardInterrupt: after step 3"),
+            *("cancelled", "after step 3"),
+        ),
+        (SystemExit(1), "cancelled", "SystemExit: 1", "cancelled", "1"),
     ],
 )
-def test_how_it_ended(error, status, reason, tmp_path):
+def test_how_it_ended(error, status, reason, code, message, tmp_path):
     run = ended(tmp_path, error)
     facts = read_run(tmp_path)
     assert facts == run.facts
     assert (facts["status"], facts.get("reason")) == (status, reason)
+    assert facts.get("error") == (None if error is None else {"code": code, "message": message})
+    assert failure_of(facts) == (None if error is None else Failure(code, message))
     assert facts["timings_s"]["total"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("facts", "failure"),
+    [
+        ({"reason": "RunFailedError: x is not finite"}, ("diverged", "x is not finite")),
+        ({"reason": "UserError: no such layer: x"}, ("", "no such layer: x")),
+        ({"reason": "killed"}, ("", "killed")),
+        ({"reason": "UserError: not finite", "error": {"code": "bad_input"}}, ("bad_input", "")),
+        ({"reason": None}, None),
+        ({}, None),
+    ],
+)
+def test_how_runs_of_older_versions_ended(facts, failure):
+    assert failure_of(facts) == (None if failure is None else Failure(*failure))
 
 
 def test_a_resumed_run_may_end_better(tmp_path):
@@ -75,13 +96,14 @@ def test_a_resumed_run_may_end_better(tmp_path):
     assert spec == SPEC
     with run:
         assert read_run(tmp_path)["status"] == "running"
+        assert not read_run(tmp_path).keys() & {"reason", "error"}
         run.record(n=3)
         run.add_timing("train", 1.25)
         run.add_timing("train", 0.5)
     facts = read_run(tmp_path)
     assert (facts["status"], facts["n"], facts["resumed"]) == ("done", 3, 1)
     assert facts["timings_s"]["train"] == 1.75
-    assert "reason" not in facts
+    assert not facts.keys() & {"reason", "error"}
 
 
 def test_only_a_finished_run_drops_its_checkpoint(tmp_path):

@@ -15,12 +15,13 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swlora.errors import UserError
+from swlora.locks import Lock, lock
 from swlora.paths import cache_dir
 
 PREFIX, ENGLISH = "prefix", "english"  # folders
@@ -65,9 +66,10 @@ def clear(chosen: Iterable[Entry]) -> list[Entry]:
 
 def remove(kind: str, path: Path) -> bool:
     """Remove an entry of the cache; return False where a process has it in use."""
-    with _locked_alone(_lock_of(kind, path)) as is_free:
-        if not is_free:
-            return False
+    held = _lock_alone(kind, path)
+    if held is None:
+        return False
+    with held:
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
         else:
@@ -88,17 +90,17 @@ def hold(path: Path) -> bool:
         there = path.stat()
         if (there.st_dev, there.st_ino) in _held:
             return True
-        descriptor = os.open(path, os.O_RDONLY)
+        held = lock(path, alone=False, wait=True)
     except FileNotFoundError:
         return False
     except OSError:  # a system that does not open folders has no such locks
         return True
-    _lock(descriptor, alone=False, wait=True)
-    _held[there.st_dev, there.st_ino] = descriptor
-    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+    assert held  # it waited
+    _held[there.st_dev, there.st_ino] = held
+    return held.is_of(path)
 
 
-_held: dict[tuple[int, int], int] = {}  # open descriptors, by device and inode
+_held: dict[tuple[int, int], Lock] = {}  # by device and inode
 
 
 def disk_bytes(path: Path) -> int:
@@ -174,8 +176,10 @@ def _entry(kind: str, path: Path) -> Entry:
     if kind == "scratch":
         in_use = time.time() - used_at < SCRATCH_S
     else:
-        with _locked_alone(_lock_of(kind, path)) as is_free:
-            in_use = not is_free
+        held = _lock_alone(kind, path)
+        in_use = held is None
+        if held is not None:
+            held.release()
     owner = str(says.get("for") or path.name)
     return Entry(kind, path, disk_bytes(path), float(made_at), used_at, owner, in_use)
 
@@ -191,38 +195,12 @@ def _about(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _lock_of(kind: str, path: Path) -> Path | None:
-    """Return what is locked while an entry is in use."""
-    if path.is_symlink():
-        return None
-    return {"model": path, PREFIX: path / LOCK}.get(kind)
-
-
-@contextmanager
-def _locked_alone(lock: Path | None) -> Iterator[bool]:
-    """Hold an exclusive lock while the body runs, which is told whether it was free."""
+def _lock_alone(kind: str, path: Path) -> Lock | None:
+    """Lock an entry, so that nobody begins to use it; None where a process has it in use."""
+    place = {"model": path, PREFIX: path / LOCK}.get(kind)
+    if place is None or path.is_symlink():
+        return Lock(None)
     try:
-        descriptor = None if lock is None else os.open(lock, os.O_RDONLY)
+        return lock(place, alone=True)
     except OSError:  # never locked yet
-        descriptor = None
-    try:
-        yield descriptor is None or _lock(descriptor, alone=True, wait=False)
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int, *, alone: bool, wait: bool) -> bool:
-    """Lock what is open; return False where another process holds it (True without locks)."""
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-    try:
-        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+        return Lock(None)

@@ -64,6 +64,17 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, text + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; UserError where it is absent or cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path.parent} holds no readable {path.name}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path.parent} holds no readable {path.name}")
+    return value
+
+
 def replace_folder(scratch: Path, target: Path) -> None:
     """Put the complete folder `scratch` into the place of the folder `target`.
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from swlora.errors import UserError
+from swlora.errors import NoSuperWeightError, UserError
 
 Kind = Literal["all", "super", "super+removal", "auto", "last", "first", "every", "random", "list"]
 POLICIES = (
@@ -113,7 +113,7 @@ class LayerPolicy:
         if verified is None:
             raise UserError(f"--layers {self} needs the layers that identify verified")
         if not verified.super_layers:
-            raise UserError(
+            raise NoSuperWeightError(
                 f"no super weight was verified in this model, so --layers {self} names no layer; "
                 "choose all, last:K or a list"
             )

@@ -9,10 +9,7 @@ replaced atomically. A snapshot counts only when its manifest, written last, mat
 it goes when the run is done.
 """
 
-import hashlib
-import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import time
@@ -21,23 +18,19 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, ClassVar, Self
 
 from swlora.config import RunSpec, dump_yaml, load_spec
 from swlora.errors import RunFailedError, UserError
-from swlora.files import atomic_path, check_writable, write_json, write_text
+from swlora.files import check_writable, read_json, write_json, write_text
 from swlora.result_json import as_json
+from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Status = Literal["running", "done", "failed", "cancelled"]
 DEFAULT_PARENT = Path("runs")
 RESUMABLE = ("train", "train-eval")
-PACKAGES = ("swlora", "torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors")
 
 
-class Run:
+class Run(WorkFolder):
     """One run folder, used as a context manager that records how the run ended.
 
     A run is prepared, which writes nothing, and begins when its work does: a mistake that shows
@@ -45,15 +38,17 @@ class Run:
     same folder (UserError).
     """
 
+    work: ClassVar[str] = "run"
+    file_name: ClassVar[str] = "run.json"
+    status_after_error: ClassVar[Status] = "failed"
+
     def __init__(self, folder: Path, facts: dict[str, Any], spec: RunSpec) -> None:
-        self.folder = folder
-        self.facts = facts
+        super().__init__(folder, facts)
         self.has_begun = False
         self._spec = spec
         self._is_named = True  # by the user; else a fresh folder is taken when the run begins
         self._start_s = time.perf_counter()
         self._is_entered = False
-        self._lock: int | None = None
 
     @classmethod
     def prepare(cls, folder: Path | None, spec: RunSpec, command: str) -> Self:
@@ -68,9 +63,7 @@ class Run:
             "status": "running",
             "command": command,
             "seed": spec.seed,
-            "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "packages": package_versions(),
-            "python": platform.python_version(),
+            **facts_of_now(),
             "machine": platform.machine(),
             "timings_s": {},
         }
@@ -97,7 +90,7 @@ class Run:
         else:
             self.folder = _made_default_folder(self.facts["command"])
         if self._is_entered:
-            self._lock = lock_folder(self.folder)
+            self._take()
         _check_free(self.folder)
         write_text(self.folder / "config.yaml", dump_yaml(spec or self._spec))
         self.has_begun = True
@@ -110,7 +103,7 @@ class Run:
             raise UserError(f"{folder} holds no run to resume")
         facts = read_run(folder)
         if facts["status"] == "done":
-            raise UserError(f"the run in {folder} is done; there is nothing to resume")
+            raise UserError(_nothing_to_resume(folder))
         if facts["command"] != command:
             raise UserError(f"{folder} holds a run of {facts['command']}, not of {command}")
         spec = load_spec(folder / "config.yaml", {})
@@ -123,19 +116,6 @@ class Run:
     def checkpoint(self) -> Path:
         """The folder of the snapshot."""
         return self.folder / "checkpoint"
-
-    def record(self, **facts: Any) -> None:
-        """Add facts to run.json."""
-        self.facts.update(facts)
-        self._save()
-
-    def record_source(self, **facts: Any) -> None:
-        """Record what the run works on; UserError where a resumed run would work on another."""
-        for name, now in facts.items():
-            before = self.facts.get(name, now)
-            if before != now:
-                raise UserError(f"this run cannot go on: {name} was {before} and is now {now}")
-        self.record(**facts)
 
     def add_timing(self, name: str, seconds: float) -> None:
         """Add `seconds` to the named share of the run's time."""
@@ -169,26 +149,21 @@ class Run:
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far; empty where nothing did."""
         path = self.folder / "result.json"
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def _save(self) -> None:
         if self.has_begun:
-            write_json(self.folder / "run.json", self.facts)
+            super()._save()
 
     def __enter__(self) -> Self:
         self._is_entered = True
         if self.has_begun:
-            self._lock = lock_folder(self.folder)
-            self._check_unfinished()
-            self._save()
+            self._take()
+            if read_run(self.folder)["status"] == "done":  # since this process read of it
+                self._lock.release()
+                raise UserError(_nothing_to_resume(self.folder))
+            self._record_start()
         return self
-
-    def _check_unfinished(self) -> None:
-        """Refuse a run that another process ended after this one had read of it."""
-        if read_run(self.folder)["status"] == "done":
-            if self._lock is not None:
-                os.close(self._lock)
-            raise UserError(f"the run in {self.folder} is done; there is nothing to resume")
 
     def __exit__(
         self,
@@ -196,22 +171,17 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        status: Status = "done"
         if error is not None:
-            stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-            status = "cancelled" if stopped else "failed"
-            self.facts["reason"] = f"{type(error).__name__}: {error}".strip(": ")
+            self._note_error(error)
         else:
-            self.facts.pop("reason", None)
+            self.facts["status"] = "done"
             shutil.rmtree(self.checkpoint, ignore_errors=True)
-        self.facts["status"] = status
         try:
             if error is None:
                 self.begin()
             self.add_timing("total", time.perf_counter() - self._start_s)
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
+            self._lock.release()
 
 
 def started_s(facts: Mapping[str, Any]) -> float:
@@ -221,12 +191,7 @@ def started_s(facts: Mapping[str, Any]) -> float:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Read run.json; UserError where the folder is no run."""
-    try:
-        facts = dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-        facts["status"], facts["command"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} holds no readable run.json") from error
-    return facts
+    return read_facts(folder / Run.file_name, ("status", "command"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -243,6 +208,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
+
+
+def _nothing_to_resume(folder: Path) -> str:
+    return f"the run in {folder} is done; there is nothing to resume"
 
 
 def _check_free(folder: Path) -> None:
@@ -262,25 +231,6 @@ def _check_free(folder: Path) -> None:
         f"{folder} already holds a run ({facts['status']}); choose another --output"
         + (" or continue it with --resume" if can_resume else "")
     )
-
-
-def lock_folder(folder: Path) -> int | None:
-    """Return a descriptor that locks the folder until it is closed, at the latest by the end of
-    the process; None where the system has no such locks. UserError where another one holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise UserError(f"another process is at work in {folder}") from error
-        return None
-    return descriptor
 
 
 def default_folder(command: str) -> Path:
@@ -312,68 +262,3 @@ def _make(folder: Path, *, exist_ok: bool) -> None:
         raise UserError(
             f"cannot make {folder}: {error.strerror}; choose another --output"
         ) from error
-
-
-def package_versions() -> dict[str, str]:
-    """Return the installed versions of the packages that decide a result."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def save_snapshot(folder: Path, tensors: dict[str, "Tensor"], values: dict[str, Any]) -> None:
-    """Replace the snapshot in `folder` by `tensors` and JSON `values`; the old one stays until
-    the new one is complete.
-
-    The bytes go to a name of their own, then the manifest (name, sha256) is renamed into place,
-    then the previous file is removed: a kill at any moment leaves a whole snapshot.
-    Raises RunFailedError where the disk is full.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    numbers = [int(path.stem.partition("-")[2]) for path in folder.glob("state-*.safetensors")]
-    data_path = folder / f"state-{max(numbers, default=0) + 1}.safetensors"
-    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"values": json.dumps(values, allow_nan=False)}
-    with atomic_path(data_path) as scratch:
-        try:
-            save_file(contents, scratch, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-    write_json(folder / "manifest.json", {"file": data_path.name, "sha256": _sha256(data_path)})
-    for stale in folder.glob("state-*.safetensors"):
-        if stale != data_path:
-            stale.unlink()
-
-
-def load_snapshot(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]] | None:
-    """Return (tensors, values) of the snapshot in `folder`, or None where none was completed.
-
-    Raises RunFailedError where its bytes are not those that were saved.
-    """
-    from safetensors import safe_open
-
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        path = folder / manifest["file"]
-        whole = path.is_file() and _sha256(path) == manifest["sha256"]
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise RunFailedError(f"the checkpoint {path} is damaged; start again in another --output")
-    with safe_open(path, "pt") as file:
-        values = json.loads(file.metadata()["values"])
-        return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,9 +21,10 @@ def write(name, value):
     (run / name).write_text(json.dumps(value))
 
 
-def end(status, code, reason=None):
+def end(status, code, reason=None, error=None):
     timings = {"choose_layers": 2.5, "train": 1.0, "total": 4.0}
-    write("run.json", {"status": status, "reason": reason, "command": phase, "timings_s": timings})
+    facts = {"status": status, "reason": reason, "command": phase, "timings_s": timings}
+    write("run.json", facts | ({"error": error} if error else {}))
     sys.exit(code)
 
 
@@ -58,7 +59,7 @@ if act.get("no_run"):
     (run / "run.json").unlink()
     sys.exit("swlora: nothing here")
 if "fail" in act:
-    end("failed", 1, act["fail"])
+    end("failed", 1, act["fail"], act.get("error"))
 result = {
     "identify": {"choice": {"layers": act.get("layers", [1]), "reason": act.get("reason")}},
     "rates": {"heldout": {"nll": act.get("nll", 1.0)}},

@@ -10,8 +10,8 @@ import pytest
 
 from swlora.config import RunSpec, TrainSpec
 from swlora.errors import UserError
+from swlora.locks import lock_folder
 from swlora.paths import cache_dir
-from swlora.runs import lock_folder
 from swlora.study.folder import StudyFolder
 from swlora.study.live import Board
 from swlora.study.plan import Task
@@ -41,13 +41,13 @@ def run(folder, children, view):
 
 
 def told(folder, task=TASK):
-    facts = json.loads((folder.path / "study.json").read_text())
+    facts = json.loads((folder.folder / "study.json").read_text())
     return facts["runs"][task.folder]
 
 
 def test_a_run_is_a_process_that_leaves_a_folder(folder, run, children, view):
     assert run() == Outcome("done")
-    assert (folder.path / TASK.folder / "log.txt").read_text() == f"working in {TASK.folder}\n"
+    assert (folder.folder / TASK.folder / "log.txt").read_text() == f"working in {TASK.folder}\n"
     facts = told(folder)
     assert facts.pop("seconds") > 0
     assert facts.pop("load_before") >= 0
@@ -85,20 +85,39 @@ def test_a_run_that_fails_is_noted_and_made_again(act, reason, folder, run, chil
     assert run(**act) == Outcome("failed", reason)
     assert (told(folder)["status"], told(folder)["reason"]) == ("failed", reason)
     assert view.lines[0].endswith(f": {reason}")
-    (folder.path / TASK.folder / "left.txt").touch()
+    (folder.folder / TASK.folder / "left.txt").touch()
     assert run() == Outcome("done")
     assert [call["resume"] for call in children.calls] == ["False", "False"]
-    assert not (folder.path / TASK.folder / "left.txt").exists()
+    assert not (folder.folder / TASK.folder / "left.txt").exists()
     assert told(folder)["reason"] is None
 
 
-def test_a_rate_that_is_too_high_is_an_answer(run, children):
+@pytest.mark.parametrize(
+    "act",
+    [
+        {"fail": "DivergedError: ...", "error": {"code": "diverged", "message": "..."}},
+        {"fail": "the loss or its gradient is not finite at step 3"},  # of an older version
+    ],
+)
+def test_a_rate_that_is_too_high_is_an_answer(act, run, children):
     task = Task("rates", "lora", "9", "rates/lora/9", RunSpec())
     for _ in range(2):
-        outcome = run(task, fail="the loss or its gradient is not finite at step 3")
-        assert outcome.is_divergence
+        assert run(task, **act).has_diverged
     assert len(children.calls) == 1
-    assert not run(Task("rates", "x", "9", "rates/x/9", RunSpec()), fail="disk").is_divergence
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        {"fail": "disk"},
+        {"fail": "a number is not finite", "error": {"code": "failed", "message": "..."}},
+    ],
+)
+def test_other_failures_of_a_rate_are_no_answer(act, run, children):
+    task = Task("rates", "x", "9", "rates/x/9", RunSpec())
+    for _ in range(2):
+        assert not run(task, **act).has_diverged
+    assert len(children.calls) == 2
 
 
 def test_an_interruption_cancels_the_run_and_a_checkpoint_is_resumed(folder, run, children, view):
@@ -109,7 +128,7 @@ def test_an_interruption_cancels_the_run_and_a_checkpoint_is_resumed(folder, run
     assert (told(folder)["status"], told(folder)["reason"]) == (
         *("cancelled", "the study was stopped"),
     )
-    facts = json.loads((folder.path / TASK.folder / "run.json").read_text())
+    facts = json.loads((folder.folder / TASK.folder / "run.json").read_text())
     assert facts["status"] == "cancelled"
     view.stop_at = None
     assert run(hang=True) == Outcome("done")
@@ -148,14 +167,10 @@ def test_a_short_run_is_never_resumed(run, children, view):
 
 
 def test_a_run_of_a_study_that_was_killed_is_left_alone(folder, run):
-    place = folder.path / TASK.folder
+    place = folder.folder / TASK.folder
     place.mkdir(parents=True)
-    descriptor = lock_folder(place)
-    try:
-        with pytest.raises(UserError, match="another process is at work"):
-            run()
-    finally:
-        os.close(descriptor)
+    with lock_folder(place), pytest.raises(UserError, match="another process is at work"):
+        run()
     assert run() == Outcome("done")
 
 

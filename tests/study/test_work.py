@@ -7,7 +7,8 @@ import yaml
 from tests.support.data_files import write_rows
 
 from swlora import pipeline
-from swlora.errors import UserError
+from swlora.errors import DivergedError, NoSuperWeightError, UserError
+from swlora.loss_sum import LossSum
 from swlora.runs import read_run
 from swlora.study import work
 
@@ -47,6 +48,15 @@ def test_a_short_run_keeps_its_loss_and_no_adapter(start, tmp_path):
     assert "loss" in facts["timings_s"]
 
 
+@pytest.mark.parametrize("nats", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_divergence(nats, start, monkeypatch, tmp_path):
+    monkeypatch.setattr("swlora.evaluation.loss.dataset_loss", lambda *_: LossSum(nats, 5))
+    with pytest.raises(DivergedError, match="held-out rows is not finite after the training"):
+        start("train", adapter={"layers": "2"})
+    facts = read_run(tmp_path / "run")
+    assert (facts["status"], facts["error"]["code"]) == ("failed", "diverged")
+
+
 def test_layers_are_found_and_timed_without_loading(start, monkeypatch):
     seen = []
 
@@ -63,8 +73,7 @@ def test_layers_are_found_and_timed_without_loading(start, monkeypatch):
 
 def test_that_there_is_no_super_weight_is_an_answer(start, monkeypatch):
     def choose(job):
-        job.run.write_result({"identify": {"layers": []}})
-        raise UserError("no super weight was verified")
+        raise NoSuperWeightError("no super weight was verified")
 
     monkeypatch.setattr(pipeline, "choose_layers", choose)
     facts, result = start("layers", adapter={"layers": "super"})

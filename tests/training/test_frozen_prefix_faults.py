@@ -20,10 +20,11 @@ from tests.support.prefix_runs import (
     steps_of,
 )
 
+from swlora.caches import LOCK, PREFIX, remove
 from swlora.data.prefix_tree import build_tree
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
-from swlora.training.frozen_prefix import PrefixCache
+from swlora.training.frozen_prefix import PrefixCache, content_key
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -151,6 +152,22 @@ def test_a_disk_that_is_full_from_the_start(
     assert message.startswith("going on without the prefix cache: ")
     assert message.endswith("No space left on device")
     assert_same_adapters(run, Run(make_model, sequences, limit_gb=0.0).epoch())
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["header.json", "states", "present"])
+def test_a_cache_that_could_not_be_opened_is_not_in_use(
+    make_model: MakeModel, root: Path, name: str
+) -> None:
+    split, sequences = SplitModel(make_model("llama"), 1), make_sequences()
+    said: list[str] = []
+    folder = root / content_key(split, sequences)
+    (folder / name).mkdir(parents=True)  # a folder is in the way of the file
+    PrefixCache(split, sequences, limit_gb=1, say=said.append)
+    (message,) = said
+    assert message.startswith("going on without the prefix cache: ")
+    assert (folder / LOCK).exists()
+    assert remove(PREFIX, folder)
 
 
 def test_a_cache_folder_that_cannot_be_made(make_model: MakeModel, prefix_folder: Path) -> None:

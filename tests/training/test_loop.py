@@ -17,7 +17,8 @@ from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.errors import RunFailedError
 from swlora.loss_sum import LossSum
 from swlora.progress import Silent
-from swlora.runs import Run, load_snapshot, read_metrics
+from swlora.runs import Run, read_metrics
+from swlora.snapshots import load_snapshot
 from swlora.training.checkpoint import LoopState
 from swlora.training.loop import train
 from swlora.training.schedule import Schedule, learning_rate

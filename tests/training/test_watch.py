@@ -15,8 +15,9 @@ from torch import nn
 
 from swlora.adapters.adapted import Adapted
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
-from swlora.errors import RunFailedError
+from swlora.errors import DivergedError, RunFailedError
 from swlora.files import replace_folder
+from swlora.locks import Lock
 from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics, read_run
@@ -158,7 +159,7 @@ def test_a_kill_between_any_two_operations_on_files_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A process that is gone holds no lock; this one would
-    monkeypatch.setattr("swlora.runs.lock_folder", lambda _: None)
+    monkeypatch.setattr("swlora.work_folder.lock_folder", lambda _: Lock(None))
     expected = training(tmp_path / "whole", patience=2, every=1)
     n, n_resumed = 1, 0
     while True:
@@ -193,7 +194,7 @@ def test_a_held_out_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     watch = Watch(lambda _: {"eval_nll": math.nan}, 2)
     state = HeldOutState()
     assert watch.after_step(state, 1, 3) == {}
-    with pytest.raises(RunFailedError, match="held-out rows is not finite after step 2"):
+    with pytest.raises(DivergedError, match="held-out rows is not finite after step 2"):
         watch.after_step(state, 2, 3)
     assert state == HeldOutState()
 

@@ -15,7 +15,7 @@ from swlora.data.examples import Example
 from swlora.data.sources import Dataset
 from swlora.layer_policy import Kind, parse_policy
 from swlora.models.identity import BaseModel
-from swlora.runs import package_versions
+from swlora.versions import package_versions
 
 Facts = dict[str, Any]
 

@@ -207,6 +207,8 @@ def _assembled(
 class HubUnreachableError(UserError):
     """No connection to the Hub; the message says why."""
 
+    code = "hub_unreachable"
+
 
 def _load_hub(skip_bad_rows: bool) -> Dataset:
     commit = _hub_commit()

@@ -26,9 +26,9 @@ from swlora.loss_sum import LossSum
 from swlora.models.anatomy import context_tokens
 from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
-from swlora.runs import package_versions
 from swlora.superweights.ablate import text_loss, text_windows, window_start
 from swlora.threads import adapted_threads
+from swlora.versions import package_versions
 
 N_WINDOWS = 4
 WINDOW_TOKENS = 512

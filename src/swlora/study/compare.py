@@ -116,16 +116,16 @@ def run_study(
     """Run or continue one study in `path`; return (what came out, what is not done and why)."""
     from swlora.study.results import publish
 
-    with StudyFolder.open(path, name, checked.spec) as folder:
+    with StudyFolder.open(path, name, checked.spec) as study:
         if checked.spec.model.dtype == "auto":  # a probe by stopwatch: asked once for all runs
-            checked.facts["dtype"] = folder.facts.get("dtype", checked.facts["dtype"])
-        folder.record_source(**checked.identity)
-        folder.record(**checked.facts, n_rows=checked.n_rows)
+            checked.facts["dtype"] = study.facts.get("dtype", checked.facts["dtype"])
+        study.record_source(**checked.identity)
+        study.record(**checked.facts, n_rows=checked.n_rows)
         board = Board()
-        runner = Runner(folder, board, view, command)
-        phases = Phases(checked.resolved(), folder, runner, board, view, wanted)
+        runner = Runner(study, board, view, command)
+        phases = Phases(checked.resolved(), study, runner, board, view, wanted)
         phases.run()
-        remove(folder.caches)
+        remove(study.caches)
         unfinished = phases.unfinished()
-        folder.record(status="done" if phases.is_complete() else "incomplete")
+        study.record(status="done" if phases.is_complete() else "incomplete")
         return publish(path), unfinished

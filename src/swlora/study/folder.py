@@ -12,79 +12,62 @@ nll, chosen, at_edge, cost_s}, learning_rate, reason}, "runs": folder -> {phase,
 status, reason, seconds, load_before}; the load is the system's, of the last minute.
 """
 
-import json
 import os
 import platform
 import shutil
-import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 
 from swlora.config import dump_yaml
 from swlora.errors import UserError
-from swlora.files import write_json, write_text
-from swlora.runs import lock_folder, package_versions
+from swlora.files import write_text
 from swlora.study.spec import StudySpec
+from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
 FITTING = ("attach", "prepare", "train")
 
 
-class StudyFolder:
+class StudyFolder(WorkFolder):
     """A study at work in its folder; a context manager that records how it ended.
 
     While it is entered, no other process can enter the same folder (UserError).
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
-        self.path = path
-        self.facts = facts
-        self._lock: int | None = None
+    work: ClassVar[str] = "study"
+    file_name: ClassVar[str] = "study.json"
+    status_after_error: ClassVar[Status] = "incomplete"
 
     @classmethod
-    def open(cls, path: Path, name: str, spec: StudySpec) -> Self:
-        """Start the study in `path`, or continue the one that is there.
+    def open(cls, folder: Path, name: str, spec: StudySpec) -> Self:
+        """Start the study in `folder`, or continue the one that is there.
 
         Raises UserError where the folder holds something else.
         """
-        if check_folder(path, spec):
-            return cls(path, read_study(path))
+        if check_folder(folder, spec):
+            return cls(folder, read_study(folder))
         facts = {
             "status": "running",
             "study": name,
-            "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **facts_of_now(),
             "machine": machine_facts(),
-            "packages": package_versions(),
-            "python": platform.python_version(),
             "controls": spec.controls,
             "baseline": spec.baseline,
             "arms": {},
             "runs": {},
         }
-        path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "study.yaml", dump_yaml(spec))
-        write_json(path / "study.json", facts)
-        return cls(path, facts)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "study.yaml", dump_yaml(spec))
+        study = cls(folder, facts)
+        study.record()
+        return study
 
     @property
     def caches(self) -> Path:
         """The folder of the runs' own caches; empty when nothing is under way."""
-        return self.path / ".cache"
-
-    def record(self, **facts: Any) -> None:
-        """Add facts to study.json."""
-        self.facts.update(facts)
-        write_json(self.path / "study.json", self.facts)
-
-    def record_source(self, **facts: Any) -> None:
-        """Record what the study works on; UserError where it went on with something else."""
-        for name, now in facts.items():
-            before = self.facts.get(name, now)
-            if before != now:
-                raise UserError(f"this study cannot go on: {name} was {before} and is now {now}")
-        self.record(**facts)
+        return self.folder / ".cache"
 
     def record_arm(self, name: str, **facts: Any) -> None:
         """Add facts of an arm to study.json."""
@@ -97,9 +80,8 @@ class StudyFolder:
         self.record()
 
     def __enter__(self) -> Self:
-        self._lock = lock_folder(self.path)
-        self.facts.pop("reason", None)
-        self.record(status="running")
+        self._take()
+        self._record_start()
         return self
 
     def __exit__(
@@ -110,12 +92,10 @@ class StudyFolder:
     ) -> None:
         try:
             if error is not None:
-                stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-                self.facts["reason"] = f"{type(error).__name__}: {error}".strip(": ")
-                self.record(status="cancelled" if stopped else "incomplete")
+                self._note_error(error)
+                self._save()
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
+            self._lock.release()
 
 
 def check_folder(path: Path, spec: StudySpec) -> bool:
@@ -141,12 +121,7 @@ def check_folder(path: Path, spec: StudySpec) -> bool:
 
 def read_study(path: Path) -> dict[str, Any]:
     """Read study.json; UserError where the folder is no study."""
-    try:
-        facts = dict(json.loads((path / "study.json").read_text(encoding="utf-8")))
-        facts["status"], facts["arms"], facts["runs"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} holds no readable study.json") from error
-    return facts
+    return read_facts(path / StudyFolder.file_name, ("status", "arms", "runs"))
 
 
 def fit_seconds(timings_s: dict[str, float]) -> float:

@@ -28,7 +28,7 @@ class Phases:
     """One study at work in its folder; `wanted` are the names of the arms that run."""
 
     checked: Checked
-    folder: StudyFolder
+    study: StudyFolder
     runner: Runner
     board: Board
     view: View
@@ -66,7 +66,7 @@ class Phases:
 
     def unfinished(self) -> list[str]:
         """List what of the wanted arms is not done and why, a line each."""
-        told, lines = self.folder.facts, []
+        told, lines = self.study.facts, []
         for arm in self.arms:
             facts = told["arms"].get(arm.name, {})
             if arm.name in self.wanted and facts.get("reason") and facts.get("layers") != []:
@@ -79,7 +79,7 @@ class Phases:
 
     def is_complete(self) -> bool:
         """Say whether every run of every arm is done, also of those that were not wanted now."""
-        told = self.folder.facts
+        told = self.study.facts
         arms = [arm for arm in self.arms if told["arms"].get(arm.name, {}).get("layers") != []]
         runs = run_tasks(arms, {arm.name: arm.rates[0] for arm in arms}, 1)
         tasks = [*runs, *beam_tasks(runs, self.checked.spec)]
@@ -93,12 +93,12 @@ class Phases:
         outcome = self.runner.run(task)
         if outcome.status != "done":
             reason = f"no layers for {task.label}: {outcome.reason}"
-            self.folder.record_arm(arm.name, layers=None, reason=reason)
+            self.study.record_arm(arm.name, layers=None, reason=reason)
             return arm
         choice = self._read(task, "result.json")["choice"]
         seconds = self._read(task, "run.json")["timings_s"]["choose_layers"]
         found = {"layers": choice["layers"], "reason": choice["reason"], "one_off_s": seconds}
-        self.folder.record_arm(arm.name, **found)
+        self.study.record_arm(arm.name, **found)
         self.view.say(f"{arm.name}: layers {choice['layers'] or 'none'}")
         return replace(arm, layers=tuple(choice["layers"])) if choice["layers"] else arm
 
@@ -107,12 +107,12 @@ class Phases:
         parents = [
             each.control_of for each in arms_before(self.checked) if each.name in self.wanted
         ]
-        told = self.folder.facts["runs"].get(task.folder, {})
+        told = self.study.facts["runs"].get(task.folder, {})
         return arm.name in (*self.wanted, *parents) or told.get("status") == "done"
 
     def _record_arm(self, arm: Arm, controls: list[str]) -> None:
-        known = self.folder.facts["arms"].get(arm.name, {})
-        self.folder.record_arm(
+        known = self.study.facts["arms"].get(arm.name, {})
+        self.study.record_arm(
             arm.name,
             policy=str(arm.policy),
             method=arm.method,
@@ -131,14 +131,14 @@ class Phases:
         tasks = rate_tasks(arm, self.checked.spec, self.checked.n_rows["train"])
         if not tasks:
             self.rates[arm.name] = arm.rates[0]
-            self.folder.record_arm(arm.name, learning_rate=arm.rates[0], rate=None)
+            self.study.record_arm(arm.name, learning_rate=arm.rates[0], rate=None)
             return
         outcomes = {task.label: self.runner.run(task) for task in tasks}
         nll: dict[str, float | None] = {}
         for task in tasks:
             is_done = outcomes[task.label].status == "done"
             nll[task.label] = self._read(task, "result.json")["heldout"]["nll"] if is_done else None
-        seconds = (self.folder.facts["runs"][task.folder]["seconds"] or 0.0 for task in tasks)
+        seconds = (self.study.facts["runs"][task.folder]["seconds"] or 0.0 for task in tasks)
         facts: Facts = {"grid": list(arm.rates), "nll": nll, "cost_s": round(sum(seconds), 3)}
         reason = _untried(outcomes)
         if reason is None:
@@ -149,7 +149,7 @@ class Phases:
             self.view.say(f"{arm.name}: learning rate {chosen:g}")
             facts |= {"chosen": chosen, "at_edge": chosen in (min(arm.rates), max(arm.rates))}
         learning_rate = self.rates.get(arm.name)
-        self.folder.record_arm(arm.name, rate=facts, learning_rate=learning_rate, reason=reason)
+        self.study.record_arm(arm.name, rate=facts, learning_rate=learning_rate, reason=reason)
 
     def _tell_board(self) -> None:
         """Tell the board of all runs that are to come, as far as they are known."""
@@ -162,13 +162,13 @@ class Phases:
 
     def _end_phase(self, phase: str) -> None:
         """Record the seconds of a phase's runs, of all times that the study ran."""
-        runs = self.folder.facts["runs"].values()
+        runs = self.study.facts["runs"].values()
         seconds = sum(run["seconds"] or 0.0 for run in runs if run["phase"] == phase)
-        phases_s = {**self.folder.facts.get("phases_s", {}), phase: round(seconds, 3)}
-        self.folder.record(phases_s=phases_s)
+        phases_s = {**self.study.facts.get("phases_s", {}), phase: round(seconds, 3)}
+        self.study.record(phases_s=phases_s)
 
     def _read(self, task: Task, name: str) -> Facts:
-        path: Path = self.folder.path / task.folder / name
+        path: Path = self.study.folder / task.folder / name
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
@@ -178,8 +178,8 @@ class Phases:
 def _untried(outcomes: dict[str, Outcome]) -> str | None:
     """Say why no rate can be chosen among runs by rate, or None; rates may be too high."""
     for label, outcome in outcomes.items():
-        if outcome.status != "done" and not outcome.is_divergence:
+        if outcome.status != "done" and not outcome.has_diverged:
             return f"the rate {label} could not be tried: {outcome.reason}"
-    if all(outcome.is_divergence for outcome in outcomes.values()):
+    if all(outcome.has_diverged for outcome in outcomes.values()):
         return "every rate of its grid is too high: the loss is not finite"
     return None

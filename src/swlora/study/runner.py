@@ -6,7 +6,6 @@ its own, so that the states below the lowest adapted layer are never there from 
 else is in the user's cache, such as the embedded model, is linked into it.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -20,30 +19,30 @@ from typing import Any
 
 from swlora.caches import ENGLISH, PREFIX
 from swlora.config import dump_yaml, load_spec
-from swlora.errors import UserError
+from swlora.errors import DivergedError, UserError
+from swlora.locks import lock_folder
 from swlora.paths import cache_dir
 from swlora.progress import duration
-from swlora.runs import lock_folder
+from swlora.runs import read_run
 from swlora.study.folder import StudyFolder, remove
 from swlora.study.live import Board, View
 from swlora.study.plan import Task
+from swlora.work_folder import failure_of
 
 LOG = "log.txt"
 POLL_S = 0.5
-NOT_FINITE = "not finite"  # how the training loop says that a rate was too high
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: done, failed or cancelled; the reason where it is not done."""
+    """How a run ended: done, failed or cancelled; the reason where it is not done.
+
+    `has_diverged`: it failed because its learning rate was too high.
+    """
 
     status: str
     reason: str | None = None
-
-    @property
-    def is_divergence(self) -> bool:
-        """Whether the run failed because its learning rate was too high."""
-        return self.status == "failed" and NOT_FINITE in str(self.reason)
+    has_diverged: bool = False
 
 
 Command = Callable[[Task, Path, Path, bool], list[str]]
@@ -77,7 +76,7 @@ class Runner:
 
         Raises UserError where its folder holds a run of other settings, or one that is at work.
         """
-        folder = self._study.path / task.folder
+        folder = self._study.folder / task.folder
         facts = _run_facts(folder)
         if facts is not None and _is_over(facts, task):
             _check_same(folder, task)
@@ -108,13 +107,13 @@ class Runner:
 
     def _process(self, task: Task, resume: bool) -> int:
         """Start the run's process and wait for it; return its exit code."""
-        folder = self._study.path / task.folder
+        folder = self._study.folder / task.folder
         environment = {**os.environ, "SWLORA_CACHE": str(self._make_cache(task))}
         with tempfile.TemporaryDirectory() as scratch, (folder / LOG).open("ab") as log:
             config = Path(scratch) / "config.yaml"
             config.write_text(dump_yaml(task.spec), encoding="utf-8")
             process = subprocess.Popen(
-                self._command(task, self._study.path, config, resume),
+                self._command(task, self._study.folder, config, resume),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -123,7 +122,7 @@ class Runner:
             )
             try:
                 while True:
-                    self._view.show(self._board, self._study.path)
+                    self._view.show(self._board, self._study.folder)
                     try:
                         return process.wait(timeout=POLL_S)
                     except subprocess.TimeoutExpired:
@@ -190,16 +189,19 @@ class Runner:
 def _run_facts(folder: Path) -> dict[str, Any] | None:
     """Return what run.json says, or None where there is none that can be read."""
     try:
-        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_run(folder)
+    except UserError:
         return None
-    return facts if isinstance(facts, dict) and "status" in facts else None
 
 
 def _is_over(facts: dict[str, Any], task: Task) -> bool:
     """Say that a run need not be made: it is done, or its rate was found to be too high."""
-    diverged = Outcome(facts["status"], facts.get("reason")).is_divergence
-    return facts["status"] == "done" or (task.phase == "rates" and diverged)
+    return facts["status"] == "done" or (task.phase == "rates" and _has_diverged(facts))
+
+
+def _has_diverged(facts: dict[str, Any]) -> bool:
+    failure = failure_of(facts) if facts["status"] == "failed" else None
+    return failure is not None and failure.code == DivergedError.code
 
 
 def _outcome(facts: dict[str, Any] | None, code: int, folder: Path) -> Outcome:
@@ -207,7 +209,7 @@ def _outcome(facts: dict[str, Any] | None, code: int, folder: Path) -> Outcome:
     if code == 0 and status == "done":
         return Outcome("done")
     if facts is not None and status in ("failed", "cancelled"):
-        return Outcome(str(status), str(facts.get("reason")))
+        return Outcome(str(status), str(facts.get("reason")), _has_diverged(facts))
     if code < 0:
         return Outcome("failed", f"its process was ended by {signal.Signals(-code).name}")
     return Outcome("failed", _last_line(folder / LOG) or f"its process ended with code {code}")
@@ -229,6 +231,4 @@ def _check_same(folder: Path, task: Task) -> None:
 
 def _check_free(folder: Path) -> None:
     """Refuse a folder in which another process is at work."""
-    descriptor = lock_folder(folder)
-    if descriptor is not None:
-        os.close(descriptor)
+    lock_folder(folder).release()

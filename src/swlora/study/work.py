@@ -8,6 +8,7 @@ reason}; its seconds (`choose_layers` in run.json) hold no loading. The loss is 
 """
 
 import argparse
+import math
 import shutil
 import signal
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from swlora import pipeline
 from swlora.config import load_spec
-from swlora.errors import UserError
+from swlora.errors import DivergedError, NoSuperWeightError
 from swlora.job import Job
 from swlora.progress import Silent
 from swlora.runs import Run
@@ -35,31 +36,29 @@ def find_layers(job: Job) -> None:
     with job.timed("choose_layers"):
         try:
             layers = pipeline.choose_layers(job)
-        except UserError as error:
-            if not _found_nothing(job):
-                raise
+        except NoSuperWeightError as error:
             reason = str(error)
     choice = {"policy": str(job.spec.adapter.layers), "layers": layers, "reason": reason}
     job.run.write_result({"choice": choice})
 
 
 def train_and_measure(job: Job) -> None:
-    """Train, measure the loss on the held-out rows of `data.eval_split`, drop the adapter."""
+    """Train, measure the loss on the held-out rows of `data.eval_split`, drop the adapter.
+
+    Raises DivergedError where the loss is no finite number.
+    """
     from swlora.evaluation.loss import dataset_loss
 
     trained = pipeline.train(job)
     with job.timed("loss"):
         held_out = job.encoded(job.spec.data.eval_split)
         loss = dataset_loss(trained.model.eval(), held_out, job.progress)
+    if not math.isfinite(loss.sum_nats):  # the last step went too far; no step followed to see it
+        raise DivergedError("the loss on held-out rows is not finite after the training")
     values = {"nll": loss.nats_per_token, "sum_nats": loss.sum_nats, "n_tokens": loss.n_tokens}
     assert trained.adapter is not None
     shutil.rmtree(trained.adapter)  # of full training it is as large as the model
     job.run.write_result({"train": replace(trained, adapter=None), "heldout": values})
-
-
-def _found_nothing(job: Job) -> bool:
-    """Say whether identification came to its end and verified no super weight."""
-    return bool(job.run.read_result().get("identify", {}).get("layers") == [])
 
 
 WORK = {"layers": find_layers, "train": train_and_measure}

@@ -14,7 +14,6 @@ from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, n_embeddings
 from swlora.models.load import LoadedModel
 from swlora.progress import Progress, Silent
-from swlora.runs import package_versions
 from swlora.superweights import ablate, known, proof, search
 from swlora.superweights.detect import prompt_tokens, trace
 from swlora.superweights.effects import NEW_TOKENS, Generation, dose_curve, generations
@@ -31,6 +30,7 @@ from swlora.superweights.findings import (
 )
 from swlora.superweights.meter import Meter
 from swlora.threads import adapted_threads
+from swlora.versions import package_versions
 
 
 @adapted_threads()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swlora.adapters.adapted import Adapted
 from swlora.errors import RunFailedError
-from swlora.runs import load_snapshot, save_snapshot
+from swlora.snapshots import load_snapshot, save_snapshot
 from swlora.training.watch import HeldOutState
 
 

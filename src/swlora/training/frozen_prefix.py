@@ -7,11 +7,11 @@ read only where all of its nodes are there. Plain reads and writes instead of a 
 full disk is an error that can be caught and the pages do not count as the process's memory.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch import Tensor
 from swlora.caches import ABOUT, LOCK, PREFIX, about, disk_bytes, remove
 from swlora.data.prefix_tree import PrefixTree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences
-from swlora.errors import RunFailedError
-from swlora.files import write_json
+from swlora.errors import RunFailedError, UserError
+from swlora.files import read_json, write_json
 from swlora.kernels.tree_attention import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
+from swlora.locks import lock
 from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
 
@@ -63,6 +64,7 @@ class PrefixCache:
         self._dtype: torch.dtype = parameter.dtype
         self._state_bytes = self._width * parameter.element_size()
         self._data: int | None = None
+        self._opened = ExitStack()  # the lock and the files
         self.n_read_trees = self.n_computed_trees = 0
         n_bytes, limit_bytes = n_cache_bytes(walk.base_model, sequences), int(limit_gb * GIB)
         if n_bytes > limit_bytes:
@@ -96,11 +98,8 @@ class PrefixCache:
 
     def close(self) -> None:
         """Let go of the files; the cache stays for later runs."""
-        if self._data is not None:
-            os.close(self._data)
-            os.close(self._flags)
-            os.close(self._lock)
-            self._data = None
+        self._data = None
+        self._opened.close()
 
     def _open(self, key: str, others_bytes: int) -> None:
         root = cache_dir() / PREFIX
@@ -108,16 +107,17 @@ class PrefixCache:
         root.mkdir(parents=True, exist_ok=True)
         _make_room(root, folder, others_bytes)
         folder.mkdir(exist_ok=True)
-        self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)  # in use: not to be evicted
+        in_use = lock(folder / LOCK, alone=False, wait=True, make=True)  # not to be evicted
+        assert in_use  # it waited
+        self._opened.enter_context(in_use)
         header = {"format": FORMAT, "n_nodes": self._n_nodes, "row_bytes": self._state_bytes}
         if _header(folder) != header:
             for stale in ("states", "present"):
                 (folder / stale).unlink(missing_ok=True)
             write_json(folder / ABOUT, about(self._owner))
             write_json(folder / "header.json", header)
-        self._flags = os.open(folder / "present", os.O_RDWR | os.O_CREAT, 0o644)
-        self._data = os.open(folder / "states", os.O_RDWR | os.O_CREAT, 0o644)
+        self._flags = self._open_file(folder / "present")
+        self._data = self._open_file(folder / "states")
         n_whole = os.fstat(self._data).st_size // self._state_bytes
         if os.fstat(self._flags).st_size > n_whole:  # cut off: what it lost is computed again
             os.ftruncate(self._flags, n_whole)
@@ -128,6 +128,12 @@ class PrefixCache:
         share = float(self._present.mean())
         if share:
             self._say(f"prefix cache: {share:.0%} of the states are there from an earlier run")
+
+    def _open_file(self, path: Path) -> int:
+        """Open a file until `close`; return its descriptor."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._opened.callback(os.close, descriptor)
+        return descriptor
 
     def _read(self, nodes: np.ndarray) -> Tensor:
         states = torch.empty(len(nodes), self._width, dtype=self._dtype)
@@ -185,8 +191,8 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 def _header(folder: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads((folder / "header.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return read_json(folder / "header.json")
+    except UserError:
         return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.direction import is_better
-from swlora.errors import RunFailedError
+from swlora.errors import DivergedError, RunFailedError
 from swlora.files import restore_folder
 
 METRIC = "nll"
@@ -82,14 +82,14 @@ class Watch:
     def after_step(self, state: HeldOutState, n_done: int, n_steps: int) -> dict[str, Any]:
         """Measure where it is time to; keep the adapter where it is the best so far.
 
-        Raises RunFailedError for a loss that is not finite.
+        Raises DivergedError for a loss that is not finite.
         """
         if n_done % self.every_steps and n_done != n_steps:
             return {}
         found = self.measure(n_done)
         loss = found["eval_nll"]
         if not math.isfinite(loss):
-            raise RunFailedError(f"the loss on held-out rows is not finite after step {n_done}")
+            raise DivergedError(f"the loss on held-out rows is not finite after step {n_done}")
         is_best = state.add(n_done, loss)
         if is_best and self.save and self.best_folder:
             self.save(self.best_folder, n_done, loss)

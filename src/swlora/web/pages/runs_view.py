@@ -4,7 +4,6 @@ A run folder is read as it is at that moment: half written, torn, or of another 
 less on the page and never an error.
 """
 
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from swlora.evaluation.loss_curve import Point, smoothed
 from swlora.progress import duration
 from swlora.runs import read_metrics, read_run
 from swlora.study.live import snapshot
-from swlora.web.folders import RunEntry, run_figures, run_result, run_summary
+from swlora.web.folders import RunEntry, run_figures, run_result
 from swlora.web.pages.charts import Chart, Series, finite, line_chart
 from swlora.web.pages.identified_view import Identified, identified_view
 from swlora.web.pages.run_facts import Fact, is_of_sample, part, plain, run_facts, scores
 from swlora.web.pages.run_files import Prediction, read_predictions
+from swlora.work_folder import failure_of
 
 MAX_SHOWN = 200
 QUIET_S = 600.0  # a training that says nothing for that long may have been killed
@@ -34,7 +34,6 @@ LOOKS = {
 NEVER_STARTED = ("failed", "cancelled")
 LEFT_BY_WORK = ("metrics.jsonl", "result.json", "adapter", "checkpoint")
 HEADLINE_SCORES = ("BLEU", "NLL, nats a token")
-_KIND = re.compile(r"^\w+(Error|Interrupt): ")  # of the exception, which stands before its message
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def run_rows(
     found, n_idle = [], 0
     for entry in entries:
         try:
-            facts = run_summary(entry)
+            facts = read_run(entry.folder)
         except UserError:  # it is just being written or removed
             continue
         if _never_started(entry, facts):
@@ -85,7 +84,7 @@ def run_rows(
             if not shows_all:
                 continue
         found.append((entry, facts))
-    found.sort(key=lambda pair: str(pair[1]["started_at"]), reverse=True)
+    found.sort(key=lambda pair: str(pair[1].get("started_at")), reverse=True)
     rows = [_row(entry, facts) for entry, facts in found[:MAX_SHOWN]]
     return rows, len(found) - len(rows), n_idle
 
@@ -98,7 +97,6 @@ def run_view(
     `adapters` are served, those of `not_served` are not, with the reason.
     """
     facts = read_run(entry.folder)
-    summary = run_summary(entry)
     metrics = [row for row in read_metrics(entry.folder) if isinstance(row, dict)]
     result = run_result(entry)
     n_steps = finite(metrics[-1].get("step")) if metrics else None
@@ -108,7 +106,7 @@ def run_view(
     if identified:
         drawn |= identified.figures
     return RunView(
-        row=_row(entry, summary),
+        row=_row(entry, facts),
         is_of_sample=is_of_sample(facts, result),
         numbers=_progress(metrics),
         scores=scores(result),
@@ -181,7 +179,7 @@ def _never_started(entry: RunEntry, facts: dict[str, Any]) -> bool:
 
 def _row(entry: RunEntry, facts: dict[str, Any]) -> RunRow:
     status = str(facts["status"])
-    timings = facts["timings_s"]
+    timings = facts.get("timings_s")
     total_s = finite(timings.get("total")) if isinstance(timings, dict) else None
     is_running = status == "running"
     return RunRow(
@@ -189,7 +187,7 @@ def _row(entry: RunEntry, facts: dict[str, Any]) -> RunRow:
         command=str(facts["command"]),
         status=status,
         look=status_look(status),
-        started=shown_time(facts["started_at"]),
+        started=shown_time(facts.get("started_at")),
         took="" if total_s is None or is_running else duration(total_s),
         headline=_headline(entry, facts),
         quiet=_quiet(entry.folder) if is_running else "",
@@ -200,7 +198,8 @@ def _headline(entry: RunEntry, facts: dict[str, Any]) -> str:
     if facts["status"] == "running":
         return _at_work(entry.folder)
     if facts["status"] != "done":
-        return _KIND.sub("", plain(facts["reason"]))
+        failure = failure_of(facts)
+        return plain(failure.message) if failure else ""
     result = run_result(entry)
     identified = result.get("identify")
     if isinstance(identified, dict):

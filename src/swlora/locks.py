@@ -1,0 +1,76 @@
+"""Locks on files and folders: they end with the process that holds them, however it ends.
+
+Where the system or a file system has no such locks, nothing counts as being in use.
+"""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from swlora.errors import UserError
+
+
+class Lock:
+    """Something locked (nothing: None), until `release` or the end of a `with` block."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let others have it; does nothing the second time."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def is_of(self, path: Path) -> bool:
+        """Say whether what was locked still lies at `path`, and nothing else took its place."""
+        try:
+            there = path.stat()
+        except FileNotFoundError:
+            return False
+        return self._descriptor is None or os.path.samestat(os.fstat(self._descriptor), there)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def lock(path: Path, *, alone: bool, wait: bool = False, make: bool = False) -> Lock | None:
+    """Lock a file or folder for this process `alone`, or together with others that share it.
+
+    Waits for others, or returns None where one is in the way. `make` makes a missing file.
+    Raises OSError where the path cannot be opened.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return Lock(None)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT if make else os.O_RDONLY, 0o644)
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    try:
+        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without locks
+        pass
+    except BaseException:  # interrupted while waiting
+        os.close(descriptor)
+        raise
+    return Lock(descriptor)
+
+
+def lock_folder(folder: Path) -> Lock:
+    """Lock a folder for the work of this process alone; UserError where another is at work."""
+    held = lock(folder, alone=True)
+    if held is None:
+        raise UserError(f"another process is at work in {folder}")
+    return held

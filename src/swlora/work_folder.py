@@ -1,0 +1,110 @@
+"""A folder that one process at a time works in, and the file in it that says how things stand.
+
+The folder of a run and that of a study are such folders. The file, run.json or study.json, holds
+"status", when and with which packages the work began, and whatever else is recorded. Where the
+work broke off it has the "reason" for people and "error" {code, message} for programs.
+"""
+
+import platform
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from swlora.errors import DivergedError, UserError, error_code
+from swlora.files import read_json, write_json
+from swlora.locks import Lock, lock_folder
+from swlora.versions import package_versions
+
+Status = Literal["running", "done", "failed", "incomplete", "cancelled"]
+_TYPE_OF_ERROR = re.compile(r"^\w+(Error|Interrupt): ")
+
+
+class WorkFolder:
+    """A folder with facts in a file, locked while this process works in it."""
+
+    work: ClassVar[str]  # how messages call what is done here
+    file_name: ClassVar[str]  # of the facts
+    status_after_error: ClassVar[Status]
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder
+        self.facts = facts
+        self._lock = Lock(None)
+
+    def record(self, **facts: Any) -> None:
+        """Add facts to the file."""
+        self.facts.update(facts)
+        self._save()
+
+    def record_source(self, **facts: Any) -> None:
+        """Record what is worked on; UserError where it was something else when the work began."""
+        for name, now in facts.items():
+            before = self.facts.get(name, now)
+            if before != now:
+                raise UserError(
+                    f"this {self.work} cannot go on: {name} was {before} and is now {now}"
+                )
+        self.record(**facts)
+
+    def _save(self) -> None:
+        write_json(self.folder / self.file_name, self.facts)
+
+    def _take(self) -> None:
+        """Lock the folder; UserError where another process is at work in it."""
+        self._lock = lock_folder(self.folder)
+
+    def _record_start(self) -> None:
+        """Record that the work is under way, and no more how it ended before."""
+        for name in ("reason", "error"):
+            self.facts.pop(name, None)
+        self.record(status="running")
+
+    def _note_error(self, error: BaseException) -> None:
+        """Put into the facts how an error ended the work; `_save` is still to come."""
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        kind = type(error).__name__
+        self.facts["status"] = "cancelled" if stopped else self.status_after_error
+        self.facts["reason"] = f"{kind}: {error}".strip(": ")
+        self.facts["error"] = {"code": error_code(error), "message": str(error) or kind}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why work broke off: a code of `swlora.errors` ("" where it is not known), a message."""
+
+    code: str
+    message: str
+
+
+def failure_of(facts: Mapping[str, Any]) -> Failure | None:
+    """Return why the work of these facts broke off, or None.
+
+    Folders of older versions hold the reason alone; its words are read here and nowhere else.
+    """
+    error, reason = facts.get("error"), facts.get("reason")
+    if isinstance(error, dict):
+        return Failure(str(error.get("code", "")), str(error.get("message", "")))
+    if not isinstance(reason, str):
+        return None
+    code = DivergedError.code if "not finite" in reason else ""
+    return Failure(code, _TYPE_OF_ERROR.sub("", reason))
+
+
+def read_facts(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    """Read the facts in a file; UserError where it cannot be read or lacks one that is needed."""
+    facts = read_json(path)
+    if not facts.keys() >= set(needed):
+        raise UserError(f"{path.parent} holds no readable {path.name}")
+    return facts
+
+
+def facts_of_now() -> dict[str, Any]:
+    """Return when work begins, and with which versions of Python and of the packages."""
+    return {
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+    }

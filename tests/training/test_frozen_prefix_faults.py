@@ -157,11 +157,11 @@ def test_a_disk_that_is_full_from_the_start(
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["header.json", "states", "present"])
 def test_a_cache_that_could_not_be_opened_is_not_in_use(
-    make_model: MakeModel, root: Path, name: str
+    make_model: MakeModel, prefix_folder: Path, name: str
 ) -> None:
     split, sequences = SplitModel(make_model("llama"), 1), make_sequences()
     said: list[str] = []
-    folder = root / content_key(split, sequences)
+    folder = prefix_folder / content_key(split, sequences)
     (folder / name).mkdir(parents=True)  # a folder is in the way of the file
     PrefixCache(split, sequences, limit_gb=1, say=said.append)
     (message,) = said

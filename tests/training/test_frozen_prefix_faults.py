@@ -159,11 +159,11 @@ def test_a_disk_that_is_full_from_the_start(
 def test_a_cache_that_could_not_be_opened_is_not_in_use(
     make_model: MakeModel, prefix_folder: Path, name: str
 ) -> None:
-    split, sequences = SplitModel(make_model("llama"), 1), make_sequences()
+    walk, sequences = TreeWalk(make_model("llama"), 1), make_sequences()
     said: list[str] = []
-    folder = prefix_folder / content_key(split, sequences)
+    folder = prefix_folder / content_key(walk, sequences)
     (folder / name).mkdir(parents=True)  # a folder is in the way of the file
-    PrefixCache(split, sequences, limit_gb=1, say=said.append)
+    PrefixCache(walk, sequences, limit_gb=1, say=said.append)
     (message,) = said
     assert message.startswith("going on without the prefix cache: ")
     assert (folder / LOCK).exists()

@@ -11,7 +11,10 @@ from tests.support.data_files import write_rows
 from tests.support.small_runs import ROWS
 from tests.support.whole_jobs import DEV, make_spec, run_in
 
-from swlora.result_json import FLAT, IF_ANY, NO_KEY, as_json, key
+from swlora.result_json import FLAT, IF_ANY, NO_KEY, as_json, from_json, key
+from swlora.superweights.findings import Identified
+from swlora.superweights.report import answer, rows
+from swlora.web.pages.identified_view import identified_view
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,12 @@ def test_what_an_identification_leaves(model_folder, tmp_path) -> None:
     assert keys(settings[0]) == set(said.split())
     assert keys(settings[0]["activation"]) == set(activation.split())
     assert keys(found["modules"][0]) == {"layer", "module", "input", "output"}
+    again = from_json(Identified, found)
+    assert as_json(again) == found
+    view = identified_view(found)
+    assert view is not None and view.candidates == rows(again)
+    assert [line.lower() for line in view.sentences] == [line.lower() for line in answer(again)]
+    with pytest.raises(KeyError, match="search"):
+        from_json(Identified, {name: found[name] for name in found if name != "search"})
+    with pytest.raises(ValueError, match="valid"):
+        from_json(Identified, found | {"candidates": {"a": 1}})

@@ -1,4 +1,4 @@
-"""Results as JSON: the one place where what was found becomes plain values.
+"""Results as JSON: the one place where what was found becomes plain values, and is read back.
 
 A result is a tree of frozen dataclasses, and the names of its fields are the keys. What a key is
 called, or where it stands, is said in the field's metadata:
@@ -12,13 +12,16 @@ called, or where it stands, is said in the field's metadata:
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 FLAT = {"place": "flat"}
 IF_ANY = {"place": "if any"}
 NO_KEY = {"place": "none"}
+
+T = TypeVar("T")
 
 
 def key(name: str) -> dict[str, str]:
@@ -54,3 +57,38 @@ def _keys(result: Any) -> dict[str, Any]:
         else:
             values[field.metadata.get("key", field.name)] = as_json(value)
     return values
+
+
+def from_json(kind: type[T], tree: Any) -> T:
+    """Return the result of class `kind` that `as_json` made `tree` of; unknown keys are ignored.
+
+    Fields without a key come back as None. Raises KeyError for a missing key, ValueError or
+    TypeError for a value of another type.
+    """
+    return cast(T, _read(kind, tree))
+
+
+def _read(kind: Any, tree: Any) -> Any:
+    options = [option for option in get_args(kind) if option is not type(None)]
+    if get_origin(kind) in (Union, UnionType) and len(options) == 1:  # X | None
+        return None if tree is None else _read(options[0], tree)
+    if get_origin(kind) in (list, tuple) and is_dataclass(options[0]):
+        items = TypeAdapter(list[Any]).validate_python(tree)
+        return get_origin(kind)(_read(options[0], item) for item in items)
+    if is_dataclass(kind):
+        return _read_fields(kind, TypeAdapter(dict[str, Any]).validate_python(tree))
+    return TypeAdapter(kind).validate_python(tree)
+
+
+def _read_fields(kind: Any, tree: dict[str, Any]) -> Any:
+    hints, values = get_type_hints(kind), {}
+    for field in fields(kind):
+        place = field.metadata.get("place")
+        name = field.metadata.get("key", field.name)
+        if place == "flat":
+            values[field.name] = _read(hints[field.name], tree)
+        elif place == "none":
+            values[field.name] = None
+        elif name in tree or place != "if any":
+            values[field.name] = _read(hints[field.name], tree[name])
+    return kind(**values)

@@ -12,7 +12,6 @@ from pathlib import Path
 from swlora.files import write_text
 from swlora.superweights.figure import draw_dose, draw_path, draw_scan
 from swlora.superweights.findings import Identified
-from swlora.superweights.proof import Effect
 from swlora.superweights.search import Setting
 
 COLUMNS = (
@@ -82,7 +81,7 @@ def answer(result: Identified) -> list[str]:
     if len(proved) > 1 and result.joint_proven:
         together[f"the {len(proved)} verified ones"] = result.joint_proven
     for who, effect in together.items():
-        ratio = f"ratio {number(effect.ratio)} ({interval(effect)})"
+        ratio = f"ratio {number(effect.ratio)} ({interval(*effect.interval)})"
         said.append(f"{who} zeroed together: {ratio}, {effect.verdict}")
     said.append(agreement(result.search.settings))
     if result.known:
@@ -115,7 +114,7 @@ def rows(result: Identified) -> list[tuple[str, ...]]:
             str(c.address.in_channel),
             f"{c.seen.weight:.3f}",
             number(c.proof.ratio),
-            interval(c.proof),
+            interval(*c.proof.interval),
             "-" if c.proof.largest_control is None else number(c.proof.largest_control),
             f"{round(c.agreement * n_settings)}/{n_settings}",
             c.proof.verdict,
@@ -129,9 +128,8 @@ def number(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 1e5 else f"{ratio:.1e}"
 
 
-def interval(effect: Effect) -> str:
-    """Write the interval of an effect."""
-    low, high = effect.interval
+def interval(low: float, high: float) -> str:
+    """Write the bounds of an effect's ratio."""
     return f"{number(low)} to {number(high)}"
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from swlora.result_json import from_json
+from swlora.superweights import findings
 from swlora.superweights.report import COLUMNS, answer, rows
 from swlora.web.folders import FIGURE_TYPES
 from swlora.web.pages.charts import Chart, Series, line_chart
@@ -35,10 +37,11 @@ def identified_view(result: Result) -> Identified | None:
     ]
     drawn = [(name, tried(build, result)) for name, build in builders]
     charts = [(name, chart) for name, chart in drawn if chart is not None]
+    whole = tried(lambda tree: from_json(findings.Identified, tree), result)
     found = Identified(
-        sentences=[line[:1].upper() + line[1:] for line in tried(answer, result) or []],
+        sentences=[line[:1].upper() + line[1:] for line in tried(answer, whole) or []],
         head=list(COLUMNS),
-        candidates=tried(rows, result) or [],
+        candidates=tried(rows, whole) or [],
         charts=[chart for _, chart in charts],
         figures=frozenset(name + kind for name, _ in charts for kind in FIGURE_TYPES),
     )

@@ -95,7 +95,7 @@ def _row(weight: OfferedWeight, candidate: Result) -> WeightRow:
         in_channel=a.in_channel,
         value=f"{weight.value:.3f}".replace("-", "−"),
         ratio=NOT_MEASURED if weight.ratio is None else number(weight.ratio),
-        interval=tried(interval, candidate) or "",
+        interval=tried(lambda found: interval(*found["interval"]), candidate) or "",
         control=control or "",
         verdict=weight.verdict or "",
         source=weight.source,

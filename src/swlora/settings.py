@@ -32,7 +32,7 @@ def explain(
 
     flags: the dotted names of settings that came from the command line.
     """
-    problems = [_Problem.of(found, spec) for found in error.errors()]
+    problems = problems_in(error, spec)
     by_flag = [p.line(flag_name(p.whole)) for p in problems if p.whole in flags]
     others = [p.line() for p in problems if p.whole not in flags]
     place = f"in {path}: " if path and others else ""
@@ -41,27 +41,38 @@ def explain(
 
 def problem_lines(error: ValidationError, spec: type[BaseModel]) -> list[str]:
     """Return each problem that pydantic found in a `spec` as "dotted.name: what is wrong"."""
-    return [_Problem.of(found, spec).line() for found in error.errors()]
+    return [problem.line() for problem in problems_in(error, spec)]
+
+
+def problems_in(error: ValidationError, spec: type[BaseModel]) -> "list[Problem]":
+    """Return each problem that pydantic found in a `spec`."""
+    return [Problem.of(found, spec) for found in error.errors()]
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """A setting's dotted name, and what is wrong with it."""
+class Problem:
+    """Where a setting stands, by names of mappings and numbers in lists, and what is wrong."""
 
-    setting: str
+    place: tuple[str | int, ...]
     said: str
 
     @classmethod
     def of(cls, found: Any, spec: type[BaseModel]) -> Self:
-        setting = ".".join(str(part) for part in found["loc"])
+        """Put into words what pydantic found."""
+        setting = _dotted(found["loc"])
         if found["type"] == "extra_forbidden":
             said = f"there is no such setting{_hint(setting, setting_names(spec))}"
         elif found["type"] == "value_error":
-            said = found["msg"].removeprefix("Value error, ")
+            said = str(found["ctx"]["error"])
         else:
             given = "what was given" if setting in SECRET else _shown(found["input"])
             said = _plainly(found["msg"], found["type"], given)
-        return cls(setting, said)
+        return cls(found["loc"], said)
+
+    @property
+    def setting(self) -> str:
+        """The setting's dotted name."""
+        return _dotted(self.place)
 
     @property
     def whole(self) -> str:
@@ -72,6 +83,10 @@ class _Problem:
         """Return it under `name` (default: the dotted name), unless it names flags itself."""
         name = name or self.setting or "configuration"
         return self.said if self.said.startswith("--") else f"{name}: {self.said}"
+
+
+def _dotted(place: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, place))
 
 
 def setting_names(spec: type[BaseModel]) -> list[str]:

@@ -7,7 +7,6 @@
 so a total is what it takes to train this arm alone, every one-off cost included.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from swlora.config import RunSpec, load_spec
 from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
 from swlora.evaluation.segments import Segments
+from swlora.files import read_json
 from swlora.runs import read_metrics, read_run
 from swlora.settings import problem_lines
 from swlora.study.folder import fit_seconds, read_study
@@ -84,10 +84,7 @@ class ArmRun:
     @cached_property
     def result(self) -> dict[str, Any]:
         """result.json; UserError where it is absent or damaged."""
-        try:
-            return dict(json.loads((self.folder / "result.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self.folder} holds no readable result.json") from error
+        return read_json(self.folder / "result.json")
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

@@ -6,12 +6,12 @@ with its reason and left behind; the others go on. That a model has no super wei
 but an answer: its arm has no layers, and no runs.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from swlora.errors import UserError
+from swlora.files import read_json
 from swlora.study.arms import Arm, add_controls, arms_of
 from swlora.study.check import Checked
 from swlora.study.folder import StudyFolder
@@ -170,8 +170,8 @@ class Phases:
     def _read(self, task: Task, name: str) -> Facts:
         path: Path = self.study.folder / task.folder / name
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            return read_json(path)
+        except UserError as error:
             raise UserError(f"{path} cannot be read; remove its folder to run it again") from error
 
 

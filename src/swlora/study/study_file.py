@@ -5,7 +5,6 @@ file is wrong, the rest is still looked at, so that one reading shows every prob
 loads a model or data; `swlora.study.check` does.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 from swlora.config import RunSpec, TrainSpec
 from swlora.config.yaml_file import read_mapping, set_dotted
 from swlora.errors import UserError
-from swlora.settings import problem_lines
+from swlora.settings import Problem, problem_lines, problems_in
 from swlora.study.arms import arms_of, expected_controls
 from swlora.study.spec import ArmSpec, StudySpec
 
@@ -94,7 +93,7 @@ def _parse(name: str, tree: dict[str, Any]) -> StudyFile:
             spec = StudySpec.model_validate(left)
         except ValidationError as error:
             problems += [
-                _with_arm_name(line, left["arms"]) for line in problem_lines(error, StudySpec)
+                _with_arm_name(problem, left["arms"]) for problem in problems_in(error, StudySpec)
             ]
             left = _without_wrong_parts(left, error)
             if not left.get("arms"):
@@ -119,13 +118,14 @@ def _without_wrong_parts(tree: dict[str, Any], error: ValidationError) -> dict[s
     return kept
 
 
-def _with_arm_name(line: str, arms: Any) -> str:
-    """Turn "arms.3.rank: ..." into "arm dora: rank: ...", or "arm number 4" without a name."""
-    found = re.match(r"arms\.(\d+)(?:\.|: )(.*)", line, re.DOTALL)
-    if found is None:
-        return line
-    name = next(iter(_names([arms[int(found[1])]])), f"number {int(found[1]) + 1}")
-    return f"arm {name}: {found[2]}"
+def _with_arm_name(problem: Problem, arms: Any) -> str:
+    """Write a problem; of an arm as "arm dora: rank: ...", or "arm number 4" without a name."""
+    match problem.place:
+        case ("arms", int(number), *inner):
+            name = next(iter(_names([arms[number]])), f"number {number + 1}")
+            said = Problem(tuple(inner), problem.said).line() if inner else problem.said
+            return f"arm {name}: {said}"
+    return problem.line()
 
 
 def _names(arms: Any) -> list[str]:

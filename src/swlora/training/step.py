@@ -156,4 +156,5 @@ def scored_targets(row: PrefixTree, device: torch.device) -> tuple[Tensor, Targe
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether memory ran out; torch has no type for that on a CPU, so its words are read."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

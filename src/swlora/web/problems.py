@@ -67,8 +67,9 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     where = where.encode("ascii", "replace").decode()[:80]
     broken = first["type"] == "json_invalid"
-    message = _PLAIN_WORDS.get(first["type"], str(first["msg"]))
-    message = message.removeprefix("Value error, ").encode("ascii", "replace").decode()[:200]
+    is_ours = first["type"] == "value_error"
+    message = str(first["ctx"]["error"] if is_ours else first["msg"])
+    message = _PLAIN_WORDS.get(first["type"], message).encode("ascii", "replace").decode()[:200]
     if broken:
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     more = f" (and {len(errors) - 1} more problems)" if len(errors) > 1 else ""

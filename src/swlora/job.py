@@ -62,7 +62,7 @@ class Job:
         They are encoded once. Raises UserError where there is no such split.
         """
         from swlora.data.encode import encode_examples
-        from swlora.data.known_tokens import check_rows
+        from swlora.data.known_tokens import check_sequences
         from swlora.models.anatomy import n_embeddings
 
         if (split, n_rows) in self._encoded:
@@ -75,7 +75,7 @@ class Job:
                 context_tokens=self.loaded.context_tokens,
                 truncate=self.spec.data.truncate,
             )
-            check_rows(sequences, self.loaded.tokenizer, n_embeddings(self.loaded.model))
+            check_sequences(sequences, self.loaded.tokenizer, n_embeddings(self.loaded.model))
         if n_cut:
             self.progress.say(f"{n_cut} rows of the {split} split were cut to the context")
             self.run.record(**{f"n_cut_rows_{split}": n_cut})

@@ -56,7 +56,9 @@ def prepare_training(job: Job) -> PreparedTraining:
     schedule = Schedule.of(sequences, spec.train, spec.seed)
     if note := batch_note(spec.train, len(sequences)):
         job.progress.say(note)
-    planned = planned_measurements(spec.train, n_steps=schedule.n_steps, n_rows=schedule.n_rows)
+    planned = planned_measurements(
+        spec.train, n_steps=schedule.n_steps, n_rows=schedule.n_sequences
+    )
     held_out = encode_held_out(job, planned) if planned else None
     check_adapter(job, schedule.n_steps)
     job.begin()

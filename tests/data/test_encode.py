@@ -223,7 +223,7 @@ def test_chunks_change_nothing(chunk_rows, monkeypatch):
         )
 
     (whole, n_cut), (long, n_long) = encoded(30), encoded(99)
-    monkeypatch.setattr(encode, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(encode, "CHUNK_EXAMPLES", chunk_rows)
     for context_tokens, expected, n in ((30, whole, n_cut), (99, long, n_long)):
         found, n_found = encoded(context_tokens)
         assert n_found == n

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from swlora.config import DataSpec
 from swlora.data import examples as examples_module
 from swlora.data import scratch
-from swlora.data.examples import Example, StoredExamples, chosen, kept
+from swlora.data.examples import Example, StoredExamples, keep, select
 from swlora.data.sources import load_dataset, number_prompts
 from swlora.errors import DataError, RunFailedError
 
@@ -44,13 +44,13 @@ turns = st.lists(st.tuples(texts, texts), max_size=3).map(tuple)
 @given(st.lists(st.builds(Example, texts, texts, turns), max_size=9), st.data())
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_stored_rows_are_a_sequence_like_a_tuple(rows: list[Example], data: st.DataObject) -> None:
-    stored, held = StoredExamples.written(rows), tuple(rows)
+    stored, held = StoredExamples.write(rows), tuple(rows)
     assert tuple(stored) == held and len(stored) == len(held)
     part = data.draw(st.slices(len(rows)))
     assert tuple(stored[part]) == held[part]
     assert tuple(stored[part][::-1]) == held[part][::-1]
     ids = np.array(data.draw(st.lists(st.sampled_from(range(len(rows))))) if rows else [], int)
-    assert tuple(chosen(stored, ids)) == chosen(held, ids) == tuple(rows[i] for i in ids)
+    assert tuple(select(stored, ids)) == select(held, ids) == tuple(rows[i] for i in ids)
     for i in range(-len(rows), len(rows)):
         assert stored[i] == held[i]
     with pytest.raises(IndexError):
@@ -62,7 +62,7 @@ def test_rows_move_to_a_file_once_their_text_is_long(
     limit_bytes: int, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     limit(monkeypatch, limit_bytes)
-    rows = kept(iter(ROWS))
+    rows = keep(iter(ROWS))
     assert isinstance(rows, tuple) == (limit_bytes == 100_000)
     assert tuple(rows) == tuple(ROWS)
     assert not cache.exists() or list(cache.iterdir()) == [], "the file has a name"
@@ -70,7 +70,7 @@ def test_rows_move_to_a_file_once_their_text_is_long(
 
 def test_many_rows_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples_module, "_WRITE_BYTES", 100)
-    assert tuple(StoredExamples.written(ROWS)) == tuple(ROWS)
+    assert tuple(StoredExamples.write(ROWS)) == tuple(ROWS)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "e2e"])
@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, cache:
     monkeypatch.setattr(os, "write", full)
     message = f"cannot keep the rows in {cache}: No space left on device; SWLORA_CACHE names"
     with pytest.raises(RunFailedError, match=message):
-        kept(ROWS)
+        keep(ROWS)
 
 
 def test_a_folder_that_cannot_be_made_is_said(
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_made_is_said(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "file"))
     with pytest.raises(RunFailedError, match=r"cannot keep the rows in .*file: "):
-        kept(ROWS)
+        keep(ROWS)
 
 
 def test_an_error_of_the_source_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_an_error_of_the_source_stays_what_it_is(monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.EIO, "the source broke")
 
     with pytest.raises(OSError, match="the source broke"):
-        kept(broken())
+        keep(broken())
 
 
 def test_rows_are_numbered_by_their_distinct_prompt() -> None:
@@ -178,7 +178,7 @@ def test_after_a_bad_row_nothing_is_kept_but_all_is_counted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     limit(monkeypatch, 0)
-    monkeypatch.setattr(StoredExamples, "written", pytest.fail)
+    monkeypatch.setattr(StoredExamples, "write", pytest.fail)
     path = tmp_path / "rows.jsonl"
     good = json.dumps({"prompt": "p", "completion": "c"}) + "\n"
     path.write_text("broken\n" + 20 * good + "broken\n")
@@ -187,7 +187,7 @@ def test_after_a_bad_row_nothing_is_kept_but_all_is_counted(
 
 
 def test_a_file_that_cannot_be_read_back_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored = StoredExamples.written(ROWS)
+    stored = StoredExamples.write(ROWS)
     monkeypatch.setattr(os, "pread", lambda *_: b"[")
     with pytest.raises(RunFailedError, match=r"cannot keep the rows .* shorter than it was"):
         stored[0]

@@ -22,7 +22,7 @@ def plan(pairs: list[Pair], order: StepOrder, per_step: int, budget: int, seed=0
     return plan_steps(
         TokenSequences.from_lists(pairs),
         sequences_per_step=per_step,
-        max_tokens_per_row=budget,
+        max_tokens_per_tree=budget,
         order=order,
         seed=seed,
         epoch=epoch,
@@ -204,7 +204,7 @@ def test_memory_mapped_tokens_give_the_same_rows(order: StepOrder, tmp_path: Pat
         steps = plan_steps(
             sequences,
             sequences_per_step=8,
-            max_tokens_per_row=50,
+            max_tokens_per_tree=50,
             order=order,
             seed=1,
             epoch=0,
@@ -229,7 +229,7 @@ def test_planning_reads_long_data_in_pieces(tmp_path: Path) -> None:
     sequences = TokenSequences(tokens, offsets, weights)
     tracemalloc.start()
     steps = plan_steps(
-        sequences, sequences_per_step=4, max_tokens_per_row=10, order="prompts", seed=0, epoch=0
+        sequences, sequences_per_step=4, max_tokens_per_tree=10, order="prompts", seed=0, epoch=0
     )
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -259,7 +259,7 @@ def test_e2e_rows_shrink(shared_dir: Path, order: StepOrder, per_step: int) -> N
     steps = plan_steps(
         sequences,
         sequences_per_step=per_step,
-        max_tokens_per_row=2048,
+        max_tokens_per_tree=2048,
         order=order,
         seed=0,
         epoch=0,

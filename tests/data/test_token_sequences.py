@@ -160,7 +160,7 @@ def test_ranks_sort_the_data_however_it_is_read(cells: int, pairs: list[Pair]) -
     """Few columns at a time, whose number changes as sequences drop out, and blocks of rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_sequences, "_CELLS", cells)
-        patch.setattr(token_sequences, "_BLOCK_ROWS", 3)
+        patch.setattr(token_sequences, "_BLOCK_SEQUENCES", 3)
         sequences = TokenSequences.from_lists(pairs)
         prompt, context = sequences.ranks
         contexts = [(p + c)[:-1] for p, c in pairs]

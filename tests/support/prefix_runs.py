@@ -46,7 +46,7 @@ def steps_of(sequences: TokenSequences, epoch: int) -> list[list[np.ndarray]]:
     return plan_steps(
         sequences,
         sequences_per_step=6,
-        max_tokens_per_row=30,
+        max_tokens_per_tree=30,
         order="prompts",
         seed=0,
         epoch=epoch,

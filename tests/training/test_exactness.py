@@ -195,7 +195,7 @@ def test_steps_of_several_rows(make_model: MakeModel, shape: str, order: Any) ->
     peft_model = adapted(make_model, shape)
     sequences = TokenSequences.from_lists(deep())
     steps = plan_steps(
-        sequences, sequences_per_step=12, max_tokens_per_row=150, order=order, seed=1, epoch=0
+        sequences, sequences_per_step=12, max_tokens_per_tree=150, order=order, seed=1, epoch=0
     )
     assert len(steps) == 2
     for rows in steps:

@@ -47,7 +47,7 @@ def loss_curve(make_model: MakeModel, step_class: Any, seed: int, n_steps: int) 
         for rows in plan_steps(
             sequences,
             sequences_per_step=16,
-            max_tokens_per_row=400,
+            max_tokens_per_tree=400,
             order="prompts",
             seed=0,
             epoch=epoch,

@@ -9,7 +9,7 @@ from swlora.config import TrainSpec
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
-from swlora.training.schedule import Schedule, batch_note, learning_rate, rows_per_step
+from swlora.training.schedule import Schedule, batch_note, learning_rate, sequences_per_step
 
 
 def spec(**changes) -> TrainSpec:
@@ -97,7 +97,7 @@ def test_the_schedule_of_sequences_is_that_of_plan_steps(order, batch_size):
     sequences = TokenSequences.from_lists([([5, i % 4], [i, 0]) for i in range(13)])
     train_spec = spec(batch_size=batch_size, order=order, epochs=3)
     schedule = Schedule.of(sequences, train_spec, seed=7)
-    limits = {"sequences_per_step": batch_size, "max_tokens_per_row": train_spec.row_tokens}
+    limits = {"sequences_per_step": batch_size, "max_tokens_per_tree": train_spec.row_tokens}
     plans = [
         plan_steps(sequences, order=order, seed=7, epoch=epoch, **limits) for epoch in range(3)
     ]
@@ -131,7 +131,7 @@ def test_the_schedule_of_sequences_is_that_of_plan_steps(order, batch_size):
 )
 def test_few_rows_get_a_batch_that_makes_twenty_steps(n_rows, changes, size, n_steps):
     train_spec = TrainSpec(**changes)
-    assert rows_per_step(train_spec, n_rows) == size
+    assert sequences_per_step(train_spec, n_rows) == size
     sequences = TokenSequences.from_lists([([5, i], [i, 0]) for i in range(n_rows)])
     schedule = Schedule.of(sequences, train_spec, seed=0)
     assert schedule.n_steps == n_steps
@@ -143,7 +143,7 @@ def test_few_rows_get_a_batch_that_makes_twenty_steps(n_rows, changes, size, n_s
 @pytest.mark.parametrize("epochs", [1, 2, 3, 20])
 def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
     train_spec = TrainSpec(epochs=epochs)
-    size = rows_per_step(train_spec, n_rows)
+    size = sequences_per_step(train_spec, n_rows)
     assert 1 <= size <= 32
     assert size == 1 or epochs * math.ceil(n_rows / size) >= 20
     assert size == 32 or epochs * math.ceil(n_rows / (size + 1)) < 20

@@ -1,1 +1,1 @@
-"""Where rows come from and how they become token sequences and tree rows."""
+"""Where examples come from, and how they become token sequences and prefix trees."""

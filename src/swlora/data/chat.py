@@ -34,12 +34,12 @@ _PROBE = "Xyzzy"  # an answer that is easily found in what a template writes
 class TurnEnd:
     """What a template writes behind an answer.
 
-    `kept` is the part of it up to and with `token_id`, the token that ends the turn; where no
-    single token does, that is None and `kept` is empty.
+    `trained` is the part of it up to and with `token_id`, the token that ends the turn; where no
+    single token does, that is None and `trained` is empty.
     """
 
     text: str
-    kept: str
+    trained: str
     token_id: int | None
 
 
@@ -70,7 +70,7 @@ class ChatTemplate:
         if opened:
             tag, inside = opened.strip(), _inside(opened, answer)
             if inside is not None and (written is None or tag in written):
-                return inside + self.end.kept  # the template drops the block, or opens it again
+                return inside + self.end.trained  # the template drops the block, or opens it again
             if written is None or REASONING_BLOCKS[tag] not in written:
                 raise UserError(
                     f"the chat template opens {tag} before an answer, and this answer does not "
@@ -86,7 +86,7 @@ class ChatTemplate:
             )
         if not written.endswith(self.end.text):
             raise UserError(f"the chat template does not end this answer in {self.end.text!r}")
-        return written.removesuffix(self.end.text) + self.end.kept
+        return written.removesuffix(self.end.text) + self.end.trained
 
     @cached_property
     def end(self) -> TurnEnd:
@@ -104,10 +104,10 @@ class ChatTemplate:
                 if token.special == special and token.content.strip() and token.content in text
             )
             for at, minus_length, token_id in found[:1]:
-                kept = text[: at - minus_length]
-                ids = self._tokenizer(_PROBE + kept, add_special_tokens=False)["input_ids"]
+                trained = text[: at - minus_length]
+                ids = self._tokenizer(_PROBE + trained, add_special_tokens=False)["input_ids"]
                 if ids[-1] == token_id:
-                    return TurnEnd(text, kept, token_id)
+                    return TurnEnd(text, trained, token_id)
         return TurnEnd(text, "", None)
 
     def _written_elsewhere(self, turns: Turns, answer: str, prompt: str, whole: str) -> str:

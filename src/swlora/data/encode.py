@@ -4,9 +4,9 @@
 
 The prompt carries the special tokens that the tokenizer puts in front (BOS), never those it puts
 behind. It is tokenised by itself, so that training and generation see the same prompt, and once for
-all its rows among the next few thousand; the completion's tokens are those that follow it in one
-text (see `tokenise`). A chat is written by the tokenizer's own template, which holds its special
-tokens already, and ends in the token that ends a turn there, or else in EOS (see `chat`).
+all its examples among the next few thousand; the completion's tokens are those that follow it in
+one text (see `tokenise`). A chat is written by the tokenizer's own template, which holds its
+special tokens already, and ends in the token that ends a turn there, or else in EOS (see `chat`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from swlora.errors import DataError, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_ROWS = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
+CHUNK_EXAMPLES = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
 
 _Prompt = tuple[str, Turns]  # of an example: its prompt, or "" and the turns of its chat
 
@@ -43,9 +43,9 @@ def encode_examples(
     context_tokens: int,
     truncate: bool,
 ) -> tuple[TokenSequences, int]:
-    """Encode a split; (sequences of at most `context_tokens` tokens, number of rows cut).
+    """Encode a split; (sequences of at most `context_tokens` tokens, number of examples cut).
 
-    A longer row raises DataError, or with `truncate` loses the completion's tail (its EOS too);
+    A longer one raises DataError, or with `truncate` loses the completion's tail (its EOS too);
     where the prompt alone fills the context, its head as well, so that one token is learned.
     """
     if context_tokens < 2:
@@ -54,8 +54,8 @@ def encode_examples(
 
     def encoded() -> Iterator[TokenSequences]:
         nonlocal n_long, first_long
-        for start in range(0, len(examples) or 1, CHUNK_ROWS):
-            chunk = list(examples[start : start + CHUNK_ROWS])
+        for start in range(0, len(examples) or 1, CHUNK_EXAMPLES):
+            chunk = list(examples[start : start + CHUNK_EXAMPLES])
             pairs = _encode_pairs(chunk, separator, tokenizer, first_row=start + 1)
             part = TokenSequences.from_lists(pairs)
             long = np.flatnonzero(part.lengths > context_tokens)
@@ -109,10 +109,10 @@ def _encode_pairs(
     pairs: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
     for is_chat in (False, True):
         numbers = [i for i, e in enumerate(examples) if bool(e.messages) == is_chat]
-        rows = [Following(texts[keys[i]], prompts[keys[i]], answers[i][0]) for i in numbers]
-        completions = following_ids(rows, tokenizer, special=not is_chat)
-        for i, row, ids in zip(numbers, rows, completions, strict=True):
-            pairs[i] = row.prompt_ids or [start], ids if answers[i][1] else [*ids, eos]
+        following = [Following(texts[keys[i]], prompts[keys[i]], answers[i][0]) for i in numbers]
+        completions = following_ids(following, tokenizer, special=not is_chat)
+        for i, text, ids in zip(numbers, following, completions, strict=True):
+            pairs[i] = text.prompt_ids or [start], ids if answers[i][1] else [*ids, eos]
     return pairs
 
 

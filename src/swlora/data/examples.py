@@ -1,6 +1,6 @@
-"""What a row of data is, and where many of them are kept.
+"""An example, which is what a row of data becomes, and where many of them are kept.
 
-Rows stay in memory up to about `scratch.MEMORY_BYTES`. Beyond that they lie in a file, and only
+Examples stay in memory up to about `scratch.MEMORY_BYTES`. Beyond that they lie in a file, and only
 where each begins is in memory; they are read back where they are asked for.
 """
 
@@ -23,7 +23,7 @@ _WRITE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: a prompt and its completion, or the turns of a chat and its last answer.
+    """A prompt and its completion, or the turns of a chat and its last answer.
 
     `messages` holds the (role, content) turns before the completion; `prompt` is "" then.
     """
@@ -55,7 +55,7 @@ def make_example(prompt: object, completion: object) -> Example | str:
     return Example(str(prompt), str(completion))
 
 
-def kept(examples: Iterable[Example]) -> Sequence[Example]:
+def keep(examples: Iterable[Example]) -> Sequence[Example]:
     """Read all examples and keep them: a tuple, or StoredExamples where the text is long.
 
     Raises RunFailedError where they do not fit on the disk either.
@@ -66,14 +66,14 @@ def kept(examples: Iterable[Example]) -> Sequence[Example]:
         n_bytes += example.n_bytes
         if n_bytes > scratch.MEMORY_BYTES:
             freed_on_the_way = (in_memory.popleft() for _ in range(len(in_memory)))
-            return StoredExamples.written(chain(freed_on_the_way, iterator))
+            return StoredExamples.write(chain(freed_on_the_way, iterator))
     return tuple(in_memory)
 
 
-def chosen(examples: Sequence[Example], ids: NDArray[np.int64]) -> Sequence[Example]:
+def select(examples: Sequence[Example], ids: NDArray[np.int64]) -> Sequence[Example]:
     """Return the examples `ids`, in that order, kept where the others are."""
     if isinstance(examples, StoredExamples):
-        return examples.chosen(ids)
+        return examples.select(ids)
     return tuple(examples[i] for i in ids.tolist())
 
 
@@ -87,7 +87,7 @@ class StoredExamples(Sequence[Example]):
         self._file, self._offsets, self._ids = file, offsets, ids
 
     @classmethod
-    def written(cls, examples: Iterable[Example]) -> Self:
+    def write(cls, examples: Iterable[Example]) -> Self:
         """Write examples to a file of their own."""
         file, offsets, waiting = scratch.ScratchFile("the rows"), array("q", [0]), bytearray()
         for example in examples:
@@ -100,7 +100,7 @@ class StoredExamples(Sequence[Example]):
         file.append(bytes(waiting))
         return cls(file, np.array(offsets), np.arange(len(offsets) - 1))
 
-    def chosen(self, ids: NDArray[np.int64] | slice) -> "StoredExamples":
+    def select(self, ids: NDArray[np.int64] | slice) -> "StoredExamples":
         """Return the examples `ids` of these, in that order."""
         return StoredExamples(self._file, self._offsets, self._ids[ids])
 
@@ -113,7 +113,7 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, key: slice) -> "StoredExamples": ...
     def __getitem__(self, key: int | slice) -> "Example | StoredExamples":
         if isinstance(key, slice):
-            return self.chosen(key)
+            return self.select(key)
         i = int(self._ids[key])
         prompt, completion, messages = json.loads(
             self._file.read(int(self._offsets[i]), int(self._offsets[i + 1]))

@@ -12,8 +12,8 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.errors import DataError, UserError
 
 
-def check_rows(sequences: TokenSequences, tokenizer: Any, n_embeddings: int) -> None:
-    """Raise DataError where a row holds a token that is not one of `n_embeddings`."""
+def check_sequences(sequences: TokenSequences, tokenizer: Any, n_embeddings: int) -> None:
+    """Raise DataError where a sequence holds a token that is not one of `n_embeddings`."""
     beyond = np.flatnonzero(sequences.tokens >= n_embeddings)
     if len(beyond):
         row = int(np.searchsorted(sequences.offsets, beyond[0], side="right"))

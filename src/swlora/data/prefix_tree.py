@@ -1,6 +1,6 @@
-"""Tree rows: the token sequences of a step as prefix tries, every shared prefix computed once.
+"""Prefix trees: token sequences that share a beginning, every shared prefix computed once.
 
-The context of a sequence is all of it but the last token, whose hidden state nothing reads. A row
+The context of a sequence is all of it but the last token, whose hidden state nothing reads. A tree
 is the trie of its sequences' contexts, laid out depth first, so that
 
     query i may see key j   iff   j <= i < subtree_end[j],      position_ids[i] = depth of node i
@@ -8,7 +8,7 @@ is the trie of its sequences' contexts, laid out depth first, so that
 
 which equals the summed loss of the separate sequences: the weight of a target is the sum of the
 weights of the tokens that it stands for, one of every sequence that trains it through that node.
-Contexts without a common first token are separate trees of one row. With contexts sorted, the new
+Contexts without a common first token are separate tries of one tree. With contexts sorted, the new
 nodes of each are those beyond its common prefix with the one before, and already stand in
 depth-first order.
 """
@@ -34,7 +34,7 @@ class PrefixTree:
 
     token_ids, position_ids, subtree_end: (T,) int32. target_position (node whose logits are
     scored) and target_id: (K,) int64, sorted, each pair once; target_weight: (K,) float32, the sum
-    over the sequences that train it. sequence_ids: int64, the data-set rows held, in layout order.
+    over the sequences that train it. sequence_ids: int64, the sequences held, in layout order.
     node_source: (T,) int64, where in `TokenSequences.tokens` each node was first read.
     shortest_tokens, longest_tokens: of its sequences, the last token counted.
     """
@@ -52,7 +52,7 @@ class PrefixTree:
 
     @property
     def n_sequences(self) -> int:
-        """Rows of the data set in this tree row."""
+        """Sequences in this tree."""
         return len(self.sequence_ids)
 
     @property
@@ -62,7 +62,7 @@ class PrefixTree:
 
 
 def build_tree(sequences: TokenSequences, ids: Ints) -> PrefixTree:
-    """Lay out the sequences `ids` as one tree row; an id given twice weighs twice.
+    """Lay out the sequences `ids` as one tree; an id given twice weighs twice.
 
     Raises ValueError for no ids or ids out of range, DataError for a negative token id.
     """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from swlora.data.chat_rows import make_chat, unused_meaning
-from swlora.data.examples import Example, kept, make_example
+from swlora.data.examples import Example, keep, make_example
 from swlora.errors import DataError, UserError
 
 E2E_COLUMNS = ("mr", "ref")
@@ -46,7 +46,7 @@ def collect_rows(
                 n_bad += 1
                 first_problem = first_problem or f"{where} {number}: {row}"
 
-    examples = kept(usable())
+    examples = keep(usable())
     if n_bad and not skip_bad_rows:
         rest = f"and {n_bad - 1} more; --skip-bad-rows leaves them out"
         raise DataError(

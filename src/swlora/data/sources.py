@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swlora.config import DEFAULT_DATASET, SAMPLE_DATASET, DataSpec
-from swlora.data.examples import Example, chosen, kept, make_example
+from swlora.data.examples import Example, keep, make_example, select
 from swlora.data.rows import E2E_COLUMNS, READERS, collect_rows, read_rows
 from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
@@ -132,7 +132,7 @@ def _first_prompts(examples: Sequence[Example], n: int | None) -> Sequence[Examp
     if n is None:
         return examples
     prompts = number_prompts(examples)
-    return chosen(examples, np.flatnonzero(prompts < n))
+    return select(examples, np.flatnonzero(prompts < n))
 
 
 # Sources
@@ -165,7 +165,7 @@ def _load_folder(folder: Path, skip_bad_rows: bool) -> Dataset:
 
 
 def _load_sample(source: str) -> Dataset:
-    parts = [(kept(Example(mr, ref) for mr, ref in pairs), 0) for pairs in make_sample()]
+    parts = [(keep(Example(mr, ref) for mr, ref in pairs), 0) for pairs in make_sample()]
     return _assembled(SAMPLE_DATASET, source, "\n", parts)
 
 
@@ -188,7 +188,7 @@ def _load_file(path: Path, spec: DataSpec) -> Dataset:
         )
     n_dev = max(1, n_prompts // 20)
     is_dev = prompts >= n_prompts - n_dev
-    dev, train = (chosen(train, np.flatnonzero(ids)) for ids in (is_dev, ~is_dev))
+    dev, train = (select(train, np.flatnonzero(ids)) for ids in (is_dev, ~is_dev))
     source = f"rows of {path}; its last {n_dev} of {n_prompts} distinct prompts are the dev split"
     return _assembled(path.name, source, "", [(train, n_skipped), (dev, 0), ((), 0)])
 

@@ -1,4 +1,4 @@
-"""An epoch as optimizer steps: which sequences each takes, and in which tree rows.
+"""An epoch as optimizer steps: which sequences each takes, and in which trees.
 
 What shares a prefix should share a step, so that the prefix is computed once; which neighbours
 meet, and where a large prompt is divided, differs from epoch to epoch.
@@ -18,12 +18,12 @@ def plan_steps(
     sequences: TokenSequences,
     *,
     sequences_per_step: int,
-    max_tokens_per_row: int,
+    max_tokens_per_tree: int,
     order: StepOrder,
     seed: int,
     epoch: int,
 ) -> list[list[Ints]]:
-    """Plan one epoch: optimizer steps, each a list of rows, each row the ids for `build_tree`.
+    """Plan one epoch: optimizer steps, each a list of groups, each the ids of one `build_tree`.
 
     Every sequence comes exactly once; the same (seed, epoch) gives the same plan. An epoch always
     has ceil(n / sequences_per_step) steps, all within one unit of their mean, n / steps:
@@ -31,12 +31,12 @@ def plan_steps(
     - "prompts": the sequences of one identical prompt stay together, the prompts are shuffled;
     - "neighbours": so do lexicographically neighbouring prompts; where a step begins differs from
       epoch to epoch, and the steps are shuffled.
-    Prompts with more sequences than a step holds are split. A step is cut into as few rows as
-    a greedy pass finds with at most `max_tokens_per_row` nodes each; a sequence longer than that
-    has a row of its own, and a prompt is divided between rows only where it does not fit one.
+    Prompts with more sequences than a step holds are split. A step is cut into as few groups
+    as a greedy pass finds whose trees have `max_tokens_per_tree` nodes at most; a sequence longer
+    than that is alone, and a prompt is divided between trees only where it does not fit one.
     """
-    if sequences_per_step < 1 or max_tokens_per_row < 1:
-        raise ValueError("sequences_per_step and max_tokens_per_row must be at least 1")
+    if sequences_per_step < 1 or max_tokens_per_tree < 1:
+        raise ValueError("sequences_per_step and max_tokens_per_tree must be at least 1")
     rng = np.random.default_rng([seed, epoch])
     n_steps = -(-len(sequences) // sequences_per_step)
     if order == "iid":
@@ -52,7 +52,7 @@ def plan_steps(
     step = rng.permutation(n_steps)[step_of_unit[unit]]
     prompt, context = sequences.ranks
     ids = np.lexsort((context, prompt, step))
-    return _cut_rows(sequences, ids, step[ids], max_tokens_per_row)
+    return _cut_groups(sequences, ids, step[ids], max_tokens_per_tree)
 
 
 def _prompt_units(
@@ -81,21 +81,22 @@ def _prompt_units(
     return unit
 
 
-def _cut_rows(sequences: TokenSequences, ids: Ints, step: Ints, budget: int) -> list[list[Ints]]:
-    """Cut ids, sorted by step and within it by prompt and context, into the rows of every step.
+def _cut_groups(sequences: TokenSequences, ids: Ints, step: Ints, budget: int) -> list[list[Ints]]:
+    """Cut ids, sorted by step and within it by prompt and context, into the groups of every step.
 
     Counts nodes from common prefixes of neighbours: exact, but for prompts that begin with another
-    prompt of the row, where it may count some twice; so a row never exceeds the budget.
+    prompt of the group, where it may count some twice; so a tree never exceeds the budget.
     """
     context = (sequences.lengths - 1)[ids]
     added = context - common_with_previous(sequences, ids)
     total = np.concatenate([[0], np.cumsum(added)])
     prompt = sequences.ranks[0][ids]
-    groups = np.append(np.flatnonzero(_starts(step, prompt)), len(ids))
-    # One group, where it fits a row whole, else its sequences one by one.
-    whole = context[groups[:-1]] + total[groups[1:]] - total[groups[:-1] + 1] <= budget
-    splits = [np.arange(a, b) for a, b in zip(groups[:-1][~whole], groups[1:][~whole], strict=True)]
-    parts = np.unique(np.concatenate([groups, *splits]))
+    prompts = np.append(np.flatnonzero(_starts(step, prompt)), len(ids))
+    # A prompt's sequences together, where they fit a tree, else one by one.
+    whole = context[prompts[:-1]] + total[prompts[1:]] - total[prompts[:-1] + 1] <= budget
+    divided = zip(prompts[:-1][~whole], prompts[1:][~whole], strict=True)
+    splits = [np.arange(start, end) for start, end in divided]
+    parts = np.unique(np.concatenate([prompts, *splits]))
     alone = context[parts[:-1]] + total[parts[1:]] - total[parts[:-1] + 1]
     joined = total[parts[1:]] - total[parts[:-1]]
 
@@ -109,10 +110,10 @@ def _cut_rows(sequences: TokenSequences, ids: Ints, step: Ints, budget: int) -> 
         else:
             used += nodes_joined
     steps: list[list[Ints]] = []
-    for start, row in zip(cuts, np.split(ids, cuts[1:]), strict=True):
+    for start, group in zip(cuts, np.split(ids, cuts[1:]), strict=True):
         if start == 0 or step[start] != step[start - 1]:
             steps.append([])
-        steps[-1].append(row)
+        steps[-1].append(group)
     return steps
 
 

@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 Weights = NDArray[np.bool_] | NDArray[np.float32]
 
 PAD = -1
-_BLOCK_ROWS = 1 << 14  # sequences read at a time
+_BLOCK_SEQUENCES = 1 << 14  # sequences read at a time
 _BLOCK_TOKENS = 1 << 20  # whose weights are read at a time
 # Sequences are compared some columns at a time, 16 of a few sequences and 2 of many, so that memory
 # depends neither on the longest sequence nor much on their number.
@@ -192,8 +192,8 @@ def gather(
     """
     found = np.empty((len(ids), width), dtype=np.int32)
     column = begin + np.arange(width)
-    for start in range(0, len(ids), _BLOCK_ROWS):  # places take four times as much as tokens
-        block = ids[start : start + _BLOCK_ROWS]
+    for start in range(0, len(ids), _BLOCK_SEQUENCES):  # places take four times as much as tokens
+        block = ids[start : start + _BLOCK_SEQUENCES]
         inside = column < limits[block, None]
         place = np.where(inside, sequences.offsets[block, None] + column, 0)
         tokens = np.where(inside, np.asarray(sequences.tokens)[place], PAD)
@@ -253,5 +253,5 @@ def common_with_previous(sequences: TokenSequences, ids: Ints) -> Ints:
     return common
 
 
-def _columns_at_once(n_rows: int) -> int:
-    return min(_MAX_COLUMNS, max(_MIN_COLUMNS, _CELLS // n_rows))
+def _columns_at_once(n_sequences: int) -> int:
+    return min(_MAX_COLUMNS, max(_MIN_COLUMNS, _CELLS // n_sequences))

@@ -37,7 +37,7 @@ def token_ids(
 
 
 def following_ids(
-    rows: Sequence[Following], tokenizer: "PreTrainedTokenizerBase", *, special: bool
+    texts: Sequence[Following], tokenizer: "PreTrainedTokenizerBase", *, special: bool
 ) -> list[list[int]]:
     """Return the token ids of each text as they follow those of its prompt.
 
@@ -45,31 +45,32 @@ def following_ids(
     begin them; elsewhere (a token would reach over the boundary) those of the text without a mark
     that it does not have. `special` says how the prompts were tokenised.
     """
-    if not rows:
+    if not texts:
         return []
     splits = _splits_at_line_breaks(tokenizer)
     found: dict[int, list[int]] = {}
-    joined = [i for i, row in enumerate(rows) if not (splits and _has_line_break(row))]
-    texts = [rows[i].prompt + rows[i].text for i in joined]
-    for i, whole in zip(joined, token_ids(texts, tokenizer, special=special), strict=True):
-        n_prompt = len(rows[i].prompt_ids)
-        if whole[:n_prompt] == rows[i].prompt_ids:
+    joined = [i for i, text in enumerate(texts) if not (splits and _has_line_break(text))]
+    together = [texts[i].prompt + texts[i].text for i in joined]
+    for i, whole in zip(joined, token_ids(together, tokenizer, special=special), strict=True):
+        n_prompt = len(texts[i].prompt_ids)
+        if whole[:n_prompt] == texts[i].prompt_ids:
             found[i] = whole[n_prompt:]
-    rest = [i for i in range(len(rows)) if i not in found]
-    apart = _ids_without_mark([rows[i].text for i in rest], tokenizer, known_plain=splits)
+    rest = [i for i in range(len(texts)) if i not in found]
+    apart = _ids_without_mark([texts[i].text for i in rest], tokenizer, known_plain=splits)
     found |= zip(rest, apart, strict=True)
-    return [found[i] for i in range(len(rows))]
+    return [found[i] for i in range(len(texts))]
 
 
-def _has_line_break(row: Following) -> bool:
+def _has_line_break(following: Following) -> bool:
     """Say that a line break, and not one of several blanks, stands between prompt and text."""
-    return row.prompt.endswith("\n") and not row.text[:1].isspace()
+    return following.prompt.endswith("\n") and not following.text[:1].isspace()
 
 
 def _splits_at_line_breaks(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Say that text behind a line break has the tokens that it has alone.
 
-    So it is with byte-level tokenizers. Their prompts need not be tokenised again for every row.
+    So it is with byte-level tokenizers. Their prompts need not be tokenised again with every
+    completion.
     """
     alone = _ids(_FIRST_CHARACTERS, tokenizer, special=False)
     behind = _ids([f"\n{text}" for text in _FIRST_CHARACTERS], tokenizer, special=False)

@@ -59,7 +59,7 @@ def grouped_losses(
     steps = plan_steps(
         sequences,
         sequences_per_step=SEQUENCES_AT_ONCE,
-        max_tokens_per_row=4096,
+        max_tokens_per_tree=4096,
         order="neighbours",
         seed=0,
         epoch=0,

@@ -17,7 +17,7 @@ from swlora.errors import UserError
 from swlora.study.arms import Arm, arms_of
 from swlora.study.spec import StudySpec
 from swlora.study.study_file import arm_problems
-from swlora.training.schedule import rows_per_step
+from swlora.training.schedule import sequences_per_step
 
 MANY_STEPS = 1_000_000_000  # where the number of rows is not known
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
@@ -78,7 +78,7 @@ class Checked:
         n_rows = self.n_rows.get("train") if n_rows is None else n_rows
         if n_rows is None:
             return run.train.max_steps
-        n_steps = -(-n_rows // rows_per_step(run.train, n_rows)) * run.train.epochs
+        n_steps = -(-n_rows // sequences_per_step(run.train, n_rows)) * run.train.epochs
         return min(n_steps, run.train.max_steps or n_steps)
 
     def rate_steps(self, arm: Arm) -> int | None:
@@ -182,7 +182,7 @@ def _check_data(checked: Checked, tokenizer: Any) -> None:
 def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -> None:
     """Raise UserError where rows or generated text would not fit into the model's context."""
     from swlora.data.encode import encode_examples, encode_prompts
-    from swlora.data.known_tokens import check_rows
+    from swlora.data.known_tokens import check_sequences
     from swlora.evaluation.decode import check_room
     from swlora.models.anatomy import context_tokens, n_embeddings
 
@@ -194,7 +194,7 @@ def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -
         context_tokens=context_tokens(checked.model),
         truncate=spec.data.truncate,
     )
-    check_rows(sequences, tokenizer, n_embeddings(checked.model))
+    check_sequences(sequences, tokenizer, n_embeddings(checked.model))
     if split == spec.data.eval_split:
         prompts = encode_prompts(examples, dataset.separator, tokenizer)
         for decode in [spec.decode, spec.beam.decode] if spec.beam.arms else [spec.decode]:

@@ -144,9 +144,9 @@ def choose(
     if plan.objection:
         return Choice(budget, all_layers, f"all layers: {plan.objection}")
     found = profile(model, sequences, spec, plan.profiled, progress.say)
-    n_examples = min(len(sequences), schedule.n_rows)
+    n_examples = min(len(sequences), schedule.n_sequences)
     spent_s = time.perf_counter() - start_s
-    forecast = Forecast(found, plan, n_examples, schedule.n_rows / n_examples, spent_s)
+    forecast = Forecast(found, plan, n_examples, schedule.n_sequences / n_examples, spent_s)
     options = options_of(forecast)
     measured: dict[str, Any] = {"profile": found, "options": options}
     proposed = propose(options, budget)

@@ -1,4 +1,4 @@
-"""The training loop: steps of whole data-set rows, AdamW, exact resume.
+"""The training loop: steps of whole sequences, AdamW, exact resume.
 
     gradient of a step = (sum over its trained tokens of the loss gradient) / (their number)
                          + gradient of the method's own term, where it has one
@@ -34,8 +34,8 @@ from swlora.training.watch import HeldOutState, Watch
 class StepFunction(Protocol):
     """Adds the gradient of a step's summed loss and returns that loss."""
 
-    def __call__(self, rows: Step) -> LossSum:
-        """Run forward and backward over the rows of one step."""
+    def __call__(self, groups: Step) -> LossSum:
+        """Run forward and backward over the trees of one step."""
 
 
 @adapted_threads()
@@ -51,7 +51,7 @@ def train(
 
     Continues from the run's checkpoint where there is one. SIGINT and SIGTERM end the loop after
     the current step with a checkpoint and KeyboardInterrupt. The last checkpoint is the final
-    state; it goes when the run is done. `watch` measures held-out rows off the clock, keeps the
+    state; it goes when the run is done. `watch` measures held-out examples off the clock, keeps the
     best adapter and may end the training early. Raises RunFailedError before a non-finite loss or
     gradient could reach the weights.
     """
@@ -66,12 +66,12 @@ def train(
     saved_at_s = time.perf_counter()
     with progress.task("train", n_steps) as task, _stop_requested() as stop:
         task.advance(state.totals.step)
-        for rows in schedule.steps(state.totals.step):
+        for groups in schedule.steps(state.totals.step):
             if watch and watch.is_over(state.held_out):
                 break
             random_state = state.random_state()
             try:
-                report = _one_step(step_function, rows, state, accelerator, schedule)
+                report = _one_step(step_function, groups, state, accelerator, schedule)
             except RunFailedError:  # raised before the weights changed: nothing is lost
                 state.set_random_state(random_state)
                 _save(state, folder)
@@ -106,8 +106,8 @@ def reports(
     Raises RunFailedError before a non-finite loss or gradient could reach the weights.
     """
     accelerator, state = _begin(adapted, schedule.spec)
-    for rows in schedule.steps():
-        yield _one_step(step_function, rows, state, accelerator, schedule)
+    for groups in schedule.steps():
+        yield _one_step(step_function, groups, state, accelerator, schedule)
 
 
 def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
@@ -132,7 +132,7 @@ def _note(report: dict[str, Any], held_out: HeldOutState) -> str:
 
 def _one_step(
     step_function: StepFunction,
-    rows: Step,
+    groups: Step,
     state: LoopState,
     accelerator: Any,
     schedule: Schedule,
@@ -143,7 +143,7 @@ def _one_step(
     rate = schedule.learning_rate(totals.step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]
-    loss = step_function(rows)
+    loss = step_function(groups)
     parameters = adapted.parameters.values()
     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss.n_tokens)
     penalty = adapted.penalty()
@@ -159,9 +159,9 @@ def _one_step(
     adapted.after_step(totals.step + 1)
     optimizer.zero_grad(set_to_none=True)
     step_s = time.perf_counter() - start_s
-    n_rows = int(sum(len(row) for row in rows))
+    n_sequences = sum(map(len, groups))
     totals.step += 1
-    totals.rows += n_rows
+    totals.rows += n_sequences
     totals.tokens += loss.n_tokens
     totals.elapsed_s += step_s
     return {

@@ -35,7 +35,7 @@ class PaddedBatch(NamedTuple):
 
 
 class PlainStep:
-    """Loss and gradient of the rows of one optimizer step, the plain way."""
+    """Loss and gradient of the sequences of one optimizer step, the plain way."""
 
     def __init__(
         self, model: Any, sequences: TokenSequences, *, label_smoothing: float = 0.0
@@ -45,10 +45,10 @@ class PlainStep:
         self.label_smoothing = label_smoothing
         self._rotary = RotaryLengths(model)
 
-    def __call__(self, rows: Sequence[np.ndarray]) -> LossSum:
+    def __call__(self, groups: Sequence[np.ndarray]) -> LossSum:
         """Add the gradient of the summed loss of the step; return that loss."""
         total = LossSum()
-        for ids in self._rotary.sides(np.concatenate(list(rows)), self.sequences.lengths):
+        for ids in self._rotary.sides(np.concatenate(list(groups)), self.sequences.lengths):
             batch = pad(self.sequences, ids, self.model.device)
             loss, n_tokens = weighted_loss(self.model, batch, self.label_smoothing)
             torch.autograd.backward(loss)
@@ -56,7 +56,7 @@ class PlainStep:
         return total
 
     def close(self) -> None:
-        """Hold nothing, so let go of nothing."""
+        """Do nothing: only a tree step holds files that must be closed."""
 
 
 def pad(sequences: TokenSequences, ids: np.ndarray, device: Any) -> PaddedBatch:

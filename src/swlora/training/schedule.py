@@ -1,4 +1,4 @@
-"""All steps of a training: which rows each one takes, and at which learning rate.
+"""All steps of a training: which sequences each one takes, and at which learning rate.
 
 Both are pure functions of the step's number, so a resumed training needs no state for them.
 """
@@ -22,7 +22,7 @@ class StepPlan(Protocol):
     """The steps of one epoch, a pure function of the epoch number."""
 
     def __call__(self, epoch: int, /) -> list[list[np.ndarray]]:
-        """Return the steps; each is a list of rows, each row an array of sequence ids."""
+        """Return the steps; each is a list of groups, the sequence ids of one tree each."""
 
 
 class Schedule:
@@ -43,14 +43,14 @@ class Schedule:
     @classmethod
     def of(cls, sequences: TokenSequences, spec: TrainSpec, seed: int) -> "Schedule":
         """Return the schedule that `spec` asks for on these sequences."""
-        size = rows_per_step(spec, len(sequences))
+        size = sequences_per_step(spec, len(sequences))
         spec = spec.model_copy(update={"batch_size": size})
         n_steps_per_epoch = math.ceil(len(sequences) / size)  # see plan_steps
         return cls(spec, step_plan(sequences, spec, seed), n_steps_per_epoch)
 
     @property
-    def n_rows(self) -> int:
-        """About how many rows are run, each counted once in every epoch."""
+    def n_sequences(self) -> int:
+        """About how many sequences are run, each counted once in every epoch."""
         return self.n_steps * (self.spec.batch_size or 1)
 
     def steps(self, n_done: int = 0) -> Iterator[Step]:
@@ -75,8 +75,8 @@ class Schedule:
         return learning_rate(self.spec, step, self.n_steps)
 
 
-def rows_per_step(spec: TrainSpec, n_rows: int) -> int:
-    """Return the rows per step: what was asked for, else 32, or fewer where data are few.
+def sequences_per_step(spec: TrainSpec, n_sequences: int) -> int:
+    """Return the sequences per step: what was asked for, else 32, or fewer where data are few.
 
     Then it is the largest that makes at least 20 steps, or as many as `max_steps` allows.
     """
@@ -84,27 +84,27 @@ def rows_per_step(spec: TrainSpec, n_rows: int) -> int:
         return spec.batch_size
     n_wanted = min(FEW_STEPS, spec.max_steps or FEW_STEPS)
     sizes = range(DEFAULT_BATCH_SIZE, 1, -1)
-    return next((size for size in sizes if _n_planned(spec, n_rows, size) >= n_wanted), 1)
+    return next((size for size in sizes if _n_planned(spec, n_sequences, size) >= n_wanted), 1)
 
 
-def batch_note(spec: TrainSpec, n_rows: int) -> str | None:
-    """Say what few rows mean for the number of steps, where there is something to say."""
-    size = rows_per_step(spec, n_rows)
-    n_steps = _n_planned(spec, n_rows, size)
+def batch_note(spec: TrainSpec, n_sequences: int) -> str | None:
+    """Say what few sequences mean for the number of steps, where there is something to say."""
+    size = sequences_per_step(spec, n_sequences)
+    n_steps = _n_planned(spec, n_sequences, size)
     if spec.batch_size is None and size < DEFAULT_BATCH_SIZE:
-        n_default = _n_planned(spec, n_rows, DEFAULT_BATCH_SIZE)
+        n_default = _n_planned(spec, n_sequences, DEFAULT_BATCH_SIZE)
         return (
-            f"{n_rows} rows would make {_steps(n_default)} of {DEFAULT_BATCH_SIZE} rows; taking "
-            f"{size} rows a step, {_steps(n_steps)} (--batch-size sets another number)"
+            f"{n_sequences} rows would make {_steps(n_default)} of {DEFAULT_BATCH_SIZE} rows; "
+            f"taking {size} rows a step, {_steps(n_steps)} (--batch-size sets another number)"
         )
     if n_steps < min(FEW_STEPS, spec.max_steps or FEW_STEPS):
         advice = "more --epochs or a smaller --batch-size" if size > 1 else "more --epochs"
-        return f"{n_rows} rows make only {_steps(n_steps)} of {size} rows; {advice} makes more"
+        return f"{n_sequences} rows make only {_steps(n_steps)} of {size} rows; {advice} makes more"
     return None
 
 
-def _n_planned(spec: TrainSpec, n_rows: int, size: int) -> int:
-    return spec.epochs * math.ceil(n_rows / size)  # see plan_steps
+def _n_planned(spec: TrainSpec, n_sequences: int, size: int) -> int:
+    return spec.epochs * math.ceil(n_sequences / size)  # see plan_steps
 
 
 def _steps(n: int) -> str:
@@ -117,8 +117,8 @@ def step_plan(sequences: TokenSequences, spec: TrainSpec, seed: int) -> StepPlan
     def plan(epoch: int) -> list[list[np.ndarray]]:
         return plan_steps(
             sequences,
-            sequences_per_step=rows_per_step(spec, len(sequences)),
-            max_tokens_per_row=spec.row_tokens,
+            sequences_per_step=sequences_per_step(spec, len(sequences)),
+            max_tokens_per_tree=spec.row_tokens,
             order=spec.order,
             seed=seed,
             epoch=epoch,

@@ -1,6 +1,6 @@
-"""The fast training step: tree rows, frozen prefix, chunked head loss; equal to the plain step.
+"""The fast training step: prefix trees, frozen prefix, chunked head loss; equal to the plain step.
 
-row -> hidden state at the lowest adapted block (no graph, cached) -> the blocks above it
+tree -> hidden state at the lowest adapted block (no graph, cached) -> the blocks above it
     -> the scored nodes' final state -> loss and its gradient over the frozen head
 """
 
@@ -35,7 +35,7 @@ def make_step(
 ) -> "TreeStep | PlainStep":
     """Return the step function that `spec.engine` names; `auto` is tree wherever it works.
 
-    The caller closes it. Raises UserError where tree rows are asked for and the family cannot run
+    The caller closes it. Raises UserError where trees are asked for and the family cannot run
     them.
     """
     step = TreeStep(peft_model, sequences, label_smoothing=spec.label_smoothing, say=say)
@@ -50,7 +50,7 @@ def make_step(
 
 
 class TreeStep:
-    """Loss and gradient of the rows of one optimizer step, over tree rows."""
+    """Loss and gradient of the sequences of one optimizer step, over their trees."""
 
     def __init__(
         self,
@@ -65,24 +65,24 @@ class TreeStep:
         self.sequences = sequences
         self.label_smoothing = label_smoothing
         walk = self.walk = TreeWalk(self.base_model, adapted_layers(peft_model)[0])
-        self.prefix_source: PrefixSource = lambda _row, layout: walk.prefix(layout)  # no cycle
+        self.prefix_source: PrefixSource = lambda _tree, layout: walk.prefix(layout)  # no cycle
         self._say = say
-        self._n_parts = 1  # every row is run in so many parts, doubled when memory runs out
+        self._n_parts = 1  # every group is run in so many parts, doubled when memory runs out
 
-    def __call__(self, rows: Sequence[np.ndarray]) -> LossSum:
+    def __call__(self, groups: Sequence[np.ndarray]) -> LossSum:
         """Add the gradient of the summed loss of the step; return that loss."""
         while True:
             try:
-                return self._run(self.parts(rows))
+                return self._run(self.parts(groups))
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                self._halve(rows)
+                self._halve(groups)
 
-    def parts(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Cut rows into what is run: sequences that may run together, as many as memory holds."""
+    def parts(self, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Cut groups into what is run: sequences that may run together, as many as memory holds."""
         rotary, lengths = self.walk.rotary, self.sequences.lengths
-        together = [part for ids in rows for part in rotary.sides(ids, lengths)]
+        together = [part for ids in groups for part in rotary.sides(ids, lengths)]
         return [p for ids in together for p in np.array_split(ids, self._n_parts) if len(p)]
 
     def _run(self, parts: Sequence[np.ndarray]) -> LossSum:
@@ -90,12 +90,12 @@ class TreeStep:
         refresh(self._forwards)
         with patched_forwards(self._forwards):
             for ids in parts:
-                row = build_tree(self.sequences, ids)
-                layout = TreeLayout(row, self.base_model.device)
-                hidden = self.walk.suffix(layout, self.prefix_source(row, layout))
-                loss = tree_nats(self.walk, row, hidden, self.label_smoothing)
+                tree = build_tree(self.sequences, ids)
+                layout = TreeLayout(tree, self.base_model.device)
+                hidden = self.walk.suffix(layout, self.prefix_source(tree, layout))
+                loss = tree_nats(self.walk, tree, hidden, self.label_smoothing)
                 torch.autograd.backward(loss)
-                total += LossSum(float(loss.detach()), row.n_target_tokens)
+                total += LossSum(float(loss.detach()), tree.n_target_tokens)
         return total
 
     @cached_property
@@ -113,8 +113,8 @@ class TreeStep:
         if isinstance(self.prefix_source, PrefixCache):
             self.prefix_source.close()
 
-    def _halve(self, rows: Sequence[np.ndarray]) -> None:
-        if all(len(ids) <= self._n_parts for ids in rows):
+    def _halve(self, groups: Sequence[np.ndarray]) -> None:
+        if all(len(ids) <= self._n_parts for ids in groups):
             raise RunFailedError("a single sequence does not fit into memory; --truncate it")
         self._n_parts *= 2
         for parameter in trainable_parameters(self.peft_model).values():
@@ -134,22 +134,22 @@ def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], No
     return False
 
 
-def tree_nats(walk: TreeWalk, row: PrefixTree, hidden: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return the summed loss in nats of a row from the decoder's final state (1, T, D)."""
-    scored, targets = scored_targets(row, hidden.device)
+def tree_nats(walk: TreeWalk, tree: PrefixTree, hidden: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return the summed loss in nats of a tree from the decoder's final state (1, T, D)."""
+    scored, targets = scored_targets(tree, hidden.device)
     cap = float(getattr(walk.base_model.config, "final_logit_softcapping", None) or 0.0)
     head: Any = walk.anatomy.head
     return head_loss(hidden[0, scored], head, targets, smoothing=smoothing, cap=cap)
 
 
-def scored_targets(row: PrefixTree, device: torch.device) -> tuple[Tensor, Targets]:
+def scored_targets(tree: PrefixTree, device: torch.device) -> tuple[Tensor, Targets]:
     """Return (nodes that are scored (N,), their targets with rows numbered 0 to N - 1)."""
-    scored, rows = np.unique(row.target_position, return_inverse=True)
-    row_weights = np.bincount(rows, weights=row.target_weight).astype(np.float32)
+    scored, rows = np.unique(tree.target_position, return_inverse=True)
+    row_weights = np.bincount(rows, weights=tree.target_weight).astype(np.float32)
     targets = Targets(
         rows=torch.from_numpy(rows).to(device),
-        ids=torch.from_numpy(row.target_id).to(device),
-        weights=torch.from_numpy(row.target_weight).to(device),
+        ids=torch.from_numpy(tree.target_id).to(device),
+        weights=torch.from_numpy(tree.target_weight).to(device),
         row_weights=torch.from_numpy(row_weights).to(device),
     )
     return torch.from_numpy(scored).to(device), targets

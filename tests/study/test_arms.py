@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from swlora.errors import UserError
-from swlora.study.arms import add_controls, arms_of, chosen_arms, expected_controls
+from swlora.study.arms import add_controls, arms_of, expected_controls, select_arms
 from swlora.study.spec import StudySpec
 
 N_LAYERS = 12
@@ -125,8 +125,8 @@ def test_controls_may_have_fewer_seeds():
 def test_only_some_arms():
     spec = study("lora", "super")
     arms = arms_of(spec, N_LAYERS)
-    everything = chosen_arms(arms, spec, [])
+    everything = select_arms(arms, spec, [])
     assert everything[:3] == ["lora", "super", "super-random-1"]
-    assert chosen_arms(arms, spec, ["super-last"]) == ["super-last"]
+    assert select_arms(arms, spec, ["super-last"]) == ["super-last"]
     with pytest.raises(UserError, match=r"--only dora: the study has lora, super, super-random-1"):
-        chosen_arms(arms, spec, ["lora", "dora"])
+        select_arms(arms, spec, ["lora", "dora"])

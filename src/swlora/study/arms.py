@@ -138,7 +138,7 @@ def _repeats(arm: Arm, other: Arm) -> bool:
     return same_runs and arm.rates == other.rates and set(arm.seeds) <= set(other.seeds)
 
 
-def chosen_arms(arms: list[Arm], spec: StudySpec, only: list[str]) -> list[str]:
+def select_arms(arms: list[Arm], spec: StudySpec, only: list[str]) -> list[str]:
     """Return the names of `--only`, checked against arms and controls; UserError for others."""
     names = [name for arm in arms for name in (arm.name, *_names(expected_controls(arm, spec)))]
     if unknown := [name for name in only if name not in names]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from swlora.config.fields import split_list
 from swlora.errors import RunFailedError, UserError
-from swlora.study.arms import arms_of, chosen_arms
+from swlora.study.arms import arms_of, select_arms
 from swlora.study.check import Checked, check
 from swlora.study.folder import StudyFolder, check_folder, remove
 from swlora.study.live import Board, View, make_view
@@ -102,7 +102,7 @@ def wanted_arms(checked: Checked, request: Request) -> list[str]:
     """Return the names of the arms that run: those that were named, or all, with controls."""
     arms, only = arms_of(checked.spec, checked.n_layers), split_list(request.only or [])
     assert isinstance(only, list)
-    return chosen_arms(arms, checked.spec, only)
+    return select_arms(arms, checked.spec, only)
 
 
 def run_study(

@@ -140,7 +140,7 @@ class Phases:
             nll[task.label] = self._read(task, "result.json")["heldout"]["nll"] if is_done else None
         seconds = (self.study.facts["runs"][task.folder]["seconds"] or 0.0 for task in tasks)
         facts: Facts = {"grid": list(arm.rates), "nll": nll, "cost_s": round(sum(seconds), 3)}
-        reason = _untried(outcomes)
+        reason = _why_no_rate(outcomes)
         if reason is None:
             pairs = ((t.spec.train.learning_rate, nll[t.label]) for t in tasks)
             measured = {rate: value for rate, value in pairs if value is not None}
@@ -175,7 +175,7 @@ class Phases:
             raise UserError(f"{path} cannot be read; remove its folder to run it again") from error
 
 
-def _untried(outcomes: dict[str, Outcome]) -> str | None:
+def _why_no_rate(outcomes: dict[str, Outcome]) -> str | None:
     """Say why no rate can be chosen among runs by rate, or None; rates may be too high."""
     for label, outcome in outcomes.items():
         if outcome.status != "done" and not outcome.has_diverged:

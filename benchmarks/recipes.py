@@ -32,7 +32,7 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.loss import dataset_loss
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.models.anatomy import Anatomy, weight_out_in
 from swlora.models.load import load_model

@@ -23,7 +23,7 @@ from swlora.errors import RunFailedError
 from swlora.evaluation.decode import generate
 from swlora.evaluation.loss import grouped_losses
 from swlora.kernels.rotary import RotaryLengths
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.models.anatomy import Anatomy
 from swlora.progress import Silent

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.models.anatomy import FAMILIES, Anatomy
 

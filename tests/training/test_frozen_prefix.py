@@ -19,7 +19,7 @@ from tests.support.prefix_runs import (
 from swlora.adapters.methods import trainable_parameters
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.training.frozen_prefix import PrefixCache, content_key
 

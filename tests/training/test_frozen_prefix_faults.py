@@ -22,7 +22,7 @@ from tests.support.prefix_runs import (
 
 from swlora.caches import LOCK, PREFIX, remove
 from swlora.data.prefix_tree import build_tree
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.training.frozen_prefix import PrefixCache, content_key
 

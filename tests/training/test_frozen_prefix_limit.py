@@ -12,7 +12,7 @@ from tests.support.prefix_runs import Run, assert_same_adapters, make_sequences
 
 from swlora.data.prefix_tree import build_tree, count_nodes
 from swlora.data.token_sequences import TokenSequences
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.training.frozen_prefix import GIB, PrefixCache
 

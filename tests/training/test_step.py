@@ -15,7 +15,7 @@ from swlora.config import AdapterSpec, TrainSpec
 from swlora.data.prefix_tree import PrefixTree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError, UserError
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.plain import PlainStep
 from swlora.training.step import TreeStep, make_step

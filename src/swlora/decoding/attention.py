@@ -1,4 +1,4 @@
-"""Attention of new tokens over cached ones, for unmodified transformers decoders.
+"""Attention of new tokens over cached ones.
 
     softmax(scale q k' + mask) v,   mask 0 where visible, MASKED elsewhere
 
@@ -8,27 +8,19 @@ three times as fast on a CPU as its fused kernel with a mask.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swlora.errors import RunFailedError
-from swlora.kernels.tree_attention import MASKED
-
-NAME = "swlora_decode"
-_ACTIVE: ContextVar["Layout"] = ContextVar("swlora_decode_layout")
+from swlora.kernels.attention_interface import additive_mask, attending
 
 
 class Layout(ABC):
     """Which cached tokens the queries of one forward pass see."""
 
     def __init__(self) -> None:
-        self.n_attentions = 0  # how many blocks followed this layout
         self._masks: dict[int | None, Tensor] = {}
 
     @abstractmethod
@@ -47,65 +39,37 @@ class Layout(ABC):
     def merged(self, out: Tensor, query: Tensor) -> Tensor:
         """Undo `grouped` for the products' result: (N, M, h) -> (B, T, H, h)."""
 
-    def mask(self, window: int | None, query: Tensor, key: Tensor) -> Tensor:
+    def followed_by(self, model: Any, n_blocks: int) -> AbstractContextManager[None]:
+        """Let the blocks of a model attend as this layout says in the body, all `n_blocks`."""
+        refusal = "attend to the shared cache; this model cannot be decoded in batches"
+        return attending(model.config, self.attend, n_blocks, refusal)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attend as the layout says; an `Attention`. Key and value are those of the whole cache."""
+        mask = self._mask(window, query, key)
+        q, k, v = self.grouped(query, key, value)
+        if softcap is None:
+            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+        else:
+            capped = torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / softcap))
+            scores = softcap * capped + mask
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        p = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+        return self.merged(torch.bmm(p, v), query)
+
+    def _mask(self, window: int | None, query: Tensor, key: Tensor) -> Tensor:
         """Return the additive mask of the products, made once a window."""
         if window not in self._masks:
-            visible = self.visible(window)
-            mask = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
-            mask.masked_fill_(~visible.to(query.device), MASKED)
+            visible = self.visible(window).to(query.device)
+            mask = additive_mask(visible, query.dtype)
             self._masks[window] = self.expanded(mask, query, key)
         return self._masks[window]
-
-
-@contextmanager
-def attending(config: Any, layout: Layout, n_blocks: int) -> Iterator[None]:
-    """Let a model with this config attend as `layout` says, in all its blocks, in the body."""
-    previous = config._attn_implementation
-    token = _ACTIVE.set(layout)
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = previous
-        _ACTIVE.reset(token)
-    if layout.n_attentions != n_blocks:
-        raise RunFailedError(
-            f"{layout.n_attentions} of {n_blocks} blocks attend to the shared cache; this model "
-            "cannot be decoded in batches"
-        )
-
-
-def decode_attention_forward(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend as the active layout says; the attention function registered with transformers.
-
-    query (B, H, T, h), key and value (B, H_kv, K, h), the whole cache -> (B, T, H, h).
-    """
-    if attention_mask is not None or dropout:
-        raise RunFailedError("batched decoding takes no mask and no attention dropout")
-    del module
-    layout = _ACTIVE.get()
-    layout.n_attentions += 1
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = layout.mask(sliding_window, query, key)
-    q, k, v = layout.grouped(query, key, value)
-    if softcap is None:
-        scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
-    else:
-        scores = softcap * torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / softcap)) + mask
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    p = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
-    return layout.merged(torch.bmm(p, v), query), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(NAME, decode_attention_forward)

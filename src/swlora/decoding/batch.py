@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from swlora.adapters.base_model import base_model_of
-from swlora.decoding.attention import attending
 from swlora.decoding.forwards import decode_forwards
 from swlora.decoding.prefill import PREFILL_TOKENS, TreePrefill
 from swlora.decoding.sampling import Choice, Chooser, Sampling
@@ -211,7 +210,7 @@ class BatchDecoder:
         positions = torch.tensor(self._cache.lengths, device=device)[:, None]
         tokens = torch.tensor([row.new_tokens[-1] for row in self._rows], device=device)[:, None]
         turned = self._rotary.of(positions + 1)
-        with attending(self._model.config, self._cache.advance(), self._n_layers), turned:
+        with self._cache.advance().followed_by(self._model, self._n_layers), turned:
             out = self._model(
                 input_ids=tokens,
                 position_ids=positions,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from swlora.adapters.base_model import base_model_of
-from swlora.decoding.attention import attending
 from swlora.decoding.beam_cache import BeamCache
 from swlora.decoding.forwards import decode_forwards
 from swlora.decoding.prefill import PREFILL_TOKENS, TreePrefill
@@ -160,7 +159,7 @@ class BeamDecoder:
         tokens = torch.tensor([[text[-1] for text in s.texts] for s in self._searches])
         positions = torch.tensor(self._cache.lengths)[:, None].expand(tokens.shape)
         layout = self._cache.advance(torch.tensor([s.parents for s in self._searches]))
-        followed = attending(self._model.config, layout, self._n_layers)
+        followed = layout.followed_by(self._model, self._n_layers)
         with patched_forwards(self._forwards), followed:
             out = self._model(
                 input_ids=tokens.to(device),

@@ -20,7 +20,7 @@ from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
 from swlora.progress import Progress

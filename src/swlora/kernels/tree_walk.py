@@ -6,15 +6,18 @@ and its sequences must lie on one side of every limit of the model's rotary freq
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swlora.errors import RunFailedError
+from swlora.kernels.attention_interface import attending
 from swlora.kernels.block_walk import Walk
 from swlora.kernels.rotary import RotaryLengths
-from swlora.kernels.tree_attention import TreeLayout, tree_attention
+from swlora.kernels.tree_attention import tree_attention
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.models.anatomy import Anatomy
 
 
@@ -56,19 +59,14 @@ class TreeWalk:
         shortest, longest = layout.sequence_tokens
         if self.rotary.side(shortest) != self.rotary.side(longest):
             raise RunFailedError(
-                f"a row has sequences of {shortest} and of {longest} tokens, whose rotary "
+                f"a tree has sequences of {shortest} and of {longest} tokens, whose rotary "
                 "frequencies differ, so the loss would be wrong"
             )
-        n_before = layout.n_attentions
-        turned = self.rotary.of(longest)
-        with tree_attention(self.base_model.config), layout.active(), turned:
+        attention = partial(tree_attention, layout)
+        refusal = "attend along trees, so the loss would be wrong; this model needs --engine plain"
+        attends = attending(self.base_model.config, attention, n_blocks, refusal)
+        with attends, self.rotary.of(longest):
             yield
-        n_followed = layout.n_attentions - n_before
-        if n_followed != n_blocks:
-            raise RunFailedError(
-                f"{n_followed} of {n_blocks} blocks attend along tree rows, so the loss would be "
-                "wrong; this model needs --engine plain"
-            )
 
 
 def _inputs(layout: TreeLayout) -> dict[str, Any]:

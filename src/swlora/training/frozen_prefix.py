@@ -24,7 +24,7 @@ from swlora.data.prefix_tree import PrefixTree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError, UserError
 from swlora.files import read_json, write_json
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.locks import lock
 from swlora.models.fingerprint import add_weights, config_values

@@ -24,7 +24,7 @@ from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.threads import adapt_threads
 from swlora.training.frozen_prefix import GIB, n_cache_bytes

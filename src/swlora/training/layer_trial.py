@@ -19,7 +19,7 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.errors import DivergedError
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.loss_sum import LossSum
 from swlora.training.layer_profile import temporary_adapters
 from swlora.training.loop import reports

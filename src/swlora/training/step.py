@@ -21,7 +21,7 @@ from swlora.kernels.forwards import fast_forwards, refresh
 from swlora.kernels.head_loss import Targets, head_loss
 from swlora.kernels.linear.frozen import FrozenLinear
 from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.tree_attention import TreeLayout
+from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
 from swlora.training.frozen_prefix import PrefixCache

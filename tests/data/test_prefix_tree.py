@@ -1,4 +1,4 @@
-"""Tree rows against tries of plain dictionaries."""
+"""Prefix trees against tries of plain dictionaries."""
 
 from collections import Counter
 from itertools import pairwise
@@ -20,13 +20,13 @@ def everything(pairs: list[Pair]) -> tuple[TokenSequences, PrefixTree]:
     return sequences, build_tree(sequences, np.arange(len(pairs)))
 
 
-def visible(row: PrefixTree, i: int) -> list[int]:
-    return [j for j in range(len(row.token_ids)) if j <= i < row.subtree_end[j]]
+def visible(tree: PrefixTree, i: int) -> list[int]:
+    return [j for j in range(len(tree.token_ids)) if j <= i < tree.subtree_end[j]]
 
 
-def paths(row: PrefixTree) -> list[tuple[int, ...]]:
+def paths(tree: PrefixTree) -> list[tuple[int, ...]]:
     """Each node's tokens from the root, read off by its visibility alone."""
-    return [tuple(row.token_ids[visible(row, i)].tolist()) for i in range(len(row.token_ids))]
+    return [tuple(tree.token_ids[visible(tree, i)].tolist()) for i in range(len(tree.token_ids))]
 
 
 def naive_targets(pairs: list[Pair]) -> Counter[tuple[tuple[int, ...], int]]:
@@ -38,62 +38,62 @@ def naive_targets(pairs: list[Pair]) -> Counter[tuple[tuple[int, ...], int]]:
     return counts
 
 
-def row_targets(row: PrefixTree) -> dict[tuple[tuple[int, ...], int], float]:
-    path = paths(row)
-    triples = zip(row.target_position, row.target_id, row.target_weight, strict=True)
+def tree_targets(tree: PrefixTree) -> dict[tuple[tuple[int, ...], int], float]:
+    path = paths(tree)
+    triples = zip(tree.target_position, tree.target_id, tree.target_weight, strict=True)
     listed = [((path[position], int(token)), float(weight)) for position, token, weight in triples]
     assert len(dict(listed)) == len(listed), "a target is listed twice"
     return dict(listed)
 
 
-def assert_row_is_the_trie(row: PrefixTree, pairs: list[Pair]) -> None:
-    path = paths(row)
+def assert_tree_is_the_trie(tree: PrefixTree, pairs: list[Pair]) -> None:
+    path = paths(tree)
     assert set(path) == proper_prefixes(pairs)
     assert len(set(path)) == len(path), "a prefix has two nodes"
-    assert row.position_ids.tolist() == [len(p) - 1 for p in path]
+    assert tree.position_ids.tolist() == [len(p) - 1 for p in path]
     node = {p: i for i, p in enumerate(path)}
     for prompt, completion in pairs:
         context = (prompt + completion)[:-1]
         chain = [node[tuple(context[: end + 1])] for end in range(len(context))]
-        assert visible(row, chain[-1]) == chain
-    assert row_targets(row) == naive_targets(pairs)
-    assert row.n_target_tokens == sum(len(completion) for _, completion in pairs)
-    assert row.n_sequences == len(pairs)
+        assert visible(tree, chain[-1]) == chain
+    assert tree_targets(tree) == naive_targets(pairs)
+    assert tree.n_target_tokens == sum(len(completion) for _, completion in pairs)
+    assert tree.n_sequences == len(pairs)
 
 
 @given(data_sets)
 @settings(max_examples=150, deadline=None)
-def test_row_is_the_naive_trie(pairs: list[Pair]) -> None:
-    _, row = everything(pairs)
-    assert_row_is_the_trie(row, pairs)
-    assert sorted(row.sequence_ids.tolist()) == list(range(len(pairs)))
+def test_tree_is_the_naive_trie(pairs: list[Pair]) -> None:
+    _, tree = everything(pairs)
+    assert_tree_is_the_trie(tree, pairs)
+    assert sorted(tree.sequence_ids.tolist()) == list(range(len(pairs)))
 
 
 @given(data_sets, st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
-def test_row_of_a_subset_depends_on_no_order_of_ids(pairs, random) -> None:
+def test_tree_of_a_subset_depends_on_no_order_of_ids(pairs, random) -> None:
     ids = random.sample(range(len(pairs)), random.randint(1, len(pairs)))
     sequences = TokenSequences.from_lists(pairs)
-    row = build_tree(sequences, np.array(ids))
-    assert_row_is_the_trie(row, [pairs[i] for i in ids])
+    tree = build_tree(sequences, np.array(ids))
+    assert_tree_is_the_trie(tree, [pairs[i] for i in ids])
     other = build_tree(sequences, np.array(sorted(ids)))
     for name in ("token_ids", "position_ids", "subtree_end", "target_position", "target_id"):
-        np.testing.assert_array_equal(getattr(row, name), getattr(other, name))
-    np.testing.assert_array_equal(row.target_weight, other.target_weight)
+        np.testing.assert_array_equal(getattr(tree, name), getattr(other, name))
+    np.testing.assert_array_equal(tree.target_weight, other.target_weight)
 
 
 @given(weighted_sets)
 @settings(max_examples=150, deadline=None)
 def test_targets_carry_the_sums_of_the_weights(data: list[Weighted]) -> None:
     sequences = TokenSequences.from_weighted(data)
-    row = build_tree(sequences, np.arange(len(data)))
+    tree = build_tree(sequences, np.arange(len(data)))
     expected: Counter[tuple[tuple[int, ...], int]] = Counter()
     for ids, weights in data:
         for place, weight in enumerate(weights):
             expected[tuple(ids[:place]), ids[place]] += weight  # type: ignore[assignment]
-    assert row_targets(row) == {target: weight for target, weight in expected.items() if weight}
-    assert row.n_target_tokens == sum(sum(weights) for _, weights in data)
-    assert set(paths(row)) == proper_prefixes([(ids, []) for ids, _ in data])
+    assert tree_targets(tree) == {target: weight for target, weight in expected.items() if weight}
+    assert tree.n_target_tokens == sum(sum(weights) for _, weights in data)
+    assert set(paths(tree)) == proper_prefixes([(ids, []) for ids, _ in data])
 
 
 def paths_of_tokens(sequences: TokenSequences) -> list[tuple[int, ...] | None]:
@@ -127,44 +127,44 @@ def test_nodes_are_numbered_by_everything_up_to_them(pairs: list[Pair]) -> None:
 def test_every_node_says_where_it_was_read(pairs: list[Pair], random: Random) -> None:
     ids = random.sample(range(len(pairs)), random.randint(1, len(pairs)))
     sequences = TokenSequences.from_lists(pairs)
-    row = build_tree(sequences, np.array(ids))
+    tree = build_tree(sequences, np.array(ids))
     at_token = paths_of_tokens(sequences)
-    assert [at_token[source] for source in row.node_source] == paths(row)
-    owner = np.searchsorted(sequences.offsets, row.node_source, side="right") - 1
+    assert [at_token[source] for source in tree.node_source] == paths(tree)
+    owner = np.searchsorted(sequences.offsets, tree.node_source, side="right") - 1
     assert set(owner.tolist()) <= set(ids)
-    # So nodes of different rows that hold the same context have the same number.
+    # So nodes of different trees that hold the same context have the same number.
     numbers, n_nodes = number_nodes(sequences), count_nodes(sequences)
     _, whole = everything(pairs)
     number_of = dict(zip(paths(whole), numbers[whole.node_source].tolist(), strict=True))
-    assert numbers[row.node_source].tolist() == [number_of[path] for path in paths(row)]
+    assert numbers[tree.node_source].tolist() == [number_of[path] for path in paths(tree)]
     assert len(set(number_of.values())) == n_nodes == len(whole.token_ids)
 
 
 def test_numbers_and_sources_by_hand() -> None:
     # Sorted contexts: 3 | 7 8 | 7 8 5 | 7 8 5 6, so the nodes are 3, 7, 8, 5, 6.
     pairs = [([7, 8], [5, 6, 9]), ([7, 8], [5]), ([3], [9]), ([7, 8, 5], [9])]
-    sequences, row = everything(pairs)
+    sequences, tree = everything(pairs)
     numbers, n_nodes = number_nodes(sequences), count_nodes(sequences)
     assert n_nodes == 5
     assert numbers.tolist() == [1, 2, 3, 4, -1, 1, 2, -1, 0, -1, 1, 2, 3, -1]
-    assert row.token_ids.tolist() == [3, 7, 8, 5, 6]
-    assert numbers[row.node_source].tolist() == [0, 1, 2, 3, 4]
-    assert sequences.tokens[row.node_source].tolist() == [3, 7, 8, 5, 6]
+    assert tree.token_ids.tolist() == [3, 7, 8, 5, 6]
+    assert numbers[tree.node_source].tolist() == [0, 1, 2, 3, 4]
+    assert sequences.tokens[tree.node_source].tolist() == [3, 7, 8, 5, 6]
 
 
-def test_row_by_hand() -> None:
+def test_tree_by_hand() -> None:
     # 7 8 | 5 6 9    7 8 | 5 9    7 8 5 | 6 9 (trains 6 and 9 only)    3 | 9
-    _, row = everything([([7, 8], [5, 6, 9]), ([7, 8], [5, 9]), ([7, 8, 5], [6, 9]), ([3], [9])])
-    assert row.token_ids.tolist() == [3, 7, 8, 5, 6]
-    assert row.position_ids.tolist() == [0, 0, 1, 2, 3]
-    assert row.subtree_end.tolist() == [1, 5, 5, 5, 5]
-    triples = zip(row.target_position, row.target_id, row.target_weight, strict=True)
+    _, tree = everything([([7, 8], [5, 6, 9]), ([7, 8], [5, 9]), ([7, 8, 5], [6, 9]), ([3], [9])])
+    assert tree.token_ids.tolist() == [3, 7, 8, 5, 6]
+    assert tree.position_ids.tolist() == [0, 0, 1, 2, 3]
+    assert tree.subtree_end.tolist() == [1, 5, 5, 5, 5]
+    triples = zip(tree.target_position, tree.target_id, tree.target_weight, strict=True)
     assert list(triples) == [(0, 9, 1), (2, 5, 2), (3, 6, 2), (3, 9, 1), (4, 9, 2)]
-    dtypes = [row.token_ids.dtype, row.position_ids.dtype, row.subtree_end.dtype]
+    dtypes = [tree.token_ids.dtype, tree.position_ids.dtype, tree.subtree_end.dtype]
     assert dtypes == [np.int32] * 3
-    assert (row.target_position.dtype, row.target_id.dtype) == (np.int64, np.int64)
-    assert (row.target_weight.dtype, row.sequence_ids.dtype) == (np.float32, np.int64)
-    assert (row.n_sequences, row.n_target_tokens) == (4, 8)
+    assert (tree.target_position.dtype, tree.target_id.dtype) == (np.int64, np.int64)
+    assert (tree.target_weight.dtype, tree.sequence_ids.dtype) == (np.float32, np.int64)
+    assert (tree.n_sequences, tree.n_target_tokens) == (4, 8)
 
 
 def test_batch_of_one_duplicates_and_one_token_completions() -> None:
@@ -172,9 +172,9 @@ def test_batch_of_one_duplicates_and_one_token_completions() -> None:
     assert (one.token_ids.tolist(), one.subtree_end.tolist()) == ([4], [1])
     assert (one.target_position.tolist(), one.target_id.tolist()) == ([0], [2])
 
-    sequences, row = everything([([4, 1], [2, 0])] * 3)
-    assert row.token_ids.tolist() == [4, 1, 2]
-    assert row.target_weight.tolist() == [3, 3]
+    sequences, tree = everything([([4, 1], [2, 0])] * 3)
+    assert tree.token_ids.tolist() == [4, 1, 2]
+    assert tree.target_weight.tolist() == [3, 3]
     twice = build_tree(sequences, np.array([2, 2]))
     assert twice.target_weight.tolist() == [2, 2]
 
@@ -186,8 +186,8 @@ def test_batch_of_one_duplicates_and_one_token_completions() -> None:
 
 def test_token_ids_order_as_numbers_up_to_the_largest_int32() -> None:
     largest = 2**31 - 1
-    _, row = everything([([p], [0, 1]) for p in (largest, 256, 255, 65536, 1, 0)])
-    assert row.token_ids.tolist() == [0, 0, 1, 0, 255, 0, 256, 0, 65536, 0, largest, 0]
+    _, tree = everything([([p], [0, 1]) for p in (largest, 256, 255, 65536, 1, 0)])
+    assert tree.token_ids.tolist() == [0, 0, 1, 0, 255, 0, 256, 0, 65536, 0, largest, 0]
     _, last = everything([([1], [largest])])
     assert last.target_id.tolist() == [largest]
 

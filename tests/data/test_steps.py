@@ -39,79 +39,79 @@ def test_plan_holds_every_sequence_once_within_budget(
     sequences = TokenSequences.from_lists(pairs)
     steps = plan(pairs, order, per_step, budget, epoch=epoch)
     assert len(steps) == -(-len(pairs) // per_step)
-    assert sorted(i for step in steps for row in step for i in row.tolist()) == [*range(len(pairs))]
+    assert sorted(i for step in steps for group in step for i in group.tolist()) == [*range(len(pairs))]
     for step in steps:
         assert 1 <= sum(map(len, step)) <= 2 * per_step
         if order == "iid":
             assert abs(sum(map(len, step)) - len(pairs) / len(steps)) < 1
-        for row in step:
-            nodes = len(build_tree(sequences, row).token_ids)
-            assert nodes <= budget or len(row) == 1
-            assert nodes == len(proper_prefixes([pairs[i] for i in row]))
+        for group in step:
+            nodes = len(build_tree(sequences, group).token_ids)
+            assert nodes <= budget or len(group) == 1
+            assert nodes == len(proper_prefixes([pairs[i] for i in group]))
 
 
 @given(data_sets, st.sampled_from(ORDERS), st.integers(1, 20), st.integers(1, 60))
 @settings(max_examples=200, deadline=None)
-def test_plan_keeps_prompts_together_and_rows_full(
+def test_plan_keeps_prompts_together_and_trees_full(
     pairs: list[Pair], order: StepOrder, per_step: int, budget: int
 ) -> None:
     steps = plan(pairs, order, per_step, budget)
     largest = len(pairs) // len(steps)
     for prompt in {tuple(prompt) for prompt, _ in pairs}:
         members = {i for i, pair in enumerate(pairs) if tuple(pair[0]) == prompt}
-        touched = [step for step in steps if any(members & set(row.tolist()) for row in step)]
+        touched = [step for step in steps if any(members & set(group.tolist()) for group in step)]
         if order != "iid" and len(members) <= largest:
             assert len(touched) == 1
         for step in touched:
-            here = [members & set(row.tolist()) for row in step]
+            here = [members & set(group.tolist()) for group in step]
             together = [pairs[i] for i in set().union(*here)]
             if len(proper_prefixes(together)) <= budget:
-                assert sum(map(bool, here)) == 1, "a prompt that fits a row is divided"
+                assert sum(map(bool, here)) == 1, "a prompt that fits a tree is divided"
     for step in steps:
-        longest = sum(len(p + c) - 1 for row in step for p, c in (pairs[i] for i in row))
+        longest = sum(len(p + c) - 1 for group in step for p, c in (pairs[i] for i in group))
         if longest <= budget:
             assert len(step) == 1
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=12), st.integers(1, 60))
 @settings(max_examples=100, deadline=None)
-def test_rows_are_cut_no_sooner_than_the_budget_asks(sizes: list[int], budget: int) -> None:
-    # No prompt begins with another, so the count is exact: a row and the next one's first prompt
+def test_groups_are_cut_no_sooner_than_the_budget_asks(sizes: list[int], budget: int) -> None:
+    # No prompt begins with another, so the count is exact: a group and the next one's first prompt
     # must exceed the budget together.
     pairs = [([100 + k, 1], [n, 0, n]) for k, size in enumerate(sizes) for n in range(size)]
     assume(max(2 + 2 * size for size in sizes) <= budget)
     for order in ORDERS:
         for step in plan(pairs, order, len(pairs) // 2 + 1, budget):
-            for row, following in pairwise(step):
+            for group, following in pairwise(step):
                 prompt = pairs[following[0]][0]
-                joined = [pairs[i] for i in row]
+                joined = [pairs[i] for i in group]
                 joined += [pairs[i] for i in following if pairs[i][0] == prompt]
                 assert len(proper_prefixes(joined)) > budget
 
 
-def test_sequence_longer_than_the_budget_has_its_own_row() -> None:
+def test_sequence_longer_than_the_budget_has_its_own_tree() -> None:
     pairs = [([1], [2, 3, 4, 5, 6, 7, 8, 0])] * 2 + [([1], [2, 0]), ([1], [3, 0]), ([9], [9, 0])]
     for order in ORDERS:
         (step,) = plan(pairs, order, 5, 5)
-        assert [row.tolist() for row in step] == [[2], [0], [1], [3, 4]]
+        assert [group.tolist() for group in step] == [[2], [0], [1], [3, 4]]
 
 
-def test_prompt_that_just_fits_is_not_begun_in_the_row_before() -> None:
-    # 1 node, then 3 nodes of which 2 would still fit the first row.
+def test_prompt_that_just_fits_is_not_begun_in_the_tree_before() -> None:
+    # 1 node, then 3 nodes of which 2 would still fit the first tree.
     pairs: list[Pair] = [([1], [0]), ([2], [5, 0]), ([2], [6, 0])]
     for order in ORDERS:
         (step,) = plan(pairs, order, 3, 3)
-        assert [row.tolist() for row in step] == [[0], [1, 2]]
+        assert [group.tolist() for group in step] == [[0], [1, 2]]
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_plan_is_a_function_of_seed_and_epoch(order: StepOrder) -> None:
     def listed(seed: int, epoch: int) -> list[list[list[int]]]:
         steps = plan(many_prompts(), order, 8, 40, seed=seed, epoch=epoch)
-        return [[row.tolist() for row in step] for step in steps]
+        return [[group.tolist() for group in step] for step in steps]
 
     def step_sets(seed: int, epoch: int) -> set[frozenset[int]]:
-        return {frozenset(i for row in step for i in row) for step in listed(seed, epoch)}
+        return {frozenset(i for group in step for i in group) for step in listed(seed, epoch)}
 
     assert listed(3, 1) == listed(3, 1)
     plans = [listed(3, 1), listed(3, 2), listed(1, 3), listed(4, 1)]
@@ -122,7 +122,7 @@ def test_plan_is_a_function_of_seed_and_epoch(order: StepOrder) -> None:
 
 def step_sets(pairs: list[Pair], order: StepOrder, epoch: int) -> list[set[int]]:
     steps = plan(pairs, order, 8, 1000, epoch=epoch)
-    return [{i for row in step for i in row.tolist()} for step in steps]
+    return [{i for group in step for i in group.tolist()} for step in steps]
 
 
 @pytest.mark.parametrize("order", ["neighbours", "prompts"])
@@ -169,7 +169,7 @@ def test_neighbours_share_steps_and_prompts_do_not() -> None:
     def nodes(order: StepOrder) -> int:
         pairs = many_prompts()
         steps = plan(pairs, order, 8, 1000, seed=5)
-        return sum(len(proper_prefixes([pairs[i] for i in row])) for step in steps for row in step)
+        return sum(len(proper_prefixes([pairs[i] for i in group])) for step in steps for group in step)
 
     assert nodes("neighbours") < nodes("prompts") < nodes("iid")
 
@@ -191,7 +191,7 @@ def test_bad_plans_are_refused() -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_memory_mapped_tokens_give_the_same_rows(order: StepOrder, tmp_path: Path) -> None:
+def test_memory_mapped_tokens_give_the_same_trees(order: StepOrder, tmp_path: Path) -> None:
     held = TokenSequences.from_lists(many_prompts())
     held.tokens.tofile(tmp_path / "tokens.bin")
     mapped_tokens = np.memmap(tmp_path / "tokens.bin", dtype=np.int32, mode="r")
@@ -200,7 +200,7 @@ def test_memory_mapped_tokens_give_the_same_rows(order: StepOrder, tmp_path: Pat
     mapped = TokenSequences(mapped_tokens, held.offsets, mapped_weights)
     assert mapped.tokens is mapped_tokens and mapped.weights is mapped_weights
 
-    def rows(sequences: TokenSequences) -> list[PrefixTree]:
+    def trees(sequences: TokenSequences) -> list[PrefixTree]:
         steps = plan_steps(
             sequences,
             sequences_per_step=8,
@@ -211,7 +211,7 @@ def test_memory_mapped_tokens_give_the_same_rows(order: StepOrder, tmp_path: Pat
         )
         return [build_tree(sequences, ids) for step in steps for ids in step]
 
-    for a, b in zip(rows(held), rows(mapped), strict=True):
+    for a, b in zip(trees(held), trees(mapped), strict=True):
         for name in vars(a):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
             assert type(getattr(b, name)) is type(getattr(a, name)) is not np.memmap
@@ -251,7 +251,7 @@ def tokenised_e2e(folder: Path) -> TokenSequences:
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("per_step", [32, 64])
-def test_e2e_rows_shrink(shared_dir: Path, order: StepOrder, per_step: int) -> None:
+def test_e2e_trees_shrink(shared_dir: Path, order: StepOrder, per_step: int) -> None:
     e2e = tokenised_e2e(shared_dir)
     # A fresh object each time: ranks are cached on it and belong to the time measured.
     sequences = TokenSequences(e2e.tokens, e2e.offsets, e2e.weights)
@@ -265,21 +265,21 @@ def test_e2e_rows_shrink(shared_dir: Path, order: StepOrder, per_step: int) -> N
         epoch=0,
     )
     planned_s = time.perf_counter() - start
-    rows = [build_tree(sequences, ids) for step in steps for ids in step]
+    trees = [build_tree(sequences, ids) for step in steps for ids in step]
     built_s = time.perf_counter() - start - planned_s
-    nodes = sum(len(row.token_ids) for row in rows)
+    nodes = sum(len(tree.token_ids) for tree in trees)
     total = len(sequences.tokens)
     sizes = [sum(map(len, step)) for step in steps]
     print(
         f"\n{order} {per_step}: {len(steps)} steps of {min(sizes)}-{max(sizes)} sequences, "
-        f"{len(rows)} rows, {nodes} of {total} tokens, {total / nodes:.3f}x, "
-        f"{sum(len(row.target_id) for row in rows)} targets, "
+        f"{len(trees)} trees, {nodes} of {total} tokens, {total / nodes:.3f}x, "
+        f"{sum(len(tree.target_id) for tree in trees)} targets, "
         f"plan {planned_s:.2f} s, build {built_s:.2f} s"
     )
-    assert sum(row.n_target_tokens for row in rows) == int(
+    assert sum(tree.n_target_tokens for tree in trees) == int(
         (sequences.lengths - sequences.prompt_lengths).sum()
     )
-    assert max(len(row.token_ids) for row in rows) <= 2048
+    assert max(len(tree.token_ids) for tree in trees) <= 2048
     assert planned_s + built_s < 15
     if order == "iid":
         assert nodes < total

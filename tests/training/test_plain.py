@@ -16,7 +16,7 @@ EOS = 257
 
 
 def random_pairs(n: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Prompts of 1 to 9 tokens, completions of 1 to 7 with EOS: no two rows need the same shape."""
+    """Prompts of 1 to 9 tokens, completions of 1 to 7 with EOS: no two need the same shape."""
     rng = np.random.default_rng(seed)
     return [
         (

@@ -39,7 +39,8 @@ def test_plan_holds_every_sequence_once_within_budget(
     sequences = TokenSequences.from_lists(pairs)
     steps = plan(pairs, order, per_step, budget, epoch=epoch)
     assert len(steps) == -(-len(pairs) // per_step)
-    assert sorted(i for step in steps for group in step for i in group.tolist()) == [*range(len(pairs))]
+    planned = [i for step in steps for group in step for i in group.tolist()]
+    assert sorted(planned) == [*range(len(pairs))]
     for step in steps:
         assert 1 <= sum(map(len, step)) <= 2 * per_step
         if order == "iid":
@@ -168,8 +169,8 @@ def test_prompt_larger_than_a_step_is_divided_at_random() -> None:
 def test_neighbours_share_steps_and_prompts_do_not() -> None:
     def nodes(order: StepOrder) -> int:
         pairs = many_prompts()
-        steps = plan(pairs, order, 8, 1000, seed=5)
-        return sum(len(proper_prefixes([pairs[i] for i in group])) for step in steps for group in step)
+        groups = [group for step in plan(pairs, order, 8, 1000, seed=5) for group in step]
+        return sum(len(proper_prefixes([pairs[i] for i in group])) for group in groups)
 
     assert nodes("neighbours") < nodes("prompts") < nodes("iid")
 

@@ -15,7 +15,7 @@ from swlora.errors import RunFailedError
 from swlora.paths import cache_dir
 
 MEMORY_BYTES = 1 << 28  # of the rows of a file, or of the tokens: more goes to a scratch file
-_TOKEN_BYTES = 4
+_TOKEN_BYTES = 5  # with its weight
 _COPIED_AT_ONCE = 1 << 20
 
 
@@ -70,8 +70,8 @@ class ScratchFile:
 class GrowingArray:
     """A one-dimensional array made of parts, in memory or, when it is long, in a mapped file.
 
-    It is long when as many tokens would take more than MEMORY_BYTES, whatever the size of its own
-    elements: what belongs to the tokens goes where they go.
+    It is long when as many tokens with their weights take more than MEMORY_BYTES, whatever the
+    size of its own elements: what belongs to the tokens goes where they go.
     """
 
     def __init__(self, dtype: type[np.generic], what: str) -> None:
@@ -104,4 +104,5 @@ class GrowingArray:
         """Return the array; nothing can be added then."""
         if self._file is not None:
             return self._file.mapped(self._dtype)
-        return np.concatenate([np.empty(0, self._dtype), *self._parts])
+        parts, self._parts = self._parts, []  # in memory twice no longer than for this
+        return np.concatenate([np.empty(0, self._dtype), *parts])

@@ -118,15 +118,11 @@ def few_threads(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
     """A byte-level tokenizer: id = byte value, <s> = 256, </s> = 257, with a chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tests.support.tokenizers import byte_level_core
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(printable))
-    vocab = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
+    core = byte_level_core()
     core.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tests.support.tokenizers import byte_level_core
+from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 
 _TURNS = "{% for m in messages %}"
@@ -89,12 +90,7 @@ def chat_tokenizer(template: str, *, special: bool = True, **tokens: Any) -> Any
 
     With `special` false, those but <s> and </s> are tokens that count as text.
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(printable))
-    vocab = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
+    core = byte_level_core()
     for i, text in enumerate(SPECIAL):
         add = core.add_special_tokens if special or i < 2 else core.add_tokens
         add([AddedToken(text, special=special or i < 2)])

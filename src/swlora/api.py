@@ -10,19 +10,17 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from swlora import pipeline
-from swlora.adapters.saved import adapter_folder, load_adapter, warn_of_other_base
+from swlora.adapters.saved import adapter_folder, with_adapter
 from swlora.command_settings import MODEL, SETTINGS
 from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.evaluation.evaluated import Evaluated
 from swlora.evaluation.prompting import Generated, Prompt, generate_text
 from swlora.job import Job
-from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress, Silent
 from swlora.run_record import MemoryRecord
@@ -132,11 +130,7 @@ def load(
     progress, folder = progress or Silent(), _path(adapter)
     folder = adapter_folder(folder) if folder else None
     loaded = load_model(_spec("load", config, settings).model)
-    if folder is None:
-        return loaded
-    sample = weights_sample_sha256(loaded.model)
-    warn_of_other_base(folder, loaded.source, sample, progress.say)
-    return replace(loaded, model=load_adapter(loaded.model, folder))
+    return loaded if folder is None else with_adapter(loaded, folder, progress.say)
 
 
 @contextmanager

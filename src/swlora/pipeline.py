@@ -13,8 +13,12 @@ from swlora.job import Job
 from swlora.layer_policy import VerifiedLayers
 from swlora.loss_sum import LossSum
 from swlora.memory import peak_memory_bytes
-from swlora.models.identity import weights_sample_sha256
-from swlora.preparation import PreparedTraining, prepare_evaluation, prepare_training
+from swlora.preparation import (
+    PreparedEvaluation,
+    PreparedTraining,
+    prepare_evaluation,
+    prepare_training,
+)
 
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import EnglishLoss, Evaluated
@@ -125,10 +129,13 @@ def measure_layers(job: Job, budget: float) -> list[int]:
     return choice.layers
 
 
-def evaluate(job: Job, model: Any, untouched: LossSum | None) -> "Evaluated":
+def evaluate(
+    job: Job, model: Any, prepared: PreparedEvaluation, untouched: LossSum | None
+) -> "Evaluated":
     """Generate once for every distinct prompt, score with all references, measure the losses.
 
-    `untouched` is what `measure_untouched_english` gave for the base model before it was adapted.
+    `prepared` is what `prepare_evaluation` gave, `untouched` what `measure_untouched_english` gave
+    for the base model before it was adapted.
     Leaves predictions.csv and segments.json (what was measured of each prompt) in the run folder.
     """
     from swlora.data.sources import number_prompts
@@ -140,7 +147,6 @@ def evaluate(job: Job, model: Any, untouched: LossSum | None) -> "Evaluated":
     from swlora.evaluation.segments import Segments
 
     spec, split, loaded = job.spec, job.spec.data.eval_split, job.loaded
-    prepared = prepare_evaluation(job)
     sequences, prompt_of = job.encoded(split), number_prompts(job.dataset.split(split))
     with job.timed("loss"):
         losses = grouped_losses(model, sequences, prompt_of, job.progress)
@@ -210,28 +216,26 @@ def _measure_english(job: Job, model: Any, untouched: LossSum | None) -> "Englis
 
 def evaluate_adapter(job: Job, adapter: Path | None) -> "Evaluated":
     """Evaluate the adapter in a folder (a run folder will do), or the base model for None."""
-    from swlora.adapters.saved import adapter_folder, load_adapter, warn_of_other_base
+    from swlora.adapters.saved import adapter_folder, with_adapter
 
     folder = adapter_folder(adapter) if adapter else None
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
-    model = job.loaded.model
-    prepare_evaluation(job)
+    prepared = prepare_evaluation(job)
     job.encoded(job.spec.data.eval_split)
     untouched = measure_untouched_english(job)
+    loaded = job.loaded
     if folder:
         job.run.record(adapter=str(adapter))
-        sample = weights_sample_sha256(model)
-        warn_of_other_base(folder, job.loaded.source, sample, job.progress.say)
-        model = load_adapter(model, folder)
+        loaded = with_adapter(loaded, folder, job.progress.say)
     job.begin()
-    return evaluate(job, model, untouched)
+    return evaluate(job, loaded.model, prepared, untouched)
 
 
 def train_evaluate(job: Job) -> "tuple[Trained, Evaluated]":
     """Train, then evaluate what was trained."""
-    prepare_evaluation(job)  # what cannot be evaluated shall be known before the training
-    prepared, layers = prepare_training(job), choose_layers(job)
+    evaluation = prepare_evaluation(job)  # what cannot be done shall be known before the training
+    training, layers = prepare_training(job), choose_layers(job)
     # In the dtype in which it is trained: a search for super weights may have had another.
     untouched = measure_untouched_english(job)
-    trained = train(job, prepared, layers)
-    return trained, evaluate(job, trained.model.eval(), untouched)
+    trained = train(job, training, layers)
+    return trained, evaluate(job, trained.model.eval(), evaluation, untouched)

@@ -11,6 +11,7 @@ Adapters from elsewhere, with PEFT's two files alone, are loaded too.
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from swlora.adapters.methods import quiet_peft
 from swlora.adapters.reach import HARMLESS_STARTS, refusal
 from swlora.errors import RunFailedError, UserError
 from swlora.files import replace_folder, write_json, write_text
+from swlora.models.identity import weights_sample_sha256
+from swlora.models.load import LoadedModel
 
 CONFIG = "adapter_config.json"
 FACTS = "swlora.json"
@@ -173,6 +176,15 @@ def read_facts(folder: Path) -> Facts:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def with_adapter(loaded: LoadedModel, folder: Path, say: Callable[[str], None]) -> LoadedModel:
+    """Return a loaded model with the adapter in `folder` on it; see `load_adapter` for errors.
+
+    Says so where the adapter was trained on other weights.
+    """
+    warn_of_other_base(folder, loaded.source, weights_sample_sha256(loaded.model), say)
+    return replace(loaded, model=load_adapter(loaded.model, folder))
 
 
 def warn_of_other_base(folder: Path, source: str, sample: str, say: Callable[[str], None]) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from swlora.adapters.card import Facts
-from swlora.adapters.saved import adapter_folder, load_adapter, read_facts, warn_of_other_base
+from swlora.adapters.saved import adapter_folder, read_facts, with_adapter
 from swlora.config import RunSpec
 from swlora.data.encode import encode_prompts
 from swlora.data.examples import Example
 from swlora.errors import UserError
 from swlora.evaluation.decode import chat_end_token_ids, generate
-from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress
 
@@ -59,18 +58,15 @@ def generate_text(
     progress.say(f"model: {loaded.source}")
     facts = read_facts(folder) if folder else {}
     is_chat = choose_form(prompt, None if folder is None else facts, loaded, progress.say)
-    model = loaded.model
     if folder:
-        sample = weights_sample_sha256(model)
-        warn_of_other_base(folder, loaded.source, sample, progress.say)
-        model = load_adapter(model, folder)
+        loaded = with_adapter(loaded, folder, progress.say)
     if is_chat:
         prompt_ids = chat_ids([("user", prompt.text)], prompt.system, loaded.tokenizer)
     else:
         separator = facts.get("separator", "")
         (prompt_ids,) = encode_prompts([Example(prompt.text, "")], separator, loaded.tokenizer)
     (text,) = generate(
-        model,
+        loaded.model,
         loaded.tokenizer,
         [prompt_ids],
         spec.decode,

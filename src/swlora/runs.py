@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 from swlora.config import RunSpec, dump_yaml, load_spec
@@ -165,23 +164,14 @@ class Run(WorkFolder):
             self._record_start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _end(self, error: BaseException | None) -> None:
         if error is not None:
             self._note_error(error)
         else:
             self.facts["status"] = "done"
             shutil.rmtree(self.checkpoint, ignore_errors=True)
-        try:
-            if error is None:
-                self.begin()
-            self.add_timing("total", time.perf_counter() - self._start_s)
-        finally:
-            self._lock.release()
+            self.begin()
+        self.add_timing("total", time.perf_counter() - self._start_s)
 
 
 def started_s(facts: Mapping[str, Any]) -> float:

@@ -8,9 +8,11 @@ work broke off it has the "reason" for people and "error" {code, message} for pr
 import platform
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, ClassVar, Literal
 
 from swlora.errors import DivergedError, UserError, error_code
@@ -22,7 +24,7 @@ Status = Literal["running", "done", "failed", "incomplete", "cancelled"]
 _TYPE_OF_ERROR = re.compile(r"^\w+(Error|Interrupt): ")
 
 
-class WorkFolder:
+class WorkFolder(ABC):
     """A folder with facts in a file, locked while this process works in it."""
 
     work: ClassVar[str]  # how messages call what is done here
@@ -61,6 +63,21 @@ class WorkFolder:
         for name in ("reason", "error"):
             self.facts.pop(name, None)
         self.record(status="running")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._end(error)
+        finally:
+            self._lock.release()
+
+    @abstractmethod
+    def _end(self, error: BaseException | None) -> None:
+        """Record how the work ended, with an error or without."""
 
     def _note_error(self, error: BaseException) -> None:
         """Put into the facts how an error ended the work; `_save` is still to come."""

@@ -16,7 +16,6 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import yaml
@@ -84,18 +83,10 @@ class StudyFolder(WorkFolder):
         self._record_start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if error is not None:
-                self._note_error(error)
-                self._save()
-        finally:
-            self._lock.release()
+    def _end(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._note_error(error)
+            self._save()
 
 
 def check_folder(path: Path, spec: StudySpec) -> bool:

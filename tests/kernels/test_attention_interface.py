@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swlora.errors import RunFailedError
-from swlora.kernels.attention_interface import attending, attention_forward
+from swlora.kernels.attention_interface import Scoring, attending, attention_forward
 
 MakeModel = Callable[..., Any]
 STATES = [torch.zeros(1, 2, 5, 4)] * 3
@@ -22,8 +22,8 @@ class Recorded:
         self.number = number
         self.asked: list[dict[str, Any]] = []
 
-    def __call__(self, query: Tensor, *_key_value: Tensor, **options: Any) -> Tensor:
-        self.asked.append(options)
+    def __call__(self, query: Tensor, _key: Tensor, _value: Tensor, scoring: Scoring) -> Tensor:
+        self.asked.append(vars(scoring))
         return query.transpose(1, 2) + self.number
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
+from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.tree_attention import tree_attention
 from swlora.kernels.tree_layout import TreeLayout
 
@@ -60,7 +61,7 @@ def run(
     q, k, v, d_out = inputs
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     layout = TreeLayout(tree, q.device)
-    out = tree_attention(layout, q, k, v, scale=scale, window=window, softcap=softcap)
+    out = tree_attention(layout, q, k, v, Scoring(scale, window, softcap))
     return out, *torch.autograd.grad(out, (q, k, v), d_out.transpose(1, 2))
 
 
@@ -170,4 +171,4 @@ def test_a_batch_is_refused() -> None:
     tree = random_tree(0, 20)
     q, k, v = (x.repeat(2, 1, 1, 1) for x in make_inputs(tree, Shape(2, 2, 4), torch.float32)[:3])
     with pytest.raises(RunFailedError, match="a batch of one"):
-        tree_attention(TreeLayout(tree, q.device), q, k, v, scale=1, window=None, softcap=None)
+        tree_attention(TreeLayout(tree, q.device), q, k, v, Scoring(1))

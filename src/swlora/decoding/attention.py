@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swlora.kernels.attention_interface import additive_mask, attending
+from swlora.kernels.attention_interface import Scoring, additive_mask, attending
+from swlora.kernels.wide import wide_dtype
 
 
 class Layout(ABC):
@@ -49,21 +50,18 @@ class Layout(ABC):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> Tensor:
         """Attend as the layout says; an `Attention`. Key and value are those of the whole cache."""
-        mask = self._mask(window, query, key)
+        mask = self._mask(scoring.window, query, key)
+        scale, softcap = scoring.scale, scoring.softcap
         q, k, v = self.grouped(query, key, value)
         if softcap is None:
             scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
         else:
             capped = torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / softcap))
             scores = softcap * capped + mask
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        p = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+        p = torch.softmax(scores, dim=-1, dtype=wide_dtype(q.dtype)).to(q.dtype)
         return self.merged(torch.bmm(p, v), query)
 
     def _mask(self, window: int | None, query: Tensor, key: Tensor) -> Tensor:

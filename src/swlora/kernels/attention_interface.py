@@ -5,11 +5,11 @@ name, and every block's attention is what the body was given: along a prefix tre
 a shared cache in decoding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +21,22 @@ NAME = "swlora"
 MASKED = -1e30  # finite, so that padded queries, which see nothing, stay finite too
 
 
-class Attention(Protocol):
-    """softmax(scale q k' + mask) v, with who sees whom known to the object."""
+@dataclass(frozen=True)
+class Scoring:
+    """How scores are made of queries and keys: scale (q k'), and who is too far away to see.
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        """Attend with query (B, H, T, h) to key and value (B, H_kv, K, h) -> (B, T, H, h).
+    `window` is how far a token sees back, itself counted; scores are
+    `softcap` * tanh(score / `softcap`) where that is given.
+    """
 
-        `window` is how far a token sees back, itself counted; scores are
-        `softcap` * tanh(score / `softcap`) where that is given.
-        """
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+# softmax(scores + mask) v: query (B, H, T, h), key and value (B, H_kv, K, h) -> (B, T, H, h); the
+# function knows who sees whom.
+Attention = Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]
 
 
 @dataclass
@@ -88,9 +86,7 @@ def attention_forward(
     active = _ACTIVE.get()
     active.n_blocks += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return active.attention(
-        query, key, value, scale=scale, window=sliding_window, softcap=softcap
-    ), None
+    return active.attention(query, key, value, Scoring(scale, sliding_window, softcap)), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swlora.kernels.linear.frozen import FrozenLinear
-from swlora.kernels.wide import wide
+from swlora.kernels.wide import wide, wide_dtype
 
 CHUNK_ROWS = 128
 WIDE_ROWS = 16  # rows in float32 at a time: they stay in the cache
@@ -83,7 +83,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 torch.mul(head.input_gradient(z), weights, out=d_hidden[rows])
         if d_hidden is not None:
             ctx.save_for_backward(d_hidden)
-        return loss if hidden.dtype == torch.float64 else loss.float()
+        return loss.to(wide_dtype(hidden.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,8 +96,8 @@ _frozen_head_loss: Callable[..., Tensor] = _FrozenHeadLoss.apply
 
 def _wide_rows(hidden: Tensor, n_tokens: int) -> Tensor:
     """Return memory for a few rows of logits in float32, used again for all: it stays warm."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(min(WIDE_ROWS, len(hidden)), n_tokens, dtype=dtype)
+    shape = min(WIDE_ROWS, len(hidden)), n_tokens
+    return hidden.new_empty(shape, dtype=wide_dtype(hidden.dtype))
 
 
 def _loss_and_gradient(

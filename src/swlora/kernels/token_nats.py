@@ -20,13 +20,12 @@ def token_nats(anatomy: Anatomy, hidden: Tensor, token_ids: Tensor) -> Tensor:
     hidden (B, T, D) is the final normed state of token ids (B, T). Without a gradient.
     """
     head: Any = anatomy.head
-    cap = float(getattr(anatomy.model.config, "final_logit_softcapping", None) or 0.0)
     rows = hidden[:, :-1].flatten(0, 1)
     targets = token_ids[:, 1:].flatten()
     products, nats = backend_of(head, WITHOUT_COPIES), []
     for chunk, target in zip(rows.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
         z = wide(products.product(chunk, head.bias))
-        if cap:
+        if cap := anatomy.logit_cap:
             z.div_(cap).tanh_().mul_(cap)
         nats.append(_cross_entropy(z, target))
     return torch.cat(nats).view(len(hidden), -1)

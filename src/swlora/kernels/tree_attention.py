@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from swlora.errors import RunFailedError
+from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.tree_layout import NodeChunks, TreeLayout
 from swlora.kernels.wide import wide
 from swlora.threads import adapt_threads
@@ -23,10 +24,7 @@ def tree_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> Tensor:
     """Attend along the tree of `layout`; an `Attention` for `attending`.
 
@@ -35,8 +33,9 @@ def tree_attention(
     if query.shape[0] != 1:
         raise RunFailedError("a prefix tree takes a batch of one")
     if query.is_cuda:
-        return _flex(layout, query, key, value, scale, window, softcap)
-    return _chunk_attention(query, key, value, layout.mask(window), layout.chunks, scale, softcap)
+        return _flex(layout, query, key, value, scoring)
+    mask = layout.mask(scoring.window)
+    return _chunk_attention(query, key, value, mask, layout.chunks, scoring)
 
 
 class _ChunkAttention(torch.autograd.Function):
@@ -50,11 +49,10 @@ class _ChunkAttention(torch.autograd.Function):
         value: Tensor,
         mask: Tensor,
         chunks: NodeChunks,
-        scale: float,
-        softcap: float | None,
+        scoring: Scoring,
     ) -> Tensor:
-        n_kv = key.shape[1]
-        q = chunks.split_queries(query, n_kv) * scale  # (H_kv * S, G * Lq, h)
+        n_kv, softcap = key.shape[1], scoring.softcap
+        q = chunks.split_queries(query, n_kv) * scoring.scale  # (H_kv * S, G * Lq, h)
         k, v = _split_keys(key, chunks), _split_keys(value, chunks)  # (H_kv * S, A + Lq, h)
         scores = wide(torch.bmm(q, k.transpose(1, 2)))
         if softcap is not None:
@@ -63,7 +61,7 @@ class _ChunkAttention(torch.autograd.Function):
         by_head += mask
         p = torch.softmax(scores, dim=-1).to(query.dtype)
         ctx.save_for_backward(q, k, v, p)
-        ctx.chunks, ctx.scale, ctx.softcap = chunks, scale, softcap
+        ctx.chunks, ctx.scoring = chunks, scoring
         return chunks.merge_queries(torch.bmm(p, v))
 
     @staticmethod
@@ -71,18 +69,19 @@ class _ChunkAttention(torch.autograd.Function):
         adapt_threads()
         q, k, v, p = ctx.saved_tensors
         chunks: NodeChunks = ctx.chunks
+        scoring: Scoring = ctx.scoring
         d_out = chunks.split_queries(grads[0].transpose(1, 2), k.shape[0] // chunks.n_chunks)
         d_v = torch.bmm(p.transpose(1, 2), d_out)
         d_p = torch.bmm(d_out, v.transpose(1, 2))
         d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
-        if ctx.softcap is not None:
-            capped = wide(torch.bmm(q, k.transpose(1, 2))) / ctx.softcap
+        if scoring.softcap is not None:
+            capped = wide(torch.bmm(q, k.transpose(1, 2))) / scoring.softcap
             d_scores = d_scores * (1 - torch.tanh(capped) ** 2).to(p.dtype)
-        d_q = torch.bmm(d_scores, k).mul_(ctx.scale)
+        d_q = torch.bmm(d_scores, k).mul_(scoring.scale)
         d_k = torch.bmm(d_scores.transpose(1, 2), q)
         d_query = chunks.merge_queries(d_q).transpose(1, 2)
         d_key, d_value = _merge_keys(d_k, chunks), _merge_keys(d_v, chunks)
-        return d_query, d_key, d_value, None, None, None, None
+        return d_query, d_key, d_value, None, None, None
 
 
 _chunk_attention: Callable[..., Tensor] = _ChunkAttention.apply
@@ -112,10 +111,10 @@ def _flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> Tensor:
+    softcap = scoring.softcap
+
     def capped(score: Tensor, *_where: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
 
@@ -124,8 +123,8 @@ def _flex(
         key,
         value,
         score_mod=capped if softcap is not None else None,
-        block_mask=layout.flex_mask(window),
-        scale=scale,
+        block_mask=layout.flex_mask(scoring.window),
+        scale=scoring.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     transposed: Tensor = out.transpose(1, 2)

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float32, or float64 where the dtype is that already (tests run in it)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """Return x in float32, or as it is where it is wider already (tests run in float64)."""
-    return x if x.dtype == torch.float64 else x.float()
+    """Return x in its wide dtype."""
+    return x.to(wide_dtype(x.dtype))

@@ -198,6 +198,11 @@ class Anatomy:
         """Number of transformer blocks."""
         return len(self.blocks)
 
+    @property
+    def logit_cap(self) -> float:
+        """The soft cap on logits z, cap * tanh(z / cap); 0 for none."""
+        return float(getattr(self.model.config, "final_logit_softcapping", None) or 0.0)
+
     def experts(self, layer: int) -> nn.Module | None:
         """Return the module that holds the experts of block `layer`; None where it has none."""
         named = self.blocks[layer].named_modules()

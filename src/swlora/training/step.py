@@ -137,8 +137,8 @@ def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], No
 def tree_nats(walk: TreeWalk, tree: PrefixTree, hidden: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the summed loss in nats of a tree from the decoder's final state (1, T, D)."""
     scored, targets = scored_targets(tree, hidden.device)
-    cap = float(getattr(walk.base_model.config, "final_logit_softcapping", None) or 0.0)
     head: Any = walk.anatomy.head
+    cap = walk.anatomy.logit_cap
     return head_loss(hidden[0, scored], head, targets, smoothing=smoothing, cap=cap)
 
 

@@ -73,9 +73,7 @@ class OneDnnProducts(TorchProducts):
         """Return x W' + bias, (N, out)."""
         if x.dtype != torch.float32:
             return super().product(x, bias)
-        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
-            x, self.weight, bias, "none", [], ""
-        )
+        return linear(x, self.weight, bias)
 
 
 class PackedProducts(TorchProducts):

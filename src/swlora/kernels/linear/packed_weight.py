@@ -92,8 +92,8 @@ def held_bytes() -> int:
     return sum(packed.n_bytes for packed in list(_HELD.values()))
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W' + b for x (N, in) and a packed weight (out, in)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W' + b by oneDNN for x (N, in) and a weight (out, in), packed or plain."""
     return torch.ops.mkldnn._linear_pointwise.default(  # type: ignore[no-any-return]
-        x.contiguous(), packed, bias, "none", [], ""
+        x.contiguous(), weight, bias, "none", [], ""
     )

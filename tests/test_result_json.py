@@ -97,12 +97,18 @@ def test_what_a_run_folder_holds(model_folder, tmp_path, monkeypatch, no_java) -
     assert evaluated["decode"] == spec.decode.model_dump(mode="json")
 
 
-def test_what_an_identification_leaves(model_folder, tmp_path) -> None:
-    spec = make_spec(model_folder("llama"), (tmp_path / "a", tmp_path / "b"))
+@pytest.fixture(scope="module")
+def found(model_folder, tmp_path_factory) -> dict[str, Any]:
+    """What result.json holds of an identification."""
+    folder = tmp_path_factory.mktemp("identified")
+    spec = make_spec(model_folder("llama"), (folder / "a", folder / "b"))
     changes = {"controls": 2, "max_candidates": 2, "prompt": ["hello there"]}
     spec = spec.model_copy(update={"identify": spec.identify.model_copy(update=changes)})
-    run_in(tmp_path / "run", spec, "identify")
-    found = json.loads((tmp_path / "run" / "result.json").read_text())["identify"]
+    run_in(folder / "run", spec, "identify")
+    return json.loads((folder / "run" / "result.json").read_text())["identify"]  # type: ignore[no-any-return]
+
+
+def test_what_an_identification_leaves(found: dict[str, Any]) -> None:
     assert keys(found) == set(IDENTIFIED.split())
     assert all(keys(candidate) == set(CANDIDATE.split()) for candidate in found["candidates"])
     for name, expected in PARTS.items():
@@ -121,3 +127,16 @@ def test_what_an_identification_leaves(model_folder, tmp_path) -> None:
         from_json(Identified, {name: found[name] for name in found if name != "search"})
     with pytest.raises(ValueError, match="valid"):
         from_json(Identified, found | {"candidates": {"a": 1}})
+
+
+USED = {"candidates", "layers", "removal_layers", "joint", "joint_proven", "search", "known"}
+
+
+def test_a_page_shows_what_an_older_version_found(found: dict[str, Any]) -> None:
+    """A key that older versions did not write costs nothing but what is made of it."""
+    whole = identified_view(found)
+    assert whole is not None and whole.sentences and whole.candidates
+    for missing in set(IDENTIFIED.split()) - USED - {"thresholds"}:
+        view = identified_view({name: found[name] for name in found if name != missing})
+        assert view is not None, missing
+        assert (view.sentences, view.candidates) == (whole.sentences, whole.candidates), missing

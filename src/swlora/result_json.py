@@ -59,36 +59,37 @@ def _keys(result: Any) -> dict[str, Any]:
     return values
 
 
-def from_json(kind: type[T], tree: Any) -> T:
+def from_json(kind: type[T], tree: Any, *, partial: bool = False) -> T:
     """Return the result of class `kind` that `as_json` made `tree` of; unknown keys are ignored.
 
-    Fields without a key come back as None. Raises KeyError for a missing key, ValueError or
+    Fields without a key come back as None; `partial` reads missing keys as None too, since older
+    versions wrote fewer. Raises KeyError for a missing key, ValueError or
     TypeError for a value of another type.
     """
-    return cast(T, _read(kind, tree))
+    return cast(T, _read(kind, tree, partial))
 
 
-def _read(kind: Any, tree: Any) -> Any:
+def _read(kind: Any, tree: Any, partial: bool) -> Any:
     options = [option for option in get_args(kind) if option is not type(None)]
     if get_origin(kind) in (Union, UnionType) and len(options) == 1:  # X | None
-        return None if tree is None else _read(options[0], tree)
+        return None if tree is None else _read(options[0], tree, partial)
     if get_origin(kind) in (list, tuple) and is_dataclass(options[0]):
         items = TypeAdapter(list[Any]).validate_python(tree)
-        return get_origin(kind)(_read(options[0], item) for item in items)
+        return get_origin(kind)(_read(options[0], item, partial) for item in items)
     if is_dataclass(kind):
-        return _read_fields(kind, TypeAdapter(dict[str, Any]).validate_python(tree))
+        return _read_fields(kind, TypeAdapter(dict[str, Any]).validate_python(tree), partial)
     return TypeAdapter(kind).validate_python(tree)
 
 
-def _read_fields(kind: Any, tree: dict[str, Any]) -> Any:
+def _read_fields(kind: Any, tree: dict[str, Any], partial: bool) -> Any:
     hints, values = get_type_hints(kind), {}
     for field in fields(kind):
         place = field.metadata.get("place")
         name = field.metadata.get("key", field.name)
         if place == "flat":
-            values[field.name] = _read(hints[field.name], tree)
-        elif place == "none":
+            values[field.name] = _read(hints[field.name], tree, partial)
+        elif place == "none" or (partial and name not in tree):
             values[field.name] = None
         elif name in tree or place != "if any":
-            values[field.name] = _read(hints[field.name], tree[name])
+            values[field.name] = _read(hints[field.name], tree[name], partial)
     return kind(**values)

@@ -37,7 +37,7 @@ def identified_view(result: Result) -> Identified | None:
     ]
     drawn = [(name, tried(build, result)) for name, build in builders]
     charts = [(name, chart) for name, chart in drawn if chart is not None]
-    whole = tried(lambda tree: from_json(findings.Identified, tree), result)
+    whole = tried(lambda tree: from_json(findings.Identified, tree, partial=True), result)
     found = Identified(
         sentences=[line[:1].upper() + line[1:] for line in tried(answer, whole) or []],
         head=list(COLUMNS),

@@ -133,6 +133,28 @@ def test_results_come_part_by_part(tmp_path):
     assert set(json.loads((tmp_path / "result.json").read_text())) == {"identify", "train"}
 
 
+def test_a_run_that_came_too_late_spares_the_checkpoint_of_the_other(tmp_path):
+    late = Run.prepare(tmp_path / "run", RunSpec(), "generate")
+    first = Run.create(tmp_path / "run", RunSpec(), "train")
+    with first:
+        save_snapshot(first.checkpoint, {"x": torch.ones(2)}, {})
+        with pytest.raises(UserError, match="another process is at work"), late:
+            pass
+        assert load_snapshot(first.checkpoint) is not None
+
+
+def test_a_run_that_cannot_start_is_not_in_use(tmp_path):
+    run = Run.create(tmp_path / "run", RunSpec(), "train")
+    facts = (tmp_path / "run" / "run.json").read_text()
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(UserError), run:
+        pass
+    (tmp_path / "run" / "run.json").write_text(facts)
+    again, _ = Run.reopen(tmp_path / "run", "train")
+    with again:
+        pass
+
+
 def test_a_resumed_run_must_work_on_the_same(tmp_path):
     run = start(tmp_path)
     run.record_source(data_sha256="aa", revision=None)

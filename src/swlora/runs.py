@@ -158,19 +158,22 @@ class Run(WorkFolder):
         self._is_entered = True
         if self.has_begun:
             self._take()
-            if read_run(self.folder)["status"] == "done":  # since this process read of it
+            try:
+                if read_run(self.folder)["status"] == "done":  # since this process read of it
+                    raise UserError(_nothing_to_resume(self.folder))
+                self._record_start()
+            except BaseException:
                 self._lock.release()
-                raise UserError(_nothing_to_resume(self.folder))
-            self._record_start()
+                raise
         return self
 
     def _end(self, error: BaseException | None) -> None:
         if error is not None:
             self._note_error(error)
         else:
+            self.begin()  # which fails where another run has taken the folder
             self.facts["status"] = "done"
             shutil.rmtree(self.checkpoint, ignore_errors=True)
-            self.begin()
         self.add_timing("total", time.perf_counter() - self._start_s)
 
 

@@ -103,7 +103,9 @@ def test_the_shell_is_told_how_a_word_goes_on(shell, typed, offered):
 
 
 def test_completion_can_be_shown_and_installed(tmp_path):
-    environment = {**os.environ, "HOME": str(tmp_path)}
+    # Else Typer goes by the shell that started us, such as the sh of make, and not by the name.
+    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    environment = {**os.environ, **named, "HOME": str(tmp_path)}
     for flag in ("--show-completion", "--install-completion"):
         command = [sys.executable, "-m", "swlora", flag, "bash"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -241,6 +243,10 @@ def test_score(swlora):
     result = json.loads(Path("s.json").read_text())
     assert (result["BLEU"], result["ROUGE_L"], result["n_prompts"]) == (1, 1, 2)
     assert json.loads(Path("run/result.json").read_text()) == result
+    Path("used").mkdir()
+    Path("used/result.json").write_text('{"mine": 1}')
+    assert swlora("score", *files, "--output", "used").code == 0
+    assert json.loads(Path("used/result.json").read_text()) == {"mine": 1, **result}
     Path("p.txt").write_text("A serves food.\n")
     assert "has 1 outputs but r.txt has 2 distinct MRs" in swlora("score", *files).mistake
     assert "cannot read gone" in swlora("score", *files[:3], "gone").mistake

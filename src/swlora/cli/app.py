@@ -168,10 +168,9 @@ def score(
 
     Example: `swlora score --predictions out.txt --references testset_w_refs.csv`
     """
-    with invocation.run_folder_if_asked():
-        from swlora.evaluation.scoring_files import score_files
+    from swlora.evaluation.scoring_files import score_files
 
-        result = score_files(predictions, references)
+    result = invocation.recorded(lambda: score_files(predictions, references))
     show_scores(result)
     invocation.finish(result)
 
@@ -198,12 +197,10 @@ def generate(
 
     Example: `swlora generate --model builtin --adapter run --prompt "name[Aromi], area[riverside]"`
     """
-    spec = invocation.spec
-    with invocation.run_folder_if_asked():
-        from swlora.evaluation.prompting import Prompt, generate_text
+    from swlora.evaluation.prompting import Prompt, generate_text
 
-        asked = Prompt(prompt, chat, system)
-        result = generate_text(spec, asked, adapter, invocation.progress)
+    spec, asked = invocation.spec, Prompt(prompt, chat, system)
+    result = invocation.recorded(lambda: generate_text(spec, asked, adapter, invocation.progress))
     typer.echo(result.text)
     invocation.finish(result)
 

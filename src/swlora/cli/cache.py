@@ -11,6 +11,7 @@ import typer
 from swlora import caches
 from swlora.caches import Entry
 from swlora.cli.disk import ago, size
+from swlora.cli.show import show_table
 from swlora.errors import UserError
 from swlora.paths import cache_dir
 
@@ -60,11 +61,8 @@ def _show(found: Sequence[Entry]) -> None:
     rows = [
         (e.kind, size(e.n_bytes), ago(now_s - e.made_at), _used(e, now_s), e.owner) for e in found
     ]
-    table = [("kind", "size", "made", "last use", "for"), *rows] if rows else []
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    if rows:
+        show_table([("kind", "size", "made", "last use", "for"), *rows])
 
 
 def _used(entry: Entry, now_s: float) -> str:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -18,12 +18,15 @@ from swlora.cli.process import no_library_notes, sigterm_interrupts
 from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
+from swlora.result_json import as_json
 from swlora.settings import flag_name
 
 if TYPE_CHECKING:
     from swlora.job import Job
     from swlora.progress import Progress
     from swlora.runs import Run
+
+T = TypeVar("T")
 
 
 def _output(default: str) -> Any:
@@ -118,23 +121,21 @@ class Invocation:
             )
         return self.output
 
-    @contextmanager
-    def run_folder_if_asked(self) -> Iterator[None]:
-        """Record a short command as a run where --output asks for it."""
+    def recorded(self, work: Callable[[], T]) -> T:
+        """Return what a short command's work does, recorded as a run where --output asks for it."""
         if self.output is None:
-            yield
-        else:
-            with self.job():
-                yield
+            return work()
+        with self.job() as job:
+            result = work()
+            job.run.begin()
+            job.run.write_result(as_json(result))
+        return result
 
     def finish(self, result: Any) -> None:
         """Write the result as JSON where it was asked for, and say where the run folder is."""
-        from swlora.result_json import as_json
         from swlora.runs import started_s
 
         if (run := self._run) is not None:
-            if not (run.folder / "result.json").exists():
-                run.write_result(as_json(result))
             print(f"run folder: {run.folder}")
             say_what_is_left(run.folder, started_s(run.facts))
         if self.json is not None:

@@ -1,5 +1,6 @@
 """What a person is shown when work is done: results as lines and small tables, on stdout."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,16 +10,20 @@ if TYPE_CHECKING:
     from swlora.training.watch import HeldOutLosses
 
 
+def show_table(table: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells, their columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
 def show_candidates(result: "Identified") -> None:
     """Print what `pipeline.identify` found."""
     from swlora.superweights.report import COLUMNS, answer, rows
 
     print(f"perplexity of the intact model: {result.perplexity:.2f}")
-    table = [COLUMNS, *rows(result)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    show_table([COLUMNS, *rows(result)])
     print("\n".join(answer(result)))
     print(f"report: {result.report}")
     print(f"figure: {result.figure}")

@@ -152,7 +152,7 @@ def _spec(command: str, config: PathLike | None, settings: dict[str, Any]) -> Ru
     Raises UserError for names that the command does not take, with the nearest that it does.
     """
     names = {keyword(path): path for path in (MODEL if command == "load" else SETTINGS[command])}
-    for name in settings.keys() - names.keys():
+    for name in sorted(settings.keys() - names.keys()):
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" (do you mean {near[0]}?)" if near else ""
         raise UserError(f"{command} takes no setting {name!r}{hint}")

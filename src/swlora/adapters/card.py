@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from swlora.config import LORA_SETTINGS, METHOD_SETTINGS, AdapterSpec, RunSpec
+from swlora.config import AdapterSpec, RunSpec, settings_of
 from swlora.data.examples import Example
 from swlora.data.sources import Dataset
 from swlora.layer_policy import Kind, parse_policy
@@ -49,7 +49,7 @@ def training_facts(spec: RunSpec, base: BaseModel, dataset: Dataset, layers: lis
     `is_chat` says that its rows are chats (most of the first thousand): such an adapter wants its
     prompts written by the chat template.
     """
-    taken = METHOD_SETTINGS.get(spec.adapter.method, LORA_SETTINGS)
+    taken = settings_of(spec.adapter.method)
     settings = {n: getattr(spec.adapter, n) for n in AdapterSpec.model_fields if n in taken}
     return {
         "separator": dataset.separator,

@@ -5,7 +5,7 @@ A configuration file may hold settings that a command leaves alone, since one fi
 
 from collections.abc import Callable, Collection
 
-from swlora.config import LORA_SETTINGS, METHOD_SETTINGS, RunSpec
+from swlora.config import OPTIONAL_SETTINGS, RunSpec, settings_of
 from swlora.errors import UserError
 from swlora.settings import flag_name, setting_names
 
@@ -64,8 +64,8 @@ def _measured_in_float32(command: str, spec: RunSpec) -> str | None:
 
 def _of_another_method(setting: str) -> Reason:
     def reason(_command: str, spec: RunSpec) -> str | None:
-        taken = METHOD_SETTINGS.get(spec.adapter.method, LORA_SETTINGS)
-        return None if setting in taken else f"--method {spec.adapter.method} has no such setting"
+        method = spec.adapter.method
+        return None if setting in settings_of(method) else f"--method {method} has no such setting"
 
     return reason
 
@@ -78,8 +78,5 @@ _REASONS: dict[str, Reason] = {
     "train.cache_gb": _no_prefix_cache,
     "decode.top_p": _greedy,
     **{name: _no_search for name in setting_names(RunSpec) if name.startswith("identify.")},
-    **{
-        f"adapter.{name}": _of_another_method(name)
-        for name in LORA_SETTINGS.union(*METHOD_SETTINGS.values())
-    },
+    **{f"adapter.{name}": _of_another_method(name) for name in OPTIONAL_SETTINGS},
 }

@@ -6,7 +6,13 @@ dotted names (`adapter.rank`). Nothing here imports torch, touches the disk beyo
 probes the machine.
 """
 
-from swlora.config.adapter import LORA_SETTINGS, METHOD_SETTINGS, AdapterSpec, MethodName
+from swlora.config.adapter import (
+    METHOD_SETTINGS,
+    OPTIONAL_SETTINGS,
+    AdapterSpec,
+    MethodName,
+    settings_of,
+)
 from swlora.config.data import DEFAULT_DATASET, SAMPLE_DATASET, DataSpec
 from swlora.config.decode import DecodeSpec
 from swlora.config.identify import IdentifySpec
@@ -21,8 +27,8 @@ __all__ = [
     "DEFAULT_BATCH_SIZE",
     "DEFAULT_DATASET",
     "DEFAULT_MODEL",
-    "LORA_SETTINGS",
     "METHOD_SETTINGS",
+    "OPTIONAL_SETTINGS",
     "SAMPLE_DATASET",
     "AdapterSpec",
     "DataSpec",
@@ -36,4 +42,5 @@ __all__ = [
     "TrainSpec",
     "dump_yaml",
     "load_spec",
+    "settings_of",
 ]

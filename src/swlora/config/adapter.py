@@ -10,11 +10,17 @@ from swlora.settings import flag_name
 
 MethodName = Literal["lora", "lora+", "dora", "adalora", "pissa", "rslora", "full", "supertuning"]
 LORA_SETTINGS = frozenset({"rank", "alpha", "dropout"})
-METHOD_SETTINGS: dict[MethodName, frozenset[str]] = {  # those of the others: LORA_SETTINGS
+METHOD_SETTINGS: dict[str, frozenset[str]] = {  # those of the others: LORA_SETTINGS
     "lora+": LORA_SETTINGS | {"lora_plus_ratio"},
     "full": frozenset(),
     "supertuning": frozenset({"sparsity"}),
 }
+OPTIONAL_SETTINGS = LORA_SETTINGS.union(*METHOD_SETTINGS.values())  # that not every method has
+
+
+def settings_of(method: str) -> frozenset[str]:
+    """Return those of OPTIONAL_SETTINGS that a method has."""
+    return METHOD_SETTINGS.get(method, LORA_SETTINGS)
 
 
 class AdapterSpec(Spec):
@@ -40,10 +46,8 @@ class AdapterSpec(Spec):
 
     @model_validator(mode="after")
     def _takes_its_settings(self) -> Self:
-        taken = METHOD_SETTINGS.get(self.method, LORA_SETTINGS)
-        known = LORA_SETTINGS.union(*METHOD_SETTINGS.values())
         given = {n for n, f in AdapterSpec.model_fields.items() if getattr(self, n) != f.default}
-        ignored = sorted(given & (known - taken))
+        ignored = sorted(given & (OPTIONAL_SETTINGS - settings_of(self.method)))
         if ignored:
             flags = ", no ".join(flag_name(f"adapter.{name}") for name in ignored)
             raise ValueError(f"--method {self.method} has no {flags}; leave that out")

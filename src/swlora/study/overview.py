@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
+from swlora.config import settings_of
 from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.study.arms import Arm, arms_of, expected_controls
 from swlora.study.check import Checked
@@ -100,7 +100,7 @@ def _show_plan(plan: Plan) -> None:
 
 def _arm_row(checked: Checked, arm: Arm) -> dict[str, Any]:
     adapter = arm.settings.adapter
-    has_rank = "rank" in METHOD_SETTINGS.get(adapter.method, LORA_SETTINGS)
+    has_rank = "rank" in settings_of(adapter.method)
     return {
         "name": arm.name,
         "method": arm.method,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
+from swlora.config import settings_of
 from swlora.direction import higher_is_better
 from swlora.errors import UserError
 from swlora.evaluation import bootstrap
@@ -155,7 +155,7 @@ def _description(runs: Sequence[ArmRun]) -> Result:
     trained, spec = runs[0].result["train"], runs[0].spec
     memory = [run.result["train"].get("peak_memory_bytes") for run in runs]
     known = [value for value in memory if value is not None]
-    taken = METHOD_SETTINGS.get(spec.adapter.method, LORA_SETTINGS)
+    taken = settings_of(spec.adapter.method)
     return {
         "method": spec.adapter.method,
         "layers": trained["layers"],

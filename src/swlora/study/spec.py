@@ -15,20 +15,19 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from swlora.config import (
     DEFAULT_BATCH_SIZE,
-    LORA_SETTINGS,
-    METHOD_SETTINGS,
+    OPTIONAL_SETTINGS,
     DecodeSpec,
     MethodName,
     RunSpec,
     SharedSections,
     TrainSpec,
+    settings_of,
 )
 from swlora.config.fields import NameList, Spec
 from swlora.config.yaml_file import set_dotted
 from swlora.layer_policy import LayerPolicy, policy_or_none
 
 METHODS: tuple[str, ...] = get_args(MethodName)
-ALL_SETTINGS = LORA_SETTINGS.union(*METHOD_SETTINGS.values())
 SHORT = {
     "method": "adapter.method",
     "layers": "adapter.layers",
@@ -143,7 +142,7 @@ class StudySpec(SharedSections):
         """
         tree = self.model_dump(include=set(SharedSections.model_fields))
         method = overrides.get("adapter.method")
-        for name in ALL_SETTINGS - METHOD_SETTINGS.get(method, LORA_SETTINGS) if method else ():
+        for name in OPTIONAL_SETTINGS - settings_of(method) if method else ():
             del tree["adapter"][name]
         for dotted, value in overrides.items():
             set_dotted(tree, dotted, value)

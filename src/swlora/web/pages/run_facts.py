@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swlora.config import LORA_SETTINGS, METHOD_SETTINGS
+from swlora.config import settings_of
 from swlora.data.sources import SAMPLE_SOURCE
 from swlora.evaluation.scales import SCALES
 from swlora.layer_policy import EN_DASH, layer_ranges, policy_or_none
@@ -85,7 +85,7 @@ def _training(
 ) -> list[tuple[str, Any]]:
     adapter, train = part(config, "adapter"), part(config, "train")
     method = adapter.get("method")
-    settings = next((own for name, own in METHOD_SETTINGS.items() if name == method), LORA_SETTINGS)
+    settings = settings_of(plain(method))
     taken = {name: adapter.get(name) for name in ("rank", "alpha", "dropout") if name in settings}
     memory, n_trainable = (finite(trained.get(k)) for k in ("peak_memory_bytes", "n_trainable"))
     return [

@@ -42,7 +42,7 @@ class PreparedEvaluation:
     def shown_prompts(self) -> list[str]:
         """The prompts for a person to read: a text, or the turns of a chat."""
         return [
-            e.prompt or "\n".join(f"{role}: {content}" for role, content in e.messages)
+            e.prompt or "\n".join(f"{m.role}: {m.content}" for m in e.prompt_messages)
             for e in self.examples
         ]
 

@@ -17,7 +17,7 @@ THINKING = "<think>\nLong ago.\n</think>\n\nHello"
 def encoded(template, turns, answer, **tokens):
     """Return the tokenizer and the texts of what is shown and trained."""
     tokenizer = chat_tokenizer(template, **tokens)
-    example = Example("", answer, turns)
+    example = shapes.chat(turns, answer)
     prompt, completion = encode_example(example, "never used", tokenizer)
     assert encode_prompts([example], "never used", tokenizer) == [prompt]
     return tokenizer, prompt, completion
@@ -60,7 +60,7 @@ def test_the_token_that_ends_a_turn():
     assert end_of_turn_token(as_text) == SPECIAL["<|im_end|>"]
     unknown = chat_tokenizer(shapes.CHATML.replace("im_end", "end_of_it"))
     assert end_of_turn_token(unknown) is None  # pieces of text are nothing to stop at
-    _, completion = encode_example(Example("", "Hello", HI), "", unknown)
+    _, completion = encode_example(shapes.chat(HI, "Hello"), "", unknown)
     assert completion == [*b"Hello", SPECIAL["</s>"]]
 
 
@@ -111,7 +111,7 @@ def test_reasoning_is_opened_once_and_closed(template, answer, trained):
     ],
 )
 def test_what_cannot_be_trained_where_it_is_generated_is_refused_by_row(template, answer, reason):
-    examples = [Example("q", "a"), Example("", answer, HI)]
+    examples = [Example("q", "a"), shapes.chat(HI, answer)]
     with pytest.raises(DataError, match=f"row 2: the chat template .*{reason}"):
         encode_examples(examples, "", chat_tokenizer(template), context_tokens=200, truncate=False)
 
@@ -126,6 +126,6 @@ def test_system_words_that_only_a_last_turn_holds_are_shown_as_in_generation():
 def test_a_role_that_the_template_refuses_is_named():
     turns = (("system", "Be brief."), *HI)
     with pytest.raises(UserError, match="refuses the turns system, user: no system role"):
-        ChatTemplate(chat_tokenizer(shapes.GEMMA)).prompt(turns)
+        ChatTemplate(chat_tokenizer(shapes.GEMMA)).prompt(shapes.chat(turns).messages)
     with pytest.raises(UserError, match="refuses the turns user: can only concatenate"):
-        ChatTemplate(chat_tokenizer("{{ 'a' + 1 }}")).prompt(HI)
+        ChatTemplate(chat_tokenizer("{{ 'a' + 1 }}")).prompt(shapes.chat(HI).messages)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.chat_templates import chat as chat_of
 
 from swlora.config import DataSpec
 from swlora.data.examples import Example
@@ -48,7 +49,7 @@ def chat(number: int | None = None, **fields: Any) -> dict[str, Any]:
 )
 def test_chats_end_at_the_last_answer(tmp_path: Path, row):
     dataset = load_dataset(DataSpec(name=write(tmp_path, row)))
-    assert dataset.train == (Example("p", "c"), Example("", "E", TURNS))
+    assert dataset.train == (Example("p", "c"), chat_of(TURNS, "E"))
 
 
 @pytest.mark.parametrize(

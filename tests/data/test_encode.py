@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from tests.support.chat_templates import chat
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -67,7 +68,7 @@ def test_an_empty_prompt_becomes_one_start_token():
 
 def test_a_chat_is_written_by_the_template_without_a_second_bos():
     tokenizer = byte_tokenizer("<s> $A </s>", bos_token="<s>", chat_template=TEMPLATE)
-    prompt, completion = encode_example(Example("", "Ja", CHAT), "never used", tokenizer)
+    prompt, completion = encode_example(chat(CHAT, "Ja"), "never used", tokenizer)
     parts = ("system:Be brief.;", "user:é?;", "assistant:")
     assert prompt == [token for part in parts for token in [BOS, *as_bytes(part)]]
     assert completion == [*as_bytes("Ja"), EOS]
@@ -75,10 +76,10 @@ def test_a_chat_is_written_by_the_template_without_a_second_bos():
 
 def test_chats_that_cannot_be_written_are_refused():
     with pytest.raises(UserError, match="no chat template"):
-        encode_prompts([Example("", "x", CHAT)], "", byte_tokenizer())
+        encode_prompts([chat(CHAT, "x")], "", byte_tokenizer())
     tokenizer = byte_tokenizer(chat_template=TEMPLATE)
     with pytest.raises(UserError, match=r"user, system: system must come first"):
-        encode_prompts([Example("", "x", CHAT[::-1])], "", tokenizer)
+        encode_prompts([chat(CHAT[::-1], "x")], "", tokenizer)
 
 
 def test_a_split_equals_its_examples_encoded_one_by_one():
@@ -86,11 +87,11 @@ def test_a_split_equals_its_examples_encoded_one_by_one():
     examples = [
         Example("one", "a"),
         Example("", "from nothing"),
-        Example("", "b", CHAT),
+        chat(CHAT, "b"),
         Example("three", "longer than the others"),
         Example("one", "cc"),
-        Example("", "d", CHAT[1:]),
-        Example("", "e", CHAT),
+        chat(CHAT[1:], "d"),
+        chat(CHAT, "e"),
     ]
     sequences, n_cut = encode_examples(
         examples, ": ", tokenizer, context_tokens=200, truncate=False

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.chat_templates import chat
 
 from swlora.config import DataSpec
 from swlora.data import examples as examples_module
 from swlora.data import scratch
-from swlora.data.examples import Example, StoredExamples, keep, select
+from swlora.data.examples import Example, Message, StoredExamples, keep, select
 from swlora.data.sources import load_dataset, number_prompts
 from swlora.errors import DataError, RunFailedError
 
 ROWS = [
     Example("one", "Zwei. “€” \U0001f600\u2028\n\ttab"),
-    Example("", "last answer", (("system", "s"), ("user", "ü"))),
+    chat((("system", "s"), ("user", "ü")), "last answer"),
     Example(" prompt ", "\x1f"),
     *(Example(f"prompt {i // 3}", f"completion {i}") for i in range(20)),
 ]
@@ -38,14 +39,20 @@ def limit(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-turns = st.lists(st.tuples(texts, texts), max_size=3).map(tuple)
+turns = st.builds(Message, texts, texts, st.none() | st.floats(0, 9), texts)
+any_example = st.one_of(
+    st.builds(Example, texts, texts, source=texts, number=st.integers(0)),
+    st.builds(Example.chat, st.lists(turns, min_size=1, max_size=3), texts),
+    st.builds(Example, text=texts),
+)
 
 
-@given(st.lists(st.builds(Example, texts, texts, turns), max_size=9), st.data())
+@given(st.lists(any_example, max_size=9), st.data())
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_stored_rows_are_a_sequence_like_a_tuple(rows: list[Example], data: st.DataObject) -> None:
     stored, held = StoredExamples.write(rows), tuple(rows)
     assert tuple(stored) == held and len(stored) == len(held)
+    assert [row.place for row in stored] == [row.place for row in held]
     part = data.draw(st.slices(len(rows)))
     assert tuple(stored[part]) == held[part]
     assert tuple(stored[part][::-1]) == held[part][::-1]
@@ -157,8 +164,7 @@ def test_an_error_of_the_source_stays_what_it_is(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rows_are_numbered_by_their_distinct_prompt() -> None:
-    chat = (("user", "hi"),)
-    rows = [Example("a", "1"), Example("b", "2"), Example("a", "3"), Example("", "4", chat)]
+    rows = [Example("a", "1"), Example("b", "2"), Example("a", "3"), chat((("user", "hi"),), "4")]
     assert number_prompts(rows).tolist() == [0, 1, 0, 2]
 
 
@@ -170,7 +176,7 @@ def test_a_chat_comes_back_from_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pa
     held = load_dataset(DataSpec(name=str(path)))
     limit(monkeypatch, 0)
     stored = load_dataset(DataSpec(name=str(path)))
-    assert tuple(stored.train) == held.train == (Example("", "ja", (("user", "ü?"),)),)
+    assert tuple(stored.train) == held.train == (chat((("user", "ü?"),), "ja"),)
     assert stored.sha256 == held.sha256
 
 

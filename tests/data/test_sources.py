@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from tests.support.chat_templates import chat
 from tests.support.data_files import E2E, as_jsonl, examples, numbered, write, write_e2e
 
 from swlora.config import DEFAULT_DATASET, DataSpec
@@ -111,9 +112,9 @@ def test_the_first_training_prompts_come_with_all_their_rows(tmp_path):
 
 
 def test_group_references_keeps_file_order_and_tells_chats_apart():
-    chat = (("user", "a"),)
-    rows = [Example("b", "1"), Example("a", "2"), Example("b", "3"), Example("", "4", chat)]
-    rows += [Example("", "5", (("user", "b"),)), Example("", "6", chat), Example("b", "1")]
+    turns = (("user", "a"),)
+    rows = [Example("b", "1"), Example("a", "2"), Example("b", "3"), chat(turns, "4")]
+    rows += [chat((("user", "b"),), "5"), chat(turns, "6"), Example("b", "1")]
     assert group_references(rows) == [
         (rows[0], ["1", "3", "1"]),
         (rows[1], ["2"]),

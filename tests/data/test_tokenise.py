@@ -142,7 +142,7 @@ def test_chats_have_no_mark_between_their_parts(name, template):
     tokenizer = TOKENIZERS[name]
     tokenizer.chat_template = template
     turns = (("user", "good day"),)
-    shown, taught = encode_example(Example("", "bonjour", turns), "", tokenizer)
+    shown, taught = encode_example(shapes.chat(turns, "bonjour"), "", tokenizer)
     messages = [{"role": "user", "content": "good day"}]
     options = {"add_special_tokens": False}
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from starlette.testclient import TestClient
-from tests.support.chat_templates import CHATML, SPECIAL, chat_tokenizer
+from tests.support.chat_templates import CHATML, SPECIAL, chat, chat_tokenizer
 from tests.support.data_files import write_rows
 
 from swlora.config import DataSpec, DecodeSpec, ModelSpec, RunSpec, ServeSpec
 from swlora.data.encode import encode_prompts
-from swlora.data.examples import Example
 from swlora.evaluation.decode import chat_end_token_ids
 from swlora.models.load import load_model
 from swlora.pipeline import Job, evaluate_adapter
@@ -33,7 +32,7 @@ def base_model(make_model, tmp_path) -> tuple[Path, str]:
     comes where the other would, in the middle of the answer to "Hi".
     """
     tokenizer = chat_tokenizer(CHATML)
-    prompt = encode_prompts([Example("", "", (("user", "Hi"),))], "", tokenizer)
+    prompt = encode_prompts([chat((("user", "Hi"),))], "", tokenizer)
     for seed in range(30):  # until a model says something new in the middle
         model = make_model("llama", seed=seed, vocab_size=272)
         new = model.generate(torch.tensor(prompt), max_new_tokens=N_NEW, do_sample=False)

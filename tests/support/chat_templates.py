@@ -6,6 +6,17 @@ from tests.support.tokenizers import byte_level_core
 from tokenizers import AddedToken, processors
 from transformers import PreTrainedTokenizerFast
 
+from swlora.data.examples import Example, Message
+
+Turns = tuple[tuple[str, str], ...]
+
+
+def chat(turns: Turns, answer: str | None = None) -> Example:
+    """Make the chat of (role, content) turns, and an answer of the assistant behind them."""
+    added = () if answer is None else (("assistant", answer),)
+    return Example.chat(Message(*turn) for turn in (*turns, *added))
+
+
 _TURNS = "{% for m in messages %}"
 _NO_SYSTEM = "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
 CHATML = (

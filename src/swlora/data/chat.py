@@ -8,16 +8,18 @@ way once the answer follows, the two do not fit together by themselves; then the
 is found without them, or the chat is refused: it is never trained behind a prompt that lies.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from swlora.data.examples import ASSISTANT, Message
 from swlora.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turns = tuple[tuple[str, str], ...]  # (role, content) of each
+Turns = Sequence[Message]
 
 # Some generation prompts open such a block, and the answer goes on inside of it.
 REASONING_BLOCKS = {
@@ -64,7 +66,7 @@ class ChatTemplate:
         Its end is that of the turn (see `end`). Raises UserError where the template does not write
         the answer so that it can follow its own prompt.
         """
-        whole = self._render((*turns, ("assistant", answer)))
+        whole = self._render((*turns, Message(ASSISTANT, answer)))
         written = whole.removeprefix(prompt) if whole.startswith(prompt) else None
         opened = _opened_block(prompt)
         if opened:
@@ -91,7 +93,7 @@ class ChatTemplate:
     @cached_property
     def end(self) -> TurnEnd:
         """How the template ends an answer, found by writing one; UserError where it refuses."""
-        written = self._render((("user", "Hi"), ("assistant", _PROBE)))
+        written = self._render((Message("user", "Hi"), Message(ASSISTANT, _PROBE)))
         _, probe, text = written.rpartition(_PROBE)
         if not probe:
             raise UserError("the chat template does not write the assistant's answers")
@@ -119,10 +121,10 @@ class ChatTemplate:
         plain = _without_empty_block(prompt)
         if plain != prompt and whole.startswith(plain) and not _holds_block(answer):
             return whole.removeprefix(plain)
-        *_, (role, content) = turns
-        if role == "user" and content.strip():
+        content = turns[-1].content
+        if turns[-1].role == "user" and content.strip():
             alone = self.prompt(turns[-1:])
-            whole = self._render((*turns[-1:], ("assistant", answer)))
+            whole = self._render((*turns[-1:], Message(ASSISTANT, answer)))
             end = _behind(content, alone)
             if end is not None and end == _behind(content, prompt) and whole.startswith(alone):
                 return whole.removeprefix(alone)
@@ -133,13 +135,13 @@ class ChatTemplate:
         )
 
     def _render(self, turns: Turns, *, add_generation_prompt: bool = False) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template may fail in any way
-            roles = ", ".join(role for role, _ in turns)
+            roles = ", ".join(turn.role for turn in turns)
             raise UserError(f"the chat template refuses the turns {roles}: {error}") from error
         return str(text)
 

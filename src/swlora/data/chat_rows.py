@@ -5,7 +5,7 @@ tools, weights, images. A field that would change what is shown or trained is us
 refused by name; an empty one says nothing.
 """
 
-from swlora.data.examples import Example, make_example
+from swlora.data.examples import ASSISTANT, Example, Message, make_example
 
 ROLES = ("system", "user", "assistant")
 _LEAVE_OUT = "it is not used; leave it out"
@@ -51,21 +51,21 @@ def make_chat(messages: object) -> Example | str:
     """Return a chat that ends in the assistant's answer, or the reason why it cannot be used."""
     if not isinstance(messages, list) or len(messages) < 2:
         return "its messages are not a list of two turns or more"
-    turns: list[tuple[str, str]] = []
+    turns: list[Message] = []
     for number, message in enumerate(messages, start=1):
         message = message if isinstance(message, dict) else {}
         if problem := _problem(message, is_last=number == len(messages)):
             return problem
-        role, content = message["role"], _text(message["content"])
+        role, content = str(message["role"]), _text(message["content"])
         if content is None:
             return f"the content of a message of the {role} is not a string, or parts that are text"
-        turns.append((role, content))
-    if turns[-1][0] != "assistant":
+        turns.append(Message(role, content))
+    if turns[-1].role != ASSISTANT:
         return "its last message is not the assistant's"
-    checked = make_example("\n".join(content for _, content in turns[:-1]), turns[-1][1])
+    checked = make_example("\n".join(m.content for m in turns[:-1]), turns[-1].content)
     if isinstance(checked, str):
         return checked
-    return Example("", checked.completion, tuple(turns[:-1]))
+    return Example.chat(turns)
 
 
 def _problem(message: dict[str, object], *, is_last: bool) -> str | None:

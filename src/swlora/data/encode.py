@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 CHUNK_EXAMPLES = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
 
-_Prompt = tuple[str, Turns]  # of an example: its prompt, or "" and the turns of its chat
+_Prompt = tuple[bool, str]  # of an example: whether it is a chat, and its prompt_key
+
+
+def _key(example: Example) -> _Prompt:
+    return bool(example.messages), example.prompt_key
 
 
 def encode_example(
@@ -90,7 +94,16 @@ def encode_prompts(
     Raises UserError for no examples, or for a chat that the tokenizer's template cannot write.
     """
     ids = _prompt_ids(_prompt_texts(prompts, separator, tokenizer), tokenizer)
-    return [ids[e.prompt, e.messages] or [_start_token(tokenizer)] for e in prompts]
+    return [ids[_key(e)] or [_start_token(tokenizer)] for e in prompts]
+
+
+def encode_turns(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Encode the turns of a chat and the beginning of the answer that is to follow the last one.
+
+    Raises UserError where the tokenizer's template cannot write them.
+    """
+    text = ChatTemplate(tokenizer).prompt(turns)
+    return token_ids([text], tokenizer, special=False)[0] or [_start_token(tokenizer)]
 
 
 def _encode_pairs(
@@ -103,7 +116,7 @@ def _encode_pairs(
     """Return (prompt ids, completion ids) of each example; the first is row `first_row`."""
     texts = _prompt_texts(examples, separator, tokenizer)
     prompts = _prompt_ids(texts, tokenizer)
-    keys = [(e.prompt, e.messages) for e in examples]
+    keys = [_key(e) for e in examples]
     answers = _completion_texts(examples, texts, tokenizer, first_row)
     start, eos = _start_token(tokenizer), _eos_token(tokenizer)
     pairs: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
@@ -128,9 +141,11 @@ def _completion_texts(
     chats, texts = ChatTemplate(tokenizer), []
     for row, e in enumerate(examples, start=first_row):
         try:
-            prompt = prompt_texts[e.prompt, e.messages]
-            answer = chats.answer(e.messages, e.completion, prompt) if e.messages else e.completion
-            texts.append((answer, bool(e.messages) and chats.end.token_id is not None))
+            if not e.messages:
+                texts.append((e.completion, False))
+                continue
+            answer = chats.answer(e.prompt_messages, e.completion, prompt_texts[_key(e)])
+            texts.append((answer, chats.end.token_id is not None))
         except UserError as error:
             raise DataError(f"row {row}: {error}") from error
     return texts
@@ -144,8 +159,8 @@ def _prompt_texts(
         raise UserError("there are no rows to encode")
     chats = ChatTemplate(tokenizer) if any(e.messages for e in examples) else None
     return {
-        (prompt, turns): chats.prompt(turns) if chats and turns else prompt + separator
-        for prompt, turns in dict.fromkeys((e.prompt, e.messages) for e in examples)
+        key: chats.prompt(e.prompt_messages) if chats and e.messages else e.prompt + separator
+        for key, e in {_key(e): e for e in examples}.items()
     }
 
 
@@ -155,7 +170,7 @@ def _prompt_ids(
     """Tokenise each prompt; one without text and special tokens has none."""
     ids: dict[_Prompt, list[int]] = {}
     for is_chat in (False, True):
-        keys = [key for key in texts if bool(key[1]) == is_chat]
+        keys = [key for key in texts if key[0] == is_chat]
         found = token_ids([texts[key] for key in keys], tokenizer, special=not is_chat)
         ids |= zip(keys, found, strict=True)
     return ids

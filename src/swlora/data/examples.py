@@ -8,34 +8,98 @@ import json
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from swlora.data import scratch
 
+ASSISTANT = "assistant"
 _OBJECT_BYTES = 100  # of a string or a tuple, beyond its characters, as Python keeps it
 _WRITE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt and its completion, or the turns of a chat and its last answer.
+class Message:
+    """A turn of a chat.
 
-    `messages` holds the (role, content) turns before the completion; `prompt` is "" then.
+    `trained` is how much its text is trained, None for as `--train-on` says. `extra` is a JSON
+    object of what the template is given besides (tool_calls, name, a content in parts), "" for
+    nothing.
     """
 
-    prompt: str
-    completion: str
-    messages: tuple[tuple[str, str], ...] = ()
+    role: str
+    content: str
+    trained: float | None = None
+    extra: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and its completion, a chat, or a text of which every token is trained.
+
+    A chat has `messages`, all of its turns, and `tools`, a JSON list or ""; its completion is what
+    the assistant says last, "" where the last turn is another's. A text has `text` alone.
+    `source` and `number` say where it came from ("rows.jsonl, line", 7); they are no part of it.
+    """
+
+    prompt: str = ""
+    completion: str = ""
+    messages: tuple[Message, ...] = ()
+    tools: str = ""
+    text: str = ""
+    source: str = field(default="", compare=False)
+    number: int = field(default=0, compare=False)
+
+    @classmethod
+    def chat(cls, messages: Iterable[Message], tools: str = "") -> Self:
+        """Return a chat of these turns; one that an answer is to be generated for ends in a user's.
+
+        Raises ValueError for no turns.
+        """
+        turns = tuple(messages)
+        if not turns:
+            raise ValueError("a chat has one turn or more")
+        completion = turns[-1].content if turns[-1].role == ASSISTANT else ""
+        return cls("", completion, turns, tools)
+
+    @property
+    def prompt_messages(self) -> tuple[Message, ...]:
+        """The turns of a chat before its completion."""
+        is_answered = self.messages and self.messages[-1].role == ASSISTANT
+        return self.messages[:-1] if is_answered else self.messages
+
+    @property
+    def prompt_key(self) -> str:
+        """What two examples have in common exactly where their prompts are the same.
+
+        That of a text is the text. The prompt of a pair holds no NUL, with which others begin.
+        """
+        if self.messages:
+            turns = [[m.role, m.content, m.extra] for m in self.prompt_messages]
+            return "\0chat" + json.dumps([turns, self.tools], ensure_ascii=False)
+        return f"\0text{self.text}" if self.text else self.prompt
+
+    @property
+    def place(self) -> str:
+        """Where the example came from, for messages; "" where that is not known."""
+        return f"{self.source} {self.number}" if self.source else ""
+
+    @property
+    def fields(self) -> list[Any]:
+        """What the example holds, without where it came from, as values of JSON."""
+        turns = [[m.role, m.content, m.trained, m.extra] for m in self.messages]
+        rest = [self.tools, self.text] if self.tools or self.text else []
+        return [turns, self.prompt, self.completion, *rest]
 
     @property
     def n_bytes(self) -> int:
         """About what the example takes in memory."""
-        texts = [self.prompt, self.completion, *(content for _, content in self.messages)]
+        texts = [self.prompt, self.tools, self.text, *(m.extra for m in self.messages)]
+        texts += [m.content for m in self.messages] or [self.completion]
         return sum(map(len, texts)) + _OBJECT_BYTES * (len(texts) + 1 + len(self.messages))
 
 
@@ -81,28 +145,37 @@ class StoredExamples(Sequence[Example]):
     """Examples in a file, read one by one; slices and selections of them share the file."""
 
     def __init__(
-        self, file: scratch.ScratchFile, offsets: NDArray[np.int64], ids: NDArray[np.int64]
+        self,
+        file: scratch.ScratchFile,
+        offsets: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        sources: Sequence[str],
     ) -> None:
-        """Take ids (n,) of the examples that begin at offsets (n_stored + 1,) of the file."""
-        self._file, self._offsets, self._ids = file, offsets, ids
+        """Take ids (n,) of the examples that begin at offsets (n_stored + 1,) of the file.
+
+        Each names its source by its place in `sources`.
+        """
+        self._file, self._offsets, self._ids, self._sources = file, offsets, ids, sources
 
     @classmethod
     def write(cls, examples: Iterable[Example]) -> Self:
         """Write examples to a file of their own."""
         file, offsets, waiting = scratch.ScratchFile("the rows"), array("q", [0]), bytearray()
+        sources: dict[str, int] = {}
         for example in examples:
-            fields = [example.prompt, example.completion, example.messages]
+            source = sources.setdefault(example.source, len(sources))
+            fields = [source, example.number, *example.fields]
             waiting += json.dumps(fields, ensure_ascii=False).encode()
             offsets.append(file.n_bytes + len(waiting))
             if len(waiting) > _WRITE_BYTES:
                 file.append(bytes(waiting))
                 waiting.clear()
         file.append(bytes(waiting))
-        return cls(file, np.array(offsets), np.arange(len(offsets) - 1))
+        return cls(file, np.array(offsets), np.arange(len(offsets) - 1), tuple(sources))
 
     def select(self, ids: NDArray[np.int64] | slice) -> "StoredExamples":
         """Return the examples `ids` of these, in that order."""
-        return StoredExamples(self._file, self._offsets, self._ids[ids])
+        return StoredExamples(self._file, self._offsets, self._ids[ids], self._sources)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -115,7 +188,9 @@ class StoredExamples(Sequence[Example]):
         if isinstance(key, slice):
             return self.select(key)
         i = int(self._ids[key])
-        prompt, completion, messages = json.loads(
+        source, number, turns, prompt, completion, *rest = json.loads(
             self._file.read(int(self._offsets[i]), int(self._offsets[i + 1]))
         )
-        return Example(prompt, completion, tuple((role, content) for role, content in messages))
+        messages = tuple(Message(*turn) for turn in turns)
+        tools, text = rest or ("", "")
+        return Example(prompt, completion, messages, tools, text, self._sources[source], number)

@@ -8,6 +8,7 @@ import codecs
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from swlora.data.chat_rows import make_chat, unused_meaning
@@ -41,7 +42,7 @@ def collect_rows(
         for number, row in rows:
             if isinstance(row, Example):
                 if skip_bad_rows or not n_bad:  # else the load ends in an error, with a count
-                    yield row
+                    yield replace(row, source=where, number=number)
             else:
                 n_bad += 1
                 first_problem = first_problem or f"{where} {number}: {row}"

@@ -66,9 +66,9 @@ class Dataset:
 
 def group_references(examples: Iterable[Example]) -> list[tuple[Example, list[str]]]:
     """List the distinct prompts in file order: the first example of each, all its completions."""
-    groups: dict[tuple[str, tuple[tuple[str, str], ...]], tuple[Example, list[str]]] = {}
+    groups: dict[str, tuple[Example, list[str]]] = {}
     for example in examples:
-        group = groups.setdefault((example.prompt, example.messages), (example, []))
+        group = groups.setdefault(example.prompt_key, (example, []))
         group[1].append(example.completion)
     return list(groups.values())
 
@@ -79,7 +79,7 @@ def number_prompts(examples: Sequence[Example]) -> NDArray[np.int64]:
     Prompts are told apart by 8 bytes of a hash: among 10^8 of them two would be taken for one with
     a chance of 1 in 4,000, and be held out together.
     """
-    keys = (json.dumps([e.prompt, e.messages]).encode() for e in examples)
+    keys = (e.prompt_key.encode() for e in examples)
     digests = (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) for key in keys)
     array = np.fromiter(digests, dtype=np.uint64, count=len(examples))
     _, first, inverse = np.unique(array, return_index=True, return_inverse=True)
@@ -123,8 +123,7 @@ def _limited(dataset: Dataset, spec: DataSpec) -> Dataset:
     digest = hashlib.sha256(json.dumps(dataset.separator).encode())
     for split, examples in (("train", train), ("dev", dev), ("test", test)):
         for e in examples:
-            row = json.dumps([split, e.messages, e.prompt, e.completion])
-            digest.update(row.encode() + b"\n")
+            digest.update(json.dumps([split, *e.fields]).encode() + b"\n")
     return replace(dataset, train=train, dev=dev, test=test, sha256=digest.hexdigest())
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from swlora.adapters.card import Facts
 from swlora.adapters.saved import adapter_folder, read_facts, with_adapter
 from swlora.config import RunSpec
-from swlora.data.encode import encode_prompts
-from swlora.data.examples import Example
+from swlora.data.encode import encode_prompts, encode_turns
+from swlora.data.examples import Example, Message
 from swlora.errors import UserError
 from swlora.evaluation.decode import chat_end_token_ids, generate
 from swlora.models.load import LoadedModel, load_model
@@ -108,7 +108,7 @@ def chat_ids(turns: Sequence[tuple[str, str]], system: str | None, tokenizer: An
     """
 
     def ids(*before: tuple[str, str]) -> list[int]:
-        return encode_prompts([Example("", "", (*before, *turns))], "", tokenizer)[0]
+        return encode_turns([Message(*turn) for turn in (*before, *turns)], tokenizer)
 
     if system is None:
         return ids()

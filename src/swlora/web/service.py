@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import Request
 
 from swlora.config import BUILTIN_MODEL, DataSpec, RunSpec, ServeSpec
-from swlora.data.encode import encode_prompts
+from swlora.data.encode import encode_prompts, encode_turns
 from swlora.data.examples import Example
 from swlora.data.sources import load_dataset
 from swlora.decoding.batch import DecodeRequest
@@ -92,7 +92,8 @@ class Service:
     async def encode(self, prompt: str, variant: Variant) -> list[int]:
         """Turn a prompt into tokens as in training: with what the adapter puts behind it."""
         separator = await self.separator(prompt, variant)
-        return await self._encode(lambda: Example(prompt, ""), separator)
+        tokenizer, prompts = self.loaded.tokenizer, [Example(prompt, "")]
+        return await self._encoded(lambda: encode_prompts(prompts, separator, tokenizer)[0])
 
     async def separator(self, prompt: str, variant: Variant) -> str:
         """Return what the adapter puts behind a prompt, if it is not there already."""
@@ -108,23 +109,18 @@ class Service:
                 400, "this model has no chat template; use /v1/completions", code="no_chat_template"
             )
         tokenizer = self.loaded.tokenizer
-        return await self._encode(lambda: Example("", "", turns_for(tokenizer, messages)), "")
+        return await self._encoded(lambda: encode_turns(turns_for(tokenizer, messages), tokenizer))
 
-    async def _encode(self, make: Callable[[], Example], separator: str) -> list[int]:
+    async def _encoded(self, encode: Callable[[], list[int]]) -> list[int]:
         """Tokenise in another thread: a long prompt shall not hold up the others."""
-
-        def encode() -> list[list[int]]:
-            return encode_prompts([make()], separator, self.loaded.tokenizer)
-
         try:
-            encoded = await asyncio.to_thread(encode)
+            return await asyncio.to_thread(encode)
         except UserError as error:
             raise ApiError(400, str(error)[:300], code="invalid_prompt") from error
         except Exception as error:  # a template may fail in any way
             log.warning("the prompt could not be written as tokens: %r", error)
             message = "the prompt cannot be written as tokens by this model's tokenizer"
             raise ApiError(400, message, code="invalid_prompt") from error
-        return encoded[0]
 
     def request(
         self,

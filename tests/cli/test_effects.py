@@ -25,7 +25,7 @@ HELD_OUT = "train uses no held-out row with --eval-every-steps 0"
         ),
         (["--layers", "2", "--max-candidates", 8], f"--layers 2 {NO_SEARCH} --max-candidates"),
         (["--cache-gb", 1], f"--layers all {FIRST}"),
-        (["--layers", "first:2", "--cache-gb", 0], f"--layers first:2 {FIRST}"),
+        (["--layers", "first:2", "--cache-gb", 2], f"--layers first:2 {FIRST}"),
         (["--layers", "2,0", "--cache-gb", 1], f"--layers 2,0 {FIRST}"),
         (
             ["--layers", 2, "--engine", "plain", "--cache-gb", 1],
@@ -89,6 +89,12 @@ def test_other_verbs(arguments, mistake, swlora):
         ("identify", {"identify.windows": 1, "model.dtype": "float32"}),
         ("generate", {"decode.temperature": 0.5, "decode.top_p": 0.5}),
         ("chat", {"decode.top_p": 0.5}),
+        ("train", {"adapter.layers": "all", "train.cache_gb": 0}),
+        ("train", {"adapter.layers": "first:2", "train.cache_gb": 0}),
+        ("train", {"adapter.layers": "2", "train.engine": "plain", "train.cache_gb": 0}),
+        ("generate", {"decode.temperature": 0, "decode.top_p": 1}),
+        ("chat", {"decode.temperature": 0, "decode.top_p": 1}),
+        ("train", {"adapter.layers": "auto:0.5", "train.engine": "plain", "train.row_tokens": 64}),
     ],
 )
 def test_flags_that_do_something_are_taken(command, flags):

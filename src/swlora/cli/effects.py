@@ -1,5 +1,7 @@
 """Flags that would do nothing beside the others that were given: they are refused.
 
+A flag that asks for what happens anyway is taken: what was asked for is what is done.
+
 A configuration file may hold settings that a command leaves alone, since one file serves several.
 """
 
@@ -34,13 +36,18 @@ def _no_search(command: str, spec: RunSpec) -> str | None:
 
 
 def _no_prefix_cache(_command: str, spec: RunSpec) -> str | None:
+    if spec.train.cache_gb == 0:
+        return None
     if (policy := spec.adapter.layers).has_first_layer:
         return f"--layers {policy} adapts the first layer, below which there are no states"
     return "--engine plain keeps no states" if spec.train.engine == "plain" else None
 
 
 def _padded(_command: str, spec: RunSpec) -> str | None:
-    return "--engine plain runs a step as one batch" if spec.train.engine == "plain" else None
+    tries_layers = spec.adapter.layers.time_budget is not None  # with steps of the tree engine
+    if spec.train.engine != "plain" or tries_layers:
+        return None
+    return "--engine plain runs a step as one batch"
 
 
 def _no_held_out_loss(command: str, spec: RunSpec) -> str | None:
@@ -51,7 +58,7 @@ def _no_held_out_loss(command: str, spec: RunSpec) -> str | None:
 
 def _greedy(command: str, spec: RunSpec) -> str | None:
     samples_by_default = command == "chat" and "temperature" not in spec.decode.model_fields_set
-    if spec.decode.temperature > 0 or samples_by_default:
+    if spec.decode.temperature > 0 or samples_by_default or spec.decode.top_p == 1:
         return None
     return "nothing is drawn at random with --temperature 0"
 

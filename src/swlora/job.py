@@ -9,6 +9,7 @@ from functools import cached_property
 from swlora.config import SAMPLE_DATASET, RunSpec
 from swlora.data.sources import Dataset, load_dataset
 from swlora.data.token_sequences import TokenSequences
+from swlora.layer_policy import VerifiedLayers
 from swlora.models.load import LoadedModel, check_model, load_model, settled_model
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
@@ -26,7 +27,17 @@ class Job:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model; in float32 where a search for super weights comes before a training."""
-        return self._load("float32" if self.spec.adapter.layers.needs_identification else None)
+        return self._load("float32" if self.will_identify else None)
+
+    @property
+    def will_identify(self) -> bool:
+        """Whether the layers need a search for super weights that this run has not made yet."""
+        return self.spec.adapter.layers.needs_identification and self.verified_layers() is None
+
+    def verified_layers(self) -> VerifiedLayers | None:
+        """Return the layers that an identification of this run found; None before there is one."""
+        found = self.run.read_result().get("identify")
+        return VerifiedLayers(found["layers"], found["removal_layers"]) if found else None
 
     def loaded_in_float32(self) -> LoadedModel:
         """Return the model in float32, whatever was asked for: its weights are to be measured."""

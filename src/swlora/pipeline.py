@@ -105,8 +105,10 @@ def choose_layers(job: Job) -> list[int]:
         return measure_layers(job, policy.time_budget)
     verified = None
     if policy.needs_identification:
-        result = identify(job)
-        verified = VerifiedLayers(result.layers, result.removal_layers)
+        verified = job.verified_layers()
+        if verified is None:
+            found = identify(job)
+            verified = VerifiedLayers(found.layers, found.removal_layers)
         cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device.type))
     return policy.resolve(Anatomy(model).n_layers, verified)
 

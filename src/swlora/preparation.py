@@ -92,7 +92,7 @@ def check_adapter(job: Job, n_steps: int) -> None:
 
     spec, anatomy = job.spec, Anatomy(job.loaded.model)
     policy = spec.adapter.layers
-    if policy.needs_identification:
+    if job.will_identify:
         identification.check(job.loaded, spec.identify)
     elif policy.time_budget is not None:
         layer_choice.check_family(anatomy)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.whole_jobs import make_spec, run_in, same_adapters
+from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
 
 from swlora import pipeline
 from swlora.errors import UserError
@@ -15,6 +15,7 @@ from swlora.models.anatomy import Anatomy
 from swlora.progress import Silent
 from swlora.runs import Run
 from swlora.superweights import ablate, proof
+from swlora.superweights import identify as identification
 
 
 @pytest.fixture
@@ -100,6 +101,24 @@ def test_super_trains_the_layers_that_were_verified(
     assert {"superweights.md", "superweights.png"} <= {
         path.name for path in (tmp_path / "super").iterdir()
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_keeps_the_layers_that_were_verified(
+    dtype, layer_1_matters, model_folder, rows, tmp_path, monkeypatch
+):
+    """A search takes minutes, and its answer is in the run's folder already."""
+    changes = {"adapter__layers": "super", "model__dtype": dtype}
+    spec = make_spec(model_folder("llama"), rows, train__checkpoint_every_s=1e-9, **changes)
+    expected = run_in(tmp_path / "whole", spec)
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path / "stopped", spec, progress=StopsIn("train", 6))
+    monkeypatch.setattr(identification, "identify", lambda *_, **__: pytest.fail("it looked again"))
+    monkeypatch.setattr(identification, "check", lambda *_: pytest.fail("it read the text again"))
+    result = resume(tmp_path / "stopped")
+    assert result["train"]["layers"] == [1]
+    assert same_adapters(tmp_path / "whole", tmp_path / "stopped")
+    assert result["eval"]["nll"] == expected["eval"]["nll"]
 
 
 def test_super_without_a_super_weight_says_so(model_folder, rows, tmp_path, monkeypatch):

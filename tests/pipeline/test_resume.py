@@ -1,40 +1,15 @@
 """Stop and resume: the same adapter as if nothing had happened, of the same data."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import peft
 import pytest
 from tests.support.data_files import write_rows
 from tests.support.small_runs import ROWS
-from tests.support.whole_jobs import make_spec, resume, run_in, same_adapters
+from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
 
 from swlora.errors import RunFailedError, UserError
-from swlora.progress import Silent
 from swlora.runs import read_metrics, read_run
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
-
-
-class StopsIn(Silent):
-    """A person who presses Ctrl-C in the n-th advance of a task."""
-
-    def __init__(self, task: str, n: int) -> None:
-        self.name, self.n = task, n
-        self.running = ""
-
-    @contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator[Any]:  # noqa: ARG002
-        self.running, before = description, self.running
-        yield self
-        self.running = before
-
-    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002
-        if self.running == self.name:
-            self.n -= 1
-            if self.n == 0:
-                raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Jobs from the data to the scores on tiny models, stopped and resumed, and what they come to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,26 @@ DEV = [
     {"prompt": "name[Fritz], food[yy]\n", "completion": "Fritz serves yy."},
     {"prompt": "name[E], food[x]\n", "completion": "E serves x."},
 ]
+
+
+class StopsIn(Silent):
+    """A person who presses Ctrl-C in the n-th advance of a task."""
+
+    def __init__(self, task: str, n: int) -> None:
+        self.name, self.n = task, n
+        self.running = ""
+
+    @contextmanager
+    def task(self, description: str, total: float | None = None) -> Iterator[Any]:  # noqa: ARG002
+        self.running, before = description, self.running
+        yield self
+        self.running = before
+
+    def advance(self, amount: float = 1.0, note: str = "") -> None:  # noqa: ARG002
+        if self.running == self.name:
+            self.n -= 1
+            if self.n == 0:
+                raise KeyboardInterrupt
 
 
 def make_spec(model: Path, data: tuple[Path, Path], **changes: Any) -> RunSpec:

@@ -8,6 +8,8 @@ found.
 
 import hashlib
 
+from torch import Tensor
+
 from swlora.config import IdentifySpec
 from swlora.data.known_tokens import check_prompts
 from swlora.errors import UserError
@@ -43,9 +45,8 @@ def identify(
     afterwards what it was, bit for bit. Raises UserError where prompts or text do not suit it.
     """
     progress = progress or Silent()
-    check(loaded, spec)
+    windows = check(loaded, spec)
     model, tokenizer = loaded.model, loaded.tokenizer
-    windows = ablate.text_windows(tokenizer, spec.text, spec.windows, spec.window_tokens)
     check_prompts(windows.tolist(), tokenizer, n_embeddings(model))
     prompts = spec.prompt or list(search.PROMPTS)
     with progress.task("search"):
@@ -88,16 +89,20 @@ def identify(
     )
 
 
-def check(loaded: LoadedModel, spec: IdentifySpec) -> None:
-    """Refuse windows and prompts that the model has no room for, before any work is done."""
+def check(loaded: LoadedModel, spec: IdentifySpec) -> Tensor:
+    """Refuse windows and prompts that the model has no room for, before any work is done.
+
+    Returns the windows of text, token ids (n, window_tokens). Raises UserError.
+    """
     if spec.window_tokens > loaded.context_tokens:
         raise UserError(
             f"--window-tokens {spec.window_tokens} exceeds the model's context of "
             f"{loaded.context_tokens} tokens"
         )
-    ablate.text_windows(loaded.tokenizer, spec.text, spec.windows, spec.window_tokens)
+    windows = ablate.text_windows(loaded.tokenizer, spec.text, spec.windows, spec.window_tokens)
     for prompt in spec.prompt:
         prompt_tokens(loaded.model, loaded.tokenizer, prompt)
+    return windows
 
 
 def _setup(

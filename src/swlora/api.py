@@ -26,6 +26,7 @@ from swlora.progress import Progress, Silent
 from swlora.run_record import MemoryRecord
 from swlora.runs import Run
 from swlora.settings import flag_name
+from swlora.study.compared import Compared, ComparedModels
 from swlora.superweights.findings import Identified
 from swlora.training.trained import Trained
 
@@ -90,11 +91,12 @@ def compare(
     output: PathLike | None = None,
     only: Sequence[str] | None = None,
     controls: bool | None = None,
-) -> dict[str, Any]:
+) -> Compared | ComparedModels:
     """Compare methods and layers as the study in a YAML file says, as `swlora compare` does.
 
-    Returns what results.json holds. Every run is a process with a folder of its own: without
-    `output` they are temporary, and a study that was interrupted cannot go on.
+    Returns what results.json holds; of a file with several models, that of each. Every run is a
+    process with a folder of its own: without `output` they are temporary, and a study that was
+    interrupted cannot go on.
     """
     from swlora.study.compare import Request, compare
 

@@ -67,7 +67,7 @@ def test_a_study_from_beginning_to_end(compare, request_of, children, tmp_path, 
         *("beam/lora/seed-5", "beam/fixed/seed-5"),
     ]
     told = facts(tmp_path)
-    assert told["status"] == "done" == result["status"]
+    assert told["status"] == "done" == result.status
     assert told["arms"]["lora"]["rate"] == {
         "grid": [0.5, 0.1],
         "nll": {"0.5": 1.0, "0.1": 0.5},
@@ -268,36 +268,36 @@ def test_several_models_have_a_folder_each(compare, request_of, settings, tmp_pa
     path.write_text(yaml.safe_dump(content))
     result = compare(Request(path, tmp_path / "out"))
     names = [str(tmp_path / "out" / n) for n in (first["name"].rpartition("/")[2], "copy")]
-    assert list(result["studies"]) == names
+    assert list(result.studies) == names
 
 
 # The plan
 
 
 def test_a_plan_runs_nothing(request_of, tmp_path, children):
-    (plan,) = study.plan(request_of())["studies"]
+    (plan,) = study.plan(request_of()).studies
     names = ["lora", "super", "super-random-1", "super-random-2", "super-last", "super-every"]
-    assert [arm["name"] for arm in plan["arms"]] == [*names, "fixed"]
-    assert (plan["n_runs"], plan["n_short_runs"], plan["n_beam_runs"]) == (13, 12, 2)
-    lora, found, *_, fixed = plan["arms"]
-    assert (lora["layers"], found["layers"], fixed["layers"]) == ([0, 1, 2], None, [0])
-    assert lora["n_trainable"] == 3 * fixed["n_trainable"] > 0
-    assert lora["n_steps"] == 2
+    assert [arm.name for arm in plan.arms] == [*names, "fixed"]
+    assert (plan.n_runs, plan.n_short_runs, plan.n_beam_runs) == (13, 12, 2)
+    lora, found, *_, fixed = plan.arms
+    assert (lora.layers, found.layers, fixed.layers) == ([0, 1, 2], None, [0])
+    assert lora.n_trainable == 3 * fixed.n_trainable > 0
+    assert lora.n_steps == 2
     assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_of_some_arms(request_of):
-    (plan,) = study.plan(request_of(only=["lora,fixed"]))["studies"]
-    assert [arm["name"] for arm in plan["arms"]] == ["lora", "fixed"]
+    (plan,) = study.plan(request_of(only=["lora,fixed"])).studies
+    assert [arm.name for arm in plan.arms] == ["lora", "fixed"]
     with pytest.raises(UserError, match="--only gone"):
         study.plan(request_of(only=["gone"]))
 
 
 def test_a_plan_says_what_was_not_checked(request_of):
-    (plan,) = study.plan(request_of(model={"name": "org/absent"}))["studies"]
-    assert "org/absent is not cached" in plan["unchecked"][0]
-    assert plan["arms"][0]["layers"] is None
-    assert plan["arms"][0]["n_steps"] == 2
+    (plan,) = study.plan(request_of(model={"name": "org/absent"})).studies
+    assert "org/absent is not cached" in plan.unchecked[0]
+    assert plan.arms[0].layers is None
+    assert plan.arms[0].n_steps == 2
 
 
 def test_a_new_setting_that_is_left_open_makes_no_other_study():

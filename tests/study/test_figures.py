@@ -1,5 +1,6 @@
 """The pictures: labels apart, colours that both backgrounds show, bars where the numbers are."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from swlora.study.collect import collect
+from swlora.study.compared import Compared
 from swlora.study.figures import GREY, STYLES, draw_curves, draw_pareto
 from swlora.study.labels import place
 from swlora.study.results import summarise
@@ -18,7 +20,7 @@ NO_BOXES = np.empty((0, 4))
 
 
 @pytest.fixture
-def results(study: Any) -> dict[str, Any]:
+def results(study: Any) -> Compared:
     """A baseline, layers that were found, two controls and another method, five points each."""
     kinds = {"lora": None, "super": None, "super-last": "super", "super-every": "super"}
     for k, (name, control_of) in enumerate(kinds.items()):
@@ -77,7 +79,7 @@ def test_colours_stand_out_from_light_and_dark(color: str, background: tuple[int
 
 @pytest.mark.parametrize("draw", [draw_pareto, draw_curves])
 def test_files_are_pictures_and_the_same_each_time(
-    draw: Any, results: dict[str, Any], tmp_path: Path
+    draw: Any, results: Compared, tmp_path: Path
 ) -> None:
     from matplotlib.image import imread
 
@@ -95,7 +97,7 @@ def test_files_are_pictures_and_the_same_each_time(
 
 
 def test_bars_are_the_paired_intervals_at_the_baseline(
-    results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    results: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.axes import Axes
 
@@ -110,24 +112,25 @@ def test_bars_are_the_paired_intervals_at_the_baseline(
 
     monkeypatch.setattr(Axes, "errorbar", recording)
     draw_pareto(results, tmp_path / "pareto.png")
-    arms = results["arms"]
-    base = next(arm for arm in arms if arm["is_baseline"])
+    arms = results.finished
+    base = next(arm for arm in arms if arm.is_baseline)
     expected = []
     for score in ("bleu", "nll"):
         for arm in arms:
-            spread = arm["time_spread"]["total_s"]
-            low = high = arm[score]
+            spread = arm.time_spread.total_s
+            low = high = arm.scores.measured(score)
             if arm is not base:
                 low, high = (
-                    base[score] + bound for bound in arm["against_baseline"][score]["interval"]
+                    base.scores.measured(score) + bound
+                    for bound in arm.against_baseline[score].interval
                 )
-            expected.append((spread["min"], spread["max"], min(low, arm[score]), high))
+            expected.append((spread.min, spread.max, min(low, arm.scores.measured(score)), high))
     assert bars == [pytest.approx(bar) for bar in expected]
 
 
-def test_without_a_baseline_there_is_no_margin(results: dict[str, Any], tmp_path: Path) -> None:
-    others = [arm | {"against_baseline": {}} for arm in results["arms"] if not arm["is_baseline"]]
-    draw_pareto(results | {"arms": others}, tmp_path / "pareto.svg")
-    draw_curves(results | {"arms": others, "target_nll": None}, tmp_path / "curves.svg")
+def test_without_a_baseline_there_is_no_margin(results: Compared, tmp_path: Path) -> None:
+    others = [replace(arm, against_baseline={}) for arm in results.finished if not arm.is_baseline]
+    draw_pareto(replace(results, arms=others), tmp_path / "pareto.svg")
+    draw_curves(replace(results, arms=others, target_nll=None), tmp_path / "curves.svg")
     with_margin = (tmp_path / "pareto.svg").read_bytes().count(STYLES["baseline"].color.encode())
     assert with_margin == 0

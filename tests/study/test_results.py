@@ -11,9 +11,16 @@ from swlora.config import load_spec
 from swlora.errors import UserError
 from swlora.evaluation import bootstrap
 from swlora.evaluation.segments import FILE
+from swlora.result_json import as_json
 from swlora.study import results as study_results
 from swlora.study import statistics as stats
-from swlora.study.results import publish
+
+
+def publish(folder: Path) -> dict[str, Any]:
+    """Publish a study; return what results.json holds."""
+    found: dict[str, Any] = as_json(study_results.publish(folder))
+    return found
+
 
 # `study` is an empty HandmadeStudy (conftest): its steps take step_s, the first one 9 * step_s.
 FILES = {f"{name}.{ending}" for name in ("pareto", "curves") for ending in ("svg", "png")}

@@ -9,6 +9,7 @@ from swlora.evaluation import bootstrap
 from swlora.evaluation.bootstrap import Interval
 from swlora.evaluation.scores import SegmentStatistics
 from swlora.evaluation.segments import Segments
+from swlora.result_json import as_json
 from swlora.study import statistics as stats
 from swlora.study.statistics import Point
 
@@ -187,10 +188,10 @@ def test_what_faster_means() -> None:
 
 
 def test_spread_over_seeds() -> None:
-    assert stats.spread([2.0, 4.0, 9.0]) == {
+    assert as_json(stats.spread([2.0, 4.0, 9.0])) == {
         "mean": 5.0,
         "min": 2.0,
         "max": 9.0,
         "sd": pytest.approx(np.sqrt(13)),
     }
-    assert stats.spread([2.0])["sd"] is None
+    assert stats.spread([2.0]).sd is None

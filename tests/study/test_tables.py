@@ -40,8 +40,8 @@ def test_csv_holds_every_single_value_under_its_name() -> None:
         "curve": {"nll": [1.0]},
         "runs": [{"seed": 0}],
     }
-    results = {"arms": [full, {"name": "failed", "seeds": [], "status": "failed"}]}
-    rows = list(csv.DictReader(io.StringIO(csv_table(results)), strict=True))
+    arms = [full, {"name": "failed", "seeds": [], "status": "failed"}]
+    rows = list(csv.DictReader(io.StringIO(csv_table(arms)), strict=True))
     assert rows == [
         {
             "name": 'a "b", c',

@@ -147,13 +147,14 @@ def compare(
     request = study.Request(config, output or Path("runs") / config.stem, only, overrides)
     no_library_notes()
     if dry_run:
-        result = study.plan(request)
-        overview.show_plans(result)
+        plans = study.plan(request)
+        overview.show_plans(plans)
+        invocation.finish(plans)
     else:
         with sigterm_interrupts():
             result = study.compare(request)
         overview.show_results(result, request.output)
-    invocation.finish(result)
+        invocation.finish(result)
 
 
 @verb("score", OUTPUT_IF_ASKED, JSON)

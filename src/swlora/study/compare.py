@@ -13,14 +13,13 @@ from swlora.config.fields import split_list
 from swlora.errors import RunFailedError, UserError
 from swlora.study.arms import arms_of, select_arms
 from swlora.study.check import Checked, check
+from swlora.study.compared import Compared, ComparedModels
 from swlora.study.folder import StudyFolder, check_folder, remove
 from swlora.study.live import Board, View, make_view
-from swlora.study.overview import plan_of
+from swlora.study.overview import Plans, plan_of
 from swlora.study.phases import Phases
 from swlora.study.runner import Command, Runner, child_command
 from swlora.study.study_file import read_studies
-
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,25 @@ class Request:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def plan(request: Request) -> Result:
-    """Return what the studies of a file would do, as "studies"; nothing runs, no file is made.
+def plan(request: Request) -> Plans:
+    """Return what the studies of a file would do; nothing runs, no file is made.
 
     Raises UserError with all problems of the file; what is not at hand is said in the plan.
     """
     studies = checked_studies(request, dry_run=True)
     plans = [plan_of(n, checked, wanted_arms(checked, request)) for n, checked, _ in studies]
-    return {"studies": plans}
+    return Plans(plans)
 
 
-def compare(request: Request, view: View | None = None, command: Command = child_command) -> Result:
+def compare(
+    request: Request, view: View | None = None, command: Command = child_command
+) -> Compared | ComparedModels:
     """Run or continue the studies of a file; return what came out: that of several by folder.
 
     Raises UserError with all problems before anything runs, and RunFailedError at the end where
     runs failed; what could be measured is published all the same.
     """
-    results: dict[str, Result] = {}
+    results: dict[str, Compared] = {}
     failures: list[str] = []
     view = view or make_view()
     try:
@@ -70,7 +71,7 @@ def compare(request: Request, view: View | None = None, command: Command = child
             f"not done: {'; '.join(failures[:4])}{more}; the same command tries them again, and "
             f"results.md in {', '.join(results)} has what is done"
         )
-    return next(iter(results.values())) if len(results) == 1 else {"studies": results}
+    return next(iter(results.values())) if len(results) == 1 else ComparedModels(results)
 
 
 def checked_studies(request: Request, *, dry_run: bool) -> list[tuple[str, Checked, Path]]:
@@ -112,7 +113,7 @@ def run_study(
     wanted: list[str],
     view: View,
     command: Command = child_command,
-) -> tuple[Result, list[str]]:
+) -> tuple[Compared, list[str]]:
     """Run or continue one study in `path`; return (what came out, what is not done and why)."""
     from swlora.study.results import publish
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from swlora.files import atomic_path
 from swlora.layer_policy import parse_policy
+from swlora.study.compared import Compared, FinishedArm
 from swlora.study.labels import label_points
-
-Arm = dict[str, Any]
 
 GREY = "#7b7b7b"
 BASELINE, FOUND, CONTROL, OTHER = "baseline", "layers found by a search", "control", "other arm"
@@ -38,7 +37,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 PANELS = (("bleu", "BLEU", True), ("nll", "NLL, nats a token", False))
 
 
-def draw_pareto(results: dict[str, Any], target: Path) -> None:
+def draw_pareto(results: Compared, target: Path) -> None:
     """Draw seconds to the end against BLEU and against NLL; better is always up.
 
     The vertical bar of an arm is the 95 % interval of its paired difference from the baseline, put
@@ -46,15 +45,15 @@ def draw_pareto(results: dict[str, Any], target: Path) -> None:
     which is the margin. Horizontal bars reach from the fastest to the slowest seed. Without a
     baseline, vertical bars are the arms' own intervals.
     """
-    arms = [arm for arm in results["arms"] if arm["seeds"]]
+    arms = results.finished
     with _figure(target, (11.5, 5.4)) as figure:
         panels = figure.subplots(1, 2)
         for panel, (score, label, larger_is_better) in zip(panels, PANELS, strict=True):
-            baseline = next((arm for arm in arms if arm["is_baseline"]), None)
+            baseline = next((arm for arm in arms if arm.is_baseline), None)
             for arm in arms:
                 _draw_arm(panel, arm, score, baseline)
             if baseline:
-                worse = -results["margin"][score] if larger_is_better else results["margin"][score]
+                worse = -results.margin[score] if larger_is_better else results.margin[score]
                 _draw_margin(panel, baseline, score, worse)
             _scale_seconds(panel, arms)
             if not larger_is_better:
@@ -64,24 +63,24 @@ def draw_pareto(results: dict[str, Any], target: Path) -> None:
         _legend(figure, arms, markers=True)
         colors = [STYLES[_kind(arm)].color for arm in arms]
         for panel, (score, _, _) in zip(panels, PANELS, strict=True):
-            points = [(arm["total_s"], arm[score]) for arm in arms]
-            label_points(panel, [arm["name"] for arm in arms], points, colors)
+            points = [(arm.total_s, arm.scores.measured(score)) for arm in arms]
+            label_points(panel, [arm.name for arm in arms], points, colors)
 
 
-def draw_curves(results: dict[str, Any], target: Path) -> None:
+def draw_curves(results: Compared, target: Path) -> None:
     """Draw the held-out loss of every arm against seconds, mean over seeds.
 
     An arm without held-out points is drawn by its smoothed training loss, thin.
     """
-    arms = [arm for arm in results["arms"] if arm["seeds"]]
+    arms = results.finished
     kinds = [_kind(arm) for arm in arms]
     with _figure(target, (11.5, 6.0)) as figure:
         panel = figure.subplots()
         for k, (arm, kind) in enumerate(zip(arms, kinds, strict=True)):
-            curve, held_out = arm["curve"], arm["curve"]["kind"] == "held-out"
+            curve, held_out = arm.curve, arm.curve.kind == "held-out"
             panel.plot(
-                curve["seconds"],
-                curve["nll"],
+                curve.seconds,
+                curve.nll,
                 color=STYLES[kind].color,
                 linestyle=LINES[kinds[:k].count(kind) % len(LINES)],
                 linewidth=(2.2 if kind == BASELINE else 1.5) if held_out else 0.8,
@@ -89,18 +88,18 @@ def draw_curves(results: dict[str, Any], target: Path) -> None:
                 markersize=4,
                 zorder=3 if kind == BASELINE else 2,
             )
-        if results["target_nll"] is not None:
-            panel.axhline(results["target_nll"], color=STYLES[BASELINE].color, lw=0.8, ls=":")
+        if results.target_nll is not None:
+            panel.axhline(results.target_nll, color=STYLES[BASELINE].color, lw=0.8, ls=":")
         _limit_loss(panel, arms)
         panel.margins(x=0.12)
         panel.set_xlim(left=0)
-        kind_of_loss = {arm["curve"]["kind"] for arm in arms}
+        kind_of_loss = {arm.curve.kind for arm in arms}
         label = " or ".join(sorted(kind_of_loss)) + " loss, nats a token"
         _dress(panel, "seconds from the start, one-off costs included", label)
         _legend(figure, arms, markers=False)
-        ends = [(arm["curve"]["seconds"][-1], arm["curve"]["nll"][-1]) for arm in arms]
+        ends = [(arm.curve.seconds[-1], arm.curve.nll[-1]) for arm in arms]
         colors = [STYLES[kind].color for kind in kinds]
-        label_points(panel, [arm["name"] for arm in arms], ends, colors)
+        label_points(panel, [arm.name for arm in arms], ends, colors)
 
 
 @contextmanager
@@ -121,16 +120,17 @@ def _figure(target: Path, size: tuple[float, float]) -> Iterator[Any]:
             figure.savefig(scratch, format=ending, dpi=160, transparent=True, metadata=metadata)
 
 
-def _draw_arm(panel: Any, arm: Arm, score: str, baseline: Arm | None) -> None:
-    style, seconds = STYLES[_kind(arm)], arm["time_spread"]["total_s"]
-    x, y, (low, high) = arm["total_s"], arm[score], arm["intervals"][score]
+def _draw_arm(panel: Any, arm: FinishedArm, score: str, baseline: FinishedArm | None) -> None:
+    style, seconds = STYLES[_kind(arm)], arm.time_spread.total_s
+    x, y, (low, high) = arm.total_s, arm.scores.measured(score), arm.intervals[score]
     if baseline:
-        found = arm["against_baseline"].get(score, {"interval": [0.0, 0.0]})
-        low, high = (baseline[score] + bound for bound in found["interval"])
+        found = arm.against_baseline.get(score)
+        bounds = found.interval if found else [0.0, 0.0]
+        low, high = (baseline.scores.measured(score) + bound for bound in bounds)
     panel.errorbar(
         x,
         y,
-        xerr=[[x - seconds["min"]], [seconds["max"] - x]],
+        xerr=[[x - seconds.min], [seconds.max - x]],
         yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
         color=style.color,
         marker=style.marker,
@@ -141,8 +141,9 @@ def _draw_arm(panel: Any, arm: Arm, score: str, baseline: Arm | None) -> None:
     )
 
 
-def _draw_margin(panel: Any, baseline: Arm, score: str, worse: float) -> None:
-    color, value, half_s = STYLES[BASELINE].color, baseline[score], baseline["total_s"] / 2
+def _draw_margin(panel: Any, baseline: FinishedArm, score: str, worse: float) -> None:
+    color, half_s = STYLES[BASELINE].color, baseline.total_s / 2
+    value = baseline.scores.measured(score)
     panel.axhline(value, color=color, linewidth=0.8, linestyle=":", zorder=1)
     low, high = sorted((value, value + worse))
     panel.axhspan(low, high, color=color, alpha=0.18, linewidth=0, zorder=0)
@@ -159,25 +160,25 @@ def _draw_margin(panel: Any, baseline: Arm, score: str, worse: float) -> None:
     )
 
 
-def _kind(arm: Arm) -> str:
-    if arm["is_baseline"]:
+def _kind(arm: FinishedArm) -> str:
+    if arm.is_baseline:
         return BASELINE
-    if arm["control_of"]:
+    if arm.control_of:
         return CONTROL
-    return FOUND if arm["policy"] and parse_policy(arm["policy"]).needs_search else OTHER
+    return FOUND if arm.policy and parse_policy(arm.policy).needs_search else OTHER
 
 
-def _scale_seconds(panel: Any, arms: Sequence[Arm]) -> None:
-    seconds = [arm["total_s"] for arm in arms]
+def _scale_seconds(panel: Any, arms: Sequence[FinishedArm]) -> None:
+    seconds = [arm.total_s for arm in arms]
     if max(seconds) > 8 * min(seconds):
         panel.set_xscale("log")
 
 
-def _limit_loss(panel: Any, arms: Sequence[Arm]) -> None:
+def _limit_loss(panel: Any, arms: Sequence[FinishedArm]) -> None:
     """Cut off the steep beginning, which would flatten all that differs."""
-    ends = [arm["curve"]["nll"][-1] for arm in arms]
-    tops = [_at_share(arm["curve"]["nll"], 0.25) for arm in arms]
-    low, high = min(min(arm["curve"]["nll"]) for arm in arms), max(*ends, *tops)
+    ends = [arm.curve.nll[-1] for arm in arms]
+    tops = [_at_share(arm.curve.nll, 0.25) for arm in arms]
+    low, high = min(min(arm.curve.nll) for arm in arms), max(*ends, *tops)
     room = 0.06 * (high - low) or 0.01
     panel.set_ylim(low - room, high + room)
 
@@ -195,7 +196,7 @@ def _dress(panel: Any, x_label: str, y_label: str) -> None:
         spine.set(color=GREY, visible=side in ("left", "bottom"))
 
 
-def _legend(figure: Any, arms: Sequence[Arm], *, markers: bool) -> None:
+def _legend(figure: Any, arms: Sequence[FinishedArm], *, markers: bool) -> None:
     from matplotlib.lines import Line2D
 
     present = {_kind(arm) for arm in arms}

@@ -1,5 +1,6 @@
 """What a study would do, before it does anything: arms, layers, trained weights, steps, runs."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,51 @@ from swlora.config import settings_of
 from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.study.arms import Arm, arms_of, expected_controls
 from swlora.study.check import Checked
+from swlora.study.compared import Compared, ComparedModels
 from swlora.study.tables import markdown_table, verdict_columns
 
-Plan = dict[str, Any]
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """An arm as far as it is known before anything ran; None is not known yet."""
+
+    name: str
+    method: str
+    policy: str
+    layers: list[int] | None
+    control_of: str | None
+    rank: int | None
+    epochs: int
+    n_trainable: int | None
+    n_steps: int | None
+    rates: list[float]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study would do; `unchecked` says what was not at hand to be looked at."""
+
+    study: str
+    model: str
+    data: str
+    facts: dict[str, Any]
+    n_rows: dict[str, int]
+    baseline: str
+    controls: bool
+    margin: dict[str, float]
+    arms: list[PlannedArm]
+    n_short_runs: int
+    n_runs: int
+    n_beam_runs: int
+    unchecked: list[str]
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans of a file's studies, one for each of its models."""
+
+    studies: list[Plan]
 
 
 def arms_before(checked: Checked) -> list[Arm]:
@@ -22,95 +65,93 @@ def arms_before(checked: Checked) -> list[Arm]:
 
 
 def plan_of(name: str, checked: Checked, wanted: list[str]) -> Plan:
-    """Return the plan of a study as plain values; numbers that are not known yet are None."""
+    """Return the plan of a study."""
     spec = checked.spec
     arms = [arm for arm in arms_before(checked) if arm.name in wanted]
-    rows = [_arm_row(checked, arm) for arm in arms]
     n_short = sum(len(arm.rates) for arm in arms if len(arm.rates) > 1)
     n_beam = sum(
         len([s for s in spec.beam.seeds or arm.seeds if s in arm.seeds])
         for arm in arms
         if arm.name in spec.beam.arms
     )
-    return {
-        "study": name,
-        "model": spec.model.name,
-        "data": spec.data.name,
-        "facts": checked.facts,
-        "n_rows": checked.n_rows,
-        "baseline": spec.baseline,
-        "controls": spec.controls,
-        "margin": spec.margin.model_dump(),
-        "arms": rows,
-        "n_short_runs": n_short,
-        "n_runs": sum(len(arm.seeds) for arm in arms),
-        "n_beam_runs": n_beam,
-        "unchecked": checked.unchecked,
-    }
+    return Plan(
+        study=name,
+        model=spec.model.name,
+        data=spec.data.name,
+        facts=checked.facts,
+        n_rows=checked.n_rows,
+        baseline=spec.baseline,
+        controls=spec.controls,
+        margin=spec.margin.model_dump(),
+        arms=[_planned(checked, arm) for arm in arms],
+        n_short_runs=n_short,
+        n_runs=sum(len(arm.seeds) for arm in arms),
+        n_beam_runs=n_beam,
+        unchecked=checked.unchecked,
+    )
 
 
-def show_plans(result: dict[str, Any]) -> None:
+def show_plans(plans: Plans) -> None:
     """Print the plans of `compare.plan` on stdout."""
-    for plan in result["studies"]:
+    for plan in plans.studies:
         _show_plan(plan)
 
 
-def show_results(result: dict[str, Any], output: Path) -> None:
+def show_results(result: Compared | ComparedModels, output: Path) -> None:
     """Print the main table of what `compare.compare` returned, on stdout, and where more is."""
     columns = verdict_columns(["bleu", "nll"])
-    studies = result.get("studies", {str(output): result})
+    studies = result.studies if isinstance(result, ComparedModels) else {str(output): result}
     for folder, study in studies.items():
-        finished = [arm for arm in study["arms"] if arm["seeds"]]
-        print(f"study {study['study']}: {study['status']}")
-        print(markdown_table(columns, finished) if finished else "no run is done yet")
+        print(f"study {study.study}: {study.status}")
+        print(markdown_table(columns, study.finished) if study.finished else "no run is done yet")
         print(f"report: {Path(folder) / 'results.md'}")
 
 
 def _show_plan(plan: Plan) -> None:
-    rows = ", ".join(f"{n} {split}" for split, n in plan["n_rows"].items()) or "not known"
-    print(f"study {plan['study']}: {plan['model']} on {plan['data']}, rows: {rows}")
+    rows = ", ".join(f"{n} {split}" for split, n in plan.n_rows.items()) or "not known"
+    print(f"study {plan.study}: {plan.model} on {plan.data}, rows: {rows}")
     table = Table(box=None, pad_edge=False)
     for name in ("arm", "method", "layers", "rank", "epochs", "trained weights", "steps"):
         table.add_column(name, justify="left" if name in ("arm", "method", "layers") else "right")
     table.add_column("rates")
     table.add_column("seeds")
-    for arm in plan["arms"]:
-        layers = arm["policy"] if arm["layers"] is None else layer_ranges(arm["layers"], EN_DASH)
+    for arm in plan.arms:
+        layers = arm.policy if arm.layers is None else layer_ranges(arm.layers, EN_DASH)
         table.add_row(
-            arm["name"],
-            arm["method"],
+            arm.name,
+            arm.method,
             layers,
-            str(arm["rank"] or "-"),
-            str(arm["epochs"]),
-            "?" if arm["n_trainable"] is None else f"{arm['n_trainable']:,}",
-            str(arm["n_steps"] or "?"),
-            " ".join(f"{rate:g}" for rate in arm["rates"]),
-            " ".join(map(str, arm["seeds"])),
+            str(arm.rank or "-"),
+            str(arm.epochs),
+            "?" if arm.n_trainable is None else f"{arm.n_trainable:,}",
+            str(arm.n_steps or "?"),
+            " ".join(f"{rate:g}" for rate in arm.rates),
+            " ".join(map(str, arm.seeds)),
         )
     Console(highlight=False, width=200).print(table)
-    if not plan["controls"]:
+    if not plan.controls:
         print("no controls: chosen layers are not compared with any others")
     print(
-        f"{plan['n_runs']} measured runs, {plan['n_short_runs']} short ones to choose learning "
-        f"rates, {plan['n_beam_runs']} evaluations with beam search"
+        f"{plan.n_runs} measured runs, {plan.n_short_runs} short ones to choose learning "
+        f"rates, {plan.n_beam_runs} evaluations with beam search"
     )
-    for reason in plan["unchecked"]:
+    for reason in plan.unchecked:
         print(f"not checked: {reason}")
 
 
-def _arm_row(checked: Checked, arm: Arm) -> dict[str, Any]:
+def _planned(checked: Checked, arm: Arm) -> PlannedArm:
     adapter = arm.settings.adapter
     has_rank = "rank" in settings_of(adapter.method)
-    return {
-        "name": arm.name,
-        "method": arm.method,
-        "policy": str(arm.policy),
-        "layers": None if arm.layers is None else list(arm.layers),
-        "control_of": arm.control_of,
-        "rank": adapter.rank if has_rank else None,
-        "epochs": arm.settings.train.epochs,
-        "n_trainable": checked.n_trainable(arm),
-        "n_steps": checked.n_steps(arm.settings),
-        "rates": list(arm.rates),
-        "seeds": list(arm.seeds),
-    }
+    return PlannedArm(
+        name=arm.name,
+        method=arm.method,
+        policy=str(arm.policy),
+        layers=None if arm.layers is None else list(arm.layers),
+        control_of=arm.control_of,
+        rank=adapter.rank if has_rank else None,
+        epochs=arm.settings.train.epochs,
+        n_trainable=checked.n_trainable(arm),
+        n_steps=checked.n_steps(arm.settings),
+        rates=list(arm.rates),
+        seeds=list(arm.seeds),
+    )

@@ -4,7 +4,7 @@ One run an arm, no controls, no intervals. Neither the quality's metric nor the 
 "faster" was given there, so the figures stand beside ours, not on one scale with them.
 """
 
-from typing import Any
+from swlora.study.compared import Published
 
 _ROWS = (
     ("LoRA", None, 68.40),
@@ -14,7 +14,4 @@ _ROWS = (
     ("AdaLoRA", -11.0, 69.31),
     ("PiSSA", 0.0, 67.47),
 )
-PUBLISHED: list[dict[str, Any]] = [
-    {"method": method, "acceleration_percent": faster, "quality": quality}
-    for method, faster, quality in _ROWS
-]
+PUBLISHED = [Published(method, faster, quality) for method, faster, quality in _ROWS]

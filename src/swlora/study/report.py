@@ -1,20 +1,18 @@
-"""The results of a study as a report in Markdown: what was compared, the tables, how to read them.
-
-Made from what results.json holds.
-"""
+"""The results of a study as a report in Markdown: what was compared, tables, how to read them."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from swlora.evaluation.scales import OF_100
 from swlora.study import tables
-from swlora.study.tables import Arm, markdown_table
+from swlora.study.compared import Compared, FinishedArm
+from swlora.study.tables import markdown_table
 
 
-def markdown_report(results: dict[str, Any]) -> str:
+def markdown_report(results: Compared) -> str:
     """Return the whole report."""
-    finished = [arm for arm in results["arms"] if arm["seeds"]]
-    parts = [f"# Comparison {results['study'] or ''}".rstrip(), _introduction(results, finished)]
+    finished = results.finished
+    parts = [f"# Comparison {results.study or ''}".rstrip(), _introduction(results, finished)]
     if finished:
         parts += [
             "![total time against quality](pareto.svg)",
@@ -29,31 +27,31 @@ def markdown_report(results: dict[str, Any]) -> str:
             markdown_table(tables.score_columns(), finished),
             "Spread over seeds, smallest to largest:",
             markdown_table(
-                tables.spread_columns(), [arm for arm in finished if len(arm["seeds"]) > 1]
+                tables.spread_columns(), [arm for arm in finished if len(arm.seeds) > 1]
             ),
             "## What was trained",
             markdown_table(tables.arm_columns(), finished),
         ]
-    chosen = [arm for arm in results["arms"] if (arm["rate_choice"] or {}).get("nll")]
+    chosen = [arm for arm in results.arms if arm.rate_choice and arm.rate_choice.nll]
     if chosen:
         parts += ["## Choice of the learning rates", _RATES, tables.rate_table(chosen)]
-    beam = [{"name": arm["name"], **arm["beam"]} for arm in finished if "beam" in arm]
+    beam = [arm.beam for arm in finished if arm.beam]
     if beam:
-        parts += ["## Beam search", _decode_line(beam[0]["decode"])]
+        parts += ["## Beam search", _decode_line(beam[0].decode)]
         parts.append(markdown_table(tables.beam_columns(), beam))
-    if results["unfinished"]:
-        parts += ["## Without a result", markdown_table(tables.UNFINISHED, results["unfinished"])]
+    if results.unfinished:
+        parts += ["## Without a result", markdown_table(tables.UNFINISHED, results.unfinished)]
     parts += [
         "## Beside the original",
         _ORIGINAL,
-        markdown_table(tables.PUBLISHED, results["published"]),
+        markdown_table(tables.PUBLISHED, results.published),
     ]
     parts += ["## How to read this", _explanation(results)]
     return "\n\n".join(parts) + "\n"
 
 
-def _introduction(results: dict[str, Any], finished: Sequence[Arm]) -> str:
-    setting, facts = results["setting"], results["setting"]["facts"]
+def _introduction(results: Compared, finished: Sequence[FinishedArm]) -> str:
+    setting, facts = results.setting, results.setting["facts"]
     machine, train = facts.get("machine", {}), setting["train"]
     data = facts.get("data_source", setting["data"]["name"])
     n_rows = facts.get("n_rows", {}).get("train")
@@ -61,22 +59,22 @@ def _introduction(results: dict[str, Any], finished: Sequence[Arm]) -> str:
         f"Model {setting['model']['name']}, data {data}"
         + (f", {n_rows} training rows" if n_rows else "")
         + f", {setting['data']['eval_split']} set"
-        + (f", {finished[0]['n_prompts']} prompts" if finished else "")
+        + (f", {finished[0].n_prompts} prompts" if finished else "")
         + f"; {train['epochs']} epoch{'s' * (train['epochs'] != 1)} unless said, "
         f"{train['batch_size']} rows a step. {machine.get('cpu', 'Unknown processor')}, "
-        f"{machine.get('cores', '?')} cores. {len(finished)} of {len(results['arms'])} arms have "
-        f"results; the study is {results['status']}."
+        f"{machine.get('cores', '?')} cores. {len(finished)} of {len(results.arms)} arms have "
+        f"results; the study is {results.status}."
     ]
     if phases_s := facts.get("phases_s"):
         spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in phases_s.items())
         lines.append(f"What the study itself took, by phase: {spent}.")
-    if not results["controls"]:
+    if not results.controls:
         lines.append(
             "**Without controls**: they were switched off. Nothing here shows that layers with "
             "super weights do better or worse than other layers of the same number."
         )
-    if finished and results["baseline"] not in [arm["name"] for arm in finished]:
-        lines.append(f"The baseline {results['baseline']} has no result: nothing is compared.")
+    if finished and results.baseline not in [arm.name for arm in finished]:
+        lines.append(f"The baseline {results.baseline} has no result: nothing is compared.")
     return "\n\n".join(lines)
 
 
@@ -107,9 +105,9 @@ _ORIGINAL = (
 )
 
 
-def _explanation(results: dict[str, Any]) -> str:
-    margin, draws = results["margin"], results["bootstrap"]["draws"]
-    baseline = results["baseline"]
+def _explanation(results: Compared) -> str:
+    margin, draws = results.margin, results.bootstrap.draws
+    baseline = results.baseline
     return "\n".join(
         [
             f"- Every number of an arm is the mean over its seeds. {OF_100}; NLL is in nats a "

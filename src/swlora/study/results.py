@@ -19,9 +19,22 @@ from swlora.evaluation import bootstrap
 from swlora.evaluation.bootstrap import Draws
 from swlora.evaluation.scales import OF_100, SCALES
 from swlora.files import write_json, write_text
-from swlora.result_json import as_json
+from swlora.result_json import as_json, from_json
 from swlora.study import statistics as stats
 from swlora.study.collect import ArmRecord, ArmRun, StudyRecord, collect
+from swlora.study.compared import (
+    ArmResult,
+    Beam,
+    Compared,
+    Description,
+    Difference,
+    FinishedArm,
+    Quality,
+    RateChoice,
+    RunResult,
+    Scores,
+    Unfinished,
+)
 from swlora.study.figures import draw_curves, draw_pareto
 from swlora.study.published import PUBLISHED
 from swlora.study.report import markdown_report
@@ -32,10 +45,8 @@ from swlora.study.tables import csv_table
 SCORES = {name.lower(): (name, scale.factor) for name, scale in SCALES.items()}
 JUDGED = ("bleu", "nll")
 
-Result = dict[str, Any]
 
-
-def publish(folder: Path) -> Result:
+def publish(folder: Path) -> Compared:
     """Summarise the study in `folder`, write the files and return what results.json holds.
 
     Arms that failed, were cancelled or are missing are listed with the reason. Without a finished
@@ -43,44 +54,43 @@ def publish(folder: Path) -> Result:
     its runs are of different data.
     """
     results = summarise(collect(folder))
-    write_json(folder / "results.json", results)
-    write_text(folder / "results.csv", csv_table(results))
+    write_json(folder / "results.json", as_json(results))
+    write_text(folder / "results.csv", csv_table(results.arms))
     write_text(folder / "results.md", markdown_report(results))
-    if any(arm["seeds"] for arm in results["arms"]):
+    if results.finished:
         for ending in ("svg", "png"):
             draw_pareto(results, folder / f"pareto.{ending}")
             draw_curves(results, folder / f"curves.{ending}")
     return results
 
 
-def summarise(study: StudyRecord) -> Result:
-    """Return everything that is published of a study, as plain values."""
+def summarise(study: StudyRecord) -> Compared:
+    """Return everything that is published of a study."""
     _check_same_data(study.arms)
     baseline = next((arm for arm in study.arms if arm.name == study.spec.baseline), None)
     yardstick = _Yardstick(baseline, study)
-    arms = [_arm_result(arm, yardstick) for arm in study.arms]
-    return {
-        "study": study.facts.get("study"),
-        "status": study.facts["status"],
-        "baseline": study.spec.baseline,
-        "margin": study.spec.margin.model_dump(),
-        "controls": study.spec.controls,
-        "scores": OF_100,
-        "bootstrap": as_json(bootstrap.SETTINGS),
-        "setting": _setting(study),
-        "target_nll": yardstick.pace.final_nll if yardstick.pace else None,
-        "arms": arms,
-        "unfinished": [
-            {"run": run.place, "status": run.status, "reason": run.reason}
+    return Compared(
+        study=study.facts.get("study"),
+        status=study.facts["status"],
+        baseline=study.spec.baseline,
+        margin=study.spec.margin.model_dump(),
+        controls=study.spec.controls,
+        scores=OF_100,
+        bootstrap=bootstrap.SETTINGS,
+        setting=_setting(study),
+        target_nll=yardstick.pace.final_nll if yardstick.pace else None,
+        arms=[_arm_result(arm, yardstick) for arm in study.arms],
+        unfinished=[
+            Unfinished(run.place, run.status, run.reason)
             for arm in study.arms
             for run in (*arm.runs, *arm.beam)
             if run.status != "done"
         ],
-        "published": PUBLISHED,
-    }
+        published=PUBLISHED,
+    )
 
 
-def _setting(study: StudyRecord) -> Result:
+def _setting(study: StudyRecord) -> dict[str, Any]:
     """What all arms share, and where it ran."""
     spec = study.spec.model_dump(mode="json")
     shared = {name: spec[name] for name in ("model", "data", "adapter", "train", "decode", "rate")}
@@ -96,7 +106,7 @@ class _Reference:
     """
 
     folders: list[Path]
-    values: Result
+    scores: Scores
     draws: dict[str, Draws]
     margins: dict[str, float]
 
@@ -116,62 +126,68 @@ class _Yardstick:
         self.pace = Pace.of(runs) if runs else None
 
 
-def _arm_result(arm: ArmRecord, yardstick: _Yardstick) -> Result:
-    runs = _done(arm.runs)
-    result: Result = {
-        "name": arm.name,
-        "status": arm.status,
-        "policy": arm.facts.get("policy"),
-        "control_of": arm.facts.get("control_of"),
-        "is_baseline": arm.name == yardstick.name,
-        "seeds": [run.seed for run in runs],
-        "planned_seeds": [run.seed for run in arm.runs],
-        "rate_choice": arm.facts.get("rate"),
-    }
+def _arm_result(arm: ArmRecord, yardstick: _Yardstick) -> ArmResult:
+    runs, rate = _done(arm.runs), arm.facts.get("rate")
+    known = ArmResult(
+        name=arm.name,
+        status=arm.status,
+        policy=arm.facts.get("policy"),
+        control_of=arm.facts.get("control_of"),
+        is_baseline=arm.name == yardstick.name,
+        seeds=[run.seed for run in runs],
+        planned_seeds=[run.seed for run in arm.runs],
+        rate_choice=None if rate is None else from_json(RateChoice, rate, partial=True),
+    )
     if not runs:
-        return result
-    beam = _done(arm.beam)
+        return known
     pace = Pace.of(runs)
-    result |= _description(runs) | pace.as_dict()
-    result |= _quality(runs, yardstick.greedy)
-    for name in ("english_perplexity", "english_perplexity_before"):
-        result[name] = _mean([run.result["eval"].get(name) for run in runs])
-    result["acceleration"] = pace.against(yardstick.pace) if yardstick.pace else None
-    result["curve"] = loss_curve(runs, pace)
-    if beam:
-        result["beam"] = {
-            "is_baseline": arm.name == yardstick.name,
-            "seeds": [run.seed for run in beam],
-            "planned_seeds": [run.seed for run in arm.beam],
-            "decode": beam[0].spec.decode.model_dump(mode="json"),
-            **_quality(beam, yardstick.beam),
-        }
-    result["runs"] = [_run_result(run) for run in runs]
-    return result
+    parts = (known, _description(runs), pace.times(), _quality(runs, yardstick.greedy))
+    return FinishedArm(
+        **{name: value for part in parts for name, value in vars(part).items()},
+        english_perplexity=_english(runs, "english_perplexity"),
+        english_perplexity_before=_english(runs, "english_perplexity_before"),
+        acceleration=pace.against(yardstick.pace) if yardstick.pace else None,
+        curve=loss_curve(runs, pace),
+        beam=_beam(arm, yardstick),
+        runs=[_run_result(run) for run in runs],
+    )
 
 
-def _description(runs: Sequence[ArmRun]) -> Result:
+def _beam(arm: ArmRecord, yardstick: _Yardstick) -> Beam | None:
+    runs = _done(arm.beam)
+    if not runs:
+        return None
+    return Beam(
+        **vars(_quality(runs, yardstick.beam)),
+        name=arm.name,
+        is_baseline=arm.name == yardstick.name,
+        seeds=[run.seed for run in runs],
+        planned_seeds=[run.seed for run in arm.beam],
+        decode=runs[0].spec.decode.model_dump(mode="json"),
+    )
+
+
+def _description(runs: Sequence[ArmRun]) -> Description:
     """What the arm is, the same for all its seeds, and the most memory that one of them took."""
     trained, spec = runs[0].result["train"], runs[0].spec
     memory = [run.result["train"].get("peak_memory_bytes") for run in runs]
     known = [value for value in memory if value is not None]
-    taken = settings_of(spec.adapter.method)
-    return {
-        "method": spec.adapter.method,
-        "layers": trained["layers"],
-        "rank": spec.adapter.rank if "rank" in taken else None,
-        "rank_pattern": trained.get("rank_pattern"),
-        "targets": spec.adapter.targets,
-        "epochs": spec.train.epochs,
-        "learning_rate": spec.train.learning_rate,
-        "n_prompts": runs[0].result["eval"]["n_prompts"],
-        "n_trainable": trained["n_trainable"],
-        "adapter_bytes": trained.get("adapter_bytes"),
-        "peak_memory_bytes": max(known) if known else None,
-    }
+    return Description(
+        method=spec.adapter.method,
+        layers=trained["layers"],
+        rank=spec.adapter.rank if "rank" in settings_of(spec.adapter.method) else None,
+        rank_pattern=trained.get("rank_pattern"),
+        targets=spec.adapter.targets,
+        epochs=spec.train.epochs,
+        learning_rate=spec.train.learning_rate,
+        n_prompts=runs[0].result["eval"]["n_prompts"],
+        n_trainable=trained["n_trainable"],
+        adapter_bytes=trained.get("adapter_bytes"),
+        peak_memory_bytes=max(known) if known else None,
+    )
 
 
-def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Result:
+def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Quality:
     """Scores with intervals and spread, and what they say against the baseline."""
     means, draws = _means(runs), _draws(runs)
     by_run = [_run_scores(run) for run in runs]
@@ -181,43 +197,41 @@ def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Result:
         for name in JUDGED
         if name in reference.draws and not is_reference
     }
-    return {
-        **means,
-        "intervals": {name: list(bootstrap.interval(values)) for name, values in draws.items()},
-        "spread": {n: stats.spread([scores[n] for scores in by_run]) for n in draws},
-        "against_baseline": judged,
-    }
+    return Quality(
+        scores=means,
+        intervals={name: list(bootstrap.interval(values)) for name, values in draws.items()},
+        spread={n: stats.spread([scores.measured(n) for scores in by_run]) for n in draws},
+        against_baseline=judged,
+    )
 
 
-def _against(name: str, means: Result, draws: dict[str, Draws], reference: _Reference) -> Result:
+def _against(
+    name: str, means: Scores, draws: dict[str, Draws], reference: _Reference
+) -> Difference:
     found = bootstrap.interval(draws[name] - reference.draws[name])
     judged = stats.verdict(found, reference.margins[name], larger_is_better=higher_is_better(name))
-    difference = means[name] - reference.values[name]
-    return {"difference": difference, "interval": list(found), "verdict": judged}
+    return Difference(means.measured(name) - reference.scores.measured(name), list(found), judged)
 
 
-def _run_result(run: ArmRun) -> Result:
-    return {
-        "seed": run.seed,
-        "train_s": run.train_s,
-        "total_s": run.total_s,
-        "examples_per_s": stats.steady_rate(run.metrics),
-        **_run_scores(run),
-    }
+def _run_result(run: ArmRun) -> RunResult:
+    rate = stats.steady_rate(run.metrics)
+    return RunResult(run.seed, run.train_s, run.total_s, rate, _run_scores(run))
 
 
-def _run_scores(run: ArmRun) -> dict[str, Any]:
+def _run_scores(run: ArmRun) -> Scores:
     evaluated = run.result["eval"]
     values = {"NLL": evaluated["nll"], **evaluated}
-    return {
-        name: None if values[official] is None else factor * values[official]
-        for name, (official, factor) in SCORES.items()
-    }
+    return Scores.of(
+        {
+            name: None if values[official] is None else factor * values[official]
+            for name, (official, factor) in SCORES.items()
+        }
+    )
 
 
-def _means(runs: Sequence[ArmRun]) -> Result:
+def _means(runs: Sequence[ArmRun]) -> Scores:
     by_run = [_run_scores(run) for run in runs]
-    return {name: _mean([scores[name] for scores in by_run]) for name in SCORES} if runs else {}
+    return Scores.of({name: _mean([scores[name] for scores in by_run]) for name in SCORES})
 
 
 def _draws(runs: Sequence[ArmRun]) -> dict[str, Draws]:
@@ -229,6 +243,10 @@ def _draws(runs: Sequence[ArmRun]) -> dict[str, Draws]:
         for name, (official, factor) in SCORES.items()
         if official in draws
     }
+
+
+def _english(runs: Sequence[ArmRun], name: str) -> float | None:
+    return _mean([run.result["eval"].get(name) for run in runs])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

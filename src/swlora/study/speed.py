@@ -13,9 +13,8 @@ import numpy as np
 from swlora.evaluation.loss_curve import smoothed
 from swlora.study import statistics as stats
 from swlora.study.collect import ArmRun
+from swlora.study.compared import Acceleration, LossCurve, Times, TimeSpread
 from swlora.study.statistics import Point
-
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,18 @@ class Pace:
         training_s = stats.seconds_to(nll, self.held_out)
         return None if training_s is None else self.one_off_s + training_s
 
-    def as_dict(self) -> Result:
+    def times(self) -> Times:
         """Return the means over seeds, and the spread."""
-        times = {name: getattr(self, name) for name in ("train_s", "total_s", "examples_per_s")}
-        return {
-            **{name: float(np.mean(values)) for name, values in times.items()},
-            "time_spread": {name: stats.spread(values) for name, values in times.items()},
-        }
+        train_s, total_s = stats.spread(self.train_s), stats.spread(self.total_s)
+        rate = stats.spread(self.examples_per_s)
+        return Times(
+            train_s=train_s.mean,
+            total_s=total_s.mean,
+            examples_per_s=rate.mean,
+            time_spread=TimeSpread(train_s, total_s, rate),
+        )
 
-    def against(self, baseline: Self) -> Result:
+    def against(self, baseline: Self) -> Acceleration:
         """Return the accelerations against the baseline; None where something was not measured."""
         target = baseline.final_nll
         seconds = base_seconds = reached = saved = None
@@ -69,25 +71,23 @@ class Pace:
             reached = seconds is not None
         if seconds is not None and base_seconds is not None:
             saved = stats.time_saved_percent(seconds, base_seconds)
-        own, base = self.as_dict(), baseline.as_dict()
-        return {
-            "speed_up_percent": stats.speed_up_percent(
-                own["examples_per_s"], base["examples_per_s"]
-            ),
-            "time_saved_percent": stats.time_saved_percent(own["total_s"], base["total_s"]),
-            "reached_baseline_nll": reached,
-            "seconds_to_baseline_nll": seconds,
-            "time_saved_to_baseline_nll_percent": saved,
-        }
+        own, base = self.times(), baseline.times()
+        return Acceleration(
+            speed_up_percent=stats.speed_up_percent(own.examples_per_s, base.examples_per_s),
+            time_saved_percent=stats.time_saved_percent(own.total_s, base.total_s),
+            reached_baseline_nll=reached,
+            seconds_to_baseline_nll=seconds,
+            time_saved_to_baseline_nll_percent=saved,
+        )
 
 
-def loss_curve(runs: Sequence[ArmRun], pace: Pace) -> Result:
+def loss_curve(runs: Sequence[ArmRun], pace: Pace) -> LossCurve:
     """Return loss against seconds from the start, of held-out rows or else of the training rows."""
     points, kind = pace.held_out, "held-out"
     if not points:
         points, kind = stats.mean_curve([_smooth(run.metrics) for run in runs]), "training"
     seconds = [pace.one_off_s + point.elapsed_s for point in points]
-    return {"kind": kind, "seconds": seconds, "nll": [point.nll for point in points]}
+    return LossCurve(kind, seconds, [point.nll for point in points])
 
 
 def _smooth(metrics: Sequence[dict[str, Any]]) -> list[Point]:

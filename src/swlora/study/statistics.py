@@ -24,6 +24,7 @@ from swlora.evaluation.bootstrap import (
     prompt_weights,
 )
 from swlora.evaluation.segments import Segments
+from swlora.study.compared import Spread
 
 Verdict = Literal["non-inferior", "inferior", "undecided"]
 
@@ -80,10 +81,10 @@ def verdict(difference: Interval, margin: float, *, larger_is_better: bool) -> V
     return "inferior" if gain.high < -margin else "undecided"
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> Spread:
     """Return mean, smallest, largest and standard deviation (None for one value) over seeds."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "min": min(values), "max": max(values), "sd": sd}
+    return Spread(float(np.mean(values)), min(values), max(values), sd)
 
 
 def steady_rate(metrics: Sequence[Mapping[str, Any]]) -> float:

@@ -1,18 +1,27 @@
 """The results of a study as tables: columns for Markdown, and one row an arm as CSV.
 
-Both are made from what results.json holds; nothing is computed here but how a number looks.
+Nothing is computed here but how a number looks.
 """
 
 import csv
 import io
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from swlora.evaluation.scales import SCALES
 from swlora.layer_policy import EN_DASH, layer_ranges
+from swlora.result_json import as_json
+from swlora.study.compared import (
+    ArmResult,
+    Beam,
+    FinishedArm,
+    Published,
+    Unfinished,
+)
 
-Arm = dict[str, Any]
-Column = tuple[str, Callable[[Arm], str]]
+Row = TypeVar("Row")
+Column = tuple[str, Callable[[Row], str]]
+Judged = FinishedArm | Beam  # scores by one way of decoding
 
 NONE = "n/a"
 SCORE_DIGITS = {name.lower(): scale.digits for name, scale in SCALES.items()}
@@ -33,12 +42,12 @@ def span(bounds: Sequence[float], digits: int, *, sign: bool = False) -> str:
     return f"[{low}, {high}]"
 
 
-def csv_table(results: dict[str, Any]) -> str:
+def csv_table(arms: Sequence[ArmResult]) -> str:
     """Return one row an arm: every single value under its dotted name in results.json.
 
     A list is written with spaces between its items; what is missing is an empty cell.
     """
-    rows = [_flat(arm) for arm in results["arms"]]
+    rows = [_flat(as_json(arm)) for arm in arms]
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -47,7 +56,7 @@ def csv_table(results: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def _flat(tree: Arm, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if key in ("runs", "curve", "decode", "rank_pattern") or (prefix and key == "mean"):
@@ -60,7 +69,7 @@ def _flat(tree: Arm, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def markdown_table(columns: Sequence[Column], rows: Sequence[Arm]) -> str:
+def markdown_table(columns: Sequence[Column[Row]], rows: Sequence[Row]) -> str:
     """Return a Markdown table; all columns but the first are aligned to the right."""
     header = "| " + " | ".join(name for name, _ in columns) + " |"
     rule = "|---|" + "---:|" * (len(columns) - 1)
@@ -71,47 +80,47 @@ def markdown_table(columns: Sequence[Column], rows: Sequence[Arm]) -> str:
     return "\n".join([header, rule, *lines])
 
 
-def _named(arm: Arm) -> str:
-    return f"**{arm['name']}** (baseline)" if arm.get("is_baseline") else str(arm["name"])
+def _name(arm: ArmResult | Beam) -> str:
+    return f"**{arm.name}** (baseline)" if arm.is_baseline else arm.name
 
 
-def _seeds(arm: Arm) -> str:
-    done, planned = len(arm["seeds"]), len(arm["planned_seeds"])
+def _seeds(arm: Judged) -> str:
+    done, planned = len(arm.seeds), len(arm.planned_seeds)
     return str(done) if done == planned else f"{done} of {planned}"
 
 
-def _with_interval(name: str) -> Callable[[Arm], str]:
-    def cell(arm: Arm) -> str:
-        digits, bounds = SCORE_DIGITS[name], arm["intervals"].get(name)
-        return number(arm[name], digits) + (f" {span(bounds, digits)}" if bounds else "")
+def _with_interval(name: str) -> Callable[[Judged], str]:
+    def cell(arm: Judged) -> str:
+        digits, bounds = SCORE_DIGITS[name], arm.intervals.get(name)
+        return number(arm.scores[name], digits) + (f" {span(bounds, digits)}" if bounds else "")
 
     return cell
 
 
-def _difference(name: str) -> Callable[[Arm], str]:
-    def cell(arm: Arm) -> str:
-        found, digits = arm["against_baseline"].get(name), SCORE_DIGITS[name] + 1
+def _difference(name: str) -> Callable[[Judged], str]:
+    def cell(arm: Judged) -> str:
+        found, digits = arm.against_baseline.get(name), SCORE_DIGITS[name] + 1
         if found is None:
             return ""
-        difference = number(found["difference"], digits, sign=True)
-        return f"{difference} {span(found['interval'], digits, sign=True)}"
+        difference = number(found.difference, digits, sign=True)
+        return f"{difference} {span(found.interval, digits, sign=True)}"
 
     return cell
 
 
-def _verdict(name: str) -> Callable[[Arm], str]:
-    def cell(arm: Arm) -> str:
-        found = arm["against_baseline"].get(name)
+def _verdict(name: str) -> Callable[[Judged], str]:
+    def cell(arm: Judged) -> str:
+        found = arm.against_baseline.get(name)
         if found is None:
             return ""
-        return str(found["verdict"]) + (" (one seed)" if len(arm["seeds"]) == 1 else "")
+        return found.verdict + (" (one seed)" if len(arm.seeds) == 1 else "")
 
     return cell
 
 
-def verdict_columns(names: Sequence[str]) -> list[Column]:
+def verdict_columns(names: Sequence[str]) -> list[Column[Judged]]:
     """The named scores with intervals, differences from the baseline, and verdicts."""
-    columns: list[Column] = [("arm", _named), ("seeds", _seeds)]
+    columns: list[Column[Judged]] = [("arm", _name), ("seeds", _seeds)]
     for name in names:
         shown = SCORE_NAMES[name]
         columns += [
@@ -122,26 +131,26 @@ def verdict_columns(names: Sequence[str]) -> list[Column]:
     return columns
 
 
-def _faster(key: str) -> Callable[[Arm], str]:
-    def cell(arm: Arm) -> str:
-        found = arm["acceleration"]
+def _faster(key: str) -> Callable[[FinishedArm], str]:
+    def cell(arm: FinishedArm) -> str:
+        found = arm.acceleration
         if found is None:
             return NONE
-        if "nll" in key and found["reached_baseline_nll"] is False:
+        if "nll" in key and found.reached_baseline_nll is False:
             return "not reached"
-        return number(found[key], 1, sign="percent" in key)
+        return number(getattr(found, key), 1, sign="percent" in key)
 
     return cell
 
 
-def time_columns() -> list[Column]:
+def time_columns() -> list[Column[FinishedArm]]:
     """Speed and seconds, absolute and against the baseline."""
     return [
-        ("arm", _named),
-        ("examples/s", lambda arm: number(arm["examples_per_s"])),
+        ("arm", _name),
+        ("examples/s", lambda arm: number(arm.examples_per_s)),
         ("speed-up, %", _faster("speed_up_percent")),
-        ("training, s", lambda arm: number(arm["train_s"])),
-        ("to the end, s", lambda arm: number(arm["total_s"])),
+        ("training, s", lambda arm: number(arm.train_s)),
+        ("to the end, s", lambda arm: number(arm.total_s)),
         ("time saved, %", _faster("time_saved_percent")),
         ("to the baseline's NLL, s", _faster("seconds_to_baseline_nll")),
         ("time saved to it, %", _faster("time_saved_to_baseline_nll_percent")),
@@ -149,112 +158,113 @@ def time_columns() -> list[Column]:
     ]
 
 
-def _rate_choice(arm: Arm) -> str:
-    return number((arm["rate_choice"] or {}).get("cost_s"))
+def _rate_choice(arm: FinishedArm) -> str:
+    return number(arm.rate_choice.cost_s if arm.rate_choice else None)
 
 
-def score_columns() -> list[Column]:
+def score_columns() -> list[Column[FinishedArm]]:
     """All scores with intervals, and the loss of English text."""
     return [
-        ("arm", _named),
+        ("arm", _name),
         *((name, _with_interval(key)) for key, name in SCORE_NAMES.items()),
         ("English perplexity", _english),
     ]
 
 
-def _english(arm: Arm) -> str:
-    before, after = arm["english_perplexity_before"], arm["english_perplexity"]
+def _english(arm: FinishedArm) -> str:
+    before, after = arm.english_perplexity_before, arm.english_perplexity
     if after is None:  # it was not measured
         return NONE
     return f"{number(before, 1)} → {number(after, 1)}"
 
 
-def beam_columns() -> list[Column]:
+def beam_columns() -> list[Column[Judged]]:
     """The scores of decoding with beam search; the loss does not depend on decoding."""
     scores = [(name, _with_interval(key)) for key, name in SCORE_NAMES.items() if key != "nll"]
     return [*verdict_columns(["bleu"]), *scores[1:]]
 
 
-def spread_columns() -> list[Column]:
+def spread_columns() -> list[Column[FinishedArm]]:
     """How far the seeds of an arm lie apart."""
 
-    def cell(name: str) -> Callable[[Arm], str]:
-        def spread(arm: Arm) -> str:
-            found = arm["spread"].get(name)
+    def cell(name: str) -> Callable[[FinishedArm], str]:
+        def spread(arm: FinishedArm) -> str:
+            found = arm.spread.get(name)
             if found is None:
                 return NONE
-            low, high = (number(found[k], SCORE_DIGITS[name]) for k in ("min", "max"))
-            return f"{low} to {high} (sd {number(found['sd'], SCORE_DIGITS[name] + 1)})"
+            low, high = (number(end, SCORE_DIGITS[name]) for end in (found.min, found.max))
+            return f"{low} to {high} (sd {number(found.sd, SCORE_DIGITS[name] + 1)})"
 
         return spread
 
-    def total(arm: Arm) -> str:
-        found = arm["time_spread"]["total_s"]
-        return f"{number(found['min'])} to {number(found['max'])}"
+    def total(arm: FinishedArm) -> str:
+        found = arm.time_spread.total_s
+        return f"{number(found.min)} to {number(found.max)}"
 
     names = [(shown, cell(name)) for name, shown in SCORE_NAMES.items()]
-    return [("arm", _named), ("seeds", _seeds), ("to the end, s", total), *names]
+    return [("arm", _name), ("seeds", _seeds), ("to the end, s", total), *names]
 
 
-def arm_columns() -> list[Column]:
+def arm_columns() -> list[Column[FinishedArm]]:
     """What was trained: method, layers, sizes, rate."""
     return [
-        ("arm", _named),
-        ("method", lambda arm: str(arm["method"])),
-        ("layers", lambda arm: layer_ranges(arm["layers"], EN_DASH)),
+        ("arm", _name),
+        ("method", lambda arm: arm.method),
+        ("layers", lambda arm: layer_ranges(arm.layers, EN_DASH)),
         ("rank", _rank),
-        ("epochs", lambda arm: str(arm["epochs"])),
+        ("epochs", lambda arm: str(arm.epochs)),
         ("learning rate", _rate),
-        ("trained weights", lambda arm: f"{arm['n_trainable']:,}"),
-        ("adapter, MB", lambda arm: _scaled(arm["adapter_bytes"], 1e6, 2)),
-        ("peak memory, GB", lambda arm: _scaled(arm["peak_memory_bytes"], 1e9, 2)),
-        ("control of", lambda arm: arm["control_of"] or ""),
+        ("trained weights", lambda arm: f"{arm.n_trainable:,}"),
+        ("adapter, MB", lambda arm: _scaled(arm.adapter_bytes, 1e6, 2)),
+        ("peak memory, GB", lambda arm: _scaled(arm.peak_memory_bytes, 1e9, 2)),
+        ("control of", lambda arm: arm.control_of or ""),
     ]
 
 
-def _rank(arm: Arm) -> str:
-    pattern = arm["rank_pattern"]
+def _rank(arm: FinishedArm) -> str:
+    pattern = arm.rank_pattern
     if not pattern:
-        return NONE if arm["rank"] is None else str(arm["rank"])
+        return NONE if arm.rank is None else str(arm.rank)
     ranks = list(pattern.values())
     return f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in {len(ranks)} matrices"
 
 
-def _rate(arm: Arm) -> str:
-    at_edge = (arm["rate_choice"] or {}).get("at_edge")
-    return f"{arm['learning_rate']:g}" + (" (edge of the grid)" if at_edge else "")
+def _rate(arm: FinishedArm) -> str:
+    at_edge = arm.rate_choice is not None and arm.rate_choice.at_edge
+    return f"{arm.learning_rate:g}" + (" (edge of the grid)" if at_edge else "")
 
 
-def rate_table(arms: Sequence[Arm]) -> str:
+def rate_table(arms: Sequence[ArmResult]) -> str:
     """Return the held-out NLL that each learning rate of an arm's grid led to."""
-    tried = {rate for arm in arms for rate in arm["rate_choice"]["nll"]}
+    choices = {arm.name: arm.rate_choice for arm in arms if arm.rate_choice}
+    tried = {rate for choice in choices.values() for rate in choice.nll}
 
-    def loss(rate: str) -> Callable[[Arm], str]:
-        def cell(arm: Arm) -> str:
-            choice = arm["rate_choice"]
-            if rate not in choice["nll"]:
+    def loss(rate: str) -> Callable[[ArmResult], str]:
+        def cell(arm: ArmResult) -> str:
+            choice = choices[arm.name]
+            if rate not in choice.nll:
                 return ""
-            nll, chosen = choice["nll"][rate], choice.get("chosen")
+            nll, chosen = choice.nll[rate], choice.chosen
             text = "no result" if nll is None else number(nll, SCORE_DIGITS["nll"])
             return f"**{text}**" if chosen is not None and f"{chosen:g}" == rate else text
 
         return cell
 
     columns = [(rate, loss(rate)) for rate in sorted(tried, key=float)]
-    return markdown_table([("arm", _named), *columns], arms)
+    return markdown_table([("arm", _name), *columns], arms)
 
 
 def _scaled(value: float | None, unit: float, digits: int) -> str:
     return number(None if value is None else value / unit, digits)
 
 
-UNFINISHED: list[Column] = [
-    ("run", lambda row: str(row["run"])),
-    ("status", lambda row: str(row["status"])),
-    ("reason", lambda row: " ".join(str(row["reason"] or "not known").split())),
+UNFINISHED: list[Column[Unfinished]] = [
+    ("run", lambda row: row.run),
+    ("status", lambda row: row.status),
+    ("reason", lambda row: " ".join((row.reason or "not known").split())),
 ]
-PUBLISHED: list[Column] = [
-    ("method", lambda row: str(row["method"])),
-    ("faster than LoRA, %", lambda row: number(row["acceleration_percent"], 2)),
-    ("quality", lambda row: number(row["quality"], 2)),
+PUBLISHED: list[Column[Published]] = [
+    ("method", lambda row: row.method),
+    ("faster than LoRA, %", lambda row: number(row.acceleration_percent, 2)),
+    ("quality", lambda row: number(row.quality, 2)),
 ]

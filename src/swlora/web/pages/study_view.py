@@ -14,8 +14,9 @@ from swlora.errors import UserError
 from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.progress import duration
 from swlora.study import tables
+from swlora.study.compared import FinishedArm, read_finished
 from swlora.study.folder import read_study
-from swlora.study.tables import Arm, Column
+from swlora.study.tables import Column
 from swlora.web.folders import RunEntry, run_figures
 from swlora.web.pages.charts import finite
 from swlora.web.pages.runs_view import shown_time, status_look
@@ -117,10 +118,10 @@ def study_tables(entry: RunEntry) -> list[Table]:
     """Return the tables of results.json; none where it is not there or of another version."""
     try:
         results = json.loads((entry.folder / "results.json").read_text(encoding="utf-8"))
-        arms = [arm for arm in results["arms"] if arm["seeds"]]
+        arms = read_finished(results)
     except (*ODD, OSError):
         return []
-    wanted: list[tuple[str, Callable[[], list[Column]]]] = [
+    wanted: list[tuple[str, Callable[[], Sequence[Column[FinishedArm]]]]] = [
         ("Quality, against the baseline", lambda: tables.verdict_columns(["bleu", "nll"])),
         ("Time", tables.time_columns),
         ("All scores", tables.score_columns),
@@ -179,14 +180,16 @@ def _cell(study: str, place: str, told: Any) -> RunCell:
     return RunCell(f"{study}/{place}", label, status, status_look(status), said)
 
 
-def _table(title: str, columns: Sequence[Column], arms: Sequence[Arm]) -> Table | None:
+def _table(
+    title: str, columns: Sequence[Column[FinishedArm]], arms: Sequence[FinishedArm]
+) -> Table | None:
     """Return a table; None where an arm lacks what this version writes."""
     _, *rest = columns  # the first is the arm's name, marked for Markdown
     try:
-        rows = [[str(arm["name"]), *(cell(arm) for _, cell in rest)] for arm in arms]
+        rows = [[arm.name, *(cell(arm) for _, cell in rest)] for arm in arms]
     except ODD:
         return None
-    baseline = next((k for k, arm in enumerate(arms) if arm.get("is_baseline")), None)
+    baseline = next((k for k, arm in enumerate(arms) if arm.is_baseline), None)
     return Table(title, ["arm", *(name for name, _ in rest)], rows, baseline)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from swlora.config import SAMPLE_DATASET, RunSpec
 from swlora.data.sources import Dataset, load_dataset
@@ -13,6 +14,9 @@ from swlora.layer_policy import VerifiedLayers
 from swlora.models.load import LoadedModel, check_model, load_model, settled_model
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -44,6 +48,16 @@ class Job:
         if "loaded" not in vars(self):
             self.loaded = self._load("float32")
         return self.loaded
+
+    @cached_property
+    def identification_windows(self) -> "Tensor":
+        """The text that an identification measures, token ids (n, window_tokens); read once.
+
+        Raises UserError where the model has no room for it, or for the prompts of the search.
+        """
+        from swlora.superweights import identify as identification
+
+        return identification.check(self.loaded_in_float32(), self.spec.identify)
 
     def _load(self, dtype: str | None) -> LoadedModel:
         with self.timed("load_model"), self.progress.task("load the model"):

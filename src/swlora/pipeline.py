@@ -39,11 +39,11 @@ def identify(job: Job, figure: Path | None = None) -> "Identified":
     if figure is not None:
         check_format(figure)
     spec, loaded = job.spec, job.loaded_in_float32()
-    identification.check(loaded, spec.identify)
+    windows = job.identification_windows
     job.begin()
     with job.timed("identify"):
         found = identification.identify(
-            loaded, spec.identify, seed=spec.seed, progress=job.progress
+            loaded, spec.identify, windows, seed=spec.seed, progress=job.progress
         )
         if folder := job.run.folder:
             found = publish(found, folder, figure or folder / "superweights.png")

@@ -87,13 +87,12 @@ def check_adapter(job: Job, n_steps: int) -> None:
     """Refuse an adapter that cannot be trained in this model, before any work is done."""
     from swlora.adapters.methods import check_fit
     from swlora.models.anatomy import Anatomy
-    from swlora.superweights import identify as identification
     from swlora.training import layer_choice
 
     spec, anatomy = job.spec, Anatomy(job.loaded.model)
     policy = spec.adapter.layers
     if job.will_identify:
-        identification.check(job.loaded, spec.identify)
+        _ = job.identification_windows  # raises what is wrong with them, before anything else runs
     elif policy.time_budget is not None:
         layer_choice.check_family(anatomy)
     # The first layer stands for layers that are not found yet.

@@ -85,14 +85,17 @@ def test_identify_refuses_before_it_works(model_folder, rows, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_super_trains_the_layers_that_were_verified(
-    dtype, layer_1_matters, model_folder, rows, tmp_path
+    dtype, layer_1_matters, model_folder, rows, tmp_path, monkeypatch
 ):
     """Exactly as if they had been listed: identification leaves no trace in the model."""
+    read, text_windows = [], ablate.text_windows
+    monkeypatch.setattr(ablate, "text_windows", lambda *a: read.append(a) or text_windows(*a))
     changes = {"model__dtype": dtype, "train__epochs": 1}
     folder = model_folder("llama")
     found = run_in(tmp_path / "super", make_spec(folder, rows, adapter__layers="super", **changes))
     listed = run_in(tmp_path / "listed", make_spec(folder, rows, adapter__layers="1", **changes))
     assert found["train"]["layers"] == [1]
+    assert len(read) == 1, "the text is read once, by whatever checks it and measures on it"
     assert same_adapters(tmp_path / "super", tmp_path / "listed")
     assert found["eval"]["nll"] == listed["eval"]["nll"]
     saved = json.loads((tmp_path / "super" / "result.json").read_text())

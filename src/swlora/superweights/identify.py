@@ -37,17 +37,22 @@ from swlora.versions import package_versions
 
 @adapted_threads()
 def identify(
-    loaded: LoadedModel, spec: IdentifySpec, *, seed: int = 0, progress: Progress | None = None
+    loaded: LoadedModel,
+    spec: IdentifySpec,
+    windows: Tensor | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Identified:
     """Find candidates for super weights, ablate each beside random weights, follow the leading one.
 
-    `layers` of the result are those of candidates that were proved, each by itself. The model is
-    afterwards what it was, bit for bit. Raises UserError where prompts or text do not suit it.
+    `windows` are what `check` gave, if asked before. `layers` of the result are those of candidates
+    that were proved, each by itself. The model is afterwards what it was, bit for bit. Raises
+    UserError where prompts or text do not suit it.
     """
     progress = progress or Silent()
-    windows = check(loaded, spec)
+    windows = check(loaded, spec) if windows is None else windows
     model, tokenizer = loaded.model, loaded.tokenizer
-    check_prompts(windows.tolist(), tokenizer, n_embeddings(model))
     prompts = spec.prompt or list(search.PROMPTS)
     with progress.task("search"):
         found = search.search(model, tokenizer, prompts, max_candidates=spec.max_candidates)
@@ -100,6 +105,7 @@ def check(loaded: LoadedModel, spec: IdentifySpec) -> Tensor:
             f"{loaded.context_tokens} tokens"
         )
     windows = ablate.text_windows(loaded.tokenizer, spec.text, spec.windows, spec.window_tokens)
+    check_prompts(windows.tolist(), loaded.tokenizer, n_embeddings(loaded.model))
     for prompt in spec.prompt:
         prompt_tokens(loaded.model, loaded.tokenizer, prompt)
     return windows

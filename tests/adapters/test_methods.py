@@ -82,6 +82,12 @@ def test_unknown_targets_are_refused_with_the_known_ones(name, make_model):
         attach(make_model("gpt2"), spec(targets=["c_fc", name]), [0], seed=0)
 
 
+@pytest.mark.parametrize("names", [["all-linear", "nope"], ["nope", "all-linear"]])
+def test_an_unknown_target_is_refused_beside_all_linear(names, make_model):
+    with pytest.raises(UserError, match="no projection is called 'nope'; "):
+        attach(make_model("gpt2"), spec(targets=names), [0], seed=0)
+
+
 def test_a_layer_that_does_not_exist_is_refused(make_model):
     with pytest.raises(UserError, match="layer 3 does not exist; this model has 0 to 2"):
         attach(make_model("gpt2"), spec(), [1, 3], seed=0)

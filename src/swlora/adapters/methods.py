@@ -148,14 +148,13 @@ def quiet_peft() -> Iterator[None]:
 def resolve_targets(anatomy: Anatomy, names: Sequence[str]) -> list[str]:
     """Return projection names, relative to a block, for `all-linear`, full or last names.
 
-    A last name that is used twice in a block (GPT-2's `c_proj`) selects both, as in PEFT.
+    A last name that is used twice in a block (GPT-2's `c_proj`) selects both, as in PEFT. Raises
+    UserError for a name that selects none, also beside `all-linear`.
     """
     known = anatomy.family.projections
-    if ALL_LINEAR in names:
-        return list(known)
     chosen: list[str] = []
     for name in names:
-        matches = [p for p in known if p == name or p.endswith(f".{name}")]
+        matches = [p for p in known if name in (ALL_LINEAR, p) or p.endswith(f".{name}")]
         if not matches:
             raise UserError(
                 f"no projection is called {name!r}; this model has {', '.join(known)}, "

@@ -6,7 +6,7 @@ A verb names the settings it takes; each becomes an option whose value overrides
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BeforeValidator
@@ -38,7 +38,7 @@ def _option(path: str, shown_default: Any) -> inspect.Parameter:
     kind = _type(field)
     negative = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     shown = ",".join(default) if isinstance(default, list) else default
-    help_text = field.description or ""
+    help_text = "; ".join(filter(None, (_choices(field), field.description)))
     if default not in (None, []):
         help_text = f"{help_text} [default: {shown}]".strip()
     panel = group.capitalize() if name else None
@@ -49,6 +49,13 @@ def _option(path: str, shown_default: Any) -> inspect.Parameter:
         default=None,
         annotation=Annotated[kind | None, option],
     )
+
+
+def _choices(field: FieldInfo) -> str:
+    """Return the values of a setting that has a few as "dev or test"; "" for another setting."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    values = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+    return " or ".join(filter(None, (", ".join(values[:-1]), *values[-1:])))
 
 
 def _type(field: FieldInfo) -> Any:

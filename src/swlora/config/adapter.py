@@ -1,6 +1,6 @@
 """The section `adapter`, and which methods have which of its settings."""
 
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -26,7 +26,7 @@ def settings_of(method: str) -> frozenset[str]:
 class AdapterSpec(Spec):
     """The adapter: method, size, and where in the model it sits."""
 
-    method: MethodName = Field(default="lora", description=", ".join(get_args(MethodName)))
+    method: MethodName = "lora"
     rank: int = Field(default=4, ge=1, le=4096, description="adalora: the mean in the end")
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -36,7 +36,11 @@ class AdapterSpec(Spec):
     sparsity: float | None = Field(
         default=None, ge=0, lt=1, description="supertuning: share left frozen [default: 0.99]"
     )
-    targets: NameList = Field(default_factory=lambda: ["all-linear"], min_length=1)
+    targets: NameList = Field(
+        default_factory=lambda: ["all-linear"],
+        min_length=1,
+        description="all-linear, or names of projections: q_proj,v_proj",
+    )
     layers: Layers = Field(
         default=parse_policy("all"),
         description="all, super (found and proved first), super+removal, auto:0.5 (half of the "

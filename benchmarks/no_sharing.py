@@ -1,4 +1,4 @@
-"""The case that tree rows were not made for: no prompt occurs twice, one epoch.
+"""The case that prefix trees were not made for: no prompt occurs twice, one epoch.
 
     python -m benchmarks.no_sharing [--quick] --json F [--e2e FOLDER]
 

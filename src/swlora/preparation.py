@@ -57,7 +57,7 @@ def prepare_training(job: Job) -> PreparedTraining:
     if note := batch_note(spec.train, len(sequences)):
         job.progress.say(note)
     planned = planned_measurements(
-        spec.train, n_steps=schedule.n_steps, n_rows=schedule.n_sequences
+        spec.train, n_steps=schedule.n_steps, n_sequences=schedule.n_sequences
     )
     held_out = encode_held_out(job, planned) if planned else None
     check_adapter(job, schedule.n_steps)

@@ -9,7 +9,14 @@ import torch
 from tests.support.models import MakeModel
 
 from swlora.adapters.adapted import Adapted
-from swlora.adapters.methods import METHODS, Method, adapt, adapted_layers, adapted_modules, unfit
+from swlora.adapters.methods import (
+    METHODS,
+    Method,
+    adapt,
+    adapted_layers,
+    adapted_modules,
+    problems_of_fit,
+)
 from swlora.adapters.saved import load_adapter, save_adapter
 from swlora.config import METHOD_SETTINGS, AdapterSpec, MethodName
 from swlora.errors import UserError
@@ -84,11 +91,12 @@ def test_all_reasons_are_given_at_once(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     anatomy = Anatomy(make_model("gpt2"))
-    assert unfit(spec("lora"), anatomy, [0, 2]) == []
-    assert unfit(spec("lora"), anatomy, [0, 3]) == ["layer 3 does not exist; this model has 0 to 2"]
+    assert problems_of_fit(spec("lora"), anatomy, [0, 2]) == []
+    beyond = problems_of_fit(spec("lora"), anatomy, [0, 3])
+    assert beyond == ["layer 3 does not exist; this model has 0 to 2"]
     picky = Method(METHODS["lora"].config, linear_only=True)
     monkeypatch.setitem(METHODS, "lora", picky)
-    problems = unfit(spec("lora", rank=25), anatomy, [0])
+    problems = problems_of_fit(spec("lora", rank=25), anatomy, [0])
     assert len(problems) == 2 and "Conv1D" in problems[0] and "25" in problems[1]
     with pytest.raises(UserError, match=r"Conv1D; lora with --rank 25"):
         adapt(make_model("gpt2"), spec("lora", rank=25), [0], seed=0)

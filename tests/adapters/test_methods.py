@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
+from tests.support.adapters import attach
 from torch.nn import functional as F
 
 from swlora.adapters.methods import (
     adapted_layers,
     adapted_modules,
-    attach,
     resolve_targets,
     train_mode,
     trainable_parameters,

@@ -8,9 +8,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.adapters import randomise
+from tests.support.adapters import attach, randomise
 
-from swlora.adapters.methods import attach
 from swlora.adapters.saved import adapter_folder, load_adapter, read_facts, save_adapter
 from swlora.config import AdapterSpec
 from swlora.errors import RunFailedError, UserError

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
-from tests.support.adapters import randomise
+from tests.support.adapters import attach, randomise
 
-from swlora.adapters.methods import attach
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, IdentifySpec, ModelSpec
 from swlora.files import write_json

@@ -17,8 +17,8 @@ from swlora.decoding.sampling import Sampling
 from swlora.errors import RunFailedError, UserError
 
 
-def decoder(model: Any, max_rows: int = 16, **options: Any) -> BatchDecoder:
-    return BatchDecoder(model, eos_token_ids=[EOS], max_rows=max_rows, **options)
+def decoder(model: Any, max_slots: int = 16, **options: Any) -> BatchDecoder:
+    return BatchDecoder(model, eos_token_ids=[EOS], max_slots=max_slots, **options)
 
 
 def texts(events: Sequence[Event]) -> dict[int, list[int]]:
@@ -126,7 +126,7 @@ def test_why_a_text_ends(make_model: MakeModel) -> None:
     tokens = alone(model, [9, 8, 7], 12, eos_token_id=None)
     end, stop = tokens[5], tokens[3]
     assert len(set(tokens[:6])) == 6
-    batch = BatchDecoder(model, eos_token_ids=[end, 3], max_rows=4)
+    batch = BatchDecoder(model, eos_token_ids=[end, 3], max_slots=4)
     requests = [
         DecodeRequest(0, [9, 8, 7], 12),
         DecodeRequest(1, [9, 8, 7], 12, stop_token_ids=[stop]),
@@ -222,7 +222,7 @@ def test_what_cannot_be_served_is_refused(make_model: MakeModel) -> None:
     assert batch.step() == []
     with pytest.raises(UserError, match="falcon"):
         decoder(make_model("falcon"))
-    with pytest.raises(ValueError, match="max_rows"):
+    with pytest.raises(ValueError, match="max_slots"):
         decoder(make_model("gpt2"), 0)
 
 

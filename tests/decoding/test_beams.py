@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.adapters import randomise
+from tests.support.adapters import attach, randomise
 from tests.support.decoding import EOS, N_TOKENS, SHAPES, alone, make_prompts
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import attach
 from swlora.config import AdapterSpec
 from swlora.decoding.beam_cache import BeamCache
 from swlora.decoding.beams import BeamDecoder, BeamSettings

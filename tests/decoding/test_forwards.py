@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.adapters import adapter_spec, move
+from tests.support.adapters import adapter_spec, attach, move
 from tests.support.models import MakeModel
 from torch import Tensor, nn
 
-from swlora.adapters.methods import METHODS, adapt, attach
+from swlora.adapters.methods import METHODS, adapt
 from swlora.config import AdapterSpec
 from swlora.decoding import forwards
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
@@ -200,7 +200,7 @@ def test_copies_are_shared_and_go_with_their_use(make_model: MakeModel) -> None:
 def test_a_decoder_keeps_the_variant_it_was_made_for(make_model: MakeModel) -> None:
     """The base model's rows, also when adapters are put into the model afterwards."""
     model = make_model("llama")
-    batch = BatchDecoder(model, eos_token_ids=[], max_rows=1)
+    batch = BatchDecoder(model, eos_token_ids=[], max_slots=1)
 
     def text(decoder: BatchDecoder) -> list[int]:
         decoder.admit([DecodeRequest(0, [5, 6, 7], 12)])
@@ -211,7 +211,7 @@ def test_a_decoder_keeps_the_variant_it_was_made_for(make_model: MakeModel) -> N
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
-    other = BatchDecoder(model, eos_token_ids=[], max_rows=1)
+    other = BatchDecoder(model, eos_token_ids=[], max_slots=1)
     assert text(other) != before
     with peft_model.disable_adapter():
         assert text(batch) == before

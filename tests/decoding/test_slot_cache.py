@@ -1,4 +1,4 @@
-"""The ring of the row cache against lists that simply grow."""
+"""The ring of the slot cache against lists that simply grow."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swlora.decoding.slot_cache import RowCache
+from swlora.decoding.slot_cache import SlotCache
 
 N_LAYERS, N_HEADS, WIDTH = 2, 3, 4
 
@@ -17,14 +17,14 @@ def tokens(rng: random.Random, n: int) -> Tensor:
     return torch.randn(N_LAYERS, 2, N_HEADS, n, WIDTH, generator=generator)
 
 
-def step(cache: RowCache, new: Tensor, window: int | None) -> list[Tensor]:
+def step(cache: SlotCache, new: Tensor, window: int | None) -> list[Tensor]:
     """Give every row the new token (layers, 2, rows, heads, width); return what each row sees."""
     layout = cache.advance()
-    seen: list[list[Tensor]] = [[] for _ in range(cache.n_rows)]
+    seen: list[list[Tensor]] = [[] for _ in range(cache.n_slots)]
     visible = layout.visible(window)
     for layer in range(N_LAYERS):
         keys, values = cache.update(*new[layer, :, :, :, None], layer)
-        for row in range(cache.n_rows):
+        for row in range(cache.n_slots):
             seen[row] += [keys[row][:, visible[row]], values[row][:, visible[row]]]
     return [torch.stack(parts) for parts in seen]
 
@@ -38,7 +38,7 @@ def as_set(states: Tensor) -> set[tuple[float, ...]]:
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_see_all_their_tokens_and_no_others(seed: int) -> None:
     rng = random.Random(seed)
-    cache, expected = RowCache(N_LAYERS, 9), list[Tensor]()
+    cache, expected = SlotCache(N_LAYERS, 9), list[Tensor]()
     for _ in range(120):
         if len(expected) < 9 and rng.random() < 0.2:
             rows = [tokens(rng, rng.choice((1, 3, 30, 150))) for _ in range(rng.randrange(1, 3))]
@@ -70,7 +70,7 @@ def test_rows_see_all_their_tokens_and_no_others(seed: int) -> None:
 def test_what_a_row_leaves_behind_is_gone() -> None:
     """0 * nan is nan: a hidden column must be a number."""
     rng = random.Random(0)
-    cache = RowCache(N_LAYERS, 2)
+    cache = SlotCache(N_LAYERS, 2)
     cache.add([tokens(rng, 5), torch.full_like(tokens(rng, 20), torch.nan)])
     cache.remove(1)
     cache.add([tokens(rng, 3)])

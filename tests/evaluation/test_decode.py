@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from tests.support.adapters import randomise
+from tests.support.adapters import attach, randomise
 from tests.support.plain_peft import greedy
 
-from swlora.adapters.methods import attach
 from swlora.config import AdapterSpec, DecodeSpec
 from swlora.decoding.batch import BatchDecoder
 from swlora.errors import UserError

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.adapters import randomise
+from tests.support.adapters import attach, randomise
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import attach
 from swlora.config import AdapterSpec
 from swlora.evaluation import english
 from swlora.evaluation.english import N_WINDOWS, english_loss, untouched_english_loss

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.support.adapters import move, randomise
+from tests.support.adapters import attach, move, randomise
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import METHODS, adapt, attach
+from swlora.adapters.methods import METHODS, adapt
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.english import N_WINDOWS, english_loss

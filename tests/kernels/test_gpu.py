@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.adapters import attach
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.training.plain import PlainStep

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.adapters import fill_b
+from tests.support.adapters import attach, fill_b
 from tests.support.decoding import alone
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import attach, train_mode, trainable_parameters
+from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec, DecodeSpec, TrainSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
@@ -167,7 +167,7 @@ N_NEW = 16
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_say_what_each_says_alone(kind: str, make_model: MakeModel) -> None:
     model = long_model(make_model, kind)
-    decoder = BatchDecoder(model, eos_token_ids=[EOS], max_rows=5, prefill_tokens=11)
+    decoder = BatchDecoder(model, eos_token_ids=[EOS], max_slots=5, prefill_tokens=11)
     waiting, found = list(range(len(PROMPTS))), {i: [] for i in range(len(PROMPTS))}
     while waiting or decoder.n_requests:
         new = [waiting.pop(0) for _ in range(min(2, len(waiting), decoder.n_free))]
@@ -214,7 +214,7 @@ def test_beams_do_not_cross_the_limit_by_themselves(make_model: MakeModel) -> No
 
 @pytest.mark.parametrize("rope_type", STATIC)
 def test_other_types_need_nothing(rope_type: str, make_model: MakeModel) -> None:
-    """A short sequence's loss beside a long one is that of its own, in tree rows and padded."""
+    """A short sequence's loss beside a long one is that of its own, in prefix trees and padded."""
     settings = {"rope_type": rope_type, "rope_theta": 10000.0, **STATIC[rope_type]}
     model = make_model("llama", max_position_embeddings=64, rope_parameters=settings)
     assert RotaryLengths(model).limits_tokens == ()

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from tests.support.adapters import attach
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from swlora.adapters.methods import adapted_modules, attach
+from swlora.adapters.methods import adapted_modules
 from swlora.config import AdapterSpec
 from swlora.errors import UnknownFamilyError, UserError
 from swlora.models.anatomy import (

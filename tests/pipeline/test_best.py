@@ -192,10 +192,10 @@ def test_how_often_and_on_how_many_rows(
     changes: dict[str, Any], expected: Measurements | None
 ) -> None:
     spec = load_spec(None, {f"train.{name}": value for name, value in changes.items()}).train
-    assert planned_measurements(spec, n_steps=100, n_rows=6400) == expected
+    assert planned_measurements(spec, n_steps=100, n_sequences=6400) == expected
 
 
 @pytest.mark.parametrize(("n_steps", "every_steps"), [(1, 1), (3, 1), (11, 3), (29, 6)])
 def test_a_short_training_measures_a_few_rows_all_the_same(n_steps: int, every_steps: int) -> None:
-    planned = planned_measurements(RunSpec().train, n_steps=n_steps, n_rows=2 * n_steps)
+    planned = planned_measurements(RunSpec().train, n_steps=n_steps, n_sequences=2 * n_steps)
     assert planned == Measurements(every_steps, 16, False)

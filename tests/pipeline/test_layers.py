@@ -78,7 +78,7 @@ def test_auto_is_refused_before_the_run_where_nothing_can_be_measured(
     data = write_data(tmp_path)
     spec = make_spec(model_folder("falcon"), data, adapter__layers="auto:0.5")
     run = Run.prepare(tmp_path / "run", spec, "train")
-    with pytest.raises(UserError, match="--layers auto needs tree rows"), run:
+    with pytest.raises(UserError, match="--layers auto needs prefix trees"), run:
         pipeline.train(Job(spec, run, Silent()))
     assert not (tmp_path / "run").exists()
 

@@ -1,12 +1,12 @@
 """Settings of every method, and adapters whose weights have moved as by some training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from swlora.adapters.methods import METHODS, trainable_parameters
+from swlora.adapters.methods import METHODS, adapt, trainable_parameters
 from swlora.config import AdapterSpec
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -49,3 +49,8 @@ def fill_b(peft_model: Any, size: float = 0.03, seed: int = 2) -> None:
         for name, parameter in trainable_parameters(peft_model).items():
             if "lora_B" in name:
                 parameter.normal_(std=size, generator=generator)
+
+
+def attach(model: Any, spec: AdapterSpec, layers: Sequence[int], *, seed: int) -> Any:
+    """Return the PeftModel of `adapt`, for those who need nothing else of it."""
+    return adapt(model, spec, layers, seed=seed).model

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.adapters import attach
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import attach, train_mode, trainable_parameters
+from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences

@@ -1,4 +1,4 @@
-"""Every method under the engine: tree rows against PEFT's own forward on the padded batch."""
+"""Every method under the engine: prefix trees against PEFT's own forward on the padded batch."""
 
 from typing import Any
 

@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
-from tests.support.adapters import fill_b, move
+from tests.support.adapters import attach, fill_b, move
 from tests.support.gradients import measure
 from tests.support.models import MakeModel
 from tests.support.sequences import Pair, branching, chain, deep
 
-from swlora.adapters.methods import attach, train_mode, trainable_parameters
+from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.steps import plan_steps

@@ -179,5 +179,5 @@ def test_a_budget_that_nothing_keeps_means_all_layers(make_model, sequences, mon
 
 
 def test_a_family_without_tree_rows_is_refused(make_model, sequences):
-    with pytest.raises(UserError, match="needs tree rows"):
+    with pytest.raises(UserError, match="needs prefix trees"):
         layer_choice.choose(make_model("falcon"), sequences, _spec(40), 0.5, Silent())

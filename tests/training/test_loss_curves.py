@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.adapters import attach
 from tests.support.models import MakeModel
 from tests.support.sequences import Pair
 
-from swlora.adapters.methods import attach, train_mode, trainable_parameters
+from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.support.adapters import randomise
+from tests.support.adapters import attach, randomise
 
-from swlora.adapters.methods import attach, trainable_parameters
+from swlora.adapters.methods import trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.training.plain import PaddedBatch, PlainStep, pad, weighted_loss

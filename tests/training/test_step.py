@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.adapters import fill_b
+from tests.support.adapters import attach, fill_b
 from tests.support.gradients import measure
 from tests.support.models import MakeModel
 from torch import Tensor
 
-from swlora.adapters.methods import attach, train_mode, trainable_parameters
+from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
 from swlora.data.prefix_tree import PrefixTree
 from swlora.data.token_sequences import TokenSequences
@@ -153,7 +153,7 @@ def test_falcon_falls_back_to_padded_batches(make_model: MakeModel) -> None:
 
 def test_falcon_is_refused_where_tree_rows_are_asked_for(make_model: MakeModel) -> None:
     peft_model = adapted(make_model, "falcon")
-    with pytest.raises(UserError, match="falcon models cannot run tree rows; use --engine plain"):
+    with pytest.raises(UserError, match="falcon models cannot run prefix trees"):
         make_step(peft_model, make_sequences(), TrainSpec(engine="tree"), print)
 
 

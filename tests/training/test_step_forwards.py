@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.adapters import fill_b
+from tests.support.adapters import attach, fill_b
 from tests.support.gradients import measure
 from tests.support.models import MakeModel
 
-from swlora.adapters.methods import attach, train_mode, trainable_parameters
+from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels.linear import packed_weight

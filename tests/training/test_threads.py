@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.adapters import fill_b
+from tests.support.adapters import attach, fill_b
 from torch import Tensor
 
-from swlora.adapters.methods import attach, train_mode, trainable_parameters
+from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec, ModelSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels import block_walk, tree_attention

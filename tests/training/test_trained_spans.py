@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.adapters import fill_b
+from tests.support.adapters import attach, fill_b
 from tests.support.gradients import Measured, measure
 from tests.support.models import MakeModel
 
 from swlora.adapters.adapted import Adapted
-from swlora.adapters.methods import adapt, attach, train_mode, trainable_parameters
+from swlora.adapters.methods import adapt, train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences

@@ -12,11 +12,10 @@ from typing import Any
 import httpx2
 import pytest
 from starlette.testclient import TestClient
-from tests.support.adapters import randomise
+from tests.support.adapters import attach, randomise
 from tests.support.data_files import write_rows
 from tests.support.fake_host import FakeHost
 
-from swlora.adapters.methods import attach
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, ModelSpec, ServeSpec
 from swlora.files import write_json
@@ -188,7 +187,7 @@ def make_scheduler(host) -> Iterator:
     made = []
 
     def make(**limits) -> Scheduler:
-        standard = {"max_rows": 4, "queue": 8, "deadline_s": 30.0, "cache_tokens": 10_000}
+        standard = {"max_slots": 4, "queue": 8, "deadline_s": 30.0, "cache_tokens": 10_000}
         made.append(Scheduler(host, Limits(**standard | limits)))
         return made[-1]
 

@@ -45,7 +45,7 @@ def test_variants_take_turns_and_each_step_is_in_its_own(host, make_scheduler, u
 
 
 def test_a_full_queue_refuses_and_loses_nothing(host, make_scheduler, until):
-    scheduler = make_scheduler(max_rows=1, queue=8)
+    scheduler = make_scheduler(max_slots=1, queue=8)
     scheduler.start()
     host.gate.clear()
     accepted, refused = [], 0
@@ -65,7 +65,7 @@ def test_a_full_queue_refuses_and_loses_nothing(host, make_scheduler, until):
 
 
 def test_texts_beside_each_other_come_together_or_not_at_all(host, make_scheduler):
-    scheduler = make_scheduler(max_rows=1, queue=2)
+    scheduler = make_scheduler(max_slots=1, queue=2)
     submit(scheduler, Client(), Client())
     with pytest.raises(QueueFullError):
         submit(scheduler, Client(), Client(variant=ZEROED))
@@ -87,7 +87,7 @@ def test_memory_bounds_the_rows(host, make_scheduler):
 
 
 def test_what_waits_is_cancelled_at_once(host, make_scheduler, until):
-    scheduler = make_scheduler(max_rows=1)
+    scheduler = make_scheduler(max_slots=1)
     scheduler.start()
     host.gate.clear()
     busy, waiting = Client(1), Client(1)
@@ -117,7 +117,7 @@ def test_what_is_at_work_is_cancelled_before_the_next_step(host, make_scheduler,
 
 
 def test_a_deadline_counts_in_the_queue_and_at_work(host, make_scheduler):
-    scheduler = make_scheduler(max_rows=1, deadline_s=0.3)
+    scheduler = make_scheduler(max_slots=1, deadline_s=0.3)
     scheduler.start()
     at_work, waiting = Client(10**9), Client(10**9)
     start_s = time.monotonic()
@@ -164,7 +164,7 @@ def test_draining_finishes_what_can_be_finished(host, make_scheduler):
 
 
 def test_stopping_ends_everything(host, make_scheduler, until):
-    scheduler = make_scheduler(max_rows=1)
+    scheduler = make_scheduler(max_slots=1)
     scheduler.start()
     clients = [Client(10**9), Client(3)]
     submit(scheduler, *clients)
@@ -177,7 +177,7 @@ def test_stopping_ends_everything(host, make_scheduler, until):
 
 
 def test_many_clients_from_many_threads(host, make_scheduler):
-    scheduler = make_scheduler(max_rows=3, queue=5)
+    scheduler = make_scheduler(max_slots=3, queue=5)
     scheduler.start()
     served, refused = [], []
 

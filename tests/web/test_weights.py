@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from tests.support.adapters import attach
 
-from swlora.adapters.methods import attach
 from swlora.config import AdapterSpec
 from swlora.files import write_json
 from swlora.models.anatomy import WeightAddress

@@ -32,12 +32,11 @@ __all__ = [
     "adapt",
     "adapted_layers",
     "adapted_modules",
-    "attach",
+    "problems_of_fit",
     "quiet_peft",
     "resolve_targets",
     "train_mode",
     "trainable_parameters",
-    "unfit",
 ]
 
 ALL_LINEAR = "all-linear"
@@ -56,11 +55,6 @@ class Method:
     adapted: type[Adapted] = Adapted
     first_rank: Callable[[AdapterSpec], int] | None = lambda spec: spec.rank
     linear_only: bool = False
-
-
-def attach(model: Any, spec: AdapterSpec, layers: Sequence[int], *, seed: int) -> Any:
-    """Return the PeftModel of `adapt`, for those who need nothing else of it."""
-    return adapt(model, spec, layers, seed=seed).model
 
 
 def adapt(
@@ -96,14 +90,14 @@ def check_fit(
 
     Raises UserError where the method does not fit the model, all reasons at once.
     """
-    problems = unfit(spec, anatomy, layers)
+    problems = problems_of_fit(spec, anatomy, layers)
     if problems:
         raise UserError("; ".join(problems))
     site = Site(anatomy, resolve_targets(anatomy, spec.targets), list(layers), n_steps)
     return site, METHODS[spec.method].config(spec, site)
 
 
-def unfit(spec: AdapterSpec, anatomy: Anatomy, layers: Sequence[int]) -> list[str]:
+def problems_of_fit(spec: AdapterSpec, anatomy: Anatomy, layers: Sequence[int]) -> list[str]:
     """Return every reason why `spec` cannot work in these layers of a model; empty if it can."""
     try:
         site = Site(anatomy, resolve_targets(anatomy, spec.targets), list(layers))

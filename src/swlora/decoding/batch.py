@@ -1,10 +1,11 @@
-"""Greedy and sampled generation for a changing set of rows over one shared cache.
+"""Greedy and sampled generation for a changing set of texts over one shared cache.
 
-`admit` takes requests, `step` gives every active row one token, `drop` forgets a row. New prompts
-are run as one prefix tree, a bounded stretch of it a step, so that a long one does not hold up the
-others; a row that is done leaves at once, and no product is computed for it any more. What a row
-says depends on its request alone, not on its company (up to the rounding of sums, which differ
-with the number of rows). In float32, greedy rows say what `generate` of transformers says.
+`admit` takes requests, `step` gives the text in every slot one token, `drop` forgets a request. New
+prompts are run as one prefix tree, a bounded stretch of it a step, so that a long one does not hold
+up the others; a text that is done leaves its slot at once, and no product is computed for it any
+more. What a text says depends on its request alone, not on its company (up to the rounding of sums,
+which differ with the number of slots). In float32, greedy texts are what `generate` of transformers
+says.
 """
 
 from collections import deque
@@ -19,7 +20,7 @@ from swlora.adapters.base_model import base_model_of
 from swlora.decoding.forwards import decode_forwards
 from swlora.decoding.prefill import PREFILL_TOKENS, TreePrefill
 from swlora.decoding.sampling import Choice, Chooser, Sampling
-from swlora.decoding.slot_cache import RowCache
+from swlora.decoding.slot_cache import SlotCache
 from swlora.errors import UserError
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.rotary import RotaryLengths
@@ -62,7 +63,7 @@ class Event:
     prompt: tuple[Choice, ...] = ()
 
 
-class _Row:
+class _Text:
     """A request at work: what it says next, and whether that ends it."""
 
     def __init__(self, request: DecodeRequest, eos_token_ids: frozenset[int]) -> None:
@@ -72,7 +73,7 @@ class _Row:
         self._eos = eos_token_ids
 
     @property
-    def text(self) -> list[int]:
+    def token_ids(self) -> list[int]:
         """The prompt and what has been said."""
         return [*self.request.prompt, *self.new_tokens]
 
@@ -92,10 +93,10 @@ class _Row:
 
 
 class BatchDecoder:
-    """Continues up to `max_rows` requests together; the model must be in eval mode.
+    """Continues up to `max_slots` requests together; the model must be in eval mode.
 
-    `model` is a causal language model or a PeftModel of one, in the state in which its rows shall
-    see it (active adapter); it is left as it is between the steps. Memory: see `RowCache`; while
+    `model` is a causal language model or a PeftModel of one, in the state in which its texts shall
+    see it (active adapter); it is left as it is between the steps. Memory: see `SlotCache`; while
     prompts are run, their distinct tokens take as much again. Raises UserError for a family whose
     attention cannot be replaced.
     """
@@ -105,11 +106,11 @@ class BatchDecoder:
         model: Any,
         *,
         eos_token_ids: Collection[int],
-        max_rows: int,
+        max_slots: int,
         prefill_tokens: int = PREFILL_TOKENS,
     ) -> None:
-        if max_rows < 1 or prefill_tokens < 1:
-            raise ValueError("max_rows and prefill_tokens must be at least 1")
+        if max_slots < 1 or prefill_tokens < 1:
+            raise ValueError("max_slots and prefill_tokens must be at least 1")
         self._model = base_model_of(model)
         anatomy = Anatomy(self._model)
         if not anatomy.family.has_attention_interface:
@@ -117,25 +118,25 @@ class BatchDecoder:
             raise UserError(f"{name} models cannot be decoded in changing batches")
         self._forwards = decode_forwards(model)
         self._eos = frozenset(eos_token_ids)
-        self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
+        self._max_slots, self._prefill_tokens = max_slots, prefill_tokens
         self._n_layers, self._context = anatomy.n_layers, context_tokens(self._model)
         self._n_tokens = n_embeddings(self._model)
-        self._cache = RowCache(anatomy.n_layers, max_rows)
+        self._cache = SlotCache(anatomy.n_layers, max_slots)
         self._rotary = RotaryLengths(self._model)
-        self._rows: list[_Row] = []  # in the order of the cache
-        self._waiting: deque[_Row] = deque()
+        self._slots: list[_Text] = []  # the texts in the cache's slots, in its order
+        self._waiting: deque[_Text] = deque()
         self._prefill: TreePrefill | None = None
-        self._prefilled: list[_Row | None] = []  # None: dropped, or at work already
+        self._prefilled: list[_Text | None] = []  # None: dropped, or at work already
 
     @property
     def n_requests(self) -> int:
         """Requests admitted and not finished."""
-        return len(self._rows) + len(self._waiting) + sum(r is not None for r in self._prefilled)
+        return len(self._slots) + len(self._waiting) + sum(r is not None for r in self._prefilled)
 
     @property
     def n_free(self) -> int:
         """Requests that can still be admitted."""
-        return self._max_rows - self.n_requests
+        return self._max_slots - self.n_requests
 
     def admit(self, requests: Sequence[DecodeRequest]) -> None:
         """Take requests on, all or none; their first tokens come with the steps that follow.
@@ -143,21 +144,21 @@ class BatchDecoder:
         Raises UserError for a request that the model has no room for or cannot read, ValueError
         for more than `n_free` requests or an id that is in use.
         """
-        used = {row.request.request_id for row in self._all_rows()}
+        used = {text.request.request_id for text in self._all_texts()}
         ids = [request.request_id for request in requests]
         if len(requests) > self.n_free or len(used.union(ids)) < len(used) + len(ids):
             raise ValueError("more requests than there is room for, or a request_id used twice")
         for request in requests:
             self._check(request)
-        self._waiting.extend(_Row(request, self._eos) for request in requests)
+        self._waiting.extend(_Text(request, self._eos) for request in requests)
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Give every active row one token and run a stretch of the prompts that wait."""
+        """Give the text in every slot one token and run a stretch of the prompts that wait."""
         adapt_threads()
         with patched_forwards(self._forwards):
             self._turn_back()
-            events = self._decode() if self._rows else []
+            events = self._decode() if self._slots else []
             if self._prefill is None and self._waiting:
                 self._start_prefill()
             if self._prefill is not None:
@@ -167,21 +168,22 @@ class BatchDecoder:
     @torch.inference_mode()
     def drop(self, request_id: int) -> None:
         """Forget a request, wherever it stands; KeyError where there is none."""
-        for row in self._all_rows():
-            if row.request.request_id == request_id:
+        for text in self._all_texts():
+            if text.request.request_id == request_id:
                 break
         else:
             raise KeyError(request_id)
-        if row in self._waiting:
-            self._waiting.remove(row)
-        elif row in self._rows:
-            self._remove(self._rows.index(row))
+        if text in self._waiting:
+            self._waiting.remove(text)
+        elif text in self._slots:
+            self._remove(self._slots.index(text))
         else:
-            self._prefilled[self._prefilled.index(row)] = None
+            self._prefilled[self._prefilled.index(text)] = None
             self._end_prefill()
 
-    def _all_rows(self) -> list[_Row]:
-        return [*self._rows, *self._waiting, *(row for row in self._prefilled if row is not None)]
+    def _all_texts(self) -> list[_Text]:
+        prefilled = (text for text in self._prefilled if text is not None)
+        return [*self._slots, *self._waiting, *prefilled]
 
     def _check(self, request: DecodeRequest) -> None:
         n_prompt, n_new = len(request.prompt), request.max_new_tokens
@@ -197,18 +199,18 @@ class BatchDecoder:
             raise UserError(f"a prompt holds a token that is not one of 0..{self._n_tokens - 1}")
 
     def _turn_back(self) -> None:
-        """Let rows whose next token makes the model turn all positions anew wait as prompts."""
+        """Let texts whose next token makes the model turn all positions anew wait as prompts."""
         if not self._rotary.recomputes:
             return
         side = self._rotary.side
         for i in reversed([i for i, n in enumerate(self._cache.lengths) if side(n) < side(n + 1)]):
-            self._waiting.appendleft(self._rows[i])
+            self._waiting.appendleft(self._slots[i])
             self._remove(i)
 
     def _decode(self) -> list[Event]:
         device = self._model.device
         positions = torch.tensor(self._cache.lengths, device=device)[:, None]
-        tokens = torch.tensor([row.new_tokens[-1] for row in self._rows], device=device)[:, None]
+        tokens = torch.tensor([text.new_tokens[-1] for text in self._slots], device=device)[:, None]
         turned = self._rotary.of(positions + 1)
         with self._cache.advance().followed_by(self._model, self._n_layers), turned:
             out = self._model(
@@ -218,43 +220,43 @@ class BatchDecoder:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        events = _choose(self._rows, out.logits[:, -1])
+        events = _choose(self._slots, out.logits[:, -1])
         for i in reversed([i for i, event in enumerate(events) if event.finish_reason]):
             self._remove(i)
         return events
 
     def _remove(self, i: int) -> None:
         self._cache.remove(i)
-        self._rows[i] = self._rows[-1]  # as the cache does
-        self._rows.pop()
+        self._slots[i] = self._slots[-1]  # as the cache does
+        self._slots.pop()
 
     def _start_prefill(self) -> None:
-        sides = [self._rotary.side(len(row.text)) for row in self._waiting]
-        rows = list(zip(sides, self._waiting, strict=True))
-        together = [row for side, row in rows if side == sides[0]]
-        self._waiting = deque(row for side, row in rows if side != sides[0])
+        sides = [self._rotary.side(len(text.token_ids)) for text in self._waiting]
+        with_sides = list(zip(sides, self._waiting, strict=True))
+        together = [text for side, text in with_sides if side == sides[0]]
+        self._waiting = deque(text for side, text in with_sides if side != sides[0])
         self._prefilled = list(together)
-        wanted = {i: row.request.prompt_logprobs for i, row in enumerate(together)}
+        wanted = {i: text.request.prompt_logprobs for i, text in enumerate(together)}
         scored = {i: n for i, n in wanted.items() if n is not None and not together[i].new_tokens}
-        prompts = [row.text for row in together]
+        prompts = [text.token_ids for text in together]
         self._prefill = TreePrefill(self._model, prompts, self._n_layers, self._rotary, scored)
 
     def _advance_prefill(self, prefill: TreePrefill) -> list[Event]:
         complete, logits = prefill.advance(self._prefill_tokens)
         places = [(n, i, self._prefilled[i]) for n, i in enumerate(complete)]
-        present = [(n, i, row) for n, i, row in places if row is not None]
-        rows = [row for _, _, row in present]
-        events = _choose(rows, logits[[n for n, _, _ in present]])
+        present = [(n, i, text) for n, i, text in places if text is not None]
+        texts = [text for _, _, text in present]
+        events = _choose(texts, logits[[n for n, _, _ in present]])
         events = [
             replace(event, prompt=prefill.scores(i))
             for event, (_, i, _) in zip(events, present, strict=True)
         ]
         going_on = []
-        for event, (_, i, row) in zip(events, present, strict=True):
+        for event, (_, i, text) in zip(events, present, strict=True):
             self._prefilled[i] = None
             if event.finish_reason is None:
                 going_on.append(prefill.states(i))
-                self._rows.append(row)
+                self._slots.append(text)
         if going_on:
             self._cache.add(going_on)
         self._end_prefill()
@@ -265,14 +267,14 @@ class BatchDecoder:
             self._prefill, self._prefilled = None, []
 
 
-def _choose(rows: Sequence[_Row], logits: Tensor) -> list[Event]:
-    """Choose each row's next token from logits (B, V)."""
-    greedy = [i for i, row in enumerate(rows) if row.request.sampling.is_argmax]
+def _choose(texts: Sequence[_Text], logits: Tensor) -> list[Event]:
+    """Choose each text's next token from logits (B, V)."""
+    greedy = [i for i, text in enumerate(texts) if text.request.sampling.is_argmax]
     best: dict[int, int] = {}
     if greedy:
-        of_greedy = logits if len(greedy) == len(rows) else logits[greedy]
+        of_greedy = logits if len(greedy) == len(texts) else logits[greedy]
         best = dict(zip(greedy, of_greedy.float().argmax(dim=-1).tolist(), strict=True))
     return [
-        row.take(Choice(best[i]) if i in best else row.chooser.choose(logits[i]))
-        for i, row in enumerate(rows)
+        text.take(Choice(best[i]) if i in best else text.chooser.choose(logits[i]))
+        for i, text in enumerate(texts)
     ]

@@ -1,4 +1,4 @@
-"""The next token of one row, from its logits and its own seed alone.
+"""The next token of one text, from its logits and its own seed alone.
 
     scores  = logits, those of seen tokens divided by the repetition penalty (multiplied where < 0),
               less frequency_penalty * c + presence_penalty * (c > 0), c = how often it was written
@@ -77,7 +77,7 @@ class Choice:
 
 
 class Chooser:
-    """Chooses the tokens of one row, one after the other."""
+    """Chooses the tokens of one text, one after the other."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling

@@ -143,7 +143,7 @@ class Conversation:
     def _tokens(self, prompt_ids: list[int], n_new: int, seed: int) -> Iterator[int]:
         """Yield the tokens of an answer; an interruption may come at any moment."""
         sampling = Sampling(self._decode.temperature, self._decode.top_p, seed=seed)
-        decoder = self._decoder or BatchDecoder(self._model, eos_token_ids=self._ends, max_rows=1)
+        decoder = self._decoder or BatchDecoder(self._model, eos_token_ids=self._ends, max_slots=1)
         self._decoder = None  # one that is left in the middle is not used again
         decoder.admit([DecodeRequest(self._n_answers, prompt_ids, n_new, sampling)])
         reason = None

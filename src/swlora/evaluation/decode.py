@@ -85,7 +85,7 @@ def _token_ids(
     """
     generate_each, rotary = _choose_generator(model, spec), RotaryLengths(model)
     beyond = {}
-    if generate_each is not _by_rows:
+    if generate_each is not _in_slots:
         beyond = {i: p for i, p in prompts.items() if rotary.side(len(p) + spec.max_new_tokens)}
     if together := {i: prompt for i, prompt in prompts.items() if i not in beyond}:
         yield from generate_each(model, ends, together, spec, seed)
@@ -100,7 +100,7 @@ def _choose_generator(
     if not joins_batches(model):
         return _by_batches
     if spec.num_beams == 1 and spec.no_repeat_ngram_size == 0:
-        return _by_rows
+        return _in_slots
     return _by_beams if spec.temperature == 0 else _by_batches
 
 
@@ -119,17 +119,17 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -
         )
 
 
-def _by_rows(
+def _in_slots(
     model: Any, ends: frozenset[int], prompts: Prompts, spec: DecodeSpec, seed: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield (prompt, its new tokens) as rows finish; neighbours share what they begin with."""
-    n_rows = min(spec.batch_size, len(prompts))
-    decoder = BatchDecoder(model, eos_token_ids=ends, max_rows=n_rows)
+    n_slots = min(spec.batch_size, len(prompts))
+    decoder = BatchDecoder(model, eos_token_ids=ends, max_slots=n_slots)
     waiting = deque(sorted(prompts, key=lambda i: tuple(prompts[i])))
     token_ids: dict[int, list[int]] = {}
     while waiting or token_ids:
         n_new = min(len(waiting), decoder.n_free)
-        if n_new >= min(len(waiting), max(1, n_rows // REFILL_SHARE)):
+        if n_new >= min(len(waiting), max(1, n_slots // REFILL_SHARE)):
             chosen = [waiting.popleft() for _ in range(n_new)]
             token_ids |= {i: [] for i in chosen}
             decoder.admit([_request(i, prompts[i], spec, seed) for i in chosen])

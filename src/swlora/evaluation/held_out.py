@@ -34,10 +34,10 @@ class Measurements:
     patience: int | None = None
 
 
-def planned_measurements(spec: TrainSpec, *, n_steps: int, n_rows: int) -> Measurements | None:
-    """Return what `spec` asks for, or what is cheap in a training of `n_steps` over `n_rows` rows.
+def planned_measurements(spec: TrainSpec, *, n_steps: int, n_sequences: int) -> Measurements | None:
+    """Return what `spec` asks for, or what is cheap in a training of `n_steps` over `n_sequences`.
 
-    `n_rows` counts a row once in every epoch. None where nothing shall be measured.
+    `n_sequences` counts a sequence once in every epoch. None where nothing shall be measured.
     """
     if spec.eval_every_steps == 0:
         return None
@@ -47,7 +47,7 @@ def planned_measurements(spec: TrainSpec, *, n_steps: int, n_rows: int) -> Measu
     if spec.early_stopping is not None:
         n_measured, share = N_FOR_STOPPING, SHARE_FOR_STOPPING
     every_steps = -(-n_steps // n_measured)
-    affordable = max(LEAST_ROWS, round(share * n_rows / n_measured))
+    affordable = max(LEAST_ROWS, round(share * n_sequences / n_measured))
     is_asked = not (spec.early_stopping is spec.eval_rows is None)
     return Measurements(every_steps, spec.eval_rows or affordable, is_asked, spec.early_stopping)
 

@@ -1,7 +1,7 @@
 """Teacher-forced loss: how surprised a model is by each reference token.
 
 Losses come as sums by group of sequences, such as all references of one prompt, so that a bootstrap
-can resample prompts. Every row of the data is still run once, in the tree rows of training: nodes
+can resample prompts. Every row of the data is still run once, in the trees of training: nodes
 that groups share are shared, and each group is scored at its own targets.
 """
 
@@ -46,7 +46,7 @@ def grouped_losses(
     """Return the summed loss over the trained tokens of every group of sequences.
 
     group_of: (n,) int64, the group of each sequence; groups are numbered from 0 without gaps.
-    `model` is a causal language model or a PeftModel around one; tree rows are used where the
+    `model` is a causal language model or a PeftModel around one; prefix trees are used where the
     family can run them and the adapter is one of the blocks' projections, else padded batches.
     Raises ValueError where group_of does not fit.
     """
@@ -66,15 +66,15 @@ def grouped_losses(
     )
     totals = [LossSum()] * n_groups
     is_fast = is_covered(model)
-    has_tree_rows = is_fast and walk.anatomy.family.has_attention_interface
+    has_trees = is_fast and walk.anatomy.family.has_attention_interface
     forwards = patched_forwards(fast_forwards(model)) if is_fast else nullcontext()
     with progress.task("loss", len(sequences)) as task, forwards:
-        rows = (ids for step in steps for ids in step)
-        for ids in (part for row in rows for part in walk.rotary.sides(row, sequences.lengths)):
-            if has_tree_rows:
-                row = build_tree(sequences, ids)
-                hidden = walk.whole(TreeLayout(row, base_model.device))
-                for group, part in _split_targets(sequences, row, group_of, node_numbers):
+        trees = (ids for step in steps for ids in step)
+        for ids in (part for tree in trees for part in walk.rotary.sides(tree, sequences.lengths)):
+            if has_trees:
+                tree = build_tree(sequences, ids)
+                hidden = walk.whole(TreeLayout(tree, base_model.device))
+                for group, part in _split_targets(sequences, tree, group_of, node_numbers):
                     loss = tree_nats(walk, part, hidden)
                     totals[group] += LossSum(float(loss), part.n_target_tokens)
             else:
@@ -95,27 +95,27 @@ def _padded_loss(model: Any, sequences: TokenSequences, ids: Ints) -> LossSum:
 
 
 def _split_targets(
-    sequences: TokenSequences, row: PrefixTree, group_of: Ints, node_numbers: Ints
+    sequences: TokenSequences, tree: PrefixTree, group_of: Ints, node_numbers: Ints
 ) -> Iterator[tuple[int, PrefixTree]]:
-    """Yield (group, the row with that group's targets only) for every group in the row.
+    """Yield (group, the tree with that group's targets only) for every group in the tree.
 
-    A group's targets are those of a tree of its own; its nodes are found in the row by their
+    A group's targets are those of a tree of its own; its nodes are found in the tree by their
     numbers in the one trie over all sequences.
     """
-    groups = group_of[row.sequence_ids]
+    groups = group_of[tree.sequence_ids]
     present = np.unique(groups)
     if len(present) == 1:
-        yield int(present[0]), row
+        yield int(present[0]), tree
         return
-    numbers = node_numbers[row.node_source]
+    numbers = node_numbers[tree.node_source]
     order = np.argsort(numbers)
     for group in present:
-        own = build_tree(sequences, row.sequence_ids[groups == group])
+        own = build_tree(sequences, tree.sequence_ids[groups == group])
         scored = node_numbers[own.node_source[own.target_position]]
         yield (
             int(group),
             replace(
-                row,
+                tree,
                 target_position=order[np.searchsorted(numbers, scored, sorter=order)],
                 target_id=own.target_id,
                 target_weight=own.target_weight,

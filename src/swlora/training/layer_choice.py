@@ -123,7 +123,7 @@ class Forecast:
 def check_family(anatomy: Anatomy) -> None:
     """Raise UserError where nothing can be measured, because the family cannot run trees."""
     if not anatomy.family.has_attention_interface:
-        raise UserError("--layers auto needs tree rows, which this family cannot run")
+        raise UserError("--layers auto needs prefix trees, which this family cannot run")
 
 
 @adapted_threads()

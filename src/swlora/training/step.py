@@ -41,7 +41,8 @@ def make_step(
     step = TreeStep(peft_model, sequences, label_smoothing=spec.label_smoothing, say=say)
     family = step.walk.anatomy.family
     if spec.engine == "tree" and not family.has_attention_interface:
-        raise UserError(f"{family.model_types[0]} models cannot run tree rows; use --engine plain")
+        name = family.model_types[0]
+        raise UserError(f"{name} models cannot run prefix trees; use --engine plain")
     if spec.engine == "plain" or not family.has_attention_interface:
         return PlainStep(peft_model, sequences, label_smoothing=spec.label_smoothing)
     if spec.cache_gb and step.walk.cut > 0 and _one_side(step, sequences, say):

@@ -2,7 +2,7 @@
 
 Every turn: tickets that were cancelled or are overdue end, waiting ones are admitted, and the texts
 of one variant grow by one token. Variants take turns, and the model is in a variant's state for its
-own steps only. A ticket beyond `max_rows` at work and `queue` waiting is refused. A failure
+own steps only. A ticket beyond `max_slots` at work and `queue` waiting is refused. A failure
 ends the tickets of its own variant; after it, the base model must answer as it did at the start, or
 nothing is taken on until it does.
 """
@@ -85,7 +85,7 @@ class Scheduler:
             if self._is_broken:
                 raise ModelFailedError
             n_taken = self._n_active + len(self._waiting)
-            if n_taken + len(tickets) > self._limits.max_rows + self._limits.queue:
+            if n_taken + len(tickets) > self._limits.max_slots + self._limits.queue:
                 raise QueueFullError(self._retry_after_s())
             now_s = time.monotonic()
             for ticket in tickets:
@@ -123,7 +123,7 @@ class Scheduler:
         return self._n_active
 
     def _retry_after_s(self) -> int:
-        rounds = (len(self._waiting) + 1) / self._limits.max_rows
+        rounds = (len(self._waiting) + 1) / self._limits.max_slots
         return min(60, max(1, math.ceil(rounds * self._service_s)))
 
     # The thread
@@ -195,12 +195,12 @@ class Scheduler:
         return Ended("deadline", f"the request took longer than {self._limits.deadline_s:g} s")
 
     def _next_tickets(self) -> dict[Variant, list[Ticket]]:
-        """Take waiting tickets, the oldest first, while there are rows and memory for them."""
+        """Take waiting tickets, the oldest first, while there are slots and memory for them."""
         groups: dict[Variant, list[Ticket]] = {}
         at_work = (t for batch in self._batches.values() for t in batch.tickets.values())
         longest = max((ticket.n_tokens for ticket in at_work), default=0)
         with self._changed:
-            while self._waiting and self._n_active < self._limits.max_rows:
+            while self._waiting and self._n_active < self._limits.max_slots:
                 longest = max(longest, self._waiting[0].n_tokens)
                 if self._n_active and (self._n_active + 1) * longest > self._limits.cache_tokens:
                     break

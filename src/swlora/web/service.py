@@ -217,7 +217,7 @@ def load_service(spec: RunSpec, progress: Progress) -> Service:
 def make_service(
     spec: ServeSpec, loaded: LoadedModel, references: References | None = None
 ) -> Service:
-    """Put a service together; UserError for a model whose rows cannot be decoded together."""
+    """Put a service together; UserError for a model whose texts cannot be decoded together."""
     folders, metrics = RunFolders(spec.runs.expanduser()), Metrics()
     weights = ServedWeights(loaded.model, loaded.name, folders)
     host = ModelHost(loaded, folders, weights, spec.max_rows)

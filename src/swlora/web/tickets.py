@@ -22,9 +22,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is taken on; `cache_tokens` bounds rows times the longest of them."""
+    """How much is taken on; `cache_tokens` bounds slots times the longest text in them."""
 
-    max_rows: int
+    max_slots: int
     queue: int
     deadline_s: float
     cache_tokens: int
@@ -54,21 +54,21 @@ class Ticket:
 
     @property
     def n_tokens(self) -> int:
-        """The tokens that the row may grow to."""
+        """The tokens that the text may grow to."""
         return len(self.request.prompt) + self.request.max_new_tokens
 
 
 class Decoder(Protocol):
-    """Rows of one variant that are continued together."""
+    """Texts of one variant that are continued together."""
 
     def admit(self, requests: Sequence[DecodeRequest]) -> None:
-        """Take new rows."""
+        """Take new texts."""
 
     def step(self) -> list[Event]:
-        """Add a token to every row."""
+        """Add a token to every text."""
 
     def drop(self, request_id: int) -> None:
-        """Forget a row."""
+        """Forget a text."""
 
 
 class Host(Protocol):
@@ -84,7 +84,7 @@ class Host(Protocol):
         """Return an empty decoder for the variant, in whose state the model is."""
 
     def forget(self, variant: Variant) -> None:
-        """Never return the variant's decoder again: it failed, or holds rows that nobody wants."""
+        """Never return the variant's decoder again: it failed, or holds texts that nobody wants."""
 
     def recover(self, keep: Collection[Variant]) -> bool:
         """Let go of all but `keep` after a failure; say whether the base model is what it was.

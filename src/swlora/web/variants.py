@@ -44,15 +44,15 @@ PREFILL_TOKENS = 128  # run at once: between them other texts go on and a client
 class ModelHost:
     """The loaded model and the adapters that are in memory with it.
 
-    Raises UserError for a model whose rows cannot be decoded together.
+    Raises UserError for a model whose texts cannot be decoded together.
     """
 
     def __init__(
-        self, loaded: LoadedModel, folders: RunFolders, weights: ServedWeights, max_rows: int
+        self, loaded: LoadedModel, folders: RunFolders, weights: ServedWeights, max_slots: int
     ) -> None:
         self._model, self._end_token_ids = loaded.model, chat_end_token_ids(loaded)
         self._source, self._sample = loaded.source, weights_sample_sha256(loaded.model)
-        self._folders, self._weights, self._max_rows = folders, weights, max_rows
+        self._folders, self._weights, self._max_slots = folders, weights, max_slots
         self._peft_model: Any = None
         self._loaded: OrderedDict[str, tuple[int, str]] = OrderedDict()  # version, name in PEFT
         self._n_loads = 0
@@ -67,7 +67,7 @@ class ModelHost:
         decoder = self._decoders.pop(variant, None) or BatchDecoder(
             self._model,
             eos_token_ids=self._end_token_ids,
-            max_rows=self._max_rows,
+            max_slots=self._max_slots,
             prefill_tokens=PREFILL_TOKENS,
         )
         self._decoders[variant] = decoder
@@ -138,7 +138,7 @@ class ModelHost:
     def _check_logprobs(self) -> Tensor:
         """Return log-probabilities (n,) of some tokens in the model as it is, in nats, float64."""
         n_tokens = min(CHECK_TOKENS, n_embeddings(self._model), context_tokens(self._model))
-        decoder = BatchDecoder(self._model, eos_token_ids=(), max_rows=1)
+        decoder = BatchDecoder(self._model, eos_token_ids=(), max_slots=1)
         decoder.admit([DecodeRequest(0, range(n_tokens), 1, prompt_logprobs=0)])
         (event,) = decoder.step()
         return torch.tensor([choice.logprob for choice in event.prompt[1:]], dtype=torch.float64)

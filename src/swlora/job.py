@@ -78,7 +78,11 @@ class Job:
         if dataset.n_skipped_rows:
             self.progress.say(f"{dataset.n_skipped_rows} bad rows were left out")
         self.run.record_source(data_sha256=dataset.sha256)
-        self.run.record(data_source=dataset.source, n_skipped_rows=dataset.n_skipped_rows)
+        self.run.record(
+            data_source=dataset.source,
+            is_sample=dataset.is_sample,
+            n_skipped_rows=dataset.n_skipped_rows,
+        )
         return dataset
 
     def encoded(self, split: str, n_rows: int | None = None) -> TokenSequences:
@@ -115,7 +119,7 @@ class Job:
         """
         spec = self.spec
         model, data = settled_model(spec.model), spec.data
-        if "dataset" in vars(self) and self.dataset.name == SAMPLE_DATASET:
+        if "dataset" in vars(self) and self.dataset.is_sample:
             data = data.model_copy(update={"name": SAMPLE_DATASET})
         self.run.begin(spec.model_copy(update={"model": model, "data": data}))
 

@@ -13,7 +13,7 @@ from swlora.evaluation.prompting import Prompt, generate_text
 from swlora.job import Job
 from swlora.progress import Silent
 from swlora.result_json import as_json
-from swlora.runs import Run
+from swlora.runs import Run, read_run
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -65,6 +65,7 @@ def test_english_text_is_measured_with_e2e_data_or_where_it_is_asked_for(
         result = evaluated(name, asked, own=own)
         assert result["english_perplexity"] == result["english_perplexity_before"]
         assert len(measured) == 1
+        assert read_run(tmp_path / name)["is_sample"] is not own
     result = evaluated("trained", None, own=False, command="train-eval")
     assert result["english_perplexity"] != result["english_perplexity_before"]
     assert len(measured) == 2

@@ -122,7 +122,7 @@ def test_the_run_folder_explains_itself(model_folder, rows, tmp_path):
     assert facts["model_source"] == f"the folder {model_folder('llama')}"
     assert facts["data_source"] == f"rows of {rows[0]}, evaluated on {rows[1]}"
     assert len(facts["data_sha256"]) == 64
-    assert facts["n_skipped_rows"] == 0
+    assert (facts["n_skipped_rows"], facts["is_sample"]) == (0, False)
     timings = {"load_model", "load_data", "tokenise", "train", "loss", "generate"}
     assert set(facts["timings_s"]) == timings | {"attach", "prepare", "score", "total"}
     lines = read_metrics(folder)

@@ -93,6 +93,15 @@ def test_the_last_losses_stand_among_the_numbers(make, browse, root):
 
 
 def test_an_evaluation_of_the_sample_says_so(make, browse, root):
+    make_run(root / "sample", "eval", {"eval": EVALUATED}, data_source="made up", is_sample=True)
+    own = {"data_source": SAMPLE_SOURCE, "is_sample": False}
+    make_run(root / "own", "eval", {"eval": EVALUATED}, **own)
+    with browse(make(runs=root)) as client:
+        assert "nothing about E2E" in look(client, "/runs/sample").text
+        assert "nothing about E2E" not in look(client, "/runs/own").text
+
+
+def test_an_evaluation_of_the_sample_from_before_it_was_recorded_says_so(make, browse, root):
     result = {"eval": EVALUATED | {"data": SAMPLE_SOURCE + ", since the Hub cannot be reached"}}
     make_run(root / "sample", "eval", result)
     make_run(root / "own", "eval", {"eval": EVALUATED}, data_source="E2E NLG from the folder x")

@@ -53,6 +53,11 @@ class Dataset:
         """Say whether the rows are E2E NLG, or the sample that stands in for it."""
         return self.name in (E2E_NAME, SAMPLE_DATASET)
 
+    @property
+    def is_sample(self) -> bool:
+        """Say whether the rows are those that swlora makes itself."""
+        return self.name == SAMPLE_DATASET
+
     def split(self, name: str) -> Sequence[Example]:
         """Return the rows of "train", "dev" or "test"; UserError where there are none."""
         splits = {"train": self.train, "dev": self.dev, "test": self.test}

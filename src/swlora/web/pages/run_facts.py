@@ -59,7 +59,12 @@ def scores(result: Mapping[str, Any]) -> list[Fact]:
 
 
 def is_of_sample(facts: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
-    """Say whether a run worked on the rows that swlora makes itself."""
+    """Say whether a run worked on the rows that swlora makes itself.
+
+    A run from before that was recorded tells by the words with which its source begins.
+    """
+    if "is_sample" in facts:
+        return facts["is_sample"] is True
     sources = (facts.get("data_source"), part(result, "eval").get("data"))
     return any(str(source).startswith(SAMPLE_SOURCE) for source in sources)
 

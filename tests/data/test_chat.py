@@ -3,9 +3,10 @@
 import pytest
 from tests.support import chat_templates as shapes
 from tests.support.chat_templates import SPECIAL, chat_tokenizer
+from tests.support.encoding import encode_example
 
 from swlora.data.chat import ChatTemplate, end_of_turn_token
-from swlora.data.encode import encode_example, encode_examples, encode_prompts
+from swlora.data.encode import encode_examples, encode_prompts
 from swlora.data.examples import Example
 from swlora.errors import DataError, UserError
 

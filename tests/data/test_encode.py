@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from tests.support.chat_templates import chat
+from tests.support.encoding import encode_example
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from swlora.data import encode
-from swlora.data.encode import encode_example, encode_examples, encode_prompts
+from swlora.data.encode import encode_examples, encode_prompts
 from swlora.data.sources import Example
 from swlora.errors import DataError, UserError
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import chat_templates as shapes
+from tests.support.encoding import encode_example
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from swlora.data.encode import encode_example, encode_prompts
+from swlora.data.encode import encode_prompts
 from swlora.data.examples import Example
 
 MARK = "▁"

@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from swlora.evaluation import meteor as meteor_module
 from swlora.evaluation.meteor import meteor_score, meteor_statistics, missing_java
 from swlora.evaluation.ngram_scores import mteval_tokens
 from swlora.evaluation.ptb import ptb_tokenize
-from swlora.evaluation.scores import score, segment_statistics
+from swlora.evaluation.scores import Scores, segment_statistics
 from swlora.result_json import as_json
 
 needs_java = pytest.mark.skipif(missing_java() is not None, reason=str(missing_java()))
@@ -57,6 +58,12 @@ def official(request: pytest.FixtureRequest, shared_dir: Path) -> tuple[Corpus, 
         for row in csv.DictReader(file):
             groups.setdefault(row["mr"], []).append(row["ref"])
     return (predictions, list(groups.values())), golden
+
+
+def score(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
+) -> Scores:
+    return segment_statistics(predictions, references, java=java).scores()
 
 
 def rounded(scores: dict[str, Any]) -> dict[str, str]:

@@ -32,13 +32,6 @@ def _key(example: Example) -> _Prompt:
     return bool(example.messages), example.prompt_key
 
 
-def encode_example(
-    example: Example, separator: str, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[list[int], list[int]]:
-    """Return (prompt ids, completion ids with their end); both hold one token at least."""
-    return _encode_pairs([example], separator, tokenizer, first_row=1)[0]
-
-
 def encode_examples(
     examples: Sequence[Example],
     separator: str,

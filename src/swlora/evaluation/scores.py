@@ -182,10 +182,3 @@ def segment_statistics(
         meteor_reason=reason,
         tokenizer="python" if reason else "java",
     )
-
-
-def score(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
-) -> Scores:
-    """The five corpus scores of one prediction per group of references (see segment_statistics)."""
-    return segment_statistics(predictions, references, java=java).scores()

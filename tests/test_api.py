@@ -114,6 +114,9 @@ def test_a_model_is_loaded_with_its_adapter_and_generates(settings, model_folder
     written = run_command("generate", given, "--adapter", "../run", "--prompt", "name[E]")
     assert text == written["text"]
     assert os.listdir() == []
+    kept = swlora.generate("name[E]", adapter="../run", **given, output="../text")
+    assert json.loads(Path("../text/result.json").read_text()) == as_json(kept) == written
+    assert read_run(Path("../text"))["command"] == "generate"
 
 
 def test_identification_leaves_nothing_either(settings) -> None:
@@ -126,6 +129,10 @@ def test_identification_leaves_nothing_either(settings) -> None:
     assert set(expected) - set(as_json(found)) == {"figure", "figures", "report"}
     assert as_json(found) == {name: expected[name] for name in as_json(found)}
     assert found.report is found.figure is None
+    figure = Path("../spikes.svg")
+    drawn = swlora.identify(**small | {"prompt": ["hello"]}, figure=str(figure))
+    assert (drawn.figure, drawn.figures, drawn.report) == (figure, None, None)
+    assert figure.read_bytes().startswith(b"<?xml") and os.listdir() == []
 
 
 def test_identification_measures_weights_in_float32_whatever_is_asked_for(settings) -> None:

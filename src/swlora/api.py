@@ -35,6 +35,7 @@ PathLike = str | os.PathLike[str]
 
 def identify(
     *,
+    figure: PathLike | None = None,
     output: PathLike | None = None,
     config: PathLike | None = None,
     progress: Progress | None = None,
@@ -42,11 +43,12 @@ def identify(
 ) -> Identified:
     """Find super weights and prove each by setting it to zero, as `swlora identify` does.
 
+    `figure` is a PNG, SVG or PDF to draw, with or without a run folder.
     Raises UserError for a setting that is not one of that command, or has no such value.
     """
     spec = _spec("identify", config, settings)
     with _job("identify", spec, output, progress) as job:
-        return pipeline.identify(job)
+        return pipeline.identify(job, _path(figure))
 
 
 def train(
@@ -112,13 +114,18 @@ def generate(
     adapter: PathLike | None = None,
     chat: bool | None = None,
     system: str | None = None,
+    output: PathLike | None = None,
     config: PathLike | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Generated:
     """Continue a prompt, or answer it (`chat`), as `swlora generate` does."""
     spec = _spec("generate", config, settings)
-    return generate_text(spec, Prompt(prompt, chat, system), _path(adapter), progress or Silent())
+    with _job("generate", spec, output, progress) as job:
+        asked = Prompt(prompt, chat, system)
+        generated = generate_text(spec, asked, _path(adapter), job.progress)
+        job.record_result(generated)
+    return generated
 
 
 def load(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swlora.config import SAMPLE_DATASET, RunSpec
 from swlora.data.sources import Dataset, load_dataset
@@ -13,6 +13,7 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.layer_policy import VerifiedLayers
 from swlora.models.load import LoadedModel, check_model, load_model, settled_model
 from swlora.progress import Progress
+from swlora.result_json import as_json
 from swlora.run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -122,6 +123,11 @@ class Job:
         if "dataset" in vars(self) and self.dataset.is_sample:
             data = data.model_copy(update={"name": SAMPLE_DATASET})
         self.run.begin(spec.model_copy(update={"model": model, "data": data}))
+
+    def record_result(self, result: Any) -> None:
+        """Record what a short command came to: its run begins when its work is done."""
+        self.run.begin()
+        self.run.write_result(as_json(result))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

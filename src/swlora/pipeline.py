@@ -30,14 +30,15 @@ def identify(job: Job, figure: Path | None = None) -> "Identified":
     """Find super weights, prove each by ablation, write report and figures; return the findings.
 
     `layers` in the result are those of candidates whose ablation proved them. Leaves
-    superweights.md and its figures in the run folder; `figure` names another place for the scan.
+    superweights.md and its figures in the run folder; `figure` names another place for the scan,
+    which is drawn there also where there is no folder.
     """
     from swlora.superweights import identify as identification
-    from swlora.superweights.figure import check_format
-    from swlora.superweights.report import publish
+    from swlora.superweights.figure import check_target
+    from swlora.superweights.report import draw_figure, publish
 
     if figure is not None:
-        check_format(figure)
+        check_target(figure)
     spec, loaded = job.spec, job.loaded_in_float32()
     windows = job.identification_windows
     job.begin()
@@ -47,6 +48,8 @@ def identify(job: Job, figure: Path | None = None) -> "Identified":
         )
         if folder := job.run.folder:
             found = publish(found, folder, figure or folder / "superweights.png")
+        elif figure is not None:
+            found = draw_figure(found, figure)
     job.run.write_result({"identify": found})
     return found
 

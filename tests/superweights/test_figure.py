@@ -12,7 +12,7 @@ from swlora.errors import UserError
 from swlora.models.anatomy import WeightAddress
 from swlora.superweights.detect import ModuleScan, Spike
 from swlora.superweights.effects import Dose
-from swlora.superweights.figure import FORMATS, check_format, draw_dose, draw_path, draw_scan
+from swlora.superweights.figure import FORMATS, check_target, draw_dose, draw_path, draw_scan
 from swlora.superweights.findings import ActivationPath, DoseCurve
 
 NAME = "layer 1 mlp.down_proj [out 7, in 9]"
@@ -188,6 +188,12 @@ def test_the_same_result_gives_the_same_bytes(draw, suffix, tmp_path):
 @pytest.mark.parametrize("name", ["a.jpg", "png", "a.png.txt", "a"])
 def test_other_endings_are_refused(name):
     with pytest.raises(UserError, match="must end in"):
-        check_format(Path(name))
+        check_target(Path(name))
     for suffix in FORMATS:
-        check_format(Path(f"{name}{suffix.upper()}"))
+        check_target(Path(f"{name}{suffix.upper()}"))
+
+
+def test_a_figure_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file and no folder; choose another --figure"):
+        check_target(tmp_path / "file" / "a.png")

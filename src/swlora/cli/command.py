@@ -127,8 +127,7 @@ class Invocation:
             return work()
         with self.job() as job:
             result = work()
-            job.run.begin()
-            job.run.write_result(as_json(result))
+            job.record_result(result)
         return result
 
     def finish(self, result: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.errors import UserError
-from swlora.files import atomic_path
+from swlora.files import atomic_path, check_writable
 from swlora.superweights.detect import ModuleScan
 from swlora.superweights.findings import ActivationPath, DoseCurve
 
@@ -39,10 +39,11 @@ _STYLE = {
 _UNDATED: dict[str, dict[str, None]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
-def check_format(target: Path) -> None:
-    """Refuse a file name whose ending is no picture format, before the work is done."""
+def check_target(target: Path) -> None:
+    """Refuse a file that is no picture by its ending or cannot be written, before the work."""
     if target.suffix.lower() not in FORMATS:
         raise UserError(f"the figure {target} must end in {', '.join(FORMATS)}")
+    check_writable(target.parent, "--figure")
 
 
 def draw_scan(

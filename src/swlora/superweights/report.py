@@ -26,6 +26,12 @@ OUTCOMES = {
 }
 
 
+def draw_figure(result: Identified, target: Path) -> Identified:
+    """Draw the scan, the figure that needs no report; return the result with its path."""
+    draw_scan(result.setup.model, result.modules, result.layers, target)
+    return replace(result, figure=target)
+
+
 def publish(result: Identified, folder: Path, scan_figure: Path) -> Identified:
     """Draw the figures and write superweights.md into a folder; return the result with their paths.
 
@@ -34,7 +40,7 @@ def publish(result: Identified, folder: Path, scan_figure: Path) -> Identified:
     suffix = scan_figure.suffix.lower()
     path_figure = folder / f"superweights-path{suffix}"
     dose_figure = folder / f"superweights-dose{suffix}"
-    draw_scan(result.setup.model, result.modules, result.layers, scan_figure)
+    drawn = draw_figure(result, scan_figure)
     draw_path(result.path, path_figure)
     draw_dose(result.dose_curve, dose_figure)
     figures = {
@@ -43,7 +49,7 @@ def publish(result: Identified, folder: Path, scan_figure: Path) -> Identified:
         "Dose curve": dose_figure,
     }
     report = folder / "superweights.md"
-    whole = replace(result, figure=scan_figure, figures=figures, report=report)
+    whole = replace(drawn, figures=figures, report=report)
     write_report(whole, report)
     return whole
 

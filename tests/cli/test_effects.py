@@ -94,6 +94,8 @@ def test_other_verbs(arguments, mistake, swlora):
         ("train", {"adapter.layers": "2", "train.engine": "plain", "train.cache_gb": 0}),
         ("generate", {"decode.temperature": 0, "decode.top_p": 1}),
         ("chat", {"decode.temperature": 0, "decode.top_p": 1}),
+        ("train", {"adapter.method": "full", "adapter.dropout": 0}),
+        ("train", {"adapter.method": "supertuning", "adapter.dropout": 0}),
         ("train", {"adapter.layers": "auto:0.5", "train.engine": "plain", "train.row_tokens": 64}),
     ],
 )

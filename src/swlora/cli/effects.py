@@ -72,7 +72,10 @@ def _measured_in_float32(command: str, spec: RunSpec) -> str | None:
 def _of_another_method(setting: str) -> Reason:
     def reason(_command: str, spec: RunSpec) -> str | None:
         method = spec.adapter.method
-        return None if setting in settings_of(method) else f"--method {method} has no such setting"
+        is_without = setting == "dropout" and spec.adapter.dropout == 0
+        if is_without or setting in settings_of(method):
+            return None
+        return f"--method {method} has no such setting"
 
     return reason
 

@@ -6,11 +6,12 @@ from collections import defaultdict
 
 import pytest
 import torch
+from tests.support.traces import trace_prompt
 from torch import nn
 
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, bias_out, weight_out_in
-from swlora.superweights.detect import Candidate, persistence, scan, trace
+from swlora.superweights.detect import Candidate, persistence, trace
 
 PROMPT = "Apple Inc. is a worldwide tech company."
 
@@ -55,9 +56,9 @@ def with_biases(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("model_type", "address"), PLANTED)
 def test_a_planted_super_weight_is_found(model_type, address, make_model, tiny_tokenizer):
     model = make_model(model_type)
-    twin = scan(model, tiny_tokenizer, PROMPT, max_candidates=64)
+    twin = trace_prompt(model, tiny_tokenizer, PROMPT)
     Anatomy(model).weight_view(address).fill_(50.0)
-    found = scan(model, tiny_tokenizer, PROMPT, max_candidates=64)
+    found = trace_prompt(model, tiny_tokenizer, PROMPT)
     best, second = found.candidates[:2]
     assert best.address == address
     assert best.weight == 50.0
@@ -78,9 +79,7 @@ def test_every_number_against_activations_kept_whole(model_type, make_model, tin
                 {(p.layer, p.name): (x[0].view(n_tokens, -1), y.view(n_tokens, -1), m)}
             )
         )
-    found = scan(model, tiny_tokenizer, PROMPT, max_candidates=64)
-    assert found.prompt == PROMPT
-    assert found.tokens == tiny_tokenizer.convert_ids_to_tokens(list(PROMPT.encode()))
+    found = trace_prompt(model, tiny_tokenizer, PROMPT)
     assert [(m.layer, m.module) for m in found.modules] == list(kept)
     for m in found.modules:
         for spike, activation in zip((m.input, m.output), kept[m.layer, m.module][:2], strict=True):
@@ -113,7 +112,7 @@ def test_numbers_of_experts_token_by_token(model_type, make_model, tiny_tokenize
     for layer in range(3):
         if experts := anatomy.experts(layer):
             experts.register_forward_hook(lambda _m, x, _y, layer=layer: routed.update({layer: x}))
-    found = scan(model, tiny_tokenizer, PROMPT, max_candidates=99)
+    found = trace_prompt(model, tiny_tokenizer, PROMPT)
     candidates = {c.address: c for c in found.candidates if "experts" in c.address.module}
     spikes = {(m.layer, m.module): m for m in found.modules}
     for layer, (hidden, index, share) in routed.items():
@@ -157,7 +156,7 @@ def test_the_residual_stream(model_type, make_model, tiny_tokenizer):
         torch.testing.assert_close(own, expected[0])
     normed = Anatomy(model).final_norm(found.stream[-1])  # transformers keeps the last one normed
     torch.testing.assert_close(normed, states[-1][0])
-    residual = scan(model, tiny_tokenizer, PROMPT, max_candidates=1).residual
+    residual = trace_prompt(model, tiny_tokenizer, PROMPT).residual()
     assert len(residual) == 3
     for spike, state in zip(residual, found.stream[1:], strict=True):
         assert spike.value == state[spike.token, spike.channel]
@@ -234,26 +233,24 @@ def test_candidates_are_the_largest_contributions_first(
     model_type, outputs, make_model, tiny_tokenizer
 ):
     model = make_model(model_type)
-    everything = scan(model, tiny_tokenizer, PROMPT, max_candidates=64).candidates
+    everything = trace_prompt(model, tiny_tokenizer, PROMPT).candidates
     assert len(everything) == 6  # two output projections in each of three blocks
     assert {c.address.module for c in everything} == outputs
     sizes = [abs(c.weight * c.input_value) for c in everything]
     assert sizes == sorted(sizes, reverse=True)
-    few = scan(model, tiny_tokenizer, PROMPT, max_candidates=2).candidates
-    assert few == everything[:2]
 
 
 def test_a_spike_of_zero_has_a_finite_share(make_model, tiny_tokenizer):
     model = make_model("llama")
     Anatomy(model).projection(0, "mlp.down_proj").weight.zero_()
-    found = scan(model, tiny_tokenizer, PROMPT, max_candidates=64)
+    found = trace_prompt(model, tiny_tokenizer, PROMPT)
     assert all(math.isfinite(c.contribution_share) for c in found.candidates)
 
 
 def test_the_model_is_untouched(make_model, tiny_tokenizer):
     model = make_model("gpt2")
     before = weights_sha256(model)
-    scan(model, tiny_tokenizer, PROMPT, max_candidates=3)
+    trace_prompt(model, tiny_tokenizer, PROMPT)
     assert weights_sha256(model) == before
     assert n_hooks(model) == 0
     assert all(p.grad is None for p in model.parameters())
@@ -274,7 +271,7 @@ def test_hooks_go_when_the_forward_pass_fails(
 
     monkeypatch.setattr(Anatomy(model).final_norm, "forward", fail)
     with pytest.raises(error):
-        scan(model, tiny_tokenizer, PROMPT, max_candidates=3)
+        trace_prompt(model, tiny_tokenizer, PROMPT)
     assert n_hooks(model) == 0
     assert weights_sha256(model) == before
 
@@ -283,11 +280,11 @@ def test_activations_that_are_no_numbers(make_model, tiny_tokenizer):
     model = make_model("gpt2")
     Anatomy(model).projection(2, "mlp.c_proj").weight[3, 4] = math.nan
     with pytest.raises(UserError, match="not finite"):
-        scan(model, tiny_tokenizer, PROMPT, max_candidates=3)
+        trace_prompt(model, tiny_tokenizer, PROMPT)
     assert n_hooks(model) == 0
 
 
 @pytest.mark.parametrize(("prompt", "said"), [("", "no tokens"), ("x" * 257, "more tokens than")])
 def test_a_prompt_that_cannot_be_run(prompt, said, make_model, tiny_tokenizer):
     with pytest.raises(UserError, match=said):
-        scan(make_model("gpt2"), tiny_tokenizer, prompt, max_candidates=3)
+        trace_prompt(make_model("gpt2"), tiny_tokenizer, prompt)

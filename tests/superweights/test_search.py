@@ -8,12 +8,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from tests.support.traces import trace_prompt
 from torch import nn
 
 from swlora.config import ModelSpec
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress
-from swlora.superweights.detect import scan, trace
+from swlora.superweights.detect import trace
 from swlora.superweights.search import MASSIVE_RATIO, PROMPTS, removal_layers, search
 
 BOS = 256
@@ -96,7 +97,7 @@ def test_the_larger_hides_the_smaller(case, make_model, tiny_tokenizer):
     first, second = WeightAddress(1, "mlp.c_proj", 17, 33), SECOND[case]
     model = plant(make_model("gpt2"), {first: 3000.0, second: 1000.0})
     # With one prompt: over several, an input may be larger than the other for some
-    one = scan(model, tiny_tokenizer, PROMPTS[0], max_candidates=99)
+    one = trace_prompt(model, tiny_tokenizer, PROMPTS[0])
     assert second not in [c.address for c in one.candidates]
     before = weights_sha256(model)
     found = search(model, without_bos(tiny_tokenizer), PROMPTS[:1], max_candidates=8)
@@ -177,7 +178,11 @@ def test_bos_is_read_off_the_ids(says_so, make_model, tiny_tokenizer, bos_tokeni
     assert by_name[0] == by_name[1]
     # The first setting, which figures show, is the tokenizer's own way
     for found, tokenizer in ((bare, tiny_tokenizer), (own, bos_tokenizer(says_so=True))):
-        assert found.scan.tokens == scan(model, tokenizer, PROMPTS[0], max_candidates=3).tokens
+        ids = tokenizer(PROMPTS[0]).input_ids
+        assert found.scan.tokens == tokenizer.convert_ids_to_tokens(ids)
+        assert found.scan.prompt == PROMPTS[0]
+        every = [c.address for c in trace_prompt(model, tokenizer, PROMPTS[0]).candidates]
+        assert [c.address for c in found.scan.candidates] == every[:3] != every
         assert found.path == found.settings[0].path
 
 

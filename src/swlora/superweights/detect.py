@@ -73,7 +73,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Scan:
-    """One forward pass over one prompt; `residual` is the largest value after every block."""
+    """What figures show of a prompt; `residual` is the largest value after every block."""
 
     prompt: str
     tokens: list[str]
@@ -101,23 +101,6 @@ class Trace:
     def path(self, token: int, channel: int) -> list[float]:
         """Return the value of the residual stream at one place after every block."""
         return [float(value) for value in self.stream[1:, token, channel]]
-
-
-def scan(model: Any, tokenizer: Any, prompt: str, *, max_candidates: int) -> Scan:
-    """Run `prompt` once and return all spikes and the `max_candidates` largest contributions.
-
-    Only output projections (attention out, MLP out) are candidates: their outputs enter the
-    residual stream. Raises UserError where the prompt has no tokens, or too many.
-    """
-    token_ids = prompt_tokens(model, tokenizer, prompt)
-    found = trace(Anatomy(model), [token_ids])[0]
-    return Scan(
-        prompt=prompt,
-        tokens=tokenizer.convert_ids_to_tokens(token_ids),
-        modules=found.modules,
-        residual=found.residual(),
-        candidates=found.candidates[:max_candidates],
-    )
 
 
 def prompt_tokens(model: Any, tokenizer: Any, prompt: str) -> list[int]:
@@ -149,7 +132,8 @@ def trace(anatomy: Anatomy, sequences: Sequence[Sequence[int]]) -> list[Trace]:
     """Run token sequences at once and return what each did.
 
     They are padded at the end, where causal attention keeps the padding from everybody's sight.
-    Raises UserError where an activation is not finite.
+    Only output projections (attention out, MLP out) are candidates: their outputs enter the
+    residual stream. Raises UserError where an activation is not finite.
     """
     width = max(map(len, sequences))
     padded = [[*ids, *[ids[-1]] * (width - len(ids))] for ids in sequences]

@@ -84,7 +84,7 @@ def evaluate(model: str, dataset: Any) -> None:
     chosen = {example.prompt for example, _ in groups}
     examples = [example for example in dataset.dev if example.prompt in chosen]
     limits = {"context_tokens": loaded.context_tokens, "truncate": False}
-    sequences, _ = encode_examples(examples, dataset.separator, loaded.tokenizer, **limits)
+    sequences = encode_examples(examples, dataset.separator, loaded.tokenizer, **limits).sequences
     spec = DecodeSpec(max_new_tokens=EVAL_TOKENS)
     done, ends = 0, loaded.end_token_ids
     while True:

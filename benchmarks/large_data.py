@@ -81,9 +81,9 @@ def prepare(path: Path, model: str) -> dict[str, Any]:
     with watch("load"), memory("load"):
         dataset = load_dataset(DataSpec(name=str(path)))
     with watch("tokenise"), memory("tokenise"):
-        sequences, _ = encode_examples(
+        sequences = encode_examples(
             dataset.train, dataset.separator, tokenizer, context_tokens=8192, truncate=False
-        )
+        ).sequences
     with watch("plan"), memory("plan"):
         steps = step_plan(sequences, TrainSpec(), 0)(0)
     with watch("rows"), memory("rows"):

@@ -94,7 +94,7 @@ def run(
 def encode(rows: list[Example], separator: str, loaded: LoadedModel) -> TokenSequences:
     """Tokenise the rows."""
     limits = {"context_tokens": loaded.context_tokens, "truncate": False}
-    return encode_examples(rows, separator, loaded.tokenizer, **limits)[0]
+    return encode_examples(rows, separator, loaded.tokenizer, **limits).sequences
 
 
 def _train(

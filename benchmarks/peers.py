@@ -131,7 +131,7 @@ def _with_adapters(model: Any, arm: Arm) -> Any:
 
 def _encode(pool: list[Example], separator: str, tokenizer: Any) -> list[dict[str, list[int]]]:
     limits = {"context_tokens": ORIGINAL_TOKENS, "truncate": False}
-    sequences, _ = encode_examples(pool, separator, tokenizer, **limits)
+    sequences = encode_examples(pool, separator, tokenizer, **limits).sequences
     items = []
     for start, end in pairwise(sequences.offsets.tolist()):
         ids, trained = sequences.tokens[start:end], sequences.weights[start:end] > 0

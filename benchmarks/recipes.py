@@ -154,7 +154,7 @@ class Bench:
         dataset, loaded = load_dataset(data), self._loaded
         limits = {"context_tokens": loaded.context_tokens, "truncate": False}
         rows = dataset.split(split)
-        return encode_examples(rows, dataset.separator, loaded.tokenizer, **limits)[0]
+        return encode_examples(rows, dataset.separator, loaded.tokenizer, **limits).sequences
 
 
 def descend(step: TreeStep, schedule: Schedule, adapted: Any) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.config import SAMPLE_DATASET, RunSpec
 from swlora.data.sources import Dataset, load_dataset
-from swlora.data.token_sequences import TokenSequences
+from swlora.errors import UserError
 from swlora.layer_policy import VerifiedLayers
 from swlora.models.load import LoadedModel, check_model, load_model, settled_model
 from swlora.progress import Progress
@@ -19,6 +19,8 @@ from swlora.run_record import RunRecord
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from swlora.data.encode import Encoded
+
 
 @dataclass
 class Job:
@@ -27,7 +29,7 @@ class Job:
     spec: RunSpec
     run: RunRecord
     progress: Progress
-    _encoded: dict[tuple[str, int | None], TokenSequences] = field(default_factory=dict)
+    _encoded: dict[tuple[str, int | None], "Encoded"] = field(default_factory=dict)
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -86,7 +88,7 @@ class Job:
         )
         return dataset
 
-    def encoded(self, split: str, n_rows: int | None = None) -> TokenSequences:
+    def encoded(self, split: str, n_rows: int | None = None) -> "Encoded":
         """Return a split, or its first rows, as token ids; rows that are cut are counted and said.
 
         They are encoded once. Raises UserError where there is no such split.
@@ -97,20 +99,30 @@ class Job:
 
         if (split, n_rows) in self._encoded:
             return self._encoded[split, n_rows]
+        rows, train_on = self.dataset.split(split)[:n_rows], self.spec.data.train_on
+        if split == "train" and train_on != "all-turns" and not any(e.messages for e in rows):
+            raise UserError(f"--train-on {train_on} is for chats, and no row is one; leave it out")
         with self.timed("tokenise"), self.progress.task(f"tokenise the {split} rows"):
-            sequences, n_cut = encode_examples(
-                self.dataset.split(split)[:n_rows],
+            encoded = encode_examples(
+                rows,
                 self.dataset.separator,
                 self.loaded.tokenizer,
                 context_tokens=self.loaded.context_tokens,
                 truncate=self.spec.data.truncate,
+                train_on=train_on,
+                skip_bad_rows=self.spec.data.skip_bad_rows,
             )
-            check_sequences(sequences, self.loaded.tokenizer, n_embeddings(self.loaded.model))
-        if n_cut:
-            self.progress.say(f"{n_cut} rows of the {split} split were cut to the context")
-            self.run.record(**{f"n_cut_rows_{split}": n_cut})
-        self._encoded[split, n_rows] = sequences
-        return sequences
+            n_known = n_embeddings(self.loaded.model)
+            check_sequences(encoded.sequences, self.loaded.tokenizer, n_known)
+        if encoded.n_cut:
+            self.progress.say(f"{encoded.n_cut} rows of the {split} split were cut to the context")
+            self.run.record(**{f"n_cut_rows_{split}": encoded.n_cut})
+        for reason, n in encoded.bad.items():
+            self.progress.say(f"{n} bad rows of the {split} split were left out: {reason}")
+        if encoded.bad:
+            self.run.record(**{f"bad_rows_{split}": encoded.bad})
+        self._encoded[split, n_rows] = encoded
+        return encoded
 
     def begin(self) -> None:
         """Make the run folder: what was asked for can be done, and takes its time from here on.

@@ -125,7 +125,7 @@ def measure_layers(job: Job, budget: float) -> list[int]:
 
     if recorded := job.run.read_result().get("layer_choice"):
         return [int(layer) for layer in recorded["layers"]]
-    sequences, model = job.encoded("train"), job.loaded.model
+    sequences, model = job.encoded("train").sequences, job.loaded.model
     with job.timed("measure_layers"), job.progress.task("measure the layers"):
         choice = layer_choice.choose(model, sequences, job.spec, budget, job.progress)
     for line in layer_choice.lines(choice):
@@ -143,7 +143,6 @@ def evaluate(
     for the base model before it was adapted.
     Leaves predictions.csv and segments.json (what was measured of each prompt) in the run folder.
     """
-    from swlora.data.sources import number_prompts
     from swlora.evaluation.decode import chat_end_token_ids, generate
     from swlora.evaluation.evaluated import Evaluated
     from swlora.evaluation.loss import grouped_losses
@@ -152,9 +151,9 @@ def evaluate(
     from swlora.evaluation.segments import Segments
 
     spec, split, loaded = job.spec, job.spec.data.eval_split, job.loaded
-    sequences, prompt_of = job.encoded(split), number_prompts(job.dataset.split(split))
     with job.timed("loss"):
-        losses = grouped_losses(model, sequences, prompt_of, job.progress)
+        sequences = job.encoded(split).sequences
+        losses = grouped_losses(model, sequences, prepared.prompt_of, job.progress)
     english = _measure_english(job, model, untouched)
     with job.timed("generate"):
         ends = chat_end_token_ids(loaded) if prepared.is_chat else loaded.end_token_ids
@@ -226,7 +225,6 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> "Evaluated":
     folder = adapter_folder(adapter) if adapter else None
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
     prepared = prepare_evaluation(job)
-    job.encoded(job.spec.data.eval_split)
     untouched = measure_untouched_english(job)
     loaded = job.loaded
     if folder:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from swlora.data.examples import Example
-from swlora.data.token_sequences import TokenSequences
+from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.job import Job
 
 if TYPE_CHECKING:
@@ -27,11 +29,15 @@ class PreparedTraining:
 
 @dataclass(frozen=True)
 class PreparedEvaluation:
-    """The distinct prompts of a split, each with its references and its token ids."""
+    """The distinct prompts of a split, each with its references and its token ids.
+
+    `prompt_of` (n,) is the number of the prompt of every sequence of the split.
+    """
 
     examples: list[Example]
     references: list[list[str]]
     prompts: list[list[int]]
+    prompt_of: Ints
 
     @property
     def is_chat(self) -> bool:
@@ -52,7 +58,7 @@ def prepare_training(job: Job) -> PreparedTraining:
     from swlora.evaluation.held_out import planned_measurements
     from swlora.training.schedule import Schedule, batch_note
 
-    spec, sequences = job.spec, job.encoded("train")
+    spec, sequences = job.spec, job.encoded("train").sequences
     schedule = Schedule.of(sequences, spec.train, spec.seed)
     if note := batch_note(spec.train, len(sequences)):
         job.progress.say(note)
@@ -80,7 +86,7 @@ def encode_held_out(job: Job, planned: "Measurements") -> TokenSequences | None:
         job.progress.say(
             "the adapter with the lowest held-out loss is not kept: that needs a run folder"
         )
-    return job.encoded(split, planned.n_rows)
+    return job.encoded(split, planned.n_rows).sequences
 
 
 def check_adapter(job: Job, n_steps: int) -> None:
@@ -106,14 +112,19 @@ def prepare_evaluation(job: Job) -> PreparedEvaluation:
     Raises UserError where there are none, or where the model has no room for an answer.
     """
     from swlora.data.encode import encode_prompts
+    from swlora.data.examples import select
     from swlora.data.known_tokens import check_prompts
-    from swlora.data.sources import group_references
+    from swlora.data.sources import group_references, number_prompts
     from swlora.evaluation.decode import check_room
     from swlora.models.anatomy import n_embeddings
 
-    groups = group_references(job.dataset.split(job.spec.data.eval_split))
+    split = job.spec.data.eval_split
+    used, example_of = np.unique(job.encoded(split).example_ids, return_inverse=True)
+    rows = select(job.dataset.split(split), used)  # without those that could not be encoded
+    groups = group_references(rows)
     examples = [example for example, _ in groups]
     prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)
     check_prompts(prompts, job.loaded.tokenizer, n_embeddings(job.loaded.model))
     check_room(job.loaded.model, prompts, job.spec.decode)
-    return PreparedEvaluation(examples, [references for _, references in groups], prompts)
+    references = [own for _, own in groups]
+    return PreparedEvaluation(examples, references, prompts, number_prompts(rows)[example_of])

@@ -1,11 +1,14 @@
 """Chats: what is trained is what the template writes, and what it shows for generation."""
 
+import re
+from dataclasses import replace
+
 import pytest
 from tests.support import chat_templates as shapes
 from tests.support.chat_templates import SPECIAL, chat_tokenizer
-from tests.support.encoding import encode_example
 
 from swlora.data.chat import ChatTemplate, end_of_turn_token
+from swlora.data.chat_encode import encode_chats
 from swlora.data.encode import encode_examples, encode_prompts
 from swlora.data.examples import Example
 from swlora.errors import DataError, UserError
@@ -15,30 +18,31 @@ LONGER = (("user", "Hi"), ("assistant", " Yes? "), ("user", "é"))
 THINKING = "<think>\nLong ago.\n</think>\n\nHello"
 
 
-def encoded(template, turns, answer, **tokens):
-    """Return the tokenizer and the texts of what is shown and trained."""
-    tokenizer = chat_tokenizer(template, **tokens)
-    example = shapes.chat(turns, answer)
-    prompt, completion = encode_example(example, "never used", tokenizer)
-    assert encode_prompts([example], "never used", tokenizer) == [prompt]
-    return tokenizer, prompt, completion
-
-
 def as_turns(turns, answer=None):
     added = () if answer is None else (("assistant", answer),)
     return [{"role": role, "content": content} for role, content in (*turns, *added)]
 
 
+def encoded(template, turns, answer, **tokens):
+    """Return the tokenizer, and the tokens that are shown and trained for the last answer."""
+    tokenizer = chat_tokenizer(template, **tokens)
+    example = shapes.chat(turns, answer)
+    ((sequence,),) = encode_chats([example], tokenizer, "last-turn", None)
+    ids, ((n_prompt, _), _) = sequence
+    assert encode_prompts([example], "never used", tokenizer) == [ids[:n_prompt]]
+    return tokenizer, ids[:n_prompt], ids[n_prompt:]
+
+
 @pytest.mark.parametrize(
     ("template", "trained"),
     [
-        (shapes.GEMMA, "Hello there<end_of_turn>"),
-        (shapes.PHI_3, " Hello there <|end|>"),
+        (shapes.GEMMA, "Hello there<end_of_turn>\n"),
+        (shapes.PHI_3, " Hello there <|end|>\n</s>"),
         (shapes.LLAMA_2, " Hello there </s>"),
         (shapes.LLAMA_3, "Hello there<|eot_id|>"),
-        (shapes.CHATML, " Hello there <|im_end|>"),  # whose EOS is </s> here: a base model
-        (shapes.ZEPHYR, " Hello there </s>"),
-        (shapes.NO_END, " Hello there </s>"),  # nothing to stop at, so EOS
+        (shapes.CHATML, " Hello there <|im_end|>\n"),  # whose EOS is </s> here: a base model
+        (shapes.ZEPHYR, " Hello there </s>\n"),
+        (shapes.NO_END, " Hello there \n\n"),
     ],
 )
 @pytest.mark.parametrize("turns", [HI, LONGER])
@@ -48,41 +52,40 @@ def test_the_answer_is_trained_as_the_template_writes_it(template, trained, turn
     shown = tokenizer.apply_chat_template(as_turns(turns), add_generation_prompt=True)
     assert prompt == shown.input_ids  # transformers' own, with one BOS at most
     whole = tokenizer.apply_chat_template(as_turns(turns, " Hello there ")).input_ids
+    assert whole == prompt + completion
     if template != shapes.NO_END:
-        assert whole[: len(prompt + completion)] == prompt + completion
-        assert end_of_turn_token(tokenizer) == completion[-1]
+        assert end_of_turn_token(tokenizer) in completion
 
 
 def test_the_token_that_ends_a_turn():
     assert end_of_turn_token(chat_tokenizer(shapes.NO_END)) is None
     assert end_of_turn_token(chat_tokenizer(None)) is None
     assert end_of_turn_token(chat_tokenizer(shapes.GEMMA)) == SPECIAL["<end_of_turn>"]
+    assert end_of_turn_token(chat_tokenizer(shapes.PHI_3)) == SPECIAL["<|end|>"]
     as_text = chat_tokenizer(shapes.CHATML, special=False)  # added, though not as a special token
     assert end_of_turn_token(as_text) == SPECIAL["<|im_end|>"]
     unknown = chat_tokenizer(shapes.CHATML.replace("im_end", "end_of_it"))
     assert end_of_turn_token(unknown) is None  # pieces of text are nothing to stop at
-    _, completion = encode_example(shapes.chat(HI, "Hello"), "", unknown)
-    assert completion == [*b"Hello", SPECIAL["</s>"]]
 
 
-def test_an_answer_that_holds_the_end_is_cut_at_its_own_end():
+def test_an_answer_that_holds_the_end_is_trained_whole():
     tokenizer, _, completion = encoded(shapes.CHATML, HI, "say <|im_end|>\nor not")
-    text = "say <|im_end|>\nor not<|im_end|>"
+    text = "say <|im_end|>\nor not<|im_end|>\n"
     assert completion == tokenizer(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize(
     ("template", "answer", "trained"),
     [
-        (shapes.THINK_PLAIN, THINKING, "Long ago.\n</think>\n\nHello<|im_end|>"),
-        (shapes.THINK_PLAIN, "<think>A.</think>B", "A.</think>B<|im_end|>"),
-        (shapes.THINK_ALWAYS, THINKING, "Long ago.\n</think>\n\nHello<|im_end|>"),
-        (shapes.THINK_ALWAYS, "<think>A.</think>B", "A.\n</think>\n\nB<|im_end|>"),
-        (shapes.THINK_ALWAYS, "Hello", "\n</think>\n\nHello<|im_end|>"),
-        (shapes.THINK_DROPPED, THINKING, "Long ago.\n</think>\n\nHello<|im_end|>"),
-        (shapes.THINK_DROPPED, "A.</think>B", "A.</think>B<|im_end|>"),
-        (shapes.THINK_DOUBLED, THINKING, "Long ago.\n</think>\n\nHello<|im_end|>"),
-        (shapes.THINK_NEVER, "Hello", "Hello<|im_end|>"),
+        (shapes.THINK_PLAIN, THINKING, "Long ago.\n</think>\n\nHello<|im_end|>\n"),
+        (shapes.THINK_PLAIN, "<think>A.</think>B", "A.</think>B<|im_end|>\n"),
+        (shapes.THINK_ALWAYS, THINKING, "Long ago.\n</think>\n\nHello<|im_end|>\n"),
+        (shapes.THINK_ALWAYS, "<think>A.</think>B", "A.\n</think>\n\nB<|im_end|>\n"),
+        (shapes.THINK_ALWAYS, "Hello", "\n</think>\n\nHello<|im_end|>\n"),
+        (shapes.THINK_DROPPED, THINKING, "Long ago.\n</think>\n\nHello<|im_end|>\n"),
+        (shapes.THINK_DROPPED, "A.</think>B", "A.</think>B<|im_end|>\n"),
+        (shapes.THINK_DOUBLED, THINKING, "Long ago.\n</think>\n\nHello<|im_end|>\n"),
+        (shapes.THINK_NEVER, "Hello", "Hello<|im_end|>\n"),
     ],
 )
 def test_reasoning_is_opened_once_and_closed(template, answer, trained):
@@ -112,9 +115,16 @@ def test_reasoning_is_opened_once_and_closed(template, answer, trained):
     ],
 )
 def test_what_cannot_be_trained_where_it_is_generated_is_refused_by_row(template, answer, reason):
-    examples = [Example("q", "a"), shapes.chat(HI, answer)]
-    with pytest.raises(DataError, match=f"row 2: the chat template .*{reason}"):
-        encode_examples(examples, "", chat_tokenizer(template), context_tokens=200, truncate=False)
+    chat = replace(shapes.chat(HI, answer), source="chats.jsonl, line", number=7)
+    examples, tokenizer = [Example("q", "a"), chat, Example("r", "b")], chat_tokenizer(template)
+    place = "^chats.jsonl, line 7: the chat template"
+    with pytest.raises(DataError, match=f"{place} .*{reason}.*; --skip-bad-rows leaves it out"):
+        encode_examples(examples, "", tokenizer, context_tokens=200, truncate=False)
+    encoded = encode_examples(
+        examples, "", tokenizer, context_tokens=200, truncate=False, skip_bad_rows=True
+    )
+    assert encoded.example_ids.tolist() == [0, 2]
+    assert list(encoded.bad.values()) == [1] and re.search(reason, *encoded.bad)
 
 
 def test_system_words_that_only_a_last_turn_holds_are_shown_as_in_generation():

@@ -38,6 +38,14 @@ def byte_tokenizer(template: str = "$A", **tokens: str) -> PreTrainedTokenizerFa
     return PreTrainedTokenizerFast(tokenizer_object=core, **({"eos_token": "</s>"} | tokens))
 
 
+def encode_split(*arguments, **limits):
+    """Return the sequences, and how many of them were cut."""
+    encoded = encode_examples(*arguments, **limits)
+    assert encoded.example_ids.tolist() == list(range(len(encoded.sequences)))
+    assert encoded.bad == {}
+    return encoded.sequences, encoded.n_cut
+
+
 def as_bytes(text: str) -> list[int]:
     return list(text.encode())
 
@@ -72,7 +80,7 @@ def test_a_chat_is_written_by_the_template_without_a_second_bos():
     prompt, completion = encode_example(chat(CHAT, "Ja"), "never used", tokenizer)
     parts = ("system:Be brief.;", "user:é?;", "assistant:")
     assert prompt == [token for part in parts for token in [BOS, *as_bytes(part)]]
-    assert completion == [*as_bytes("Ja"), EOS]
+    assert completion == as_bytes("Ja;")  # as the template ends it, and nothing else
 
 
 def test_chats_that_cannot_be_written_are_refused():
@@ -94,9 +102,7 @@ def test_a_split_equals_its_examples_encoded_one_by_one():
         chat(CHAT[1:], "d"),
         chat(CHAT, "e"),
     ]
-    sequences, n_cut = encode_examples(
-        examples, ": ", tokenizer, context_tokens=200, truncate=False
-    )
+    sequences, n_cut = encode_split(examples, ": ", tokenizer, context_tokens=200, truncate=False)
     assert (len(sequences), n_cut) == (7, 0)
     expected = [encode_example(example, ": ", tokenizer) for example in examples]
     for i, (prompt, completion) in enumerate(expected):
@@ -132,7 +138,7 @@ def test_a_length_limit_stored_with_the_tokenizer_cuts_nothing():
 
 def test_rows_longer_than_the_context_are_refused_by_number():
     examples = [Example("12345", "1234"), Example("123", "1234567"), Example("123456", "12345678")]
-    sequences, _ = encode_examples(
+    sequences, _ = encode_split(
         examples[:2], "", byte_tokenizer(), context_tokens=11, truncate=False
     )
     assert sequences.lengths.tolist() == [10, 11]  # exactly full is fine
@@ -154,9 +160,7 @@ def test_rows_longer_than_the_context_are_refused_by_number():
 )
 def test_truncation(prompt, completion, kept_prompt, kept_completion, cut):
     examples = [Example("k", "v"), Example(prompt, completion)]
-    sequences, n_cut = encode_examples(
-        examples, "", byte_tokenizer(), context_tokens=7, truncate=True
-    )
+    sequences, n_cut = encode_split(examples, "", byte_tokenizer(), context_tokens=7, truncate=True)
     assert n_cut == cut
     assert sequences.tokens.tolist() == [*b"kv", EOS, *kept_prompt.encode(), *kept_completion]
     assert sequences.prompt_lengths.tolist() == [1, len(kept_prompt)]
@@ -200,9 +204,7 @@ def test_gpt2_ids_are_those_of_its_own_tokenizer(shared_dir: Path):
 def test_all_of_e2e_reads_back_as_it_was_written(shared_dir: Path):
     tokenizer = gpt2(shared_dir)
     examples = e2e_rows(shared_dir, "trainset.csv")
-    sequences, n_cut = encode_examples(
-        examples, "\n", tokenizer, context_tokens=1024, truncate=False
-    )
+    sequences, n_cut = encode_split(examples, "\n", tokenizer, context_tokens=1024, truncate=False)
     assert (len(sequences), n_cut) == (42061, 0)
     for i, example in enumerate(examples):
         ids = sequences.tokens[sequences.offsets[i] : sequences.offsets[i + 1]].tolist()
@@ -220,9 +222,7 @@ def test_chunks_change_nothing(chunk_rows, monkeypatch):
     tokenizer = byte_tokenizer("<s> $A")
 
     def encoded(context_tokens):
-        return encode_examples(
-            examples, ":", tokenizer, context_tokens=context_tokens, truncate=True
-        )
+        return encode_split(examples, ":", tokenizer, context_tokens=context_tokens, truncate=True)
 
     (whole, n_cut), (long, n_long) = encoded(30), encoded(99)
     monkeypatch.setattr(encode, "CHUNK_EXAMPLES", chunk_rows)

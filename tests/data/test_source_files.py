@@ -120,7 +120,7 @@ BAD_JSON = {
     b'{"messages": [{"role": "assistant", "content": "a"}]}': "not a list of two turns",
     b'{"messages": ["a", "b"]}': "has the role None, not one of system",
     b'{"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]}': (
-        "has the role 'tool'"
+        "message of the tool stands before the first answer"
     ),
     b'{"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "b"}]}': (
         "content of a message of the user is not a string"
@@ -132,7 +132,7 @@ BAD_JSON = {
         "prompt is empty"
     ),
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}': (
-        "completion is empty"
+        "an answer of the assistant is empty"
     ),
 }
 BAD_CSV = {

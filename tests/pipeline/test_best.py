@@ -63,7 +63,7 @@ def test_the_best_adapter_is_the_one_that_was_measured(
 
     loaded = load_model(spec.model)
     with Run.create(tmp_path / "read", spec, "train") as run:
-        dev = Job(spec, run, Silent()).encoded("dev")
+        dev = Job(spec, run, Silent()).encoded("dev").sequences
     plain = PeftModel.from_pretrained(loaded.model, str(best)).eval()
     loss = dataset_loss(plain, dev, Silent()).nats_per_token
     assert loss == pytest.approx(held_out.best, rel=1e-5)

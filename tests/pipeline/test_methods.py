@@ -64,7 +64,7 @@ def test_what_is_reported_is_what_was_saved(
 
     base = load_model(spec.model).model
     loaded = load_adapter(base, folder)
-    rows = job.encoded("dev")
+    rows = job.encoded("dev").sequences
     assert dataset_loss(loaded, rows, Silent()).sum_nats == pytest.approx(
         dataset_loss(model.eval(), rows, Silent()).sum_nats, rel=1e-6
     )
@@ -116,7 +116,7 @@ def test_held_out_loss_is_measured_off_the_clock_and_changes_nothing(
     assert not any("eval_nll" in line for line in plain)
     measured = {line["step"]: line for line in lines if "eval_nll" in line}
     assert list(measured) == [3, 6, 8]  # every third step, and the last
-    loss = dataset_loss(model.eval(), job.encoded("dev"), Silent())
+    loss = dataset_loss(model.eval(), job.encoded("dev").sequences, Silent())
     last = measured[8]
     assert (last["eval_sum_nats"], last["eval_n_tokens"]) == (loss.sum_nats, loss.n_tokens)
     assert last["eval_nll"] == loss.nats_per_token < measured[3]["eval_nll"]

@@ -8,7 +8,6 @@ import peft
 import pytest
 import torch
 from tests.support.data_files import write_rows
-from tests.support.plain_peft import EOS
 from tests.support.small_runs import ROWS, weights
 from tests.support.whole_jobs import (
     DEV,
@@ -171,7 +170,7 @@ def test_chats(model_folder, make_model, rows, tmp_path):
     model = peft.PeftModel.from_pretrained(make_model("llama"), str(tmp_path / "run" / "adapter"))
     prompt, completion = (
         [256, *b"system:Be brief.;", 256, *b"user:x?;", 256, *b"assistant:"],
-        [*b"Yes.", EOS],
+        [*b"Yes.;"],  # as the template ends it
     )
     log_p = model.eval()(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
     expected = -sum(float(log_p[len(prompt) - 1 + k, token]) for k, token in enumerate(completion))
@@ -198,6 +197,7 @@ def test_rows_that_are_left_out_or_cut_are_counted(model_folder, rows, tmp_path)
     [
         ({"decode__max_new_tokens": 250}, "exceed the model's context"),
         ({"data__eval_file": None, "data__eval_split": "test"}, "has no test split"),
+        ({"data__train_on": "last-turn"}, "--train-on last-turn is for chats, and no row is one"),
         ({"adapter__layers": "3"}, "layer 3 does not exist"),
         ({"adapter__targets": "nope"}, "no projection is called 'nope'"),
     ],
@@ -232,7 +232,7 @@ def test_thirty_steps_on_real_data_teach_the_embedded_model(builtin_dir, shared_
     )
     with Run.create(tmp_path / "run", spec, "train") as run:
         job = Job(spec, run, Silent())
-        dev = job.encoded("dev")
+        dev = job.encoded("dev").sequences
         before = dataset_loss(job.loaded.model, dev, Silent())
         trained = pipeline.train(job)
         after = dataset_loss(trained.model.eval(), dev, Silent())

@@ -125,7 +125,7 @@ def test_rows_that_are_too_long(study, rows):
     with rows.open("a") as file:  # the last prompts are the dev split
         file.write(json.dumps({"prompt": "p", "completion": "x" * 300}) + "\n")
     (problem,) = check(study("lora"), may_fetch=False).problems
-    assert problem.startswith("data: dev split: row ")
+    assert problem.startswith(f"data: dev split: {rows}, line 46 has 302 tokens, 1 of prompt and ")
 
 
 def test_one_rate_needs_no_dev_split(study):

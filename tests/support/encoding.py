@@ -10,9 +10,10 @@ ANY_LENGTH = 1 << 20
 
 def encode_example(example: Example, separator: str, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return (prompt ids, completion ids with their end) of a data set of one example."""
-    sequences, n_cut = encode_examples(
+    encoded = encode_examples(
         [example], separator, tokenizer, context_tokens=ANY_LENGTH, truncate=False
     )
-    assert (len(sequences), n_cut) == (1, 0)
+    sequences = encoded.sequences
+    assert (len(sequences), encoded.n_cut) == (1, 0)
     ids, n_prompt = sequences.tokens.tolist(), int(sequences.prompt_lengths[0])
     return ids[:n_prompt], ids[n_prompt:]

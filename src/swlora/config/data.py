@@ -41,5 +41,8 @@ class DataSpec(Spec):
     )
     prompt_column: str = "prompt"
     completion_column: str = "completion"
+    train_on: Literal["all-turns", "last-turn"] = Field(
+        default="all-turns", description="of chats, train every answer or the last one"
+    )
     skip_bad_rows: bool = False
     truncate: bool = Field(default=False, description="cut over-long rows instead of refusing them")

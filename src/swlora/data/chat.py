@@ -1,17 +1,15 @@
-"""Chats to text by the tokenizer's own template: what is shown to the model, and what it answers.
+"""A tokenizer's chat template: chats to text, exactly as transformers' own renderer writes them.
 
-    prompt = the template's text of the turns before the answer, with its generation prompt
-    answer = its text of all turns minus the prompt, up to and with the token that ends the turn
-
-The prompt is what generation shows. Where a template writes the turns before the answer in another
-way once the answer follows, the two do not fit together by themselves; then the answer's own text
-is found without them, or the chat is refused: it is never trained behind a prompt that lies.
+What a template leaves out in silence (a field of a message, tools) is refused by name here, since
+the model would never see it.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swlora.data.examples import ASSISTANT, Message
 from swlora.errors import UserError
@@ -21,27 +19,30 @@ if TYPE_CHECKING:
 
 Turns = Sequence[Message]
 
-# Some generation prompts open such a block, and the answer goes on inside of it.
-REASONING_BLOCKS = {
-    "<think>": "</think>",
-    "<thinking>": "</thinking>",
-    "<reasoning>": "</reasoning>",
-    "[THINK]": "[/THINK]",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-}
-_PROBE = "Xyzzy"  # an answer that is easily found in what a template writes
+# Fields that say which call a tool's answer belongs to. Templates tell it by the order.
+_BOOKKEEPING = {("tool", "tool_call_id"), ("tool", "name")}
+_OWN_MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
+_PROBE, _OTHER_PROBE = "Xyzzy", "Plugh"  # texts that are easily found in what a template writes
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A chat as text; `marks` are the (start, end) of what {% generation %} encloses in it."""
+
+    text: str
+    marks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class TurnEnd:
     """What a template writes behind an answer.
 
-    `trained` is the part of it up to and with `token_id`, the token that ends the turn; where no
-    single token does, that is None and `trained` is empty.
+    `only_last` is the end of `text` that it writes behind the last turn of a chat alone. `token_id`
+    is the token that ends the turn, None where pieces of text do.
     """
 
     text: str
-    trained: str
+    only_last: str
     token_id: int | None
 
 
@@ -55,48 +56,102 @@ class ChatTemplate:
                 "chat, or rows of prompt and completion"
             )
         self._tokenizer = tokenizer
+        self._written_fields: set[tuple[str, str]] = set()  # (role, field) that it does not drop
+        self._takes_parts: dict[str, bool] = {}
 
-    def prompt(self, turns: Turns) -> str:
+    def prompt(self, turns: Turns, tools: str = "") -> str:
         """Write turns and the beginning of an answer; UserError where the template refuses."""
-        return self._render(turns, add_generation_prompt=True)
+        return self.render([turns], tools, generation_prompt=True)[0].text
 
-    def answer(self, turns: Turns, answer: str, prompt: str) -> str:
-        """Write the answer that follows `prompt`, which is what `prompt(turns)` gave.
+    def render(
+        self, chats: Sequence[Turns], tools: str, *, generation_prompt: bool
+    ) -> list[Rendered]:
+        """Write chats that have the same tools; UserError where the template refuses one."""
+        try:
+            as_dicts = [self._as_dicts(turns) for turns in chats]
+            return self._rendered(as_dicts, tools, generation_prompt)
+        except Exception as error:  # a template may fail in any way
+            if len(chats) > 1:
+                for turns in chats:  # which one?
+                    self.render([turns], tools, generation_prompt=generation_prompt)
+            roles = ", ".join(turn.role for turn in chats[0])
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the chat template refuses the turns {roles}: {reason}") from error
 
-        Its end is that of the turn (see `end`). Raises UserError where the template does not write
-        the answer so that it can follow its own prompt.
+    def check_fields(self, turns: Turns, tools: str) -> None:
+        """Raise UserError for what the template leaves out: tools, a field of a message, a role.
+
+        The last of `turns` is an answer. What a template wrote once, it is not asked for again.
         """
-        whole = self._render((*turns, Message(ASSISTANT, answer)))
-        written = whole.removeprefix(prompt) if whole.startswith(prompt) else None
-        opened = _opened_block(prompt)
-        if opened:
-            tag, inside = opened.strip(), _inside(opened, answer)
-            if inside is not None and (written is None or tag in written):
-                return inside + self.end.trained  # the template drops the block, or opens it again
-            if written is None or REASONING_BLOCKS[tag] not in written:
+        if tools and ("", "tools") not in self._written_fields:
+            if self.prompt(turns, tools) == self.prompt(turns):
                 raise UserError(
-                    f"the chat template opens {tag} before an answer, and this answer does not "
-                    f"close it: begin it with a block of {tag}, or use a tokenizer whose template "
-                    "opens none"
+                    "the chat template has no place for tools: write them into the system message, "
+                    "and leave the field out"
                 )
-        if written is None:
-            written = self._written_elsewhere(turns, answer, prompt, whole)
-        if _letters(answer) not in _letters((opened or "") + written):
-            raise UserError(
-                "the chat template leaves out or changes a part of the answer, so the answer "
-                "cannot be trained as it stands"
-            )
-        if not written.endswith(self.end.text):
-            raise UserError(f"the chat template does not end this answer in {self.end.text!r}")
-        return written.removesuffix(self.end.text) + self.end.trained
+            self._written_fields.add(("", "tools"))
+        for number, turn in enumerate(turns):
+            self._check_role(turns, number, tools)
+            fields = json.loads(turn.extra) if turn.extra else {}
+            known = self._written_fields | _BOOKKEEPING | {(turn.role, "content")}
+            for name in fields:
+                if (turn.role, name) in known:
+                    continue
+                less = json.dumps({n: v for n, v in fields.items() if n != name})
+                without = Message(turn.role, turn.content, turn.trained, less)
+                before = turns[:number]
+                two = [(*before, turn), (*before, without)]
+                ours, theirs = self.render(two, tools, generation_prompt=False)
+                if ours == theirs:
+                    raise UserError(
+                        f"the chat template leaves out the field {name!r:.40} of a message of the "
+                        f"{turn.role}: write what it says into the content, or leave it out"
+                    )
+                self._written_fields.add((turn.role, name))
+
+    def _check_role(self, turns: Turns, number: int, tools: str) -> None:
+        role = turns[number].role
+        if role in ("user", ASSISTANT) or (role, "content") in self._written_fields:
+            return
+        other = Message(role, turns[number].content + _OTHER_PROBE)
+        before = turns[:-1]  # as generation shows them: some write the system's words there only
+        changed = (*before[:number], other, *before[number + 1 :])
+        ours, theirs = self.render([before, changed], tools, generation_prompt=True)
+        if ours == theirs:
+            raise UserError(f"the chat template has no place for a message of the {role}")
+        self._written_fields.add((role, "content"))
+
+    @cached_property
+    def has_marks(self) -> bool:
+        """Whether the template marks itself what is generated."""
+        return bool(_OWN_MARKS.search(self._source(with_tools=False)))
 
     @cached_property
     def end(self) -> TurnEnd:
         """How the template ends an answer, found by writing one; UserError where it refuses."""
-        written = self._render((Message("user", "Hi"), Message(ASSISTANT, _PROBE)))
-        _, probe, text = written.rpartition(_PROBE)
+        turns = (Message("user", "Hi"), Message(ASSISTANT, _PROBE))
+        (alone,) = self.render([turns], "", generation_prompt=False)
+        _, probe, text = alone.text.rpartition(_PROBE)
         if not probe:
             raise UserError("the chat template does not write the assistant's answers")
+        return TurnEnd(text, self._only_last(turns, alone.text, text), self._end_token(text))
+
+    def _only_last(self, turns: Turns, alone: str, end: str) -> str:
+        """Return the part of `end` that is missing once the user speaks again."""
+        try:
+            longer = self.render(
+                [(*turns, Message("user", _OTHER_PROBE))], "", generation_prompt=False
+            )
+        except UserError:
+            return ""
+        added = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
+        begins = {alone.rfind(token) for token in added if token and token in end}
+        for begin in sorted({*begins, len(alone)}, reverse=True):
+            if longer[0].text.startswith(alone[:begin]) and begin > len(alone) - len(end):
+                return alone[begin:]
+        return ""
+
+    def _end_token(self, text: str) -> int | None:
         added = self._tokenizer.added_tokens_decoder.items()
         for special in (True, False):
             # The first of them, and the longest that begins there
@@ -106,44 +161,65 @@ class ChatTemplate:
                 if token.special == special and token.content.strip() and token.content in text
             )
             for at, minus_length, token_id in found[:1]:
-                trained = text[: at - minus_length]
-                ids = self._tokenizer(_PROBE + trained, add_special_tokens=False)["input_ids"]
-                if ids[-1] == token_id:
-                    return TurnEnd(text, trained, token_id)
-        return TurnEnd(text, "", None)
+                upto = _PROBE + text[: at - minus_length]
+                if self._tokenizer(upto, add_special_tokens=False)["input_ids"][-1] == token_id:
+                    return int(token_id)
+        return None
 
-    def _written_elsewhere(self, turns: Turns, answer: str, prompt: str, whole: str) -> str:
-        """Return the text of an answer whose template writes the turns before it in two ways.
+    def _as_dicts(self, turns: Turns) -> list[dict[str, Any]]:
+        return [
+            self._with_fields(turn) if turn.extra else {"role": turn.role, "content": turn.content}
+            for turn in turns
+        ]
 
-        It is the same behind an empty block of reasoning, which only the prompt has, and behind the
-        last turn alone (a system turn may stand in the last turn of the user while that is last).
-        """
-        plain = _without_empty_block(prompt)
-        if plain != prompt and whole.startswith(plain) and not _holds_block(answer):
-            return whole.removeprefix(plain)
-        content = turns[-1].content
-        if turns[-1].role == "user" and content.strip():
-            alone = self.prompt(turns[-1:])
-            whole = self._render((*turns[-1:], Message(ASSISTANT, answer)))
-            end = _behind(content, alone)
-            if end is not None and end == _behind(content, prompt) and whole.startswith(alone):
-                return whole.removeprefix(alone)
-        raise UserError(
-            "the chat template writes the turns before the answer in one way for generation "
-            f"(ending in {prompt[-40:]!r}) and in another when the answer follows, so the answer "
-            "cannot be trained where it would be generated"
+    def _with_fields(self, turn: Message) -> dict[str, Any]:
+        fields = {"role": turn.role, "content": turn.content, **json.loads(turn.extra)}
+        if isinstance(fields["content"], list) and not self._parts_are_text(turn.role):
+            fields["content"] = turn.content
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _parts_are_text(self, role: str) -> bool:
+        """Say whether the template writes a content in parts as it writes the text of them."""
+        if role not in self._takes_parts:
+            parts = [{"type": "text", "text": _PROBE}]
+            before = [{"role": "user", "content": "Hi"}] if role == ASSISTANT else []
+            contents: tuple[Any, ...] = (_PROBE, parts)
+            chats = [[*before, {"role": role, "content": content}] for content in contents]
+            try:
+                as_text, as_parts = self._rendered(chats, "", False)
+                self._takes_parts[role] = as_text == as_parts
+            except Exception:  # a template may fail in any way
+                self._takes_parts[role] = False
+        return self._takes_parts[role]
+
+    def _rendered(
+        self, chats: list[list[dict[str, Any]]], tools: str, generation_prompt: bool
+    ) -> list[Rendered]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marked = self.has_marks and not generation_prompt
+        texts, marks = render_jinja_template(
+            chats,
+            tools=json.loads(tools) if tools else None,
+            chat_template=self._source(with_tools=bool(tools)),
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=generation_prompt,
+            **self._special_tokens,
         )
+        if not marked:
+            return [Rendered(text) for text in texts]
+        return [Rendered(text, tuple(own)) for text, own in zip(texts, marks, strict=True)]
 
-    def _render(self, turns: Turns, *, add_generation_prompt: bool = False) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    def _source(self, *, with_tools: bool) -> str:
+        """Return the template's source; some tokenizers have another for chats with tools."""
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # a template may fail in any way
-            roles = ", ".join(turn.role for turn in turns)
-            raise UserError(f"the chat template refuses the turns {roles}: {error}") from error
-        return str(text)
+            return str(self._tokenizer.get_chat_template(tools=[{}] if with_tools else None))
+        except ValueError as error:  # several templates, and none of them the default
+            raise UserError(f"the tokenizer has no default chat template: {error}") from error
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, Any]:
+        return dict(self._tokenizer.special_tokens_map)
 
 
 def end_of_turn_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
@@ -156,46 +232,3 @@ def end_of_turn_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
         return ChatTemplate(tokenizer).end.token_id
     except UserError:
         return None
-
-
-def _opened_block(prompt: str) -> str | None:
-    """Return the end of a prompt that opens a block of reasoning, from the opening tag on."""
-    for tag in REASONING_BLOCKS:
-        before, found, space = prompt.rpartition(tag)
-        if found and not space.strip():
-            return prompt[len(before) :]
-    return None
-
-
-def _inside(opened: str, answer: str) -> str | None:
-    """Return the answer as it goes on after `opened`, None where it does not close the block."""
-    tag = opened.strip()
-    text = answer.lstrip()
-    if text.startswith(opened):
-        text = text.removeprefix(opened)
-    elif text.startswith(tag):
-        text = text.removeprefix(tag).lstrip()
-    return text if REASONING_BLOCKS[tag] in text else None
-
-
-def _without_empty_block(prompt: str) -> str:
-    """Return a prompt without the empty block of reasoning in which it ends, if it does."""
-    for tag, end in REASONING_BLOCKS.items():
-        before, found, block = prompt.rpartition(tag)
-        if found and block.strip() == end:
-            return before
-    return prompt
-
-
-def _holds_block(answer: str) -> bool:
-    return any(tag in answer for tag in REASONING_BLOCKS)
-
-
-def _behind(content: str, text: str) -> str | None:
-    """Return what stands behind the last place of a turn's content, None without such a place."""
-    _, found, rest = text.rpartition(content.strip())
-    return rest if found else None
-
-
-def _letters(text: str) -> str:
-    return "".join(text.split())

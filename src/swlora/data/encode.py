@@ -6,17 +6,20 @@ The prompt carries the special tokens that the tokenizer puts in front (BOS), ne
 behind. It is tokenised by itself, so that training and generation see the same prompt, and once for
 all its examples among the next few thousand; the completion's tokens are those that follow it in
 one text (see `tokenise`). A chat is written by the tokenizer's own template, which holds its
-special tokens already, and ends in the token that ends a turn there, or else in EOS (see `chat`).
+special tokens already, and may become several sequences (see `chat_encode`).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from swlora.data.chat import ChatTemplate, Turns
-from swlora.data.examples import Example
-from swlora.data.token_sequences import TokenSequences
+from swlora.data.chat_encode import TrainOn, Weighted, encode_chats
+from swlora.data.examples import CHAT_KEY, Example
+from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.data.tokenise import Following, following_ids, token_ids
 from swlora.errors import DataError, UserError
 
@@ -25,11 +28,19 @@ if TYPE_CHECKING:
 
 CHUNK_EXAMPLES = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
 
-_Prompt = tuple[bool, str]  # of an example: whether it is a chat, and its prompt_key
 
+@dataclass(frozen=True)
+class Encoded:
+    """A split as token ids: sequence i came from example `example_ids[i]`, (n,), ascending.
 
-def _key(example: Example) -> _Prompt:
-    return bool(example.messages), example.prompt_key
+    `n_cut` sequences were cut to the context; `bad` counts the examples that were left out, by the
+    reason.
+    """
+
+    sequences: TokenSequences
+    example_ids: Ints
+    n_cut: int
+    bad: dict[str, int]
 
 
 def encode_examples(
@@ -39,26 +50,47 @@ def encode_examples(
     *,
     context_tokens: int,
     truncate: bool,
-) -> tuple[TokenSequences, int]:
-    """Encode a split; (sequences of at most `context_tokens` tokens, number of examples cut).
+    train_on: TrainOn = "all-turns",
+    skip_bad_rows: bool = False,
+) -> Encoded:
+    """Encode a split into sequences of at most `context_tokens` tokens.
 
     A longer one raises DataError, or with `truncate` loses the completion's tail (its EOS too);
-    where the prompt alone fills the context, its head as well, so that one token is learned.
+    where the prompt alone fills the context, its head as well, so that one token is learned. An
+    example that cannot be encoded raises DataError, or with `skip_bad_rows` is left out.
     """
     if context_tokens < 2:
         raise UserError(f"a context of {context_tokens} tokens holds no prompt and completion")
-    n_long, first_long = 0, ""
+    if not examples:
+        raise UserError("there are no rows to encode")
+    n_long, first_long, bad = 0, "", Counter[str]()
+    example_ids: list[int] = []
 
     def encoded() -> Iterator[TokenSequences]:
         nonlocal n_long, first_long
-        for start in range(0, len(examples) or 1, CHUNK_EXAMPLES):
+        for start in range(0, len(examples), CHUNK_EXAMPLES):
             chunk = list(examples[start : start + CHUNK_EXAMPLES])
-            pairs = _encode_pairs(chunk, separator, tokenizer, first_row=start + 1)
-            part = TokenSequences.from_lists(pairs)
+            weighted: list[Weighted] = []
+            before = len(example_ids)
+            for i, found in enumerate(_encode(chunk, separator, tokenizer, train_on)):
+                if isinstance(found, str):
+                    if not skip_bad_rows:
+                        raise DataError(
+                            f"{_place(chunk[i], start + i)}: {found}; --skip-bad-rows leaves it out"
+                        )
+                    bad[found] += 1
+                    continue
+                weighted += found
+                example_ids.extend([start + i] * len(found))
+            if not weighted:
+                continue
+            part = TokenSequences.from_runs(weighted)
             long = np.flatnonzero(part.lengths > context_tokens)
             if len(long):
                 n_long += len(long)
-                first_long = first_long or _describe(part, int(long[0]), start)
+                number = example_ids[before + int(long[0])]
+                place = _place(examples[number], number)
+                first_long = first_long or f"{place} {_describe(part, int(long[0]))}"
                 part = part.truncated(context_tokens)
             yield part
 
@@ -68,15 +100,16 @@ def encode_examples(
         raise DataError(
             f"{first_long}, but the model's context is {context_tokens}{more}; --truncate cuts them"
         )
-    return sequences, n_long
+    return Encoded(sequences, np.array(example_ids, dtype=np.int64), n_long, dict(bad))
 
 
-def _describe(sequences: TokenSequences, i: int, n_before: int) -> str:
+def _place(example: Example, number: int) -> str:
+    return example.place or f"row {number + 1}"
+
+
+def _describe(sequences: TokenSequences, i: int) -> str:
     length, n_prompt = sequences.length(i), int(sequences.prompt_lengths[i])
-    return (
-        f"row {n_before + i + 1} has {length} tokens, {n_prompt} of prompt and "
-        f"{length - n_prompt} of completion"
-    )
+    return f"has {length} tokens, {n_prompt} of prompt and {length - n_prompt} of completion"
 
 
 def encode_prompts(
@@ -87,7 +120,7 @@ def encode_prompts(
     Raises UserError for no examples, or for a chat that the tokenizer's template cannot write.
     """
     ids = _prompt_ids(_prompt_texts(prompts, separator, tokenizer), tokenizer)
-    return [ids[_key(e)] or [_start_token(tokenizer)] for e in prompts]
+    return [ids[e.prompt_key] or [_start_token(tokenizer)] for e in prompts]
 
 
 def encode_turns(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -99,71 +132,72 @@ def encode_turns(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> list[int
     return token_ids([text], tokenizer, special=False)[0] or [_start_token(tokenizer)]
 
 
-def _encode_pairs(
+def _encode(
     examples: Sequence[Example],
     separator: str,
     tokenizer: "PreTrainedTokenizerBase",
-    *,
-    first_row: int,
+    train_on: TrainOn,
+) -> list[list[Weighted] | str]:
+    """Return the sequences of each example, or why there are none."""
+    found: list[list[Weighted] | str] = [""] * len(examples)
+    pairs = [i for i, e in enumerate(examples) if not e.messages]
+    if pairs:
+        encoded = _encode_pairs([examples[i] for i in pairs], separator, tokenizer)
+        for i, (prompt, completion) in zip(pairs, encoded, strict=True):
+            runs = [(len(prompt), 0.0), (len(completion), 1.0)]
+            found[i] = [([*prompt, *completion], runs)]
+    chats = [i for i, e in enumerate(examples) if e.messages]
+    if chats:
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        sequences = encode_chats([examples[i] for i in chats], tokenizer, train_on, start)
+        for i, own in zip(chats, sequences, strict=True):
+            found[i] = own
+    return found
+
+
+def _encode_pairs(
+    pairs: Sequence[Example], separator: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[tuple[list[int], list[int]]]:
-    """Return (prompt ids, completion ids) of each example; the first is row `first_row`."""
-    texts = _prompt_texts(examples, separator, tokenizer)
+    """Return (prompt ids, completion ids) of each prompt and completion."""
+    texts = _prompt_texts(pairs, separator, tokenizer)
     prompts = _prompt_ids(texts, tokenizer)
-    keys = [_key(e) for e in examples]
-    answers = _completion_texts(examples, texts, tokenizer, first_row)
     start, eos = _start_token(tokenizer), _eos_token(tokenizer)
-    pairs: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
-    for is_chat in (False, True):
-        numbers = [i for i, e in enumerate(examples) if bool(e.messages) == is_chat]
-        following = [Following(texts[keys[i]], prompts[keys[i]], answers[i][0]) for i in numbers]
-        completions = following_ids(following, tokenizer, special=not is_chat)
-        for i, text, ids in zip(numbers, following, completions, strict=True):
-            pairs[i] = text.prompt_ids or [start], ids if answers[i][1] else [*ids, eos]
-    return pairs
-
-
-def _completion_texts(
-    examples: Sequence[Example],
-    prompt_texts: dict[_Prompt, str],
-    tokenizer: "PreTrainedTokenizerBase",
-    first_row: int,
-) -> list[tuple[str, bool]]:
-    """Return the text of each completion, and whether it holds its end (else EOS follows)."""
-    if not any(e.messages for e in examples):
-        return [(e.completion, False) for e in examples]
-    chats, texts = ChatTemplate(tokenizer), []
-    for row, e in enumerate(examples, start=first_row):
-        try:
-            if not e.messages:
-                texts.append((e.completion, False))
-                continue
-            answer = chats.answer(e.prompt_messages, e.completion, prompt_texts[_key(e)])
-            texts.append((answer, chats.end.token_id is not None))
-        except UserError as error:
-            raise DataError(f"row {row}: {error}") from error
-    return texts
+    following = [Following(texts[e.prompt_key], prompts[e.prompt_key], e.completion) for e in pairs]
+    completions = following_ids(following, tokenizer, special=True)
+    return [
+        (text.prompt_ids or [start], [*ids, eos])
+        for text, ids in zip(following, completions, strict=True)
+    ]
 
 
 def _prompt_texts(
     examples: Sequence[Example], separator: str, tokenizer: "PreTrainedTokenizerBase"
-) -> dict[_Prompt, str]:
-    """Write each distinct prompt once; UserError for no examples."""
+) -> dict[str, str]:
+    """Write the prompt of each distinct prompt_key; UserError for no examples."""
     if not examples:
         raise UserError("there are no rows to encode")
     chats = ChatTemplate(tokenizer) if any(e.messages for e in examples) else None
-    return {
-        key: chats.prompt(e.prompt_messages) if chats and e.messages else e.prompt + separator
-        for key, e in {_key(e): e for e in examples}.items()
-    }
+    texts: dict[str, str] = {}
+    for e in examples:
+        if (key := e.prompt_key) in texts:
+            continue
+        try:
+            if chats and e.messages:
+                texts[key] = chats.prompt(e.prompt_messages, e.tools)
+            else:
+                texts[key] = e.prompt + separator
+        except UserError as error:
+            raise type(error)(f"{e.place}: {error}" if e.place else str(error)) from error
+    return texts
 
 
 def _prompt_ids(
-    texts: dict[_Prompt, str], tokenizer: "PreTrainedTokenizerBase"
-) -> dict[_Prompt, list[int]]:
-    """Tokenise each prompt; one without text and special tokens has none."""
-    ids: dict[_Prompt, list[int]] = {}
+    texts: dict[str, str], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, list[int]]:
+    """Tokenise the prompt of each prompt_key; one without text and special tokens has none."""
+    ids: dict[str, list[int]] = {}
     for is_chat in (False, True):
-        keys = [key for key in texts if key[0] == is_chat]
+        keys = [key for key in texts if key.startswith(CHAT_KEY) == is_chat]
         found = token_ids([texts[key] for key in keys], tokenizer, special=not is_chat)
         ids |= zip(keys, found, strict=True)
     return ids

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from swlora.data import scratch
 
 ASSISTANT = "assistant"
+CHAT_KEY = "\0chat"  # what the prompt_key of a chat begins with
 _OBJECT_BYTES = 100  # of a string or a tuple, beyond its characters, as Python keeps it
 _WRITE_BYTES = 1 << 20
 
@@ -80,7 +81,7 @@ class Example:
         """
         if self.messages:
             turns = [[m.role, m.content, m.extra] for m in self.prompt_messages]
-            return "\0chat" + json.dumps([turns, self.tools], ensure_ascii=False)
+            return CHAT_KEY + json.dumps([turns, self.tools], ensure_ascii=False)
         return f"\0text{self.text}" if self.text else self.prompt
 
     @property
@@ -110,13 +111,20 @@ def make_example(prompt: object, completion: object) -> Example | str:
             return f"its {what} is not a string"
         if not text.strip():
             return f"its {what} is empty"
-        if "\0" in text:
-            return f"its {what} holds a NUL byte"
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            return f"its {what} is not valid UTF-8"
+        if problem := check_text(text):
+            return f"its {what} {problem}"
     return Example(str(prompt), str(completion))
+
+
+def check_text(text: str) -> str | None:
+    """Say what makes a text unfit for any tokenizer; None for nothing."""
+    if "\0" in text:
+        return "holds a NUL byte"
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not valid UTF-8"
+    return None
 
 
 def keep(examples: Iterable[Example]) -> Sequence[Example]:

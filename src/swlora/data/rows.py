@@ -120,7 +120,7 @@ def _json_row(raw: bytes, columns: tuple[str, str]) -> Example | str:
     if problem := unused_meaning(row, columns, is_chat=is_chat):
         return problem
     if is_chat:
-        return make_chat(row["messages"])
+        return make_chat(row["messages"], row.get("tools"))
     for column in columns:
         if column not in row:
             found = ", ".join(map(repr, row)) or "nothing"

@@ -99,6 +99,20 @@ class TokenSequences:
         return cls(tokens, np.cumsum(lengths), weights.astype(np.bool_) if is_whole else weights)
 
     @classmethod
+    def from_runs(
+        cls, sequences: Sequence[tuple[list[int], list[tuple[int, float]]]]
+    ) -> "TokenSequences":
+        """Build from (token ids, runs) pairs; a run is a number of tokens and their weight."""
+        lengths = np.array([0, *(len(ids) for ids, _ in sequences)], dtype=np.int64)
+        flat = chain.from_iterable(ids for ids, _ in sequences)
+        tokens = np.fromiter(flat, dtype=np.int32, count=int(lengths.sum()))
+        runs = [run for _, own in sequences for run in own]
+        weights = np.array([weight for _, weight in runs], dtype=np.float32)
+        if np.isin(weights, (0, 1)).all():
+            weights = weights.astype(np.bool_)
+        return cls(tokens, np.cumsum(lengths), np.repeat(weights, [n for n, _ in runs]))
+
+    @classmethod
     def joined(cls, parts: Iterable["TokenSequences"]) -> "TokenSequences":
         """Return the sequences of all parts, in their order; many tokens go to files."""
         tokens = GrowingArray(np.int32, "the tokens")

@@ -187,14 +187,16 @@ def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -
     from swlora.models.anatomy import context_tokens, n_embeddings
 
     spec, examples = checked.spec, dataset.split(split)
-    sequences, _ = encode_examples(
+    encoded = encode_examples(
         examples,
         dataset.separator,
         tokenizer,
         context_tokens=context_tokens(checked.model),
         truncate=spec.data.truncate,
+        train_on=spec.data.train_on,
+        skip_bad_rows=spec.data.skip_bad_rows,
     )
-    check_sequences(sequences, tokenizer, n_embeddings(checked.model))
+    check_sequences(encoded.sequences, tokenizer, n_embeddings(checked.model))
     if split == spec.data.eval_split:
         prompts = encode_prompts(examples, dataset.separator, tokenizer)
         for decode in [spec.decode, spec.beam.decode] if spec.beam.arms else [spec.decode]:

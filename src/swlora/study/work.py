@@ -51,7 +51,7 @@ def train_and_measure(job: Job) -> None:
 
     trained = pipeline.train(job)
     with job.timed("loss"):
-        held_out = job.encoded(job.spec.data.eval_split)
+        held_out = job.encoded(job.spec.data.eval_split).sequences
         loss = dataset_loss(trained.model.eval(), held_out, job.progress)
     if not math.isfinite(loss.sum_nats):  # the last step went too far; no step followed to see it
         raise DivergedError("the loss on held-out rows is not finite after the training")

@@ -1,0 +1,176 @@
+"""Every trained answer against rendering turn by turn with transformers, for what templates do."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from tests.support.chat_families import FAMILIES
+from tests.support.chat_templates import SPECIAL, chat_tokenizer
+
+from swlora.data.chat_encode import encode_chats
+from swlora.data.chat_rows import make_chat
+from swlora.data.examples import Example
+
+THOUGHT = "<think>\nLong ago.\n</think>\n\nYes?"
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"city": "Rome"}}}
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def turns(*contents: str) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+PLAIN = turns("Hi", " Yes? ", "é", "So.\nWell", "And?", "No")
+THINKING = turns("Hi", THOUGHT, "é", THOUGHT.replace("Yes", "So"), "And?", "No")
+CALLING = [
+    *turns("Where?"),
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "Here."},
+    {"role": "tool", "content": "There."},
+    *turns("x", "Here and there.", "Thanks", "Fine.")[1:],
+]
+# How many sequences the chats become: one, unless a template rewrites what it wrote before
+CASES = [
+    *((name, PLAIN, None, 1) for name in FAMILIES if name not in ("Qwen 3",)),
+    ("Qwen 3", PLAIN, None, 3),  # an empty block of reasoning, which earlier answers lose
+    *(
+        (name, [SYSTEM, *PLAIN], None, 1)
+        for name in FAMILIES
+        if name not in ("Qwen 3", "Gemma 2", "Mistral")
+    ),
+    ("Qwen 3", [SYSTEM, *THINKING], None, 3),
+    ("SmolLM3", [SYSTEM, *THINKING], None, 3),
+    ("ChatML", THINKING, None, 1),
+    *((name, CALLING, TOOLS, 1) for name in ("Llama 3", "Qwen 2.5")),
+    ("Qwen 3", CALLING, None, 2),  # the answers behind one question share a sequence
+]
+
+
+def make(messages: list[dict[str, Any]], tools: Any = None) -> Example:
+    example = make_chat(messages, tools)
+    assert isinstance(example, Example), example
+    return example
+
+
+def taught(sequences: Any) -> list[tuple[list[int], list[int]]]:
+    """Return (what comes before it, what is trained) of every trained run of the sequences."""
+    found = []
+    for ids, runs in sequences:
+        at = 0
+        for n, weight in runs:
+            if weight:
+                found.append((ids[:at], ids[at : at + n]))
+            at += n
+        assert at == len(ids)
+    return sorted(found)
+
+
+def turn_by_turn(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> Any:
+    """Return the same by rendering each answer in the context in which it would be generated."""
+    found = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(
+                messages[:i], tools=tools, add_generation_prompt=True
+            ).input_ids
+            whole = tokenizer.apply_chat_template(messages[: i + 1], tools=tools).input_ids
+            found.append((before, whole[len(before) :]))
+            assert whole[: len(before)] == before
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("family", "messages", "tools", "n_sequences"), CASES)
+def test_answers_are_those_of_rendering_turn_by_turn(family, messages, tools, n_sequences):
+    tokenizer = chat_tokenizer(FAMILIES[family])
+    (found,) = encode_chats([make(messages, tools)], tokenizer, "all-turns", None)
+    expected = turn_by_turn(tokenizer, messages, tools)
+    if family == "SmolLM3":  # whose own marks leave out the line break behind a turn
+        expected = [(before, answer[:-1]) for before, answer in expected]
+        assert {answer[-1] for _, answer in expected} == {SPECIAL["<|im_end|>"]}
+    if family == "Phi-3":  # which writes EOS behind the last turn of a chat only
+        assert {answer[-1] for _, answer in expected} == {SPECIAL["</s>"]}
+        *earlier, last = sorted(expected, key=lambda pair: len(pair[0]))
+        expected = [*((before, answer[:-1]) for before, answer in earlier), last]
+    assert taught(found) == sorted(expected)
+    assert len(found) == n_sequences
+
+
+def test_system_words_that_only_the_last_turn_holds():
+    """Then no text holds the turns as generation shows them; prompt and answer are put together."""
+    tokenizer = chat_tokenizer(FAMILIES["Mistral"])
+    messages = [SYSTEM, *PLAIN]
+    (found,) = encode_chats([make(messages)], tokenizer, "all-turns", None)
+    expected = []
+    for i in (2, 4, 6):
+        before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True).input_ids
+        answer = f" {messages[i]['content']}</s>"
+        expected.append((before, tokenizer(answer, add_special_tokens=False).input_ids))
+    assert taught(found) == sorted(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_turn_alone(family):
+    tokenizer = chat_tokenizer(FAMILIES[family])
+    (found,) = encode_chats([make(PLAIN)], tokenizer, "last-turn", None)
+    ((before, answer),) = turn_by_turn(tokenizer, PLAIN)[-1:]
+    assert taught(found) == [(before, answer[:-1] if family == "SmolLM3" else answer)]
+
+
+def test_own_marks_are_those_that_transformers_finds():
+    tokenizer = chat_tokenizer(FAMILIES["SmolLM3"])
+    (((ids, runs),),) = encode_chats([make(PLAIN)], tokenizer, "all-turns", None)
+    theirs = tokenizer.apply_chat_template(PLAIN, return_assistant_tokens_mask=True)
+    assert ids == theirs["input_ids"][: len(ids)]
+    mask = [int(weight) for n, weight in runs for _ in range(n)]
+    assert mask == theirs["assistant_masks"][: len(ids)]
+    assert not any(theirs["assistant_masks"][len(ids) :])
+
+
+def test_parts_of_text_are_passed_to_a_template_that_takes_them():
+    parts = [{"type": "text", "text": " a "}, {"type": "text", "text": " b "}]
+    messages = [{"role": "user", "content": parts}, *turns("x", "Yes?")[1:]]
+    for family, said in (("Gemma 3", "ab"), ("ChatML", " a  b "), ("Gemma 2", "a  b")):
+        tokenizer = chat_tokenizer(FAMILIES[family])
+        (((ids, _),),) = encode_chats([make(messages)], tokenizer, "all-turns", None)
+        assert f"user\n{said}<" in tokenizer.decode(ids), family
+
+
+@pytest.mark.parametrize(
+    ("family", "messages", "reason"),
+    [
+        ("Gemma 2", [SYSTEM, *PLAIN], "refuses the turns system, user, .*: no system role"),
+        ("Gemma 2", turns("Hi", "a")[::-1] + turns("Hi", "a"), "refuses the turns .*take turns"),
+        ("Llama 2", [*turns("Hi"), *PLAIN], "refuses the turns user, user.*must take turns"),
+        ("ChatML", CALLING, "leaves out the field 'tool_calls' of a message of the assistant"),
+        ("ChatML", [PLAIN[0] | {"name": "Ann"}, *PLAIN[1:]], "the field 'name' of a message"),
+    ],
+)
+def test_what_a_template_refuses_or_leaves_out_is_said(family, messages, reason):
+    chats = [make(PLAIN), make(messages), make(PLAIN)]
+    found = encode_chats(chats, chat_tokenizer(FAMILIES[family]), "all-turns", None)
+    assert found[0] == found[2] and not isinstance(found[0], str)
+    assert isinstance(found[1], str)
+    assert re.search(reason, found[1]), found[1]
+
+
+def test_tools_without_a_place_are_refused():
+    chats, tokenizer = [make(PLAIN, TOOLS)], chat_tokenizer(FAMILIES["ChatML"])
+    (reason,) = encode_chats(chats, tokenizer, "all-turns", None)
+    assert "no place for tools" in str(reason)
+
+
+def test_weights_of_turns():
+    messages = json.loads(json.dumps(PLAIN))
+    messages[1]["weight"], messages[3]["weight"] = 0, 0.25
+    tokenizer = chat_tokenizer(FAMILIES["ChatML"])
+    (((_, runs),),) = encode_chats([make(messages)], tokenizer, "all-turns", None)
+    assert [weight for _, weight in runs] == [0, 0.25, 0, 1]
+    (((_, runs),),) = encode_chats([make(messages)], tokenizer, "last-turn", None)
+    assert [weight for _, weight in runs] == [0, 0.25, 0, 1]
+    del messages[3]["weight"]
+    messages[5]["train"] = False
+    assert encode_chats([make(messages)], tokenizer, "last-turn", None) == [
+        "none of its answers is trained"
+    ]

@@ -143,30 +143,18 @@ def evaluate(
     for the base model before it was adapted.
     Leaves predictions.csv and segments.json (what was measured of each prompt) in the run folder.
     """
-    from swlora.evaluation.decode import chat_end_token_ids, generate
     from swlora.evaluation.evaluated import Evaluated
     from swlora.evaluation.loss import grouped_losses
     from swlora.evaluation.report import write_predictions
     from swlora.evaluation.scores import segment_statistics
     from swlora.evaluation.segments import Segments
 
-    spec, split, loaded = job.spec, job.spec.data.eval_split, job.loaded
+    split = job.spec.data.eval_split
     with job.timed("loss"):
         sequences = job.encoded(split).sequences
         losses = grouped_losses(model, sequences, prepared.prompt_of, job.progress)
     english = _measure_english(job, model, untouched)
-    with job.timed("generate"):
-        ends = chat_end_token_ids(loaded) if prepared.is_chat else loaded.end_token_ids
-        texts = generate(
-            model,
-            loaded.tokenizer,
-            prepared.prompts,
-            spec.decode,
-            job.progress,
-            end_token_ids=ends,
-            seed=spec.seed,
-        )
-    predictions = [" ".join(text.split()) for text in texts]
+    predictions = _generate(job, model, prepared)
     with job.timed("score"), job.progress.task("score"):
         statistics = segment_statistics(predictions, prepared.references)
     segments, path = Segments.of(statistics, losses), None
@@ -184,12 +172,31 @@ def evaluate(
         english=english,
         n_prompts=len(prepared.prompts),
         split=split,
-        decode=spec.decode,
+        decode=job.spec.decode,
         data=job.dataset.source,
         predictions=path,
     )
     job.run.write_result({"eval": evaluated})
     return evaluated
+
+
+def _generate(job: Job, model: Any, prepared: PreparedEvaluation) -> list[str]:
+    """Return the text that follows each prompt, its white space made single spaces."""
+    from swlora.evaluation.decode import chat_end_token_ids, generate
+
+    loaded = job.loaded
+    with job.timed("generate"):
+        ends = chat_end_token_ids(loaded) if prepared.is_chat else loaded.end_token_ids
+        texts = generate(
+            model,
+            loaded.tokenizer,
+            prepared.prompts,
+            job.spec.decode,
+            job.progress,
+            end_token_ids=ends,
+            seed=job.spec.seed,
+        )
+    return [" ".join(text.split()) for text in texts]
 
 
 def measure_untouched_english(job: Job) -> LossSum | None:

@@ -1,4 +1,4 @@
-"""What is known of a job before its work begins: its rows and steps, and that it can be done."""
+"""What is known of a job before its work begins: its sequences, its steps, that it can be done."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

@@ -36,8 +36,8 @@ def test_experts_are_seen_as_they_enter_the_residual_stream(model_type, make_mod
         weight = weight_out_in(anatomy.projection(o.layer, o.name))
         torch.testing.assert_close(o.y, o.x @ weight.T)
         if anatomy.family.feeds_residual(o.name):
-            sums[o.layer][list(o.rows)] += o.y
-            n_seen[o.layer] += len(o.rows)
+            sums[o.layer][list(o.positions)] += o.y
+            n_seen[o.layer] += len(o.positions)
     assert sums.keys() == returned.keys() and len(sums) == (2 if model_type == "qwen3_moe" else 3)
     for layer, y in returned.items():
         torch.testing.assert_close(sums[layer], y)

@@ -66,7 +66,7 @@ def text_loss(model: Any, windows: Tensor) -> LossSum:
 def scaled(anatomy: Anatomy, scales: Mapping[WeightAddress, float]) -> Iterator[None]:
     """Multiply the addressed scalars while the body runs; restore them bit for bit."""
     views = [anatomy.weight_view(address) for address in scales]
-    with ExitStack() as stack:  # every scalar is restored by itself, whatever befalls another
+    with ExitStack() as stack:  # each is restored, even where restoring another fails
         for view in views:
             stack.callback(view.copy_, view.clone())
         for view, factor in zip(views, scales.values(), strict=True):

@@ -131,7 +131,7 @@ def check_length(model: Any, token_ids: list[int]) -> list[int]:
 def trace(anatomy: Anatomy, sequences: Sequence[Sequence[int]]) -> list[Trace]:
     """Run token sequences at once and return what each did.
 
-    They are padded at the end, where causal attention keeps the padding from everybody's sight.
+    They are padded at the end, where causal attention hides the padding from their tokens.
     Only output projections (attention out, MLP out) are candidates: their outputs enter the
     residual stream. Raises UserError where an activation is not finite.
     """
@@ -143,10 +143,10 @@ def trace(anatomy: Anatomy, sequences: Sequence[Sequence[int]]) -> list[Trace]:
 
     def observe(o: Observation) -> None:
         for i, (start, ids) in enumerate(zip(starts, sequences, strict=True)):
-            first, last = (bisect_left(o.rows, row) for row in (start, start + len(ids)))
+            first, last = (bisect_left(o.positions, p) for p in (start, start + len(ids)))
             if first == last:  # no token of this sequence was routed to the expert
                 continue
-            tokens = [row - start for row in o.rows[first:last]]
+            tokens = [position - start for position in o.positions[first:last]]
             x, y = o.x[first:last], o.y[first:last]
             found = ModuleScan(o.layer, o.group, _spike(x, tokens), _spike(y, tokens))
             key = (o.layer, o.group)
@@ -156,8 +156,8 @@ def trace(anatomy: Anatomy, sequences: Sequence[Sequence[int]]) -> list[Trace]:
 
     batch = torch.tensor(padded, device=anatomy.model.device)
     lengths = torch.tensor([[len(ids)] for ids in sequences], device=batch.device)
-    turned = RotaryLengths(anatomy.model).of(lengths)
-    with torch.inference_mode(), observed(anatomy, observe), followed(anatomy) as states, turned:
+    rotary = RotaryLengths(anatomy.model).of(lengths)
+    with torch.inference_mode(), observed(anatomy, observe), followed(anatomy) as states, rotary:
         anatomy.backbone(input_ids=batch, use_cache=False)
     streams = [torch.stack([s[i, : len(ids)] for s in states]) for i, ids in enumerate(sequences)]
     if not all(bool(stream.isfinite().all()) for stream in streams):

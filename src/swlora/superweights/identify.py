@@ -59,16 +59,7 @@ def identify(
     meter = Meter(model, windows)
     addresses = [finding.candidate.address for finding in found.candidates]
     proved = proof.prove(meter, addresses, n_controls=spec.controls, seed=seed, progress=progress)
-    candidates = tuple(
-        JudgedCandidate(
-            finding.candidate,
-            finding.round,
-            finding.mean_contribution,
-            finding.n_settings / len(found.settings),
-            of_one,
-        )
-        for finding, of_one in zip(found.candidates, proved.addresses, strict=True)
-    )
+    candidates = _judged(found, proved)
     lead = _leading(proved)
     doses = dose_curve(meter, lead, progress=progress)
     texts = _texts(loaded, found, lead, progress)
@@ -140,6 +131,20 @@ def _setup(
             massive_ratio=search.MASSIVE_RATIO,
         ),
         packages=package_versions(),
+    )
+
+
+def _judged(found: search.Search, proved: proof.Proof) -> tuple[JudgedCandidate, ...]:
+    """Return the candidates of the search, each with its proof."""
+    return tuple(
+        JudgedCandidate(
+            finding.candidate,
+            finding.round,
+            finding.mean_contribution,
+            finding.n_settings / len(found.settings),
+            of_one,
+        )
+        for finding, of_one in zip(found.candidates, proved.addresses, strict=True)
     )
 
 

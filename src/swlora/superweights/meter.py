@@ -130,10 +130,10 @@ class Meter:
         return self.measure(dict.fromkeys(addresses, 0.0), n_windows=n_windows)
 
     def _run(self, changes: Changes, n: int, keep: Collection[int]) -> Tensor:
-        """Run the model, changed by now; return its losses (n, T - 1), not bounded yet."""
+        """Run the model, already changed; return its losses (n, T - 1), not bounded yet."""
         start, entry = self._deepest_state(changes)
         wanted: list[int] = []
-        if n == self.n_windows:  # part of a state would serve nobody
+        if n == self.n_windows:  # the state of some windows could not be used again
             lowest = min((address.layer for address, _ in changes), default=0)
             wanted = sorted(layer for layer in {lowest, *keep} if layer > start)
             wanted = wanted[max(0, len(wanted) - self._max_states) :]
@@ -143,8 +143,8 @@ class Meter:
         fast = patched_forwards(forwards_without_copies(self.anatomy.backbone))
         with torch.inference_mode(), fast:
             for first in range(0, n, n_at_once):
-                rows = slice(first, min(first + n_at_once, n))
-                windows, part = self.windows[rows], None if entry is None else entry[rows]
+                batch = slice(first, min(first + n_at_once, n))
+                windows, part = self.windows[batch], None if entry is None else entry[batch]
                 inputs = {"input_ids": windows, "use_cache": False}
                 hidden, states = self._walk.run(inputs, start=start, entry=part, keep=wanted)
                 nats.append(token_nats(self.anatomy, hidden, windows))

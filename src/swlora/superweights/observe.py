@@ -19,8 +19,8 @@ from swlora.models.anatomy import EXPERT_IN, EXPERT_OUT, Anatomy
 class Observation:
     """What went through one projection: x (N, in) and y (N, out) in float32.
 
-    `rows` says, in ascending order, which of the batch's B * T tokens were seen. `group` is the
-    name without an expert's number. Outputs of experts come times the routing weight, as they
+    `positions` says, in ascending order, which of the batch's B * T tokens were seen. `group` is
+    the name without an expert's number. Outputs of experts come times the routing weight, as they
     enter the residual stream, and so do the inputs that made them: y = W x holds.
     """
 
@@ -28,7 +28,7 @@ class Observation:
     name: str
     group: str
     module: nn.Module
-    rows: Sequence[int]
+    positions: Sequence[int]
     x: Tensor
     y: Tensor
 
@@ -80,18 +80,18 @@ def _expert_observations(
     """
     holder = anatomy.family.experts
     for expert in index.unique().tolist():
-        rows, slots = torch.where(index == expert)
+        positions, ranks = torch.where(index == expert)  # of the tokens, and among their experts
         names = [f"{holder}.{expert}.{part}" for part in (EXPERT_IN, EXPERT_OUT)]
         into, out = (anatomy.projection(layer, name) for name in names)
-        x = hidden[rows]
+        x = hidden[positions]
         gate_up = into(x)
         gate, up = gate_up.chunk(2, dim=-1)
         inner = experts.act_fn(gate) * up
-        share = routing[rows, slots, None].float()
+        share = routing[positions, ranks, None].float()
         passed = [(x.float(), gate_up.float()), (inner.float() * share, out(inner).float() * share)]
         groups = (f"{holder}.{EXPERT_IN}", f"{holder}.{EXPERT_OUT}")
         for name, group, module, (a, b) in zip(names, groups, (into, out), passed, strict=True):
-            yield Observation(layer, name, group, module, rows.tolist(), a, b)
+            yield Observation(layer, name, group, module, positions.tolist(), a, b)
 
 
 @contextmanager

@@ -170,7 +170,7 @@ class _Judge:
     progress: Progress
 
     def ablate(self) -> None:
-        """Measure all ablations of candidates, in an order in which each starts high up."""
+        """Measure all ablations, in an order that lets each begin at a state that was kept."""
         layers = {address.layer for address in self.addresses}
         n = len(self.addresses)
         with self.progress.task("ablate the candidates", 2 + 2 * n) as task:

@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 import pytest
-from tests.support.chat_families import FAMILIES
-from tests.support.chat_templates import SPECIAL, chat_tokenizer
+from tests.support.chat_families import FAMILIES, turn_by_turn
+from tests.support.chat_templates import chat_tokenizer
 
 from swlora.data.chat_encode import encode_chats
 from swlora.data.chat_rows import make_chat
@@ -48,14 +48,8 @@ CASES = [
 ]
 
 
-def make(messages: list[dict[str, Any]], tools: Any = None) -> Example:
-    example = make_chat(messages, tools)
-    assert isinstance(example, Example), example
-    return example
-
-
 def taught(sequences: Any) -> list[tuple[list[int], list[int]]]:
-    """Return (what comes before it, what is trained) of every trained run of the sequences."""
+    """Return (what comes before it, what is trained) of every trained run, shortest first."""
     found = []
     for ids, runs in sequences:
         at = 0
@@ -64,36 +58,20 @@ def taught(sequences: Any) -> list[tuple[list[int], list[int]]]:
                 found.append((ids[:at], ids[at : at + n]))
             at += n
         assert at == len(ids)
-    return sorted(found)
+    return sorted(found, key=lambda pair: len(pair[0]))
 
 
-def turn_by_turn(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> Any:
-    """Return the same by rendering each answer in the context in which it would be generated."""
-    found = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(
-                messages[:i], tools=tools, add_generation_prompt=True
-            ).input_ids
-            whole = tokenizer.apply_chat_template(messages[: i + 1], tools=tools).input_ids
-            found.append((before, whole[len(before) :]))
-            assert whole[: len(before)] == before
-    return sorted(found)
+def make(messages: list[dict[str, Any]], tools: Any = None) -> Example:
+    example = make_chat(messages, tools)
+    assert isinstance(example, Example), example
+    return example
 
 
 @pytest.mark.parametrize(("family", "messages", "tools", "n_sequences"), CASES)
 def test_answers_are_those_of_rendering_turn_by_turn(family, messages, tools, n_sequences):
     tokenizer = chat_tokenizer(FAMILIES[family])
     (found,) = encode_chats([make(messages, tools)], tokenizer, "all-turns", None)
-    expected = turn_by_turn(tokenizer, messages, tools)
-    if family == "SmolLM3":  # whose own marks leave out the line break behind a turn
-        expected = [(before, answer[:-1]) for before, answer in expected]
-        assert {answer[-1] for _, answer in expected} == {SPECIAL["<|im_end|>"]}
-    if family == "Phi-3":  # which writes EOS behind the last turn of a chat only
-        assert {answer[-1] for _, answer in expected} == {SPECIAL["</s>"]}
-        *earlier, last = sorted(expected, key=lambda pair: len(pair[0]))
-        expected = [*((before, answer[:-1]) for before, answer in earlier), last]
-    assert taught(found) == sorted(expected)
+    assert taught(found) == turn_by_turn(family, tokenizer, messages, tools)
     assert len(found) == n_sequences
 
 
@@ -107,15 +85,14 @@ def test_system_words_that_only_the_last_turn_holds():
         before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True).input_ids
         answer = f" {messages[i]['content']}</s>"
         expected.append((before, tokenizer(answer, add_special_tokens=False).input_ids))
-    assert taught(found) == sorted(expected)
+    assert taught(found) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_turn_alone(family):
     tokenizer = chat_tokenizer(FAMILIES[family])
     (found,) = encode_chats([make(PLAIN)], tokenizer, "last-turn", None)
-    ((before, answer),) = turn_by_turn(tokenizer, PLAIN)[-1:]
-    assert taught(found) == [(before, answer[:-1] if family == "SmolLM3" else answer)]
+    assert taught(found) == turn_by_turn(family, tokenizer, PLAIN)[-1:]
 
 
 def test_own_marks_are_those_that_transformers_finds():

@@ -4,14 +4,20 @@ The oracle runs one sequence at a time: transformers' own loss with labels where
 or not, a cross-entropy with weights where they are trained in part.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from tests.support.adapters import attach, fill_b
-from tests.support.gradients import Measured, measure
+from tests.support.adapters import fill_b
+from tests.support.gradients import measure
+from tests.support.labelled_loss import (
+    Weighted,
+    adapted,
+    assert_close,
+    cross_entropy,
+    oracle,
+)
 from tests.support.models import MakeModel
 
 from swlora.adapters.adapted import Adapted
@@ -20,7 +26,6 @@ from swlora.config import AdapterSpec, TrainSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.loss import dataset_loss, grouped_losses
-from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.loop import reports
@@ -28,7 +33,6 @@ from swlora.training.plain import PlainStep
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep, make_step
 
-Weighted = tuple[list[int], list[float]]  # token ids, weight of each
 FAMILIES = ["gpt2", "llama", "gemma2", "phi3", "gpt_neox", "opt"]
 
 
@@ -64,53 +68,6 @@ def in_part() -> list[Weighted]:
     rng = np.random.default_rng(7)
     scales = (0.25, 1, 0.3, 2.5, 1, 0.1, 0, 1, 0.7)
     return [(ids, [w * rng.choice(scales) for w in weights]) for ids, weights in chats()]
-
-
-def adapted(
-    make_model: MakeModel, model_type: str, layers: Sequence[int] = (0, 1, 2), **changes: Any
-) -> Any:
-    model = make_model(model_type, initializer_range=0.05, **changes)
-    spec = AdapterSpec(targets=["all-linear"], rank=3, alpha=7)
-    peft_model = attach(model, spec, list(layers), seed=1)
-    fill_b(peft_model)
-    train_mode(peft_model)
-    return peft_model
-
-
-def labelled_loss(model: Any, ids: list[int], weights: list[float]) -> torch.Tensor:
-    """The sum that transformers takes the mean of, labels being -100 where the weight is 0."""
-    labels = [token if weight else -100 for token, weight in zip(ids, weights, strict=True)]
-    out = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False)
-    return out.loss * sum(weights)
-
-
-def cross_entropy(model: Any, ids: list[int], weights: list[float]) -> torch.Tensor:
-    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].double()
-    losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-    return (losses * torch.tensor(weights[1:], dtype=torch.float64)).sum()
-
-
-def oracle(
-    model: Any, data: list[Weighted], loss_of: Callable[..., torch.Tensor] = labelled_loss
-) -> Measured:
-    def step(_trees: object) -> LossSum:
-        total = 0.0
-        for ids, weights in data:
-            loss = loss_of(model, ids, weights)
-            torch.autograd.backward(loss)
-            total += float(loss.detach())
-        return LossSum(total, sum(sum(weights) for _, weights in data))
-
-    return measure(step, trainable_parameters(model), [])
-
-
-def assert_close(found: Measured, expected: Measured, tolerance: float = 1e-5) -> None:
-    assert found.n_tokens == pytest.approx(expected.n_tokens, rel=1e-6)
-    assert found.sum_nats == pytest.approx(expected.sum_nats, rel=tolerance)
-    assert found.gradients.keys() == expected.gradients.keys()
-    for name, gradient in expected.gradients.items():
-        error = float((found.gradients[name] - gradient).norm() / gradient.norm())
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
 def test_the_chats_share_what_is_trained() -> None:

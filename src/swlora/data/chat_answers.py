@@ -62,47 +62,40 @@ def trained_texts(
     prompts = template.render([turns[:i] for i in numbers], tools, generation_prompt=True)
     wholes = template.render([turns[: i + 1] for i in numbers], tools, generation_prompt=False)
     waiting = [
-        _answered(template, turns[: i + 1], tools, prompt.text, whole, weights[i])
+        _answered(template, turns, tools, i, prompt.text, whole, weights[i])
         for i, prompt, whole in zip(numbers, prompts, wholes, strict=True)
     ]
     texts: list[ChatText] = []
     while waiting:
-        longest, *earlier = reversed(waiting)
-        waiting, answers = [], list(longest.answers)
-        for chat in earlier:
-            ended = chat.text.removesuffix(template.end.only_last)
-            if longest.text.startswith(ended):
-                answers.insert(0, _cut(chat, len(ended)))
-            else:
-                waiting.insert(0, chat)
-        texts.insert(0, ChatText(longest.text, tuple(answers)))
+        longest = waiting[-1]
+        carried = [chat for chat in waiting if longest.text.startswith(chat.text)]
+        waiting = [chat for chat in waiting if not longest.text.startswith(chat.text)]
+        answers = tuple(answer for chat in carried for answer in chat.answers)
+        texts.insert(0, ChatText(longest.text, answers))
     return texts
-
-
-def _cut(chat: ChatText, end: int) -> Answer:
-    """Return the one answer of a text without what stands behind `end`."""
-    (answer,) = chat.answers
-    spans = tuple((begin, min(stop, end)) for begin, stop in answer.spans)
-    return Answer(answer.prompt_end, spans, answer.weight)
 
 
 def _answered(
     template: ChatTemplate,
     turns: Turns,
     tools: str,
+    number: int,
     prompt: str,
     whole: Rendered,
     weight: float,
 ) -> ChatText:
-    """Return the text of an answer, the last of `turns`, behind its prompt."""
-    answer = _answer(template, turns, tools, prompt, whole.text)
+    """Return the text of the answer `number`, behind its prompt."""
+    answer = _answer(template, turns[: number + 1], tools, prompt, whole.text)
     text = prompt + answer
     spans: tuple[Span, ...] = ((len(prompt), len(text)),)
     if template.has_marks and text == whole.text:
         spans = tuple((b, e) for b, e in whole.marks if e > max(b, len(prompt)))
     if not answer or not spans:
         why = "marks nothing of" if answer else "writes nothing for"
-        raise UserError(f"the chat template {why} the assistant's turn {len(turns)}")
+        raise UserError(f"the chat template {why} the assistant's turn {number + 1}")
+    if number < len(turns) - 1:
+        text = text.removesuffix(template.end.only_last)
+        spans = tuple((begin, min(end, len(text))) for begin, end in spans)
     return ChatText(text, (Answer(len(prompt), spans, weight),))
 
 

@@ -2,7 +2,8 @@
 
 Settings are keyword arguments with the names of the command line's flags (`batch_size` for
 --batch-size), and mean the same. Without `output` there is no run folder, and nothing is written
-but what lies in the cache folder; progress is not shown unless a `Progress` is given.
+but a `figure` that was asked for and what lies in the cache folder; progress is not shown unless a
+`Progress` is given.
 """
 
 import difflib

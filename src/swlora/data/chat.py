@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from swlora.data.chat_trace import Traced, trace
 from swlora.data.examples import ASSISTANT, Message
 from swlora.errors import UserError
 
@@ -22,6 +23,9 @@ Turns = Sequence[Message]
 # Fields that say which call a tool's answer belongs to. Templates tell it by the order.
 _BOOKKEEPING = {("tool", "tool_call_id"), ("tool", "name")}
 _OWN_MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
+_TRACES = 8  # in vain, before a template is taken for one that looks ahead
+# Names under which transformers' renderer also gives a turn's reasoning to the template
+_REASONING = re.compile('"(reasoning_content|reasoning|thinking)"')
 _PROBE, _OTHER_PROBE = "Xyzzy", "Plugh"  # texts that are easily found in what a template writes
 
 
@@ -58,6 +62,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._written_fields: set[tuple[str, str]] = set()  # (role, field) that it does not drop
         self._takes_parts: dict[str, bool] = {}
+        self._n_traced_in_vain = 0
 
     def prompt(self, turns: Turns, tools: str = "") -> str:
         """Write turns and the beginning of an answer; UserError where the template refuses."""
@@ -77,6 +82,30 @@ class ChatTemplate:
             roles = ", ".join(turn.role for turn in chats[0])
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"the chat template refuses the turns {roles}: {reason}") from error
+
+    def trace(self, turns: Turns, tools: str) -> Traced | None:
+        """Write a chat and note what was written before each turn; None where that says nothing."""
+        if self._n_traced_in_vain >= _TRACES:
+            return None
+        if any(_REASONING.search(turn.extra) for turn in turns):
+            return None
+        self._n_traced_in_vain += 1
+        from transformers.utils import chat_template_utils
+
+        if not (compile_template := getattr(chat_template_utils, "_compile_jinja_template", None)):
+            return None
+        variables = {
+            "tools": json.loads(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": False,
+            **self._special_tokens,
+        }
+        compiled = compile_template(self._source(with_tools=bool(tools)))
+        return trace(compiled, self._as_dicts(turns), variables)
+
+    def has_traced_well(self) -> None:
+        """Take it that the last trace was of use; after some that were not, there are no more."""
+        self._n_traced_in_vain = 0
 
     def check_fields(self, turns: Turns, tools: str) -> None:
         """Raise UserError for what the template leaves out: tools, a field of a message, a role.

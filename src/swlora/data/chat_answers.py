@@ -58,13 +58,21 @@ def trained_texts(
     prompt that it would be generated for.
     """
     numbers = [i for i, weight in enumerate(weights) if weight]
-    template.check_fields(turns[: numbers[-1] + 1], tools)
+    used = turns[: numbers[-1] + 1]
+    template.check_fields(used, tools)
+    if once := _written_once(template, turns, tools, numbers, weights):
+        return [once]
     prompts = template.render([turns[:i] for i in numbers], tools, generation_prompt=True)
     wholes = template.render([turns[: i + 1] for i in numbers], tools, generation_prompt=False)
-    waiting = [
+    answers = [
         _answered(template, turns, tools, i, prompt.text, whole, weights[i])
         for i, prompt, whole in zip(numbers, prompts, wholes, strict=True)
     ]
+    return _merged(answers)
+
+
+def _merged(waiting: list[ChatText]) -> list[ChatText]:
+    """Put the answers of a chat into as few texts as can be."""
     texts: list[ChatText] = []
     while waiting:
         longest = waiting[-1]
@@ -73,6 +81,49 @@ def trained_texts(
         answers = tuple(answer for chat in carried for answer in chat.answers)
         texts.insert(0, ChatText(longest.text, answers))
     return texts
+
+
+def _written_once(
+    template: ChatTemplate,
+    turns: Turns,
+    tools: str,
+    numbers: Sequence[int],
+    weights: Sequence[float],
+) -> ChatText | None:
+    """Return the text of a chat and its answers from one traced rendering of the whole.
+
+    The prompts of the first and of the last answer are rendered too: both must be what was written
+    until then and the same generation prompt, with which the other answers must begin as well.
+    None where they do not, or something is wrong: then each answer is rendered by itself.
+    """
+    if (traced := template.trace(turns[: numbers[-1] + 1], tools)) is None:
+        return None
+    text = _ended(template, traced.text, is_last=numbers[-1] == len(turns) - 1)
+    ends = sorted({numbers[0], numbers[-1]})
+    prompts = template.render([turns[:i] for i in ends], tools, generation_prompt=True)
+    added = prompts[0].text[traced.begins[ends[0]] :]
+    if any(
+        prompt.text != text[: traced.begins[i]] + added
+        for i, prompt in zip(ends, prompts, strict=True)
+    ):
+        return None
+    answers = []
+    for i in numbers:
+        begin, end = traced.begins[i] + len(added), min(traced.begins[i + 1], len(text))
+        spans: tuple[Span, ...] = ((begin, end),)
+        if template.has_marks:
+            spans = tuple((b, min(e, end)) for b, e in traced.marks if max(b, begin) < e <= end)
+        is_written = begin < end and text.startswith(added, begin - len(added))
+        if not is_written or not spans or not _holds(text[begin:end], turns[i].content):
+            return None
+        answers.append(Answer(begin, spans, weights[i]))
+    template.has_traced_well()
+    return None if _holds_block(added) else ChatText(text, tuple(answers))
+
+
+def _ended(template: ChatTemplate, text: str, *, is_last: bool) -> str:
+    """Return the text of a chat as it ends where it is the last turn, or another follows."""
+    return text if is_last else text.removesuffix(template.end.only_last)
 
 
 def _answered(
@@ -93,9 +144,8 @@ def _answered(
     if not answer or not spans:
         why = "marks nothing of" if answer else "writes nothing for"
         raise UserError(f"the chat template {why} the assistant's turn {number + 1}")
-    if number < len(turns) - 1:
-        text = text.removesuffix(template.end.only_last)
-        spans = tuple((begin, min(end, len(text))) for begin, end in spans)
+    text = _ended(template, text, is_last=number == len(turns) - 1)
+    spans = tuple((begin, min(end, len(text))) for begin, end in spans)
     return ChatText(text, (Answer(len(prompt), spans, weight),))
 
 
@@ -115,7 +165,7 @@ def _answer(template: ChatTemplate, turns: Turns, tools: str, prompt: str, whole
             )
     if written is None:
         written = _written_elsewhere(template, turns, tools, prompt, whole)
-    if _letters(content) not in _letters((opened or "") + written):
+    if not _holds((opened or "") + written, content):
         raise UserError(
             "the chat template leaves out or changes a part of the answer, so the answer "
             "cannot be trained as it stands"
@@ -188,5 +238,6 @@ def _behind(content: str, text: str) -> str | None:
     return rest if found else None
 
 
-def _letters(text: str) -> str:
-    return "".join(text.split())
+def _holds(text: str, content: str) -> bool:
+    """Say whether a text holds a content, whatever the spaces in both."""
+    return content in text or "".join(content.split()) in "".join(text.split())

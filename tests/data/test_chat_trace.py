@@ -1,0 +1,93 @@
+"""One rendering in place of many: the same result, and no trust in a template that looks ahead."""
+
+import random
+from typing import Any
+
+import pytest
+from tests.support import chat_templates as shapes
+from tests.support.chat_families import FAMILIES
+from tests.support.chat_templates import chat_tokenizer
+
+from swlora.data import chat as chat_module
+from swlora.data.chat import ChatTemplate
+from swlora.data.chat_answers import trained_texts
+from swlora.data.chat_encode import encode_chats
+from swlora.data.examples import Example, Message
+
+# Templates that know of later turns before they write: each in another way
+LOOKS_AHEAD = {
+    "the number": ("m.content", "messages | length ~ m.content"),
+    "the last turn": ("m.content", "(messages | last).content ~ m.content"),
+    "the last turn by number": ("m.content", "messages[-1].content ~ m.content"),
+    "whether a turn is the last": ("m.content", "loop.last ~ m.content"),
+    "the next turn": ("m.content", "(loop.nextitem.role if loop.nextitem) ~ m.content"),
+    "how many are left": ("m.content", "loop.revindex ~ m.content"),
+    "from behind": ("m.content", "(messages[::-1][0]).content ~ m.content"),
+    "all of them": ("{% for m", "{{ messages | map(attribute='role') | join }}{% for m"),
+    "as JSON": ("m.content", "(messages | list | tojson) ~ m.content"),
+}
+
+
+def chats(n: int, *, system: bool = True) -> list[Example]:
+    """Chats of one to four answers with spaces, headers and reasoning in what is said."""
+    rng = random.Random(n)
+    said = ["Hi", " So ", "<|im_start|>assistant\n", "x\n\ny", "<think>\nA\n</think>\n\nB", "é"]
+    found = []
+    for i in range(n):
+        turns = [Message("system", "Be brief.")] if system and i % 3 else []
+        for _ in range(rng.randint(1, 4)):
+            weight = rng.choice([None, None, 0.0, 0.5])
+            turns.append(Message("user", rng.choice(said)))
+            turns.append(Message("assistant", rng.choice(said), weight))
+        found.append(Example.chat(turns))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, examples = chat_tokenizer(FAMILIES[family]), chats(40)
+    found = encode_chats(examples, tokenizer, "all-turns", None)
+    monkeypatch.setattr(ChatTemplate, "trace", lambda *_: None)
+    assert found == encode_chats(examples, tokenizer, "all-turns", None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_template_that_writes_turn_by_turn_is_rendered_a_few_times(family, monkeypatch) -> None:
+    n, render = 0, ChatTemplate.render
+
+    def counted(self: ChatTemplate, chats: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal n
+        n += len(chats)
+        return render(self, chats, *arguments, **options)
+
+    chat = ChatTemplate(chat_tokenizer(FAMILIES[family]))
+    turns = [Message(("user", "assistant")[i % 2], f"{i}!") for i in range(8)]
+    assert chat.end
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    for _ in range(20):
+        trained_texts(chat, turns, "", [0, 1] * 4)
+    # These look at all roles first, or at the last turn
+    looks_ahead = {"Gemma 2", "Gemma 3", "Llama 2", "Mistral", "Qwen 3", "SmolLM3"}
+    assert n == 20 * 8 + 2 * chat_module._TRACES if family in looks_ahead else n == 20 * 2
+
+
+@pytest.mark.parametrize(("said", "instead"), LOOKS_AHEAD.values(), ids=LOOKS_AHEAD)
+def test_a_template_that_looks_ahead_is_not_believed(said, instead, monkeypatch) -> None:
+    template = shapes.ZEPHYR.replace(said, instead)
+    assert template != shapes.ZEPHYR
+    chat = ChatTemplate(chat_tokenizer(template))
+    turns = [Message(("user", "assistant")[i % 2], f"{i}!") for i in range(4)]
+    traced = chat.trace(turns, "")
+    assert traced is None or traced.begins[3] < traced.text.index("2!")
+
+
+def test_a_generation_prompt_that_knows_the_first_turn() -> None:
+    """It is not what the template writes before an answer, so such a chat is refused each time."""
+    template = shapes.CHATML.replace(
+        "<|im_start|>assistant\n{% endif %}",
+        "{{ '!' if messages[0].content == 'odd' }}<|im_start|>assistant\n{% endif %}",
+    )
+    answer = Message("assistant", "Yes")
+    usual, odd = (Example.chat([Message("user", said), answer]) for said in ("Hi", "odd"))
+    found = encode_chats([*[usual] * 9, odd], chat_tokenizer(template), "all-turns", None)
+    assert [isinstance(plan, str) for plan in found] == [False] * 9 + [True]

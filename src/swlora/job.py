@@ -93,6 +93,7 @@ class Job:
 
         They are encoded once. Raises UserError where there is no such split.
         """
+        from swlora.data.chat_end import notes_on_chats
         from swlora.data.encode import encode_examples
         from swlora.data.known_tokens import check_sequences
         from swlora.models.anatomy import n_embeddings
@@ -100,7 +101,10 @@ class Job:
         if (split, n_rows) in self._encoded:
             return self._encoded[split, n_rows]
         rows, train_on = self.dataset.split(split)[:n_rows], self.spec.data.train_on
-        if split == "train" and train_on != "all-turns" and not any(e.messages for e in rows):
+        if split == "train" and any(e.messages for e in rows):
+            for note in notes_on_chats(self.loaded.tokenizer):
+                self.progress.say(note)
+        elif split == "train" and train_on != "all-turns":
             raise UserError(f"--train-on {train_on} is for chats, and no row is one; leave it out")
         with self.timed("tokenise"), self.progress.task(f"tokenise the {split} rows"):
             encoded = encode_examples(

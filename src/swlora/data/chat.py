@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from swlora.data.chat_end import TurnEnd, find_turn_end
 from swlora.data.chat_trace import Traced, trace
 from swlora.data.examples import ASSISTANT, Message
 from swlora.errors import UserError
@@ -26,7 +27,7 @@ _OWN_MARKS = re.compile(r"{%-?\s*generation\s*-?%}")
 _TRACES = 8  # in vain, before a template is taken for one that looks ahead
 # Names under which transformers' renderer also gives a turn's reasoning to the template
 _REASONING = re.compile('"(reasoning_content|reasoning|thinking)"')
-_PROBE, _OTHER_PROBE = "Xyzzy", "Plugh"  # texts that are easily found in what a template writes
+_PROBE = "Xyzzy"  # a text that is easily found in what a template writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +36,6 @@ class Rendered:
 
     text: str
     marks: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class TurnEnd:
-    """What a template writes behind an answer.
-
-    `only_last` is the end of `text` that it writes behind the last turn of a chat alone. `token_id`
-    is the token that ends the turn, None where pieces of text do.
-    """
-
-    text: str
-    only_last: str
-    token_id: int | None
 
 
 class ChatTemplate:
@@ -142,7 +130,7 @@ class ChatTemplate:
         role = turns[number].role
         if role in ("user", ASSISTANT) or (role, "content") in self._written_fields:
             return
-        other = Message(role, turns[number].content + _OTHER_PROBE)
+        other = Message(role, turns[number].content + _PROBE)
         before = turns[:-1]  # as generation shows them: some write the system's words there only
         changed = (*before[:number], other, *before[number + 1 :])
         ours, theirs = self.render([before, changed], tools, generation_prompt=True)
@@ -156,44 +144,14 @@ class ChatTemplate:
         return bool(_OWN_MARKS.search(self._source(with_tools=False)))
 
     @cached_property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the date of the day."""
+        return "strftime_now" in self._source(with_tools=False)
+
+    @cached_property
     def end(self) -> TurnEnd:
-        """How the template ends an answer, found by writing one; UserError where it refuses."""
-        turns = (Message("user", "Hi"), Message(ASSISTANT, _PROBE))
-        (alone,) = self.render([turns], "", generation_prompt=False)
-        _, probe, text = alone.text.rpartition(_PROBE)
-        if not probe:
-            raise UserError("the chat template does not write the assistant's answers")
-        return TurnEnd(text, self._only_last(turns, alone.text, text), self._end_token(text))
-
-    def _only_last(self, turns: Turns, alone: str, end: str) -> str:
-        """Return the part of `end` that is missing once the user speaks again."""
-        try:
-            longer = self.render(
-                [(*turns, Message("user", _OTHER_PROBE))], "", generation_prompt=False
-            )
-        except UserError:
-            return ""
-        added = [token.content for token in self._tokenizer.added_tokens_decoder.values()]
-        begins = {alone.rfind(token) for token in added if token and token in end}
-        for begin in sorted({*begins, len(alone)}, reverse=True):
-            if longer[0].text.startswith(alone[:begin]) and begin > len(alone) - len(end):
-                return alone[begin:]
-        return ""
-
-    def _end_token(self, text: str) -> int | None:
-        added = self._tokenizer.added_tokens_decoder.items()
-        for special in (True, False):
-            # The first of them, and the longest that begins there
-            found = sorted(
-                (text.find(token.content), -len(token.content), token_id)
-                for token_id, token in added
-                if token.special == special and token.content.strip() and token.content in text
-            )
-            for at, minus_length, token_id in found[:1]:
-                upto = _PROBE + text[: at - minus_length]
-                if self._tokenizer(upto, add_special_tokens=False)["input_ids"][-1] == token_id:
-                    return int(token_id)
-        return None
+        """How the template ends an answer; UserError where it refuses to write one."""
+        return find_turn_end(self, self._tokenizer)
 
     def _as_dicts(self, turns: Turns) -> list[dict[str, Any]]:
         return [
@@ -249,15 +207,3 @@ class ChatTemplate:
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:
         return dict(self._tokenizer.special_tokens_map)
-
-
-def end_of_turn_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """Return the token with which the tokenizer's template ends an answer, None for no such.
-
-    It is what training teaches to stop with, so generation for chats must stop at it, named in the
-    model's generation_config.json or not.
-    """
-    try:
-        return ChatTemplate(tokenizer).end.token_id
-    except UserError:
-        return None

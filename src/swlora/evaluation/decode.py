@@ -19,7 +19,7 @@ import torch
 
 from swlora.adapters.reach import is_covered
 from swlora.config import DecodeSpec
-from swlora.data.chat import end_of_turn_token
+from swlora.data.chat_end import end_of_turn_tokens
 from swlora.data.known_tokens import check_prompts
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.beams import BeamDecoder, BeamSettings
@@ -68,11 +68,9 @@ def generate(
 def chat_end_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
     """Return the tokens that end an answer in a chat: the model's, and what its template ends in.
 
-    Training teaches the template's; a base model's configuration need not name it.
+    Training teaches the template's; a base model's configuration need not name them.
     """
-    token_id = end_of_turn_token(loaded.tokenizer)
-    taught = set() if token_id is None else {token_id}
-    return tuple(sorted(taught.union(loaded.end_token_ids)))
+    return tuple(sorted(end_of_turn_tokens(loaded.tokenizer).union(loaded.end_token_ids)))
 
 
 def _token_ids(

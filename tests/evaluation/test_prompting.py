@@ -102,7 +102,7 @@ def test_a_chat_ends_where_a_turn_does(model_folder, tiny_tokenizer, monkeypatch
     folder = model_folder("llama")
     ids = plain_ids(folder, tiny_tokenizer, USER, None)
     turn_end = ids[5]
-    monkeypatch.setattr(decode, "end_of_turn_token", lambda _: turn_end)
+    monkeypatch.setattr(decode, "end_of_turn_tokens", lambda _: frozenset({turn_end}))
     result = generate_text(spec_of(folder), Prompt("hello", chat=True), None, Silent())
     assert result.text == tiny_tokenizer.decode(ids[: ids.index(turn_end)])
     same = generate_text(spec_of(folder), Prompt(USER, chat=False), None, Silent())

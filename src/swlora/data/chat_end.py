@@ -120,7 +120,7 @@ def _call_end(
     token_id: int | None,
     only_last: str,
 ) -> int | None:
-    """Return the token that ends a call of tools, None where that is `token_id` or there is none."""
+    """Return the token that ends a call of tools, None for `token_id` or no token."""
     call = Message(ASSISTANT, "", extra=json.dumps({"tool_calls": [_CALL]}))
     try:
         written = _write(template, (_ASKED, call)).text

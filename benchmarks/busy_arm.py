@@ -71,8 +71,8 @@ def train(name: str, model: str, dataset: Any) -> None:
 def evaluate(model: str, dataset: Any) -> None:
     """Evaluate for ever, every time the same prompts."""
     from swlora.config import DecodeSpec, ModelSpec
+    from swlora.data.dataset import group_references
     from swlora.data.encode import encode_examples, encode_prompts
-    from swlora.data.sources import group_references
     from swlora.evaluation.decode import generate
     from swlora.evaluation.loss import dataset_loss
     from swlora.models.load import load_model

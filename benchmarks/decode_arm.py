@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Generate for the first dev prompts; return texts, rate and peak memory."""
-    from swlora.data.sources import group_references
+    from swlora.data.dataset import group_references
 
     dataset = rows.load(args.data)
     examples = [example for example, _ in group_references(dataset.dev)[: args.prompts]]

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from swlora.config import DataSpec
+from swlora.data.dataset import Dataset, group_references
 from swlora.data.examples import Example
-from swlora.data.sources import Dataset, group_references, load_dataset
+from swlora.data.sources import load_dataset
 
 E2E_ROWS = 42_061
 SHARED_E2E = Path(__file__).resolve().parents[2] / "shared" / "e2e-dataset"

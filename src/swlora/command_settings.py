@@ -19,7 +19,8 @@ def _settings(section: str) -> tuple[str, ...]:
 MODEL = _settings("model")
 EVALUATION = ("data.english",)
 DATA = tuple(name for name in _settings("data") if name not in EVALUATION)
-EVAL_DATA = tuple(name for name in DATA if not name.startswith("data.train_"))
+LIMITS = ("data.train_rows", "data.train_prompts")  # of what is trained on
+EVAL_DATA = tuple(name for name in DATA if name not in LIMITS)
 IDENTIFY, ADAPTER = _settings("identify"), _settings("adapter")
 TRAIN, DECODE = _settings("train"), _settings("decode")
 TEXT = tuple(name for name in DECODE if name != "decode.batch_size")  # of a single prompt

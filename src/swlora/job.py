@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from swlora.config import SAMPLE_DATASET, RunSpec
-from swlora.data.sources import Dataset, load_dataset
+from swlora.data.dataset import Dataset
+from swlora.data.sources import load_dataset
 from swlora.errors import UserError
 from swlora.layer_policy import VerifiedLayers
 from swlora.models.load import LoadedModel, check_model, load_model, settled_model
@@ -78,13 +79,13 @@ class Job:
         with self.timed("load_data"), self.progress.task("load the data"):
             dataset = load_dataset(self.spec.data)
         self.progress.say(f"data: {dataset.source}")
-        if dataset.n_skipped_rows:
-            self.progress.say(f"{dataset.n_skipped_rows} bad rows were left out")
+        if dataset.counts.n_bad:
+            self.progress.say(f"{dataset.counts.n_bad} bad rows were left out")
         self.run.record_source(data_sha256=dataset.sha256)
         self.run.record(
             data_source=dataset.source,
             is_sample=dataset.is_sample,
-            n_skipped_rows=dataset.n_skipped_rows,
+            n_skipped_rows=dataset.counts.n_bad,
         )
         return dataset
 

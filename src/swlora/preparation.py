@@ -111,10 +111,10 @@ def prepare_evaluation(job: Job) -> PreparedEvaluation:
 
     Raises UserError where there are none, or where the model has no room for an answer.
     """
+    from swlora.data.dataset import group_references, number_prompts
     from swlora.data.encode import encode_prompts
     from swlora.data.examples import select
     from swlora.data.known_tokens import check_prompts
-    from swlora.data.sources import group_references, number_prompts
     from swlora.evaluation.decode import check_room
     from swlora.models.anatomy import n_embeddings
 

@@ -73,7 +73,7 @@ def test_mistakes_that_every_run_shares(verb, arguments, said, swlora, rows):
         (["--learning-rate", "nan"], "--learning-rate: must be a finite number, not nan"),
         (
             ["--prompt-column", "question"],
-            "rows.jsonl, line 1: it has no 'question', only 'prompt'",
+            "rows.jsonl, line 1: it has no column 'question'; columns found: 'prompt'",
         ),
         (["--tokenizer", "some/tokenizer"], "the tokenizer some/tokenizer is not a folder"),
         (["--revision", "main"], "--revision is a version on the Hub"),

@@ -143,11 +143,11 @@ def test_what_is_not_used_is_refused_by_name_and_line(tmp_path: Path, row, reaso
     assert str(caught.value).startswith(f"{name}, line 2: ")
     assert reason in str(caught.value)
     dataset = load_dataset(DataSpec(name=name, skip_bad_rows=True))
-    assert (len(dataset.train), dataset.n_skipped_rows) == (1, 1)
+    assert (len(dataset.train), dataset.counts.n_bad) == (1, 1)
 
 
 def test_a_column_that_is_asked_for_is_used_whatever_its_name(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"documents": "A text.\\n", "image": "An answer."}\n')
-    examples, n_bad = read_rows(path, ("documents", "image"), False)
-    assert (examples[0].prompt, examples[0].completion, n_bad) == ("A text.\n", "An answer.", 0)
+    rows = read_rows([path], {"prompt": "documents", "completion": "image"}, False)
+    assert rows.examples == (Example("A text.\n", "An answer."),) and not rows.bad

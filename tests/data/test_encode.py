@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from swlora.data import encode
 from swlora.data.encode import encode_examples, encode_prompts
-from swlora.data.sources import Example
+from swlora.data.examples import Example
 from swlora.errors import DataError, UserError
 
 BOS, EOS = 256, 257

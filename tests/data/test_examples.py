@@ -16,8 +16,9 @@ from tests.support.chat_templates import chat
 from swlora.config import DataSpec
 from swlora.data import examples as examples_module
 from swlora.data import scratch
+from swlora.data.dataset import number_prompts
 from swlora.data.examples import Example, Message, StoredExamples, keep, select
-from swlora.data.sources import load_dataset, number_prompts
+from swlora.data.sources import load_dataset
 from swlora.errors import DataError, RunFailedError
 
 ROWS = [
@@ -108,7 +109,7 @@ def test_a_data_set_is_the_same_wherever_its_rows_lie(
     assert isinstance(held.train, tuple) and isinstance(stored.train, StoredExamples)
     for name in ("train", "dev", "test"):
         assert tuple(getattr(stored, name)) == tuple(getattr(held, name))
-    for name in ("name", "source", "separator", "n_skipped_rows", "sha256"):
+    for name in ("name", "source", "separator", "counts", "sha256"):
         assert getattr(stored, name) == getattr(held, name)
 
 

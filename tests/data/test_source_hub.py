@@ -11,8 +11,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from tests.support.data_files import E2E, write_e2e
 
 from swlora.config import DEFAULT_DATASET, DataSpec
-from swlora.data import sources
-from swlora.data.sources import HubUnreachableError, load_dataset
+from swlora.data import e2e, hub_data
+from swlora.data.hub_data import HubUnreachableError
+from swlora.data.sources import load_dataset
 from swlora.errors import DataError, UserError
 from swlora.hub import OFFLINE_VARIABLES
 
@@ -54,7 +55,7 @@ def fake_hub(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(sources, "HUB_ROWS", {"train": 2, "validation": 3, "test": 3})
+    monkeypatch.setattr(e2e, "HUB_ROWS", {"train": 2, "validation": 3, "test": 3})
     return calls
 
 
@@ -100,7 +101,7 @@ def test_bad_rows_of_the_hub(monkeypatch):
     fake_hub(monkeypatch, lambda: COMMIT, lambda: tables)
     with pytest.raises(DataError, match="e2e_nlg validation, row 2: its completion is empty"):
         load_dataset(DataSpec())
-    assert load_dataset(DataSpec(skip_bad_rows=True)).n_skipped_rows == 1
+    assert load_dataset(DataSpec(skip_bad_rows=True)).counts.n_bad == 1
 
 
 @pytest.mark.parametrize("variable", OFFLINE_VARIABLES)
@@ -146,7 +147,7 @@ def test_no_connection_falls_back_to_the_sample_and_says_so(monkeypatch, error):
 def test_a_hub_that_hangs_is_left_soon(monkeypatch):
     release = threading.Event()
     fake_hub(monkeypatch, lambda: str(release.wait(60)))
-    monkeypatch.setattr(sources, "HUB_TIMEOUT_S", 0.25)
+    monkeypatch.setattr(hub_data, "HUB_TIMEOUT_S", 0.25)
     try:
         assert "no answer in 0.25 s" in load_dataset(DataSpec()).source
     finally:

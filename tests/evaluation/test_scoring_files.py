@@ -104,5 +104,5 @@ def test_files_that_cannot_be_read(scored, tmp_path):
         assert len(str(refused.value).splitlines()) == 1
     with pytest.raises(DataError, match="holds no references"):
         score_files(good, write(tmp_path / "empty", "\n \n"))
-    with pytest.raises(DataError, match="needs one column 'mr'"):
+    with pytest.raises(DataError, match="it has no column 'mr'; columns found: 'a', 'b'"):
         score_files(good, write(tmp_path / "other.csv", "a,b\n1,2\n"))

@@ -185,8 +185,8 @@ arms:
 
 
 def test_a_wrong_arm_is_not_also_missing(tmp_path):
-    study = read(tmp_path, "baseline: base\narms: [{name: base, colour: red}, lora]")
-    assert study.problems == ["arm base: colour: there is no such setting"]
+    study = read(tmp_path, "baseline: base\narms: [{name: base, glow: red}, lora]")
+    assert study.problems == ["arm base: glow: there is no such setting"]
 
 
 @pytest.mark.parametrize("text", ["seeds: [0]", "arms: []", "arms: 3", "arms: [nonsense]"])

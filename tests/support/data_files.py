@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swlora.data.sources import Example
+from swlora.data.examples import Example
 
 E2E = {
     "trainset.csv": [("name[A], food[x]", "A, with “x”."), ("name[B]", " B\nis here.")],
@@ -36,6 +36,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def write(path: Path, content: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return str(path)
 

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from swlora.config import AdapterSpec, RunSpec, settings_of
+from swlora.data.dataset import Dataset
 from swlora.data.examples import Example
-from swlora.data.sources import Dataset
 from swlora.layer_policy import Kind, parse_policy
 from swlora.models.identity import BaseModel
 from swlora.versions import package_versions

@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from swlora.config.fields import Spec
+from swlora.config.fields import NameList, Spec
 
 DEFAULT_DATASET = "tuetschek/e2e_nlg"
 SAMPLE_DATASET = "sample"
+# Of the forms in which examples are written (data.forms)
+FIELDS = (
+    *("prompt", "completion", "messages", "tools", "conversations"),
+    *("instruction", "input", "output", "system", "text"),
+)
 
 
 class DataSpec(Spec):
@@ -17,10 +22,17 @@ class DataSpec(Spec):
     name: str = Field(
         default=DEFAULT_DATASET,
         min_length=1,
-        description="Hub id, folder, file or sample (offline, the default is sample)",
+        description="file, folder or pattern of files, Hub id, or sample (offline, the default is "
+        "sample)",
     )
     eval_file: Path | None = Field(
-        default=None, description="rows to evaluate on, for JSONL or CSV data"
+        default=None, description="rows to evaluate on, for files and data of the Hub"
+    )
+    eval_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the prompts to hold out, where there is no dev split [default: 0.05]",
     )
     eval_split: Literal["dev", "test"] = "dev"
     train_rows: int | None = Field(
@@ -39,10 +51,42 @@ class DataSpec(Spec):
         description="also measure perplexity of English text, to see what was forgotten "
         "[default: with E2E data and the sample]",
     )
-    prompt_column: str = "prompt"
-    completion_column: str = "completion"
+    train_split: str = Field(
+        default="train", min_length=1, description="the split to train on, of data of the Hub"
+    )
+    config_name: str | None = Field(default=None, description="the configuration, of the Hub's")
+    dataset_revision: str | None = Field(
+        default=None, description="branch, tag or commit, of the Hub's"
+    )
+    columns: NameList = Field(
+        default_factory=list,
+        description="columns that have other names, such as prompt=question,completion=answer "
+        "(fields: prompt, completion; messages; conversations; instruction, input, output; text)",
+    )
+    prompt_column: str = Field(default="prompt", description="same as --columns prompt=...")
+    completion_column: str = Field(
+        default="completion", description="same as --columns completion=..."
+    )
     train_on: Literal["all-turns", "last-turn"] = Field(
         default="all-turns", description="of chats, train every answer or the last one"
     )
     skip_bad_rows: bool = False
     truncate: bool = Field(default=False, description="cut over-long rows instead of refusing them")
+
+    @property
+    def named_columns(self) -> dict[str, str]:
+        """The columns of fields that have other names, by field."""
+        named = dict(entry.split("=", 1) for entry in self.columns)
+        for field in ("prompt", "completion"):
+            if (column := getattr(self, f"{field}_column")) != field:
+                named[field] = column
+        return named
+
+    @field_validator("columns")
+    @classmethod
+    def _name_fields(cls, columns: list[str]) -> list[str]:
+        for entry in columns:
+            field, sign, column = entry.partition("=")
+            if not sign or not column or field not in FIELDS:
+                raise ValueError(f"{entry!r} is not FIELD=COLUMN with one of {', '.join(FIELDS)}")
+        return columns

@@ -9,6 +9,7 @@ is refused by name; an empty one says nothing.
 
 import json
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from swlora.data.examples import ASSISTANT, Example, Message, check_text
@@ -29,7 +30,7 @@ _PAIR_FIELDS = {"tools": "only chats have them; write them into the prompt, and 
 
 
 def unused_meaning(
-    row: dict[str, object], columns: tuple[str, str], *, is_chat: bool
+    row: Mapping[str, object], columns: Collection[str], *, is_chat: bool
 ) -> str | None:
     """Say which field of a row would change its meaning and is not used; None for no such.
 
@@ -126,5 +127,8 @@ def _text(content: object) -> str | None:
 
 def _json(value: object) -> str | None:
     """Return a value as JSON, its keys in their order; None where its text is not valid."""
-    written = json.dumps(value, ensure_ascii=False)
+    try:
+        written = json.dumps(value, ensure_ascii=False)
+    except TypeError:  # a date, or bytes, of a Parquet file
+        return None
     return None if check_text(written) or "\\u0000" in written else written

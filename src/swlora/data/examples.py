@@ -107,13 +107,22 @@ class Example:
 def make_example(prompt: object, completion: object) -> Example | str:
     """Return the row as an Example, or the reason why it cannot be one."""
     for what, text in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(text, str):
-            return f"its {what} is not a string"
-        if not text.strip():
-            return f"its {what} is empty"
-        if problem := check_text(text):
+        if problem := text_problem(text):
             return f"its {what} {problem}"
     return Example(str(prompt), str(completion))
+
+
+def make_text(text: object) -> Example | str:
+    """Return a document as an Example, or the reason why it cannot be one."""
+    problem = text_problem(text)
+    return f"its text {problem}" if problem else Example(text=str(text))
+
+
+def text_problem(text: object) -> str | None:
+    """Say why something cannot be a text to train on; None where it can."""
+    if not isinstance(text, str):
+        return "is not a string"
+    return check_text(text) if text.strip() else "is empty"
 
 
 def check_text(text: str) -> str | None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from swlora.data.dataset import group_references
 from swlora.data.rows import E2E_COLUMNS, read_rows
-from swlora.data.sources import group_references
 from swlora.errors import DataError, UserError
 from swlora.evaluation.bootstrap import score_intervals
 from swlora.evaluation.evaluated import Scored
@@ -37,7 +37,7 @@ def score_files(predictions: Path, references: Path) -> Scored:
 def read_references(path: Path) -> list[list[str]]:
     """Return the groups of references of an E2E CSV or of a blank-line-separated file."""
     if path.suffix.lower() == ".csv":
-        examples, _ = read_rows(path, E2E_COLUMNS, skip_bad_rows=False)
+        examples = read_rows([path], E2E_COLUMNS, skip_bad_rows=False).examples
         return [refs for _, refs in group_references(examples)]
     groups: list[list[str]] = [[]]
     for line in _lines(path):

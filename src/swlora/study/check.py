@@ -153,7 +153,8 @@ def _not_at_hand(spec: ModelSpec, may_fetch: bool) -> str | None:
 
 def _check_data(checked: Checked, tokenizer: Any) -> None:
     """Load the data as runs will, and encode it where the tokenizer is at hand."""
-    from swlora.data.sources import HubUnreachableError, load_dataset
+    from swlora.data.hub_data import HubUnreachableError
+    from swlora.data.sources import load_dataset
 
     spec, problems = checked.spec, checked.problems
     try:

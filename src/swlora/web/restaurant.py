@@ -6,8 +6,8 @@ name[Aromi], eatType[pub], area[riverside]
 import re
 from collections.abc import Mapping, Sequence
 
+from swlora.data.dataset import Dataset, group_references
 from swlora.data.examples import Example
-from swlora.data.sources import Dataset, group_references
 from swlora.errors import UserError
 
 SLOTS = (

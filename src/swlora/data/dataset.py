@@ -1,0 +1,131 @@
+"""A data set: examples by split, what was counted of them, and which prompts they share."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from swlora.config import SAMPLE_DATASET
+from swlora.data.examples import Example, select
+from swlora.errors import UserError
+
+E2E_NAME = "E2E NLG"
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted of the rows.
+
+    `bad` are those that were left out, by reason; `n_duplicates` training rows that repeat an
+    earlier one word for word; `n_leaked` training rows whose prompt is in dev or test too.
+    """
+
+    bad: Mapping[str, int] = field(default_factory=dict)
+    n_duplicates: int = 0
+    n_leaked: int = 0
+
+    @property
+    def n_bad(self) -> int:
+        """Bad rows, whatever their reasons."""
+        return sum(self.bad.values())
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples by split; `separator` stands behind a prompt, `sha256` is of all rows."""
+
+    name: str
+    source: str
+    separator: str
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    test: Sequence[Example]
+    counts: Counts = Counts()
+    sha256: str = ""
+
+    @property
+    def is_e2e(self) -> bool:
+        """Say whether the rows are E2E NLG, or the sample that stands in for it."""
+        return self.name in (E2E_NAME, SAMPLE_DATASET)
+
+    @property
+    def is_sample(self) -> bool:
+        """Say whether the rows are those that swlora makes itself."""
+        return self.name == SAMPLE_DATASET
+
+    def split(self, name: str) -> Sequence[Example]:
+        """Return the rows of "train", "dev" or "test"; UserError where there are none."""
+        if name not in SPLITS:
+            raise UserError(f"no split is called {name!r}; use train, dev or test")
+        found: Sequence[Example] = getattr(self, name)
+        if not found:
+            other = next((s for s in ("dev", "test", "train") if getattr(self, s)), "train")
+            raise UserError(f"the data set has no {name} split; use --split {other}")
+        return found
+
+    def limited(
+        self, train_rows: int | None, train_prompts: int | None, eval_prompts: int | None
+    ) -> Self:
+        """Return the first rows, or those of the first distinct prompts, counted and hashed."""
+        limited = replace(
+            self,
+            train=first_prompts(self.train, train_prompts)[:train_rows],
+            dev=first_prompts(self.dev, eval_prompts),
+            test=first_prompts(self.test, eval_prompts),
+        )
+        digest = hashlib.sha256(json.dumps(self.separator).encode())
+        for name in SPLITS:
+            for example in getattr(limited, name):
+                digest.update(json.dumps([name, *example.fields]).encode() + b"\n")
+        return replace(limited, counts=limited._counted(), sha256=digest.hexdigest())
+
+    def _counted(self) -> Counts:
+        rows = _hashes(json.dumps(e.fields) for e in self.train)
+        prompts, dev, test = (
+            _hashes(e.prompt_key for e in part) for part in (self.train, self.dev, self.test)
+        )
+        leaked = np.isin(prompts, np.union1d(dev, test))
+        n_duplicates = len(rows) - len(np.unique(rows))
+        return Counts(self.counts.bad, n_duplicates, int(leaked.sum()))
+
+
+def group_references(examples: Iterable[Example]) -> list[tuple[Example, list[str]]]:
+    """List the distinct prompts in file order: the first example of each, all its completions."""
+    groups: dict[str, tuple[Example, list[str]]] = {}
+    for example in examples:
+        group = groups.setdefault(example.prompt_key, (example, []))
+        group[1].append(example.completion)
+    return list(groups.values())
+
+
+def number_prompts(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """Return the number (n,) of each row's distinct prompt, in the order of `group_references`.
+
+    Prompts are told apart by 8 bytes of a hash: among 10^8 of them two would be taken for one with
+    a chance of 1 in 4,000, and be held out together.
+    """
+    hashes = _hashes(e.prompt_key for e in examples)
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+def first_prompts(examples: Sequence[Example], n: int | None) -> Sequence[Example]:
+    """Return the examples of the first `n` distinct prompts; all where `n` is None."""
+    if n is None:
+        return examples
+    return select(examples, np.flatnonzero(number_prompts(examples) < n))
+
+
+def _hashes(texts: Iterable[str]) -> NDArray[np.uint64]:
+    def digests() -> Iterator[int]:
+        for text in texts:
+            yield int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+    return np.fromiter(digests(), dtype=np.uint64)

@@ -1,0 +1,72 @@
+"""Which files a name stands for: one, a folder of shards, or a pattern; and their splits.
+
+A file in a folder or pattern is of the split that its name or its folder's says (train, dev or
+validation, test), else of train, so that test rows are never trained on by accident.
+"""
+
+import glob
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from swlora.data.records import READERS, ending
+from swlora.errors import UserError
+
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "valid", "validation", "val", "eval"), "dev"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+_MAGIC = set("*?[")
+
+
+def data_files(name: str) -> list[Path]:
+    """Return the files that a name stands for, in order; [] where it is no file, folder or pattern.
+
+    Raises UserError for a folder or a pattern without a file that can be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and ending(p))
+        found = [p for p in inside if not any(part.startswith(".") for part in _inner(p, path))]
+    elif _MAGIC & set(name):
+        matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+        found = [p for p in matches if p.is_file() and ending(p)]
+    else:
+        return [path] if ending(path) else []
+    if not found:
+        raise UserError(f"{name} holds no file that can be read: {', '.join(READERS)}, or with .gz")
+    return found
+
+
+def split_files(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
+    """Return files by split; a single file that was named itself is of train.
+
+    Raises UserError where none is left to train on.
+    """
+    by_split: dict[str, list[Path]] = {"train": [], "dev": [], "test": []}
+    if list(files) == [root]:
+        by_split["train"].append(root)
+        return by_split
+    for path in files:
+        by_split[_split_of(path, root)].append(path)
+    if not by_split["train"]:
+        names = ", ".join(path.name for path in files[:4])
+        raise UserError(f"{root} has no file to train on, only {names}: name one of them itself")
+    return by_split
+
+
+def _split_of(path: Path, root: Path) -> str:
+    for part in reversed(_inner(path, root)):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in SPLIT_WORDS:
+                return SPLIT_WORDS[word]
+    return "train"
+
+
+def _inner(path: Path, root: Path) -> tuple[str, ...]:
+    """Return the parts of a path below a folder, or below the fixed part of a pattern."""
+    fixed = next((i for i, part in enumerate(root.parts) if _MAGIC & set(part)), len(root.parts))
+    return path.parts[fixed:]

@@ -1,0 +1,106 @@
+"""Data sets of the Hugging Face Hub: which commit is read, and the rows of a split, as they come.
+
+One short request asks for the commit, and shows whether the Hub can be reached at all; the rows are
+then streamed by `datasets`, so that they need not fit the disk.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from swlora.errors import UserError
+from swlora.hub import offline_variable
+from swlora.library_noise import quiet_libraries
+
+HUB_TIMEOUT_S = 5.0
+# Names that splits have on the Hub, by the split that they are here
+SPLIT_NAMES = {
+    "dev": ("validation", "dev", "valid", "val", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+
+
+class HubUnreachableError(UserError):
+    """No connection to the Hub; the message says why."""
+
+    code = "hub_unreachable"
+
+
+def hub_commit(name: str, revision: str | None) -> str:
+    """Resolve a revision of a data set to a commit, by one short request.
+
+    Raises HubUnreachableError without an answer, UserError where the Hub refuses.
+    """
+    if variable := offline_variable():
+        raise HubUnreachableError(f"the Hub cannot be reached: {variable} is set")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    outcome: list[str | Exception] = []
+
+    def ask() -> None:
+        try:
+            info = HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+            outcome.append(str(info.sha))
+        except Exception as error:  # the transport's errors differ from version to version
+            outcome.append(error)
+
+    # A thread, because name resolution honours no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    answer = outcome[0] if outcome else TimeoutError(f"no answer in {HUB_TIMEOUT_S:g} s")
+    if isinstance(answer, HfHubHTTPError) and answer.response.status_code < 500:
+        raise UserError(f"the Hub refuses {name}: {brief(answer)}") from answer
+    if isinstance(answer, Exception):
+        raise HubUnreachableError(f"the Hub cannot be reached: {brief(answer)}") from answer
+    return answer
+
+
+class HubData:
+    """A data set of the Hub at one commit; UserError where it cannot be read."""
+
+    def __init__(self, name: str, config: str | None, commit: str) -> None:
+        import datasets
+
+        self._name = name
+        try:
+            with quiet_libraries():
+                self._splits: Mapping[str, Any] = datasets.load_dataset(
+                    name, config, revision=commit, streaming=True
+                )
+        except Exception as error:  # its loaders raise errors of many libraries
+            raise self._refusal(error) from error
+
+    def split_name(self, split: str) -> str | None:
+        """Return what the Hub calls "dev" or "test"; None where there is no such split."""
+        return next((name for name in SPLIT_NAMES[split] if name in self._splits), None)
+
+    def records(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a split by its name on the Hub; UserError, with names, for none."""
+        if split not in self._splits:
+            there = ", ".join(self._splits)
+            raise UserError(f"{self._name} has no split {split!r}, only {there}: --train-split")
+        try:
+            with quiet_libraries():
+                yield from self._splits[split]
+        except ConnectionError as error:
+            raise HubUnreachableError(f"the Hub cannot be reached: {brief(error)}") from error
+        except Exception as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> UserError:
+        said = brief(error)
+        if isinstance(error, ConnectionError):
+            return HubUnreachableError(f"the Hub cannot be reached: {said}")
+        if "script" in said.lower():
+            return UserError(
+                f"cannot load {self._name}: it is a script, which is not run; try "
+                "--dataset-revision refs/convert/parquet"
+            )
+        return UserError(f"cannot load {self._name}: {said}")
+
+
+def brief(error: Exception) -> str:
+    """Return an error in one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,170 @@
+"""Folders, patterns and data of the Hub: which rows are trained on, and which are held out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tests.support.data_files import as_jsonl, examples, numbered, write
+
+from swlora.config import DataSpec
+from swlora.data import sources
+from swlora.data.dataset import Counts
+from swlora.data.examples import Example
+from swlora.data.files import data_files, split_files
+from swlora.data.sources import load_dataset
+from swlora.errors import DataError, UserError
+
+pytestmark = pytest.mark.usefixtures("no_settings_from_outside")
+
+TRAIN, DEV, TEST = numbered(3), [("d", "1"), ("prompt 0", "2")], [("t", "3")]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards to train on, one of them with another format, and one of each other split."""
+    write(tmp_path / "all/data/train-00000-of-00002.jsonl", as_jsonl(TRAIN[:2]))
+    write(tmp_path / "all/data/train-00001-of-00002.json", json_list(TRAIN[2:]))
+    write(tmp_path / "all/data/validation-00000.jsonl", as_jsonl(DEV))
+    write(tmp_path / "all/test/part.jsonl", as_jsonl(TEST))
+    write(tmp_path / "all/.hidden/train.jsonl", b"nonsense")
+    write(tmp_path / "all/README.md", b"nothing to read")
+    return tmp_path / "all"
+
+
+def json_list(rows: list[tuple[str, str]]) -> bytes:
+    return json.dumps([{"prompt": p, "completion": c} for p, c in rows]).encode()
+
+
+def test_a_folder_of_shards_has_the_splits_that_its_names_say(shards: Path) -> None:
+    dataset = load_dataset(DataSpec(name=str(shards)))
+    assert (dataset.train, dataset.dev, dataset.test) == tuple(map(examples, (TRAIN, DEV, TEST)))
+    assert dataset.counts == Counts({}, n_duplicates=0, n_leaked=2)  # two rows of "prompt 0"
+    assert "its dev split" in dataset.source and "4 files" in dataset.source
+    with pytest.raises(UserError, match="has a dev split of its own: leave out --eval-share"):
+        load_dataset(DataSpec(name=str(shards), eval_share=0.5))
+
+
+def test_patterns(shards: Path) -> None:
+    dataset = load_dataset(DataSpec(name=str(shards / "data/train-*")))
+    assert (dataset.train, dataset.dev) == (examples(TRAIN[:2] + TRAIN[4:]), examples(TRAIN[2:4]))
+    deep = load_dataset(DataSpec(name=str(shards / "**/*.jsonl")))
+    assert (deep.train, deep.dev, deep.test) == tuple(map(examples, (TRAIN[:2], DEV, TEST)))
+    with pytest.raises(UserError, match=r"holds no file that can be read: \.jsonl, "):
+        load_dataset(DataSpec(name=str(shards / "*.parquet")))
+    with pytest.raises(UserError, match="has no file to train on, only validation"):
+        load_dataset(DataSpec(name=str(shards / "data/val*")))
+
+
+def test_a_file_that_was_named_is_trained_on_whatever_its_name(shards: Path) -> None:
+    path = shards / "test/part.jsonl"
+    assert split_files(data_files(str(path)), path)["train"] == [path]
+
+
+def test_a_share_is_held_out(tmp_path: Path) -> None:
+    name = write(tmp_path / "a.jsonl", as_jsonl(numbered(10)))
+    dataset = load_dataset(DataSpec(name=name, eval_share=0.35))
+    assert {e.prompt for e in dataset.dev} == {"prompt 7", "prompt 8", "prompt 9"}
+    assert len(dataset.train) + len(dataset.dev) == len(numbered(10))
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match="eval_share"):
+            DataSpec(eval_share=share)
+
+
+def test_one_document_is_trained_on_without_a_dev_split(tmp_path: Path) -> None:
+    dataset = load_dataset(DataSpec(name=write(tmp_path / "a.txt", b"A text.")))
+    assert dataset.train == (Example(text="A text."),) and not dataset.dev
+    assert "none is held out" in dataset.source
+
+
+def test_what_is_counted(tmp_path: Path) -> None:
+    rows = [("a", "1"), ("a", "1"), ("a", "2"), ("b", "1"), ("c", "9")]
+    bad = b'{"prompt": "", "completion": "x"}\n{"prompt": "a"}\n{"prompt": " ", "completion": 3}\n'
+    name = write(tmp_path / "a.jsonl", as_jsonl(rows) + bad + b"{\n[1]\n")
+    held_out = write(tmp_path / "b.jsonl", as_jsonl([("b", "2"), ("z", "1")]) + b"{}\n")
+    spec = DataSpec(name=name, eval_file=Path(held_out), skip_bad_rows=True)
+    counts = load_dataset(spec).counts
+    assert (counts.n_duplicates, counts.n_leaked, counts.n_bad) == (1, 1, 6)
+    assert dict(counts.bad) == {
+        "its prompt is empty": 2,
+        "its columns are of no known form": 2,
+        "not valid JSON": 1,
+        "not a JSON object": 1,
+    }
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """A data set of Parquet files, read by `datasets` as one of the Hub is; returns its id."""
+    monkeypatch.setattr(sources, "hub_commit", lambda *_: "0123456789abcdef")
+    load = datasets.load_dataset
+
+    def local(name: str, config: str | None, *, revision: str, streaming: bool) -> Any:
+        assert (revision, streaming) == ("0123456789abcdef", True)
+        return load(str(tmp_path / name), config, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+
+    def make(**splits: list[dict[str, Any]]) -> str:
+        folder = tmp_path / "org/chats/data"
+        folder.mkdir(parents=True)
+        for name, rows in splits.items():
+            table = pyarrow.Table.from_pylist(rows)
+            pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
+        return "org/chats"
+
+    return make
+
+
+def pairs(rows: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in rows]
+
+
+def test_data_of_the_hub(hub: Callable[..., str]) -> None:
+    name = hub(train=pairs(TRAIN), validation=pairs(DEV), test=pairs(TEST))
+    dataset = load_dataset(DataSpec(name=name))
+    assert (dataset.train, dataset.dev, dataset.test) == tuple(map(examples, (TRAIN, DEV, TEST)))
+    assert dataset.source == "org/chats from the Hub, at 0123456789ab, with its dev split"
+    assert dataset.train[1].place == "org/chats train, row 2"
+    other = load_dataset(DataSpec(name=name, train_split="test", eval_share=None))
+    assert (other.train, other.dev, other.test) == (examples(TEST), examples(DEV), ())
+
+
+def test_nested_chats_of_the_hub(hub: Callable[..., str]) -> None:
+    turns = [{"role": "user", "content": f"{i}?"} for i in range(3)]
+    rows = [{"messages": [turn, {"role": "assistant", "content": "No."}]} for turn in turns]
+    dataset = load_dataset(DataSpec(name=hub(train=rows)))
+    assert [e.messages[0].content for e in (*dataset.train, *dataset.dev)] == ["0?", "1?", "2?"]
+    assert "its last 1 of 3 distinct prompts are the dev split" in dataset.source
+
+
+def test_what_the_hub_refuses(hub: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    name = hub(train=[{"question": "a", "answer": "b"}])
+    with pytest.raises(UserError, match="has no split 'dev', only train: --train-split"):
+        load_dataset(DataSpec(name=name, train_split="dev"))
+    with pytest.raises(DataError, match=r"org/chats: its columns .*prompt=question,completion=an"):
+        load_dataset(DataSpec(name=name))
+    with pytest.raises(UserError, match=r"cannot load org/chats: .*gone"):
+        load_dataset(DataSpec(name=name, config_name="gone"))
+
+    def script(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found chats.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", script)
+    with pytest.raises(UserError, match="it is a script, which is not run; try --dataset-revision"):
+        load_dataset(DataSpec(name=name))
+
+
+@pytest.mark.parametrize("setting", ["train_split", "config_name", "dataset_revision"])
+def test_settings_of_the_hub_are_not_for_files(setting: str, tmp_path: Path) -> None:
+    name = write(tmp_path / "a.jsonl", as_jsonl(TRAIN))
+    flag = f"--{setting.replace('_', '-')}"
+    with pytest.raises(UserError, match=f"{flag} is for data of the Hub, not for .*a.jsonl"):
+        load_dataset(DataSpec(name=name, **{setting: "x"}))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.support.chat_families import FAMILIES, turn_by_turn
-from tests.support.chat_templates import chat_tokenizer
+from tests.support.chat_templates import SPECIAL, chat_tokenizer
 
 from swlora.data.chat_encode import encode_chats
 from swlora.data.chat_rows import make_chat
@@ -130,6 +130,23 @@ def test_what_a_template_refuses_or_leaves_out_is_said(family, messages, reason)
     assert found[0] == found[2] and not isinstance(found[0], str)
     assert isinstance(found[1], str)
     assert re.search(reason, found[1]), found[1]
+
+
+@pytest.mark.parametrize("family", ["Llama 3", "Qwen 2.5", "Qwen 3"])
+def test_arguments_of_calls_that_are_json_already_are_written_once(family):
+    function = CALL["function"] | {"arguments": json.dumps(CALL["function"]["arguments"])}
+    as_json = [m | {"tool_calls": [CALL | {"function": function}]} for m in CALLING[1:2]]
+    chats = [make(messages) for messages in (CALLING, [CALLING[0], *as_json, *CALLING[2:]])]
+    values, texts = encode_chats(chats, chat_tokenizer(FAMILIES[family]), "all-turns", None)
+    assert values == texts and not isinstance(texts, str)
+
+
+def test_fields_that_a_template_cannot_do_without():
+    said = "{{ m.tool_calls[0].function.name if m.role == 'assistant' else m.content }}"
+    template = FAMILIES["Zephyr"].replace("{{ m.content }}", said)
+    (found,) = encode_chats([make(CALLING[:2])], chat_tokenizer(template), "all-turns", None)
+    ((_, answer),) = taught(found)
+    assert answer == [*b"find", SPECIAL["</s>"], ord("\n")]
 
 
 def test_tools_without_a_place_are_refused():

@@ -164,6 +164,31 @@ def test_an_error_of_the_source_stays_what_it_is(monkeypatch: pytest.MonkeyPatch
         keep(broken())
 
 
+def test_the_completion_of_a_chat_is_what_the_assistant_says_last() -> None:
+    asked, call = Message("user", "hi"), Message("assistant", "", extra='{"tool_calls": [1]}')
+    for last, said in ((Message("assistant", "ja", extra='{"a": 1}'), "ja"), (call, call.extra)):
+        example = Example.chat([asked, last])
+        assert (example.completion, example.prompt_messages) == (said, (asked,))
+    example = Example.chat([asked, call, asked])
+    assert (example.completion, example.prompt_messages) == ("", (asked, call, asked))
+    with pytest.raises(ValueError, match="one turn or more"):
+        Example.chat([])
+
+
+def test_prompts_are_told_apart_by_all_that_is_shown() -> None:
+    turn = Message("user", "hi")
+    rows = [
+        Example("hi", "1"),
+        Example.chat([turn, Message("assistant", "2")]),
+        Example.chat([turn]),
+        Example.chat([turn], tools="[]"),
+        Example.chat([Message("user", "hi", extra='{"name": "Ann"}')]),
+        Example.chat([Message("system", "hi")]),
+        Example(text="hi"),
+    ]
+    assert number_prompts(rows).tolist() == [0, 1, 1, 2, 3, 4, 5]
+
+
 def test_rows_are_numbered_by_their_distinct_prompt() -> None:
     rows = [Example("a", "1"), Example("b", "2"), Example("a", "3"), chat((("user", "hi"),), "4")]
     assert number_prompts(rows).tolist() == [0, 1, 0, 2]

@@ -100,40 +100,48 @@ class ChatTemplate:
 
         The last of `turns` is an answer. What a template wrote once, it is not asked for again.
         """
+        before = turns[:-1]  # as generation shows them: some write the system's words there only
         if tools and ("", "tools") not in self._written_fields:
-            if self.prompt(turns, tools) == self.prompt(turns):
+            if self.prompt(before, tools) == self.prompt(before):
                 raise UserError(
                     "the chat template has no place for tools: write them into the system message, "
                     "and leave the field out"
                 )
             self._written_fields.add(("", "tools"))
         for number, turn in enumerate(turns):
-            self._check_role(turns, number, tools)
-            fields = json.loads(turn.extra) if turn.extra else {}
-            known = self._written_fields | _BOOKKEEPING | {(turn.role, "content")}
-            for name in fields:
-                if (turn.role, name) in known:
-                    continue
-                less = json.dumps({n: v for n, v in fields.items() if n != name})
-                without = Message(turn.role, turn.content, turn.trained, less)
-                before = turns[:number]
-                two = [(*before, turn), (*before, without)]
-                ours, theirs = self.render(two, tools, generation_prompt=False)
-                if ours == theirs:
-                    raise UserError(
-                        f"the chat template leaves out the field {name!r:.40} of a message of the "
-                        f"{turn.role}: write what it says into the content, or leave it out"
-                    )
-                self._written_fields.add((turn.role, name))
+            if number < len(before):
+                self._check_role(before, number, tools)
+            for name in json.loads(turn.extra) if turn.extra else ():
+                self._check_field(turns[: number + 1], name, tools)
+
+    def _check_field(self, turns: Turns, name: str, tools: str) -> None:
+        """Raise UserError for a field of the last of the turns that the template leaves out."""
+        *before, turn = turns
+        key = (turn.role, name)
+        if name == "content" or key in _BOOKKEEPING or key in self._written_fields:
+            return
+        fields = json.loads(turn.extra)
+        del fields[name]
+        less = Message(turn.role, turn.content, extra=json.dumps(fields))
+        (ours,) = self.render([turns], tools, generation_prompt=False)
+        try:
+            (theirs,) = self.render([(*before, less)], tools, generation_prompt=False)
+        except UserError:  # it cannot do without
+            theirs = Rendered("")
+        if ours == theirs:
+            raise UserError(
+                f"the chat template leaves out the field {name!r:.40} of a message of the "
+                f"{turn.role}: write what it says into the content, or leave it out"
+            )
+        self._written_fields.add(key)
 
     def _check_role(self, turns: Turns, number: int, tools: str) -> None:
         role = turns[number].role
         if role in ("user", ASSISTANT) or (role, "content") in self._written_fields:
             return
         other = Message(role, turns[number].content + _PROBE)
-        before = turns[:-1]  # as generation shows them: some write the system's words there only
-        changed = (*before[:number], other, *before[number + 1 :])
-        ours, theirs = self.render([before, changed], tools, generation_prompt=True)
+        changed = (*turns[:number], other, *turns[number + 1 :])
+        ours, theirs = self.render([turns, changed], tools, generation_prompt=True)
         if ours == theirs:
             raise UserError(f"the chat template has no place for a message of the {role}")
         self._written_fields.add((role, "content"))
@@ -163,6 +171,8 @@ class ChatTemplate:
         fields = {"role": turn.role, "content": turn.content, **json.loads(turn.extra)}
         if isinstance(fields["content"], list) and not self._parts_are_text(turn.role):
             fields["content"] = turn.content
+        if "tool_calls" in fields and self._escapes_arguments:
+            fields["tool_calls"] = [_with_values(call) for call in fields["tool_calls"]]
         return {name: value for name, value in fields.items() if value is not None}
 
     def _parts_are_text(self, role: str) -> bool:
@@ -178,6 +188,17 @@ class ChatTemplate:
             except Exception:  # a template may fail in any way
                 self._takes_parts[role] = False
         return self._takes_parts[role]
+
+    @cached_property
+    def _escapes_arguments(self) -> bool:
+        """Whether the template writes as JSON what OpenAI's form of a call has as JSON already."""
+        call = {"type": "function", "function": {"name": "f", "arguments": f'{{"{_PROBE}": 1}}'}}
+        turns: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+        turns.append({"role": ASSISTANT, "tool_calls": [call]})
+        try:
+            return f'\\"{_PROBE}\\"' in self._rendered([turns], "", False)[0].text
+        except Exception:  # a template may fail in any way: this one wants values
+            return True
 
     def _rendered(
         self, chats: list[list[dict[str, Any]]], tools: str, generation_prompt: bool
@@ -207,3 +228,12 @@ class ChatTemplate:
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:
         return dict(self._tokenizer.special_tokens_map)
+
+
+def _with_values(call: Any) -> Any:
+    """Return a call whose arguments are values; one whose arguments are no JSON stays as it is."""
+    try:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+    except (TypeError, KeyError, ValueError):
+        return call

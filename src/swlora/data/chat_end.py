@@ -127,14 +127,14 @@ def _call_end(
     except UserError:
         return None
     _, probe, text = written.removesuffix(only_last).rpartition(_PROBE)
-    special = {
+    special: dict[int, int] = {
         text.rfind(token.content): i
         for i, token in tokenizer.added_tokens_decoder.items()
         if token.special and token.content.strip() and token.content in text
     }
     if not probe or not special or token_id in special.values():
         return None
-    return special[max(special)]
+    return int(special[max(special)])
 
 
 def _first_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int | None:

@@ -43,7 +43,8 @@ class Example:
     """A prompt and its completion, a chat, or a text of which every token is trained.
 
     A chat has `messages`, all of its turns, and `tools`, a JSON list or ""; its completion is what
-    the assistant says last, "" where the last turn is another's. A text has `text` alone.
+    the assistant says last (of a call of tools without words, its JSON), "" where the last turn is
+    another's. A text has `text` alone.
     `source` and `number` say where it came from ("rows.jsonl, line", 7); they are no part of it.
     """
 
@@ -64,8 +65,9 @@ class Example:
         turns = tuple(messages)
         if not turns:
             raise ValueError("a chat has one turn or more")
-        completion = turns[-1].content if turns[-1].role == ASSISTANT else ""
-        return cls("", completion, turns, tools)
+        last = turns[-1]
+        said = last.content if last.content.strip() else last.extra
+        return cls("", said if last.role == ASSISTANT else "", turns, tools)
 
     @property
     def prompt_messages(self) -> tuple[Message, ...]:

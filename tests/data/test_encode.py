@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from tests.support.chat_templates import chat
 from tests.support.encoding import encode_example
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tests.support.tokenizers import BOS, EOS, byte_tokenizer
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from swlora.data import encode
@@ -14,7 +15,6 @@ from swlora.data.encode import encode_examples, encode_prompts
 from swlora.data.examples import Example
 from swlora.errors import DataError, UserError
 
-BOS, EOS = 256, 257
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and loop.index0 %}"
     "{{ raise_exception('system must come first') }}{% endif %}"
@@ -22,20 +22,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
 CHAT = (("system", "Be brief."), ("user", "é?"))
-
-
-def byte_tokenizer(template: str = "$A", **tokens: str) -> PreTrainedTokenizerFast:
-    """Make a tokenizer with id = byte value, <s> = 256, </s> = 257."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(printable))
-    vocab = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    core.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=core, **({"eos_token": "</s>"} | tokens))
 
 
 def encode_split(*arguments, **limits):
@@ -146,24 +132,6 @@ def test_rows_longer_than_the_context_are_refused_by_number():
         encode_examples(examples, "", byte_tokenizer(), context_tokens=11, truncate=False)
     with pytest.raises(DataError, match=r"row 2 .* is 10 \(and 1 more such rows\); --truncate"):
         encode_examples(examples, "", byte_tokenizer(), context_tokens=10, truncate=False)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "kept_prompt", "kept_completion", "cut"),
-    [
-        ("abc", "wxy", "abc", [*b"wxy", EOS], 0),  # 7 tokens: fits
-        ("abc", "wxyz", "abc", [*b"wxyz"], 1),  # only EOS is lost
-        ("abcdef", "wxyz", "abcdef", [*b"w"], 1),  # one token of completion
-        ("abcdefg", "wxyz", "bcdefg", [*b"w"], 1),  # the prompt alone fills the context
-        ("abcdefghijk", "wxyz", "fghijk", [*b"w"], 1),
-    ],
-)
-def test_truncation(prompt, completion, kept_prompt, kept_completion, cut):
-    examples = [Example("k", "v"), Example(prompt, completion)]
-    sequences, n_cut = encode_split(examples, "", byte_tokenizer(), context_tokens=7, truncate=True)
-    assert n_cut == cut
-    assert sequences.tokens.tolist() == [*b"kv", EOS, *kept_prompt.encode(), *kept_completion]
-    assert sequences.prompt_lengths.tolist() == [1, len(kept_prompt)]
 
 
 def test_what_cannot_be_encoded_is_refused():

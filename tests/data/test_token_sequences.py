@@ -8,7 +8,6 @@ from operator import eq
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from tests.support.tries import Pair, Weighted, data_sets, many_prompts, weighted_sets
 
 from swlora.data import scratch, token_sequences
@@ -123,21 +122,6 @@ def test_the_prompt_ends_before_the_first_trained_token(
         sequences = TokenSequences.from_weighted(data)
     expected = [next(i for i, w in enumerate(weights) if w) for _, weights in data]
     assert sequences.prompt_lengths.tolist() == expected
-
-
-@given(data=weighted_sets, n_tokens=st.integers(2, 10))
-@settings(max_examples=100, deadline=None)
-def test_truncation_keeps_the_first_trained_token(data: list[Weighted], n_tokens: int) -> None:
-    found = TokenSequences.from_weighted(data).truncated(n_tokens)
-    expected = []
-    for ids, weights in data:
-        n_prompt = next(i for i, w in enumerate(weights) if w)
-        first = max(0, n_prompt + 1 - n_tokens)
-        expected.append((ids[first : first + n_tokens], weights[first : first + n_tokens]))
-    for i, (ids, weights) in enumerate(expected):
-        part = slice(found.offsets[i], found.offsets[i + 1])
-        assert found.tokens[part].tolist() == ids
-        assert found.weights[part].tolist() == weights
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:

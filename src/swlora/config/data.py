@@ -71,7 +71,7 @@ class DataSpec(Spec):
         default="all-turns", description="of chats, train every answer or the last one"
     )
     skip_bad_rows: bool = False
-    truncate: bool = Field(default=False, description="cut over-long rows instead of refusing them")
+    truncate: bool = Field(default=False, description="shorten over-long rows, not refuse them: oldest turns, a prompt's middle")
 
     @property
     def named_columns(self) -> dict[str, str]:

@@ -6,21 +6,25 @@ The prompt carries the special tokens that the tokenizer puts in front (BOS), ne
 behind. It is tokenised by itself, so that training and generation see the same prompt, and once for
 all its examples among the next few thousand; the completion's tokens are those that follow it in
 one text (see `tokenise`). A chat is written by the tokenizer's own template, which holds its
-special tokens already, and may become several sequences (see `chat_encode`).
+special tokens already, and may become several sequences (see `chat_encode`); so may a document,
+of which every token is trained (see `documents`).
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from swlora.data.chat import ChatTemplate, Turns
 from swlora.data.chat_encode import TrainOn, Weighted, encode_chats
+from swlora.data.documents import encode_documents
 from swlora.data.examples import CHAT_KEY, Example
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.data.tokenise import Following, following_ids, token_ids
+from swlora.data.truncate import cut, is_long, without_oldest_turns
 from swlora.errors import DataError, UserError
 
 if TYPE_CHECKING:
@@ -55,9 +59,9 @@ def encode_examples(
 ) -> Encoded:
     """Encode a split into sequences of at most `context_tokens` tokens.
 
-    A longer one raises DataError, or with `truncate` loses the completion's tail (its EOS too);
-    where the prompt alone fills the context, its head as well, so that one token is learned. An
-    example that cannot be encoded raises DataError, or with `skip_bad_rows` is left out.
+    A longer one raises DataError, or with `truncate` is shortened (see `truncate`); a document is
+    cut into several. An example that cannot be encoded raises DataError, or with `skip_bad_rows`
+    is left out.
     """
     if context_tokens < 2:
         raise UserError(f"a context of {context_tokens} tokens holds no prompt and completion")
@@ -66,13 +70,19 @@ def encode_examples(
     n_long, first_long, bad = 0, "", Counter[str]()
     example_ids: list[int] = []
 
+    def encode(chunk: Sequence[Example]) -> list[list[Weighted] | str]:
+        return _encode(chunk, separator, tokenizer, train_on, context_tokens)
+
     def encoded() -> Iterator[TokenSequences]:
         nonlocal n_long, first_long
         for start in range(0, len(examples), CHUNK_EXAMPLES):
             chunk = list(examples[start : start + CHUNK_EXAMPLES])
             weighted: list[Weighted] = []
-            before = len(example_ids)
-            for i, found in enumerate(_encode(chunk, separator, tokenizer, train_on)):
+            for i, found in enumerate(encode(chunk)):
+                if not isinstance(found, str) and is_long(found, context_tokens):
+                    n_long += 1
+                    first_long = first_long or f"{_place(chunk[i], start + i)} {_describe(found)}"
+                    found = _shortened(chunk[i], found, encode, context_tokens)
                 if isinstance(found, str):
                     if not skip_bad_rows:
                         raise DataError(
@@ -84,15 +94,9 @@ def encode_examples(
                 example_ids.extend([start + i] * len(found))
             if not weighted:
                 continue
-            part = TokenSequences.from_runs(weighted)
-            long = np.flatnonzero(part.lengths > context_tokens)
-            if len(long):
-                n_long += len(long)
-                number = example_ids[before + int(long[0])]
-                place = _place(examples[number], number)
-                first_long = first_long or f"{place} {_describe(part, int(long[0]))}"
-                part = part.truncated(context_tokens)
-            yield part
+            yield TokenSequences.from_runs(weighted)
+        if not example_ids:
+            raise DataError(f"no row can be encoded: {next(iter(bad))}")
 
     sequences = TokenSequences.joined(encoded())
     if n_long and not truncate:
@@ -107,9 +111,21 @@ def _place(example: Example, number: int) -> str:
     return example.place or f"row {number + 1}"
 
 
-def _describe(sequences: TokenSequences, i: int) -> str:
-    length, n_prompt = sequences.length(i), int(sequences.prompt_lengths[i])
-    return f"has {length} tokens, {n_prompt} of prompt and {length - n_prompt} of completion"
+def _describe(sequences: Sequence[Weighted]) -> str:
+    ids, runs = max(sequences, key=lambda sequence: len(sequence[0]))
+    n_prompt = sum(n for n, _ in takewhile(lambda run: run[1] == 0, runs))
+    return f"has {len(ids)} tokens, {n_prompt} of prompt and {len(ids) - n_prompt} of completion"
+
+
+def _shortened(
+    example: Example,
+    found: list[Weighted],
+    encode: Callable[[Sequence[Example]], list[list[Weighted] | str]],
+    context_tokens: int,
+) -> list[Weighted]:
+    if example.messages:
+        return without_oldest_turns(example, lambda chat: encode([chat])[0], context_tokens)
+    return [cut(sequence, context_tokens) for sequence in found]
 
 
 def encode_prompts(
@@ -137,10 +153,22 @@ def _encode(
     separator: str,
     tokenizer: "PreTrainedTokenizerBase",
     train_on: TrainOn,
+    context_tokens: int,
 ) -> list[list[Weighted] | str]:
     """Return the sequences of each example, or why there are none."""
     found: list[list[Weighted] | str] = [""] * len(examples)
-    pairs = [i for i, e in enumerate(examples) if not e.messages]
+    texts = [i for i, e in enumerate(examples) if e.text]
+    if texts:
+        documents = encode_documents(
+            [examples[i].text for i in texts],
+            tokenizer,
+            start_token=_start_token(tokenizer),
+            end_token=_eos_token(tokenizer),
+            context_tokens=context_tokens,
+        )
+        for i, pieces in zip(texts, documents, strict=True):
+            found[i] = list(pieces)
+    pairs = [i for i, e in enumerate(examples) if not e.messages and not e.text]
     if pairs:
         encoded = _encode_pairs([examples[i] for i in pairs], separator, tokenizer)
         for i, (prompt, completion) in zip(pairs, encoded, strict=True):

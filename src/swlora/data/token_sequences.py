@@ -127,20 +127,6 @@ class TokenSequences:
         offsets = np.cumsum(np.concatenate(lengths), dtype=np.int64)
         return cls(tokens.finished(), offsets, weights.finished())
 
-    def truncated(self, n_tokens: int) -> "TokenSequences":
-        """Return every sequence cut to `n_tokens` >= 2 tokens at most.
-
-        The tail goes first. Where the prompt alone is as long, so does its head: the first trained
-        token stays.
-        """
-        start = np.maximum(self.prompt_lengths + 1 - n_tokens, 0)
-        place = np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], self.lengths)
-        place -= np.repeat(start, self.lengths)
-        inside = (place >= 0) & (place < n_tokens)
-        lengths = np.minimum(self.lengths - start, n_tokens)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return TokenSequences(self.tokens[inside], offsets, self.weights[inside])
-
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

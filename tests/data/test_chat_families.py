@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import pytest
-from tests.support.chat_families import FAMILIES, turn_by_turn
+from tests.support.chat_families import FAMILIES, taught, turn_by_turn
 from tests.support.chat_templates import SPECIAL, chat_tokenizer
 
 from swlora.data.chat_encode import encode_chats
@@ -46,19 +46,6 @@ CASES = [
     *((name, CALLING, TOOLS, 1) for name in ("Llama 3", "Qwen 2.5")),
     ("Qwen 3", CALLING, None, 2),  # the answers behind one question share a sequence
 ]
-
-
-def taught(sequences: Any) -> list[tuple[list[int], list[int]]]:
-    """Return (what comes before it, what is trained) of every trained run, shortest first."""
-    found = []
-    for ids, runs in sequences:
-        at = 0
-        for n, weight in runs:
-            if weight:
-                found.append((ids[:at], ids[at : at + n]))
-            at += n
-        assert at == len(ids)
-    return sorted(found, key=lambda pair: len(pair[0]))
 
 
 def make(messages: list[dict[str, Any]], tools: Any = None) -> Example:

@@ -115,3 +115,16 @@ def turn_by_turn(
     if family == "Phi-3":  # which writes EOS behind the last turn of a chat only
         assert {answer.pop() for _, answer in found[:-1]} <= {SPECIAL["</s>"]}
     return found
+
+
+def taught(sequences: Any) -> list[tuple[list[int], list[int]]]:
+    """Return (what comes before it, what is trained) of every trained run, shortest first."""
+    found = []
+    for ids, runs in sequences:
+        at = 0
+        for n, weight in runs:
+            if weight:
+                found.append((ids[:at], ids[at : at + n]))
+            at += n
+        assert at == len(ids)
+    return sorted(found, key=lambda pair: len(pair[0]))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from swlora.data.chat import ChatTemplate
 from swlora.data.chat_answers import Answer, ChatText, trained_texts
 from swlora.data.examples import ASSISTANT, Example
+from swlora.data.text_tokens import TextTokens
 from swlora.data.tokenise import Following, following_ids, token_ids
 from swlora.errors import UserError
 
@@ -37,12 +38,9 @@ def encode_chats(
     """
     template = ChatTemplate(tokenizer)
     planned = [_plan(template, chat, train_on) for chat in chats]
-    texts = [text for plan in planned if not isinstance(plan, str) for text in plan]
-    sequences = _Encoder(tokenizer, start_token).encode(texts)
-    return [
-        plan if isinstance(plan, str) else [s for _ in plan for s in next(sequences)]
-        for plan in planned
-    ]
+    plans = [plan for plan in planned if not isinstance(plan, str)]
+    sequences = _Encoder(tokenizer, start_token).encode(plans)
+    return [plan if isinstance(plan, str) else next(sequences) for plan in planned]
 
 
 def turn_weights(chat: Example, train_on: TrainOn) -> list[float]:
@@ -72,52 +70,77 @@ class _Encoder:
         self._tokenizer, self._start_token = tokenizer, start_token
         self._known: dict[str, list[int]] = {}
 
-    def encode(self, texts: Sequence[ChatText]) -> Iterator[list[Weighted]]:
-        """Yield the sequences of each text: one, or where that is not exact one of each answer."""
-        for part in _parts(texts):
-            batch = self._tokenizer(
-                [chat.text for chat in part],
-                add_special_tokens=False,
-                padding=False,
-                truncation=False,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            encodings = batch.encodings or [None] * len(part)  # tokenizers in Python have none
-            for chat, encoding in zip(part, encodings, strict=True):
-                whole = None if encoding is None else self._whole(chat, encoding)
-                yield [whole] if whole else [self._apart(chat, a) for a in chat.answers]
+    def encode(self, plans: Sequence[list[ChatText]]) -> Iterator[list[Weighted]]:
+        """Yield the sequences of each chat: one of each text, or of each answer of it.
 
-    def _whole(self, chat: ChatText, encoding: Any) -> Weighted | None:
+        The last text of a chat is tokenised as a whole, of the others what differs from it.
+        """
+        for part in _parts(plans):
+            encodings = self._encodings([plan[-1].text for plan in part])
+            longest = [
+                TextTokens(plan[-1].text, encoding) if encoding else None
+                for plan, encoding in zip(part, encodings, strict=True)
+            ]
+            others = [
+                (chat.text, longer, longer.cut(chat.text, *self._splitting) if longer else 0)
+                for plan, longer in zip(part, longest, strict=True)
+                for chat in plan[:-1]
+            ]
+            rests = self._encodings([text[cut:] for text, _, cut in others])
+            tokens = (
+                TextTokens(text, rest, longer, cut) if rest else None
+                for (text, longer, cut), rest in zip(others, rests, strict=True)
+            )
+            for plan, longer in zip(part, longest, strict=True):
+                found = [self._sequences(chat, next(tokens)) for chat in plan[:-1]]
+                found.append(self._sequences(plan[-1], longer))
+                yield [sequence for own in found for sequence in own]
+
+    def _encodings(self, texts: list[str]) -> list[Any]:
+        """Return what the tokenizer says of each text; None of each for one written in Python."""
+        if not texts:
+            return []
+        batch = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return batch.encodings or [None] * len(texts)
+
+    def _sequences(self, chat: ChatText, tokens: TextTokens | None) -> list[Weighted]:
+        whole = tokens and self._whole(chat, tokens)
+        return [whole] if whole else [self._apart(chat, answer) for answer in chat.answers]
+
+    def _whole(self, chat: ChatText, tokens: TextTokens) -> Weighted | None:
         """Return the text as one sequence; None where an answer does not begin between tokens."""
-        ids, runs, n_used = encoding.ids, [], 0
+        runs, n_used = [], 0
         for answer in chat.answers:
-            if self._place(chat.text, answer.prompt_end, encoding, ids) is None:
+            if self._place(tokens, answer.prompt_end) is None:
                 return None
             for span in answer.spans:
                 for at, weight in zip(span, (0.0, answer.weight), strict=True):
-                    place = self._place(chat.text, at, encoding, ids)
+                    place = self._place(tokens, at)
                     if place is None:
                         return None
                     runs.append((place - n_used, weight))
                     n_used = place
-        return self._started(ids[:n_used], runs)
+        return self._started(tokens.ids[:n_used], runs)
 
-    def _place(self, text: str, at: int, encoding: Any, ids: list[int]) -> int | None:
+    def _place(self, tokens: TextTokens, at: int) -> int | None:
         """Return the number of tokens of text[:at], None where they do not begin those of text.
 
         An added token splits a text, so that only the tokens behind the last one can differ.
         """
-        place = len(ids) if at == len(text) else encoding.char_to_token(at)
-        if place is None or (place < len(ids) and encoding.token_to_chars(place)[0] != at):
+        if (place := tokens.place(at)) is None:
             return None
         begin = place - 1
-        while begin > 0 and ids[begin] not in self._added:
+        while begin > 0 and tokens.ids[begin] not in self._splitting[0]:
             begin -= 1
-        tail = text[encoding.token_to_chars(begin)[0] if begin > 0 else 0 : at]
-        if self._ids(tail) != ids[max(begin, 0) : place]:
-            return None
-        return place
+        tail = tokens.text[tokens.begin(begin) if begin > 0 else 0 : at]
+        return place if self._ids(tail) == tokens.ids[max(begin, 0) : place] else None
 
     def _ids(self, tail: str) -> list[int]:
         if tail not in self._known:
@@ -127,8 +150,10 @@ class _Encoder:
         return self._known[tail]
 
     @cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.added_tokens_decoder)
+    def _splitting(self) -> tuple[frozenset[int], int]:
+        """The added tokens, and the characters of the longest."""
+        added = self._tokenizer.added_tokens_decoder
+        return frozenset(added), max((len(token.content) for token in added.values()), default=0)
 
     def _apart(self, chat: ChatText, answer: Answer) -> Weighted:
         """Return one answer behind its prompt, whose tokens are those that generation would see."""
@@ -156,13 +181,13 @@ class _Encoder:
         return [self._start_token, *ids], [(1, 0.0), *used]
 
 
-def _parts(texts: Sequence[ChatText]) -> Iterator[list[ChatText]]:
-    """Yield some texts at a time."""
-    part: list[ChatText] = []
+def _parts(plans: Sequence[list[ChatText]]) -> Iterator[list[list[ChatText]]]:
+    """Yield some chats at a time."""
+    part: list[list[ChatText]] = []
     n_characters = 0
-    for chat in texts:
-        part.append(chat)
-        n_characters += len(chat.text)
+    for plan in plans:
+        part.append(plan)
+        n_characters += len(plan[-1].text)
         if n_characters > _CHARACTERS:
             yield part
             part, n_characters = [], 0

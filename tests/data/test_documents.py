@@ -44,7 +44,7 @@ def test_every_token_is_trained_once(context_tokens: int) -> None:
 
 
 def test_a_tokenizer_with_a_start_token_puts_it_there_once() -> None:
-    tokenizer = byte_tokenizer("<s> $A")
+    tokenizer = byte_tokenizer("<s> $A", bos_token="<s>")
     (ids,) = pieces(["ab"], 99, tokenizer)
     assert ids == [*tokenizer("ab")["input_ids"], EOS] and len(ids) == 4
 

@@ -71,7 +71,9 @@ class DataSpec(Spec):
         default="all-turns", description="of chats, train every answer or the last one"
     )
     skip_bad_rows: bool = False
-    truncate: bool = Field(default=False, description="shorten over-long rows, not refuse them: oldest turns, a prompt's middle")
+    truncate: bool = Field(
+        default=False, description="shorten long rows: a chat's oldest turns, a prompt's middle"
+    )
 
     @property
     def named_columns(self) -> dict[str, str]:

@@ -82,13 +82,13 @@ def keys(result: Mapping[str, Any]) -> set[str]:
 
 
 def test_what_a_run_folder_holds(model_folder, tmp_path, monkeypatch, no_java) -> None:
-    """The keys as they were when results were dictionaries."""
+    """The keys as they were when results were dictionaries, and a block of the data."""
     monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
     data = write_rows(tmp_path / "a.jsonl", ROWS), write_rows(tmp_path / "b.jsonl", DEV)
     spec = make_spec(model_folder("llama"), data, data__english=True, train__max_steps=2)
     run_in(tmp_path / "run", spec)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert keys(result) == {"train", "eval"}
+    assert keys(result) == {"data", "train", "eval"}
     assert keys(result["train"]) == set(TRAINED.split())
     assert keys(result["train"]["held_out"]) == set(HELD_OUT.split())
     evaluated = result["eval"]

@@ -27,10 +27,15 @@ TEXT = tuple(name for name in DECODE if name != "decode.batch_size")  # of a sin
 CHAT = ("decode.temperature", "decode.top_p", "decode.max_new_tokens")
 SERVE = _settings("serve")
 SEED = ("seed",)
+TOKENIZER = ("model.name", "model.tokenizer", "model.revision")
+STEPS = tuple(
+    f"train.{name}" for name in ("epochs", "batch_size", "max_steps", "order", "row_tokens")
+)
 
 SETTINGS = {
     "identify": (*MODEL, *IDENTIFY, *SEED),
     "train": (*MODEL, *DATA, *ADAPTER, *TRAIN, *IDENTIFY, *SEED),
+    "data": (*TOKENIZER, *DATA, *STEPS, *SEED),
     "eval": (*MODEL, *EVAL_DATA, *EVALUATION, *DECODE, *SEED),
     "train-eval": (
         *(*MODEL, *DATA, *EVALUATION, *ADAPTER),

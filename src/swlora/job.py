@@ -12,7 +12,7 @@ from swlora.data.dataset import Dataset
 from swlora.data.sources import load_dataset
 from swlora.errors import UserError
 from swlora.layer_policy import VerifiedLayers
-from swlora.models.load import LoadedModel, check_model, load_model, settled_model
+from swlora.models.load import LoadedModel, check_model, load_model, load_skeleton, settled_model
 from swlora.progress import Progress
 from swlora.result_json import as_json
 from swlora.run_record import RunRecord
@@ -52,6 +52,15 @@ class Job:
         if "loaded" not in vars(self):
             self.loaded = self._load("float32")
         return self.loaded
+
+    def load_skeleton(self) -> None:
+        """Take the model without its weights: that is enough to encode data, and quick.
+
+        (A GGUF file is loaded whole: transformers reads its tokenizer and shapes in no other way.)
+        """
+        with self.progress.task("load the tokenizer"):
+            self.loaded = load_skeleton(self.spec.model)
+        self.progress.say(f"model: {self.loaded.source}")
 
     @cached_property
     def identification_windows(self) -> "Tensor":

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from swlora.data.examples import Example
+from swlora.data.summary import short_lines
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.job import Job
+from swlora.preview import summarise
 
 if TYPE_CHECKING:
     from swlora.evaluation.held_out import Measurements
@@ -68,6 +70,10 @@ def prepare_training(job: Job) -> PreparedTraining:
     held_out = encode_held_out(job, planned) if planned else None
     check_adapter(job, schedule.n_steps)
     job.begin()
+    summary = summarise(job, schedule)
+    for line in short_lines(summary):
+        job.progress.say(line)
+    job.run.write_result({"data": summary})
     return PreparedTraining(sequences, schedule, planned, held_out)
 
 

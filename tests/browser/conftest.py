@@ -15,6 +15,7 @@ import pytest
 import torch
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from tests.support.adapters import attach, randomise
+from tests.support.summaries import SUMMARY
 
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, IdentifySpec, ModelSpec
@@ -85,6 +86,7 @@ def runs(model, tmp_path_factory) -> Path:
     write_json(root / "found/run.json", run_facts("identify", "done"))
     write_json(root / "found/result.json", {"identify": as_json(found)})
     write_json(root / "now/run.json", run_facts("train", "running"))
+    write_json(root / "now/result.json", {"data": as_json(SUMMARY)})
     runs = {
         f"runs/{arm}/seed-0": {"phase": "runs", "arm": arm, "label": "seed 0", "status": "done"}
         for arm in ("lora", "super")

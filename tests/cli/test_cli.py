@@ -19,7 +19,7 @@ from swlora.layer_policy import parse_policy
 from swlora.runs import read_run
 
 VERBS = ["identify", "train", "eval", "train-eval", "score", "generate"]
-OTHERS = ["compare", "chat", "serve", "cache"]  # which leave no run folder
+OTHERS = ["data", "compare", "chat", "serve", "cache"]  # which leave no run folder
 RUN_VERBS = ["identify", "train", "eval", "train-eval"]
 
 
@@ -46,12 +46,12 @@ def test_help_names_every_verb_and_imports_nothing_heavy():
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'matplotlib', 'numpy'}\n"
         "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
     )
-    for arguments in ([], *([verb] for verb in VERBS)):
+    for arguments in ([], ["data"], *([verb] for verb in VERBS)):
         command = [sys.executable, "-c", code, *arguments, "--help"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "HEAVY []"
         if not arguments:
-            assert all(re.search(rf"│ {verb} ", done.stdout) for verb in VERBS)
+            assert all(re.search(rf"│ {verb} ", done.stdout) for verb in [*VERBS, *OTHERS])
 
 
 def test_the_version(swlora):
@@ -169,7 +169,9 @@ def test_train_eval_leaves_everything(swlora, small):
     assert done.code == 0
     result = json.loads(Path("b/result.json").read_text())
     assert set(result) == {"train", "eval"}
-    assert json.loads(Path("a/run/result.json").read_text()) == result
+    left = json.loads(Path("a/run/result.json").read_text())
+    assert left.pop("data")["train"]["n_rows"] > 0
+    assert left == result
     spec = load_spec(Path("a/run/config.yaml"), {})
     assert spec.adapter.targets == ["q_proj", "down_proj", "up_proj"]
     assert {path.name for path in Path("a/run").iterdir()} >= {"adapter", "loss.png", "run.json"}

@@ -84,6 +84,28 @@ def train(invocation: Invocation) -> None:
     invocation.finish(result)
 
 
+@verb("data", CONFIG, JSON, settings=SETTINGS["data"])
+def data(
+    invocation: Invocation,
+    rows: Annotated[int, typer.Option(min=0, help="training rows that are shown")] = 3,
+) -> None:
+    """Show what would be trained: rows as the model sees them, counts, lengths, what is shared.
+
+    Nothing is trained, and of the model only tokenizer and configuration are read (of a GGUF file
+    all). Bad and over-long rows are counted, and not refused as a training does.
+
+    Example: `swlora data --model builtin --dataset rows.jsonl --rows 5`
+
+    Example: `swlora data --model builtin --dataset e2e-dataset --split test --json data.json`
+    """
+    from swlora.cli.data import show_preview
+    from swlora.preview import preview_data
+
+    result = preview_data(invocation.spec, rows, invocation.progress)
+    show_preview(result)
+    invocation.finish(result)
+
+
 @verb("eval", OUTPUT, CONFIG, JSON, settings=SETTINGS["eval"])
 def evaluate(invocation: Invocation, adapter: Adapter = None) -> None:
     """Generate for every prompt and score with the official E2E metrics.

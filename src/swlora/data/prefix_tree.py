@@ -13,6 +13,7 @@ nodes of each are those beyond its common prefix with the one before, and alread
 depth-first order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from swlora.data.token_sequences import (
     Ints,
     TokenSequences,
     argsort_rows,
+    common_with_previous,
     gather,
 )
 from swlora.loss_sum import as_count
@@ -111,6 +113,17 @@ def count_nodes(sequences: TokenSequences) -> int:
     """Count the nodes of the one trie over all sequences."""
     _, common = sequences.sorted_contexts
     return int((sequences.lengths - 1).sum() - common.sum())
+
+
+def count_group_nodes(sequences: TokenSequences, groups: Sequence[Ints]) -> Ints:
+    """Count the nodes of the tree of each group, (n,), without building any."""
+    sizes = np.array([len(ids) for ids in groups])
+    ids, group = np.concatenate(groups), np.repeat(np.arange(len(groups)), sizes)
+    ids = ids[np.lexsort((sequences.ranks[1][ids], group))]
+    starts = np.cumsum(sizes) - sizes
+    common = common_with_previous(sequences, ids)
+    common[starts] = 0
+    return np.add.reduceat(sequences.lengths[ids] - 1 - common, starts)
 
 
 def number_nodes(sequences: TokenSequences) -> Ints:

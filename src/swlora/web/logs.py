@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from swlora.printable import escaped
+
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -13,13 +15,6 @@ class EscapingFormatter(logging.Formatter):
         """Return the record with every control character escaped."""
         lines = super().format(record).split("\n")
         return "\n    ".join(escaped(line) for line in lines)
-
-
-def escaped(text: str) -> str:
-    """Return text in which what is not printable is written as a backslash code."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
 
 
 def configure_logging() -> None:

@@ -17,6 +17,7 @@ from swlora.runs import read_metrics, read_run
 from swlora.study.live import snapshot
 from swlora.web.folders import RunEntry, run_figures, run_result
 from swlora.web.pages.charts import Chart, Series, finite, line_chart
+from swlora.web.pages.data_view import data_facts
 from swlora.web.pages.identified_view import Identified, identified_view
 from swlora.web.pages.run_facts import Fact, is_of_sample, part, plain, run_facts, scores
 from swlora.web.pages.run_files import Prediction, read_predictions
@@ -62,6 +63,7 @@ class RunView:
     identified: Identified | None
     figures: list[str]
     facts: list[Fact]
+    data: list[Fact]
     predictions: list[Prediction]
     has_adapter: bool
     refusal: str  # why its adapter cannot be served
@@ -114,6 +116,7 @@ def run_view(
         identified=identified,
         figures=[name for name in run_figures(entry) if name not in drawn],
         facts=run_facts(entry.folder, facts, result, n_steps),
+        data=data_facts(result),
         predictions=read_predictions(entry.folder),
         has_adapter=entry.name in adapters,
         refusal=(not_served or {}).get(entry.name, ""),

@@ -1,0 +1,170 @@
+"""What will be trained, seen before anything is: the rows as the model sees them, and their sums.
+
+Neither needs the weights of the model, so `preview_data` loads its tokenizer and configuration.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from swlora.config import DataSpec, RunSpec
+from swlora.data.summary import DataSummary, SplitSummary, summarise_split, summarise_steps
+from swlora.job import Job
+from swlora.progress import Progress
+from swlora.result_json import FLAT
+from swlora.run_record import MemoryRecord
+
+if TYPE_CHECKING:
+    from swlora.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of a sequence as text; `weight` is how much each is trained."""
+
+    text: str
+    weight: float
+    is_special: bool
+
+
+@dataclass(frozen=True)
+class ShownSequence:
+    """A sequence as the model sees it; a row may have become several, all of the same `place`."""
+
+    place: str
+    n_tokens: int
+    n_trained_tokens: int
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class DataPreview:
+    """What `swlora data` found: where it comes from, its sums, and some rows.
+
+    `refused` says why a training with these settings would not begin.
+    """
+
+    model: str
+    data: str
+    summary: DataSummary = field(metadata=FLAT)
+    refused: list[str]
+    shown: list[ShownSequence]
+
+
+def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
+    """Encode the data of `spec` as a training would, and show the first `n_rows` training rows.
+
+    Bad and over-long rows are counted whatever the settings say. Raises what stops a training
+    before its model is loaded.
+    """
+    from swlora.training.schedule import Schedule
+
+    lenient = spec.data.model_copy(update={"skip_bad_rows": True, "truncate": True})
+    job = Job(spec.model_copy(update={"data": lenient}), MemoryRecord(), progress)
+    dataset = job.dataset
+    job.load_skeleton()
+    schedule = Schedule.of(job.encoded("train").sequences, spec.train, spec.seed)
+    split = spec.data.eval_split
+    has_held_out = len(dataset.dev if split == "dev" else dataset.test) > 0
+    if not has_held_out:
+        progress.say(f"the data set has no {split} split")
+    summary = summarise(job, schedule, held_out=split if has_held_out else None)
+    shown = list(_shown_sequences(job, n_rows))
+    return DataPreview(
+        job.loaded.source, dataset.source, summary, _refusals(spec.data, summary), shown
+    )
+
+
+def summarise(job: Job, schedule: "Schedule", held_out: str | None = None) -> DataSummary:
+    """Summarise the training rows of a job, its steps and, if one is named, the held-out split."""
+    train, counts = job.encoded("train"), job.dataset.counts
+    bad = Counter(counts.bad)
+
+    def split_summary(split: str) -> SplitSummary:
+        encoded = job.encoded(split)
+        bad.update(encoded.bad)
+        return summarise_split(split, encoded, job.dataset.split(split), job.loaded.context_tokens)
+
+    return DataSummary(
+        train=split_summary("train"),
+        held_out=split_summary(held_out) if held_out else None,
+        steps=summarise_steps(train.sequences, schedule.epoch(0)) if _runs_trees(job) else None,
+        n_duplicates=counts.n_duplicates,
+        n_leaked=counts.n_leaked,
+        bad_rows=dict(bad.most_common()),
+    )
+
+
+def _runs_trees(job: Job) -> bool:
+    """Say whether the steps of a training run prefix trees (see `training.step.make_step`)."""
+    from swlora.models.anatomy import family_of
+
+    family = family_of(job.loaded.model.config.model_type)
+    return job.spec.train.engine != "plain" and family.has_attention_interface
+
+
+def _refusals(asked: DataSpec, summary: DataSummary) -> list[str]:
+    """Say which flags a training needs for the rows that it would refuse."""
+    splits = [split for split in (summary.train, summary.held_out) if split]
+    n_cut, n_bad = sum(split.n_cut for split in splits), sum(summary.bad_rows.values())
+    refused = []
+    if n_bad and not asked.skip_bad_rows:
+        refused.append(f"bad rows ({n_bad:,}): --skip-bad-rows leaves them out")
+    if n_cut and not asked.truncate:
+        refused.append(f"rows longer than the context ({n_cut:,}): --truncate cuts them")
+    return refused
+
+
+# Rows
+
+
+def _shown_sequences(job: Job, n_rows: int) -> Iterator[ShownSequence]:
+    """Yield the sequences of the first rows that became any."""
+    encoded, tokenizer = job.encoded("train"), job.loaded.tokenizer
+    rows = np.unique(encoded.example_ids)[:n_rows].tolist()
+    special = special_ids(tokenizer)
+    for i, row in enumerate(encoded.example_ids.tolist()):
+        if row not in rows:
+            return
+        begin, end = encoded.sequences.offsets[i : i + 2]
+        ids = encoded.sequences.tokens[begin:end].tolist()
+        weights = encoded.sequences.weights[begin:end].astype(float).tolist()
+        example = job.dataset.train[row]
+        yield ShownSequence(
+            place=example.place or f"row {row + 1}",
+            n_tokens=len(ids),
+            n_trained_tokens=sum(weight > 0 for weight in weights),
+            spans=spans(ids, weights, tokenizer, special),
+        )
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of the tokens that a tokenizer calls special."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+
+
+def spans(
+    ids: list[int], weights: list[float], tokenizer: Any, special: frozenset[int]
+) -> list[Span]:
+    """Return a sequence as text, special tokens by their names.
+
+    A character whose tokens differ in weight stands where its last one does.
+    """
+    from swlora.evaluation.text_stream import Detokeniser
+
+    detokeniser = Detokeniser(tokenizer, skips_special=False)
+    pieces = [
+        (detokeniser.add(token), weight, token in special)
+        for token, weight in zip(ids, weights, strict=True)
+    ]
+    if rest := detokeniser.finish():
+        pieces.append((rest, weights[-1], False))
+    return [
+        Span("".join(text for text, *_ in own), weight, is_special)
+        for (weight, is_special), own in groupby(pieces, key=lambda piece: piece[1:])
+    ]

@@ -50,7 +50,7 @@ class PreparedEvaluation:
     def shown_prompts(self) -> list[str]:
         """The prompts for a person to read: a text, or the turns of a chat."""
         return [
-            e.prompt or "\n".join(f"{m.role}: {m.content}" for m in e.prompt_messages)
+            e.prompt or "\n".join(f"{m.role}: {m.content or m.extra}" for m in e.prompt_messages)
             for e in self.examples
         ]
 

@@ -72,7 +72,7 @@ def test_system_words_that_only_the_last_turn_holds():
         before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True).input_ids
         answer = f" {messages[i]['content']}</s>"
         expected.append((before, tokenizer(answer, add_special_tokens=False).input_ids))
-    assert taught(found) == expected
+    assert taught(found) == expected and len(found) == 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

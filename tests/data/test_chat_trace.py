@@ -24,6 +24,7 @@ LOOKS_AHEAD = {
     "how many are left": ("m.content", "loop.revindex ~ m.content"),
     "from behind": ("m.content", "(messages[::-1][0]).content ~ m.content"),
     "all of them": ("{% for m", "{{ messages | map(attribute='role') | join }}{% for m"),
+    "as they are": ("m.content", "(messages | string | length) ~ m.content"),
     "as JSON": ("m.content", "(messages | list | tojson) ~ m.content"),
 }
 

@@ -58,6 +58,9 @@ class _Turns(Sequence[Any]):
         self._note(len(self._turns))
         return len(self._turns)
 
+    def __repr__(self) -> str:
+        raise TypeError("a template that writes its turns as they are shows a list of them")
+
     def __bool__(self) -> bool:
         self._note(0)
         return bool(self._turns)

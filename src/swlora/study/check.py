@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from swlora.config import BUILTIN_MODEL, DataSpec, ModelSpec, RunSpec
 from swlora.errors import UserError
 from swlora.study.arms import Arm, arms_of
@@ -183,6 +185,7 @@ def _check_data(checked: Checked, tokenizer: Any) -> None:
 def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -> None:
     """Raise UserError where rows or generated text would not fit into the model's context."""
     from swlora.data.encode import encode_examples, encode_prompts
+    from swlora.data.examples import select
     from swlora.data.known_tokens import check_sequences
     from swlora.evaluation.decode import check_room
     from swlora.models.anatomy import context_tokens, n_embeddings
@@ -199,7 +202,8 @@ def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -
     )
     check_sequences(encoded.sequences, tokenizer, n_embeddings(checked.model))
     if split == spec.data.eval_split:
-        prompts = encode_prompts(examples, dataset.separator, tokenizer)
+        usable = select(examples, np.unique(encoded.example_ids))
+        prompts = encode_prompts(usable, dataset.separator, tokenizer)
         for decode in [spec.decode, spec.beam.decode] if spec.beam.arms else [spec.decode]:
             check_room(checked.model, prompts, decode)
 

@@ -107,6 +107,7 @@ def test_parts_of_text_are_passed_to_a_template_that_takes_them():
         ("Gemma 2", [SYSTEM, *PLAIN], "refuses the turns system, user, .*: no system role"),
         ("Gemma 2", turns("Hi", "a")[::-1] + turns("Hi", "a"), "refuses the turns .*take turns"),
         ("Llama 2", [*turns("Hi"), *PLAIN], "refuses the turns user, user.*must take turns"),
+        ("Qwen 2.5", turns("", "Hi", "a", "b")[1:], "refuses an answer before any other turn: list"),
         ("ChatML", CALLING, "leaves out the field 'tool_calls' of a message of the assistant"),
         ("ChatML", [PLAIN[0] | {"name": "Ann"}, *PLAIN[1:]], "the field 'name' of a message"),
     ],
@@ -140,6 +141,17 @@ def test_tools_without_a_place_are_refused():
     chats, tokenizer = [make(PLAIN, TOOLS)], chat_tokenizer(FAMILIES["ChatML"])
     (reason,) = encode_chats(chats, tokenizer, "all-turns", None)
     assert "no place for tools" in str(reason)
+
+
+def test_a_chat_may_begin_with_an_answer():
+    tokenizer, messages = chat_tokenizer(FAMILIES["ChatML"]), turns("", "Hi", "a", "b")[1:]
+    (((ids, runs),),) = encode_chats([make(messages)], tokenizer, "all-turns", None)
+    assert [weight for _, weight in runs] == [0, 1, 0, 1]
+    assert ids == tokenizer.apply_chat_template(messages).input_ids
+    bare = chat_tokenizer("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    (((ids, runs),),) = encode_chats([make(messages)], bare, "all-turns", SPECIAL["<s>"])
+    assert ids == [SPECIAL["<s>"], *bare("Hi</s>a</s>b</s>", add_special_tokens=False).input_ids]
+    assert runs == [(1, 0), (3, 1), (2, 0), (2, 1)]
 
 
 def test_weights_of_turns():

@@ -68,8 +68,9 @@ class ChatTemplate:
                 for turns in chats:  # which one?
                     self.render([turns], tools, generation_prompt=generation_prompt)
             roles = ", ".join(turn.role for turn in chats[0])
+            what = f"the turns {roles}" if roles else "an answer before any other turn"
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the chat template refuses the turns {roles}: {reason}") from error
+            raise UserError(f"the chat template refuses {what}: {reason}") from error
 
     def trace(self, turns: Turns, tools: str) -> Traced | None:
         """Write a chat and note what was written before each turn; None where that says nothing."""

@@ -14,7 +14,7 @@ from swlora.data.chat import ChatTemplate
 from swlora.data.chat_answers import Answer, ChatText, trained_texts
 from swlora.data.examples import ASSISTANT, Example
 from swlora.data.text_tokens import TextTokens
-from swlora.data.tokenise import Following, following_ids, token_ids
+from swlora.data.tokenise import Following, following_ids, token_ids, tokenise
 from swlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,15 +100,7 @@ class _Encoder:
         """Return what the tokenizer says of each text; None of each for one written in Python."""
         if not texts:
             return []
-        batch = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return batch.encodings or [None] * len(texts)
+        return tokenise(texts, self._tokenizer, special=False).encodings or [None] * len(texts)
 
     def _sequences(self, chat: ChatText, tokens: TextTokens | None) -> list[Weighted]:
         whole = tokens and self._whole(chat, tokens)

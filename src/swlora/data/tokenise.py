@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 # What a text is put behind to see it without a mark, where its own prompt does not do.
 _ANCHORS = ("\n", "a", ".", "1")
@@ -96,12 +96,11 @@ def _ids_without_mark(
     return found
 
 
-def _ids(
+def tokenise(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool
-) -> list[list[int]]:
-    if not texts:
-        return []
-    batch = tokenizer(
+) -> "BatchEncoding":
+    """Return what a tokenizer says of texts as a whole, whatever limits were saved with it."""
+    return tokenizer(
         list(texts),
         add_special_tokens=special,
         padding=False,
@@ -109,7 +108,12 @@ def _ids(
         return_attention_mask=False,
         verbose=False,  # the length is checked where it matters, against the model's context
     )
-    return list(batch["input_ids"])
+
+
+def _ids(
+    texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool
+) -> list[list[int]]:
+    return list(tokenise(texts, tokenizer, special=special)["input_ids"]) if texts else []
 
 
 def _special_tokens_behind(tokenizer: "PreTrainedTokenizerBase") -> int:

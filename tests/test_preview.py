@@ -65,8 +65,9 @@ def test_a_row_of_several_sequences_is_shown_with_all_of_them(model_folder, tmp_
     path = write_rows(tmp_path / "rows.jsonl", [row, other])
     spec = load_spec(None, {"model.name": str(folder), "data.name": str(path)})
     found = preview_data(spec, 1, Silent())
-    assert [sequence.place for sequence in found.shown] == [f"{path}, line 1"] * 2
-    texts = ["".join(span.text for span in sequence.spans) for sequence in found.shown]
+    (shown,) = found.shown
+    assert (shown.place, shown.n_sequences) == (f"{path}, line 1", 2)
+    texts = ["".join(span.text for span in sequence.spans) for sequence in shown.sequences]
     assert "H\n</think>" in texts[0] and "H\n</think>" not in texts[1]
     assert (found.summary.train.n_rows, found.summary.train.n_sequences) == (1, 2)
 

@@ -4,7 +4,6 @@ Neither needs the weights of the model, so `preview_data` loads its tokenizer an
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from swlora.config import DataSpec, RunSpec
 from swlora.data.summary import DataSummary, SplitSummary, summarise_split, summarise_steps
+from swlora.data.token_sequences import TokenSequences
 from swlora.job import Job
 from swlora.progress import Progress
 from swlora.result_json import FLAT
@@ -20,6 +20,8 @@ from swlora.run_record import MemoryRecord
 
 if TYPE_CHECKING:
     from swlora.training.schedule import Schedule
+
+MAX_SEQUENCES = 4  # shown of a row
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,20 @@ class Span:
 
 @dataclass(frozen=True)
 class ShownSequence:
-    """A sequence as the model sees it; a row may have become several, all of the same `place`."""
+    """A sequence as the model sees it."""
 
-    place: str
     n_tokens: int
     n_trained_tokens: int
     spans: list[Span]
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row: where it stands, how many sequences it became, and the first of them."""
+
+    place: str
+    n_sequences: int
+    sequences: list[ShownSequence]
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class DataPreview:
     data: str
     summary: DataSummary = field(metadata=FLAT)
     refused: list[str]
-    shown: list[ShownSequence]
+    shown: list[ShownRow]
 
 
 def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
@@ -73,7 +83,8 @@ def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
     if not has_held_out:
         progress.say(f"the data set has no {split} split")
     summary = summarise(job, schedule, held_out=split if has_held_out else None)
-    shown = list(_shown_sequences(job, n_rows))
+    first_rows = np.unique(job.encoded("train").example_ids)[:n_rows].tolist()
+    shown = [_shown_row(job, row) for row in first_rows]
     return DataPreview(
         job.loaded.source, dataset.source, summary, _refusals(spec.data, summary), shown
     )
@@ -122,24 +133,27 @@ def _refusals(asked: DataSpec, summary: DataSummary) -> list[str]:
 # Rows
 
 
-def _shown_sequences(job: Job, n_rows: int) -> Iterator[ShownSequence]:
-    """Yield the sequences of the first rows that became any."""
-    encoded, tokenizer = job.encoded("train"), job.loaded.tokenizer
-    rows = np.unique(encoded.example_ids)[:n_rows].tolist()
-    special = special_ids(tokenizer)
-    for i, row in enumerate(encoded.example_ids.tolist()):
-        if row not in rows:
-            return
-        begin, end = encoded.sequences.offsets[i : i + 2]
-        ids = encoded.sequences.tokens[begin:end].tolist()
-        weights = encoded.sequences.weights[begin:end].astype(float).tolist()
-        example = job.dataset.train[row]
-        yield ShownSequence(
-            place=example.place or f"row {row + 1}",
-            n_tokens=len(ids),
-            n_trained_tokens=sum(weight > 0 for weight in weights),
-            spans=spans(ids, weights, tokenizer, special),
-        )
+def _shown_row(job: Job, row: int) -> ShownRow:
+    """Return training row `row` with its first sequences; a long document may have hundreds."""
+    encoded = job.encoded("train")
+    begin, end = np.searchsorted(encoded.example_ids, (row, row + 1)).tolist()
+    return ShownRow(
+        place=job.dataset.train[row].place or f"row {row + 1}",
+        n_sequences=end - begin,
+        sequences=[
+            _shown_sequence(encoded.sequences, i, job.loaded.tokenizer)
+            for i in range(begin, min(end, begin + MAX_SEQUENCES))
+        ],
+    )
+
+
+def _shown_sequence(sequences: TokenSequences, i: int, tokenizer: Any) -> ShownSequence:
+    begin, end = sequences.offsets[i : i + 2]
+    ids = sequences.tokens[begin:end].tolist()
+    weights = sequences.weights[begin:end].astype(float).tolist()
+    n_trained_tokens = sum(weight > 0 for weight in weights)
+    shown = spans(ids, weights, tokenizer, special_ids(tokenizer))
+    return ShownSequence(len(ids), n_trained_tokens, shown)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

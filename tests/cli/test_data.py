@@ -68,7 +68,7 @@ def test_pairs_with_their_trained_tokens_and_counts(data):
     assert found["tokens a sequence"][0] == "8 median, 8 p95, 8 longest"
     assert found["over the context of 256"] == ["0", "0"]
     # A step holds one row where there are so few, so that nothing of seven nodes is shared.
-    assert found["steps an epoch"] == ["6, sequences in each: 1"]
+    assert found["steps an epoch"] == ["6"]
     assert found["tree nodes a step"] == ["7"]
     assert not Path("runs").exists()
 
@@ -76,10 +76,10 @@ def test_pairs_with_their_trained_tokens_and_counts(data):
 def test_what_a_step_shares_goes_by_its_flags(data):
     """Six rows in one step: two prompts of 4 tokens, three branches of 3 nodes each."""
     found = table(data(PAIRS, "--batch-size", 6).out)
-    assert found["steps an epoch"] == ["1, sequences in each: 6"]
+    assert found["sequences a step"] == ["6.0"]
     n_nodes = 1 + 2 * (3 + 3 * 3)  # "p" is shared by all
     assert found["tree nodes a step"] == [str(n_nodes)]
-    assert found["tokens : tree nodes"][0].startswith(f"{48 / n_nodes:.2f} ")
+    assert found["tokens : tree nodes"][0].startswith(f"{48 / n_nodes:.2f},")
 
 
 def test_every_answer_of_a_chat_is_marked(data):
@@ -117,6 +117,18 @@ def test_long_texts_are_shown_without_their_middle(data, swlora, model):
     assert f"{'a' * 100}{'b' * 500} … 1,000 characters … {'b' * 500}{'c' * 100}⟦d</s>⟧" in out
 
 
+def test_documents_are_shown_in_their_pieces(data):
+    """A context holds 256 tokens, of which the first one is the piece's start."""
+    texts = [{"text": "x" * 255 * 5}, {"text": "short\x1b"}, {"text": "other"}]
+    done = data(texts, "--rows", 2)
+    assert "line 1, sequence 1 of 6: 256 tokens, 255 trained\n<s>⟦xxx" in done.out
+    assert "sequence 4 of 6" in done.out and "sequence 5 of 6" not in done.out
+    assert "rows.jsonl, line 2: 8 tokens, 7 trained\n<s>⟦short\\x1b</s>⟧" in done.out
+    found = table(done.out)
+    assert (found["rows"], found["sequences"]) == (["2", "1"], ["7", "1"])
+    assert found["over the context of 256"] == ["0", "0"]
+
+
 def test_what_a_training_would_refuse_is_counted_and_said(data):
     rows = [*PAIRS, {"prompt": "x" * 300, "completion": "y"}, {"prompt": "", "completion": "y"}]
     rows += [{"prompt": "p8: ", "completion": "8."}] * 2
@@ -143,8 +155,10 @@ def test_the_result_as_json_holds_the_rows_whole(data):
     assert data(PAIRS, "--rows", 1, "--json", "data.json").code == 0
     found = json.loads(Path("data.json").read_text())
     (row,) = found["shown"]
-    assert row["place"] == "rows.jsonl, line 1" and row["n_trained_tokens"] == 4
-    assert row["spans"] == [
+    assert (row["place"], row["n_sequences"]) == ("rows.jsonl, line 1", 1)
+    (sequence,) = row["sequences"]
+    assert (sequence["n_tokens"], sequence["n_trained_tokens"]) == (8, 4)
+    assert sequence["spans"] == [
         {"text": "p0: ", "weight": 0.0, "is_special": False},
         {"text": "0.\n", "weight": 1.0, "is_special": False},
         {"text": "</s>", "weight": 1.0, "is_special": True},

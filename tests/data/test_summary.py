@@ -66,7 +66,7 @@ def test_the_steps_of_the_cats() -> None:
     assert (one.n_steps, one.sequences_per_step, one.n_nodes) == (1, 3, 8)
     assert (one.nodes_per_step, one.ideal_ratio) == (8, 17 / 8)
     apart = summarise_steps(CATS, [[np.array([2]), np.array([0])], [np.array([1])]])
-    assert (apart.n_steps, apart.sequences_per_step, apart.n_nodes) == (2, 2, 14)
+    assert (apart.n_steps, apart.sequences_per_step, apart.n_nodes) == (2, 1.5, 14)
     assert (apart.nodes_per_step, apart.ideal_ratio) == (7, 17 / 14)
 
 
@@ -81,9 +81,9 @@ def test_a_summary_comes_back_from_json_and_is_said_in_lines(has_steps: bool) ->
     )
     assert from_json(DataSummary, as_json(summary)) == summary
     lines = [
-        "2 rows of 1 prompt, 3 sequences; 17 tokens, 47.1% trained; 6 at the median, 6 at the 95th "
-        "percentile, 6 at most",
-        "1 step an epoch, 8 tree nodes each; 2.12 tokens of the rows make one node",
+        "to train on: 2 rows of 1 prompt, 3 sequences; 17 tokens, 47.1% trained; tokens a "
+        "sequence: 6 median, 6 p95, 6 longest, of a context of 100",
+        "steps: 1 an epoch, of 3.0 sequences and 8 tree nodes; tokens : nodes = 2.12",
         "training rows that repeat an earlier one: 1",
         "training rows with a prompt of dev or test: 3",
     ]

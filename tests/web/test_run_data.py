@@ -37,7 +37,7 @@ def test_the_page_says_what_was_trained_on(shown):
         "54 median, 75 p95, 90 longest",
         "Over the context of 8,192",
         "2: its prompt is empty",
-        "2.12 (",
+        "2.12, ",
     ):
         assert said in text
     assert "Tree nodes a step" in text

@@ -12,9 +12,8 @@ from swlora.printable import escaped
 
 if TYPE_CHECKING:
     from swlora.data.summary import DataSummary
-    from swlora.preview import DataPreview, ShownSequence, Span
+    from swlora.preview import DataPreview, ShownRow, Span
 
-MAX_SEQUENCES = 4  # shown of a row; a long document may be hundreds
 MAX_CHARACTERS = 1200  # shown of a span
 TRAINED, SPECIAL = "green", "dim"
 BRACKETS = ("⟦", "⟧")
@@ -27,26 +26,22 @@ def show_preview(preview: "DataPreview") -> None:
     if preview.shown:
         how = "green" if in_colour else f"between {' and '.join(BRACKETS)}"
         print(f"trained tokens are {how}\n")
-    for place, own in groupby(preview.shown, key=lambda sequence: sequence.place):
-        _show_row(console, place, list(own), in_colour=in_colour)
+    for row in preview.shown:
+        _show_row(console, row, in_colour=in_colour)
     _show_summary(preview.summary)
     for reason in preview.refused:
         print(f"a training refuses {reason}")
 
 
-def _show_row(
-    console: Console, place: str, sequences: "Sequence[ShownSequence]", *, in_colour: bool
-) -> None:
-    for number, sequence in enumerate(sequences[:MAX_SEQUENCES], start=1):
-        which = f", sequence {number} of {len(sequences)}" if len(sequences) > 1 else ""
+def _show_row(console: Console, row: "ShownRow", *, in_colour: bool) -> None:
+    for number, sequence in enumerate(row.sequences, start=1):
+        which = f", sequence {number} of {row.n_sequences:,}" if row.n_sequences > 1 else ""
         counts = f"{sequence.n_tokens:,} tokens, {sequence.n_trained_tokens:,} trained"
-        console.print(Text(f"{escaped(place)}{which}: {counts}", style="bold"))
+        console.print(Text(f"{escaped(row.place)}{which}: {counts}", style="bold"))
         text = _marked(sequence.spans, in_colour=in_colour)
         text.rstrip()
         console.print(text)
         print()
-    if (n_left := len(sequences) - MAX_SEQUENCES) > 0:
-        print(f"{escaped(place)}: {n_left:,} more sequences\n")
 
 
 def _marked(spans: "Sequence[Span]", *, in_colour: bool) -> Text:

@@ -44,14 +44,14 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class StepSummary:
-    """The steps of the first epoch, and what their prefix trees save.
+    """The steps of the first epoch, by their means, and what their prefix trees save.
 
     `n_nodes` are those of all trees; `ideal_ratio` is the tokens of all sequences, which a training
     without trees and without padding runs, by the nodes.
     """
 
     n_steps: int
-    sequences_per_step: int
+    sequences_per_step: float
     n_nodes: int
     nodes_per_step: float
     ideal_ratio: float
@@ -104,7 +104,7 @@ def summarise_steps(sequences: TokenSequences, steps: Sequence[Sequence[Ints]]) 
     n_nodes = int(count_group_nodes(sequences, groups).sum())
     return StepSummary(
         n_steps=len(steps),
-        sequences_per_step=max(sum(map(len, step)) for step in steps),
+        sequences_per_step=len(sequences) / len(steps),
         n_nodes=n_nodes,
         nodes_per_step=n_nodes / len(steps),
         ideal_ratio=len(sequences.tokens) / n_nodes,
@@ -116,13 +116,12 @@ def summarise_steps(sequences: TokenSequences, steps: Sequence[Sequence[Ints]]) 
 
 def split_facts(split: SplitSummary) -> list[Fact]:
     """Return what a person reads of a split; the names are the same for each."""
-    lengths = f"{split.median_tokens:,} median, {split.p95_tokens:,} p95"
     return [
         ("rows", f"{split.n_rows:,}"),
         ("sequences", f"{split.n_sequences:,}"),
         ("prompts", f"{split.n_prompts:,}; {split.n_rows_sharing:,} rows share theirs"),
         ("tokens", f"{split.n_tokens:,}, {split.trained_share:.1%} trained"),
-        ("tokens a sequence", f"{lengths}, {split.longest_tokens:,} longest"),
+        ("tokens a sequence", _lengths(split)),
         (f"over the context of {split.context_tokens:,}", f"{split.n_cut:,}"),
     ]
 
@@ -130,9 +129,10 @@ def split_facts(split: SplitSummary) -> list[Fact]:
 def step_facts(steps: StepSummary) -> list[Fact]:
     """Return what a person reads of the steps of an epoch."""
     return [
-        ("steps an epoch", f"{steps.n_steps:,}, sequences in each: {steps.sequences_per_step:,}"),
+        ("steps an epoch", f"{steps.n_steps:,}"),
+        ("sequences a step", f"{steps.sequences_per_step:,.1f}"),
         ("tree nodes a step", f"{steps.nodes_per_step:,.0f}"),
-        ("tokens : tree nodes", f"{steps.ideal_ratio:.2f} (the most that trees can save)"),
+        ("tokens : tree nodes", f"{steps.ideal_ratio:.2f}, the ideal gain of the trees"),
     ]
 
 
@@ -151,21 +151,25 @@ def short_lines(summary: DataSummary) -> list[str]:
     train, steps = summary.train, summary.steps
     own = "" if train.n_sequences == train.n_rows else f", {_count(train.n_sequences, 'sequence')}"
     lines = [
-        f"{_count(train.n_rows, 'row')} of {_count(train.n_prompts, 'prompt')}{own}; "
-        f"{_count(train.n_tokens, 'token')}, {train.trained_share:.1%} trained; "
-        f"{train.median_tokens:,} at the median, {train.p95_tokens:,} at the 95th percentile, "
-        f"{train.longest_tokens:,} at most"
+        f"to train on: {_count(train.n_rows, 'row')} of {_count(train.n_prompts, 'prompt')}{own}; "
+        f"{_count(train.n_tokens, 'token')}, {train.trained_share:.1%} trained; tokens a sequence: "
+        f"{_lengths(train)}, of a context of {train.context_tokens:,}"
     ]
     if steps:
         lines.append(
-            f"{_count(steps.n_steps, 'step')} an epoch, {steps.nodes_per_step:,.0f} tree nodes "
-            f"each; {steps.ideal_ratio:.2f} tokens of the rows make one node"
+            f"steps: {steps.n_steps:,} an epoch, of {steps.sequences_per_step:,.1f} sequences and "
+            f"{steps.nodes_per_step:,.0f} tree nodes; tokens : nodes = {steps.ideal_ratio:.2f}"
         )
     if n := summary.n_duplicates:
         lines.append(f"training rows that repeat an earlier one: {n:,}")
     if n := summary.n_leaked:
         lines.append(f"training rows with a prompt of dev or test: {n:,}")
     return lines
+
+
+def _lengths(split: SplitSummary) -> str:
+    median, p95, longest = split.median_tokens, split.p95_tokens, split.longest_tokens
+    return f"{median:,} median, {p95:,} p95, {longest:,} longest"
 
 
 def _count(n: int, noun: str) -> str:

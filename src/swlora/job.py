@@ -88,8 +88,8 @@ class Job:
         with self.timed("load_data"), self.progress.task("load the data"):
             dataset = load_dataset(self.spec.data)
         self.progress.say(f"data: {dataset.source}")
-        if dataset.counts.n_bad:
-            self.progress.say(f"{dataset.counts.n_bad} bad rows were left out")
+        for reason, n in dataset.counts.bad.items():
+            self.progress.say(f"bad rows that were left out: {n:,}: {reason}")
         self.run.record_source(data_sha256=dataset.sha256)
         self.run.record(
             data_source=dataset.source,
@@ -132,7 +132,7 @@ class Job:
             self.progress.say(f"{encoded.n_cut} rows of the {split} split were cut to the context")
             self.run.record(**{f"n_cut_rows_{split}": encoded.n_cut})
         for reason, n in encoded.bad.items():
-            self.progress.say(f"{n} bad rows of the {split} split were left out: {reason}")
+            self.progress.say(f"bad rows of the {split} split that were left out: {n:,}: {reason}")
         if encoded.bad:
             self.run.record(**{f"bad_rows_{split}": encoded.bad})
         self._encoded[split, n_rows] = encoded

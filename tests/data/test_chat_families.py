@@ -107,7 +107,7 @@ def test_parts_of_text_are_passed_to_a_template_that_takes_them():
         ("Gemma 2", [SYSTEM, *PLAIN], "refuses the turns system, user, .*: no system role"),
         ("Gemma 2", turns("Hi", "a")[::-1] + turns("Hi", "a"), "refuses the turns .*take turns"),
         ("Llama 2", [*turns("Hi"), *PLAIN], "refuses the turns user, user.*must take turns"),
-        ("Qwen 2.5", turns("", "Hi", "a", "b")[1:], "refuses an answer before any other turn: list"),
+        ("Qwen 2.5", turns("", "Hi", "a", "b")[1:], "refuses an answer before any other turn: "),
         ("ChatML", CALLING, "leaves out the field 'tool_calls' of a message of the assistant"),
         ("ChatML", [PLAIN[0] | {"name": "Ann"}, *PLAIN[1:]], "the field 'name' of a message"),
     ],

@@ -15,6 +15,7 @@ from tests.support.marking_tokenizers import TOKENIZERS
 from tokenizers import AddedToken
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from swlora.data import chat_encode
 from swlora.data.chat_encode import encode_chats
 from swlora.data.examples import Example, Message
 
@@ -82,6 +83,19 @@ def test_answers_follow_the_tokens_of_their_prompts(tokenizers, name, template, 
         else:
             pieces = "".join(tokenizer.convert_ids_to_tokens(answer))
             assert tokenizer.decode(before + answer) == tokenizer.decode(ids_of(whole)), pieces
+
+
+@pytest.mark.parametrize("n_characters", [0, 300])
+def test_parts_change_nothing(n_characters, monkeypatch):
+    tokenizer = chat_tokenizer(FAMILIES["Qwen 3"])
+    turns = [Message(("user", "assistant")[i % 2], str(i)) for i in range(8)]
+    chats = [Example.chat(turns[: 2 + 2 * (i % 4)]) for i in range(9)]
+    chats.insert(4, Example.chat([turns[0], Message("assistant", "Hi", extra='{"mood": 1}')]))
+    found = encode_chats(chats, tokenizer, "all-turns", None)
+    assert [i for i, plan in enumerate(found) if isinstance(plan, str)] == [4]
+    monkeypatch.setattr(chat_encode, "_CHARACTERS", n_characters)
+    assert encode_chats(chats, tokenizer, "all-turns", None) == found
+    assert encode_chats([], tokenizer, "all-turns", None) == []
 
 
 def test_a_worker_can_do_it():

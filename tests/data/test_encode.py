@@ -194,6 +194,7 @@ def test_chunks_change_nothing(chunk_rows, monkeypatch):
 
     (whole, n_cut), (long, n_long) = encoded(30), encoded(99)
     monkeypatch.setattr(encode, "CHUNK_EXAMPLES", chunk_rows)
+    monkeypatch.setattr(encode, "CHUNK_BYTES", 1 if chunk_rows == 1 else 1 << 20)
     for context_tokens, expected, n in ((30, whole, n_cut), (99, long, n_long)):
         found, n_found = encoded(context_tokens)
         assert n_found == n

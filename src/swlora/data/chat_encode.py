@@ -6,7 +6,7 @@ before them that generation would see. Where they do not (a token reaches over t
 answer) each answer has a sequence of its own: the tokens of its prompt, and those that follow.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,11 +36,12 @@ def encode_chats(
     `start_token` stands in front where a template writes nothing before an answer. Raises
     UserError for a tokenizer without a chat template.
     """
-    template = ChatTemplate(tokenizer)
-    planned = [_plan(template, chat, train_on) for chat in chats]
-    plans = [plan for plan in planned if not isinstance(plan, str)]
-    sequences = _Encoder(tokenizer, start_token).encode(plans)
-    return [plan if isinstance(plan, str) else next(sequences) for plan in planned]
+    template, encoder = ChatTemplate(tokenizer), _Encoder(tokenizer, start_token)
+    found: list[list[Weighted] | str] = []
+    for part in _parts(_plan(template, chat, train_on) for chat in chats):
+        sequences = encoder.encode([plan for plan in part if not isinstance(plan, str)])
+        found += [plan if isinstance(plan, str) else next(sequences) for plan in part]
+    return found
 
 
 def turn_weights(chat: Example, train_on: TrainOn) -> list[float]:
@@ -63,6 +64,19 @@ def _plan(template: ChatTemplate, chat: Example, train_on: TrainOn) -> list[Chat
         return str(error)
 
 
+def _parts(plans: Iterable[list[ChatText] | str]) -> Iterator[list[list[ChatText] | str]]:
+    """Yield the plans of some chats at a time."""
+    part: list[list[ChatText] | str] = []
+    n_characters = 0
+    for plan in plans:
+        part.append(plan)
+        n_characters += 0 if isinstance(plan, str) else sum(len(chat.text) for chat in plan)
+        if n_characters > _CHARACTERS:
+            yield part
+            part, n_characters = [], 0
+    yield part
+
+
 class _Encoder:
     """Tokenises the texts of chats with one tokenizer."""
 
@@ -75,26 +89,25 @@ class _Encoder:
 
         The last text of a chat is tokenised as a whole, of the others what differs from it.
         """
-        for part in _parts(plans):
-            encodings = self._encodings([plan[-1].text for plan in part])
-            longest = [
-                TextTokens(plan[-1].text, encoding) if encoding else None
-                for plan, encoding in zip(part, encodings, strict=True)
-            ]
-            others = [
-                (chat.text, longer, longer.cut(chat.text, *self._splitting) if longer else 0)
-                for plan, longer in zip(part, longest, strict=True)
-                for chat in plan[:-1]
-            ]
-            rests = self._encodings([text[cut:] for text, _, cut in others])
-            tokens = (
-                TextTokens(text, rest, longer, cut) if rest else None
-                for (text, longer, cut), rest in zip(others, rests, strict=True)
-            )
-            for plan, longer in zip(part, longest, strict=True):
-                found = [self._sequences(chat, next(tokens)) for chat in plan[:-1]]
-                found.append(self._sequences(plan[-1], longer))
-                yield [sequence for own in found for sequence in own]
+        encodings = self._encodings([plan[-1].text for plan in plans])
+        longest = [
+            TextTokens(plan[-1].text, encoding) if encoding else None
+            for plan, encoding in zip(plans, encodings, strict=True)
+        ]
+        others = [
+            (chat.text, longer, longer.cut(chat.text, *self._splitting) if longer else 0)
+            for plan, longer in zip(plans, longest, strict=True)
+            for chat in plan[:-1]
+        ]
+        rests = self._encodings([text[cut:] for text, _, cut in others])
+        tokens = (
+            TextTokens(text, rest, longer, cut) if rest else None
+            for (text, longer, cut), rest in zip(others, rests, strict=True)
+        )
+        for plan, longer in zip(plans, longest, strict=True):
+            found = [self._sequences(chat, next(tokens)) for chat in plan[:-1]]
+            found.append(self._sequences(plan[-1], longer))
+            yield [sequence for own in found for sequence in own]
 
     def _encodings(self, texts: list[str]) -> list[Any]:
         """Return what the tokenizer says of each text; None of each for one written in Python."""
@@ -171,17 +184,3 @@ class _Encoder:
                 "that could stand there"
             )
         return [self._start_token, *ids], [(1, 0.0), *used]
-
-
-def _parts(plans: Sequence[list[ChatText]]) -> Iterator[list[list[ChatText]]]:
-    """Yield some chats at a time."""
-    part: list[list[ChatText]] = []
-    n_characters = 0
-    for plan in plans:
-        part.append(plan)
-        n_characters += len(plan[-1].text)
-        if n_characters > _CHARACTERS:
-            yield part
-            part, n_characters = [], 0
-    if part:
-        yield part

@@ -30,7 +30,8 @@ from swlora.errors import DataError, UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_EXAMPLES = 8192  # encoded at once: as Python's numbers, tokens take ten times the memory
+# Encoded at once: as Python's numbers, tokens take ten times the memory
+CHUNK_EXAMPLES, CHUNK_BYTES = 8192, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,7 @@ def encode_examples(
 
     def encoded() -> Iterator[TokenSequences]:
         nonlocal n_long, first_long
-        for start in range(0, len(examples), CHUNK_EXAMPLES):
-            chunk = list(examples[start : start + CHUNK_EXAMPLES])
+        for start, chunk in _chunks(examples):
             weighted: list[Weighted] = []
             for i, found in enumerate(encode(chunk)):
                 if not isinstance(found, str) and is_long(found, context_tokens):
@@ -105,6 +105,18 @@ def encode_examples(
             f"{first_long}, but the model's context is {context_tokens}{more}; --truncate cuts them"
         )
     return Encoded(sequences, np.array(example_ids, dtype=np.int64), n_long, dict(bad))
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, list[Example]]]:
+    """Yield some examples at a time, and the number of the first of them."""
+    chunk: list[Example] = []
+    n_bytes = 0
+    for end, example in enumerate(examples, start=1):
+        chunk.append(example)
+        n_bytes += example.n_bytes
+        if len(chunk) == CHUNK_EXAMPLES or n_bytes > CHUNK_BYTES or end == len(examples):
+            yield end - len(chunk), chunk
+            chunk, n_bytes = [], 0
 
 
 def _place(example: Example, number: int) -> str:

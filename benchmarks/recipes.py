@@ -11,12 +11,10 @@ not timed. docs/results.md has what came out of such recipes.
 
 import argparse
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -46,7 +44,7 @@ GRADIENT_ROWS = 64
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training: `references` of a prompt at most share a step; None leaves that to `order`.
+    """One training.
 
     `gradient_start`: A begins as the leading right singular vectors of the gradient of each frozen
     weight, times this length, instead of at random; B at zero as ever.
@@ -57,7 +55,6 @@ class Recipe:
     rate: float = 4e-3
     rank: int = 4
     order: StepOrder = "prompts"
-    references: int | None = None
     prompts: int | None = None  # the first N of the training file; None: all of it
     gradient_start: float | None = None
 
@@ -73,8 +70,8 @@ RECIPES = {
     "half, shorter gradient start": Recipe(38, rate=2e-3, prompts=220, gradient_start=0.2),
     "whole file": Recipe(75),
     "whole file, single rows": Recipe(40, order="iid"),
-    "whole file, 2 references": Recipe(50, references=2),
-    "whole file, 2 references, 16 rows a step": Recipe(50, batch=16, references=2),
+    "whole file, pairs": Recipe(50, order="pairs"),
+    "whole file, pairs, 16 rows a step": Recipe(50, batch=16, order="pairs"),
 }
 
 
@@ -120,9 +117,6 @@ class Bench:
         )
         rows = self._rows("train", DataSpec(name=self._e2e, train_prompts=recipe.prompts))
         schedule = Schedule.of(rows, spec, seed)
-        if recipe.references is not None:
-            steps = grouped_steps(rows, recipe.references, recipe.batch, seed)
-            schedule = Schedule(spec, lambda _epoch: steps, len(steps))
         self._warm_up(rows, schedule)
         start_s = time.perf_counter()
         starts = {}
@@ -172,31 +166,6 @@ def descend(step: TreeStep, schedule: Schedule, adapted: Any) -> int:
         optimizer.zero_grad(set_to_none=True)
         n_rows += sum(map(len, rows))
     return n_rows
-
-
-def grouped_steps(
-    rows: TokenSequences, references: int, batch: int, seed: int
-) -> list[list[np.ndarray]]:
-    """Return steps of `batch` rows at least, with `references` rows of a prompt together."""
-    rng, groups = np.random.default_rng(seed), list(_groups(rows, references, seed))
-    steps: list[list[np.ndarray]] = []
-    waiting: list[np.ndarray] = []
-    for i in rng.permutation(len(groups)):
-        waiting.append(groups[i])
-        if sum(map(len, waiting)) >= batch:
-            steps.append([np.sort(np.concatenate(waiting))])
-            waiting = []
-    return steps
-
-
-def _groups(rows: TokenSequences, references: int, seed: int) -> Iterator[np.ndarray]:
-    rng, by_prompt = np.random.default_rng(seed), dict[bytes, list[int]]()
-    for i, (start, length) in enumerate(zip(rows.offsets[:-1], rows.prompt_lengths, strict=True)):
-        by_prompt.setdefault(rows.tokens[start : start + length].tobytes(), []).append(i)
-    for ids in by_prompt.values():
-        shuffled = rng.permutation(ids)
-        for first in range(0, len(ids), references):
-            yield shuffled[first : first + references]
 
 
 def leading_inputs(

@@ -10,7 +10,7 @@ CHOICES = {
     "--method": "lora, lora+, dora, adalora, pissa, rslora, full or supertuning [default: lora]",
     "--schedule": "linear, cosine or constant [default: linear]",
     "--engine": "auto, tree or plain; tree: same gradient, less work; plain: padded batches",
-    "--order": "prompts, neighbours or iid; what shares a step",
+    "--order": "prompts, pairs, neighbours or iid; what shares a step",
 }
 
 

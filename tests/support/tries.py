@@ -6,7 +6,7 @@ from swlora.data.steps import StepOrder
 
 Pair = tuple[list[int], list[int]]
 Weighted = tuple[list[int], list[float]]  # token ids, weight of each
-ORDERS: tuple[StepOrder, ...] = ("neighbours", "prompts", "iid")
+ORDERS: tuple[StepOrder, ...] = ("neighbours", "prompts", "pairs", "iid")
 
 # Three tokens and short lists make duplicates, nested prompts and shared prefixes common; the
 # common head (0 to 40 times one token) reaches past the columns compared at a time.

@@ -19,11 +19,12 @@ from tests.support.adapters import attach, fill_b, move
 from tests.support.gradients import measure
 from tests.support.models import MakeModel
 from tests.support.sequences import Pair, branching, chain, deep
+from tests.support.tries import ORDERS
 
 from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec
 from swlora.data.prefix_tree import build_tree
-from swlora.data.steps import plan_steps
+from swlora.data.steps import StepOrder, plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.models.anatomy import FAMILIES
 from swlora.training.plain import PlainStep
@@ -189,9 +190,9 @@ def test_some_targets(make_model: MakeModel, shape: str, targets: list[str]) -> 
     assert_same(peft_model, TokenSequences.from_lists(branching()))
 
 
-@pytest.mark.parametrize("order", ["neighbours", "prompts", "iid"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("shape", ["gpt2", "llama, grouped heads, own head", "mistral, window 5"])
-def test_steps_of_several_rows(make_model: MakeModel, shape: str, order: Any) -> None:
+def test_steps_of_several_rows(make_model: MakeModel, shape: str, order: StepOrder) -> None:
     peft_model = adapted(make_model, shape)
     sequences = TokenSequences.from_lists(deep())
     steps = plan_steps(

@@ -1,12 +1,13 @@
 """The schedule: rates by hand; every epoch planned once, when it begins, and resumed anywhere."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from swlora.config import TrainSpec
-from swlora.data.steps import plan_steps
+from swlora.data.steps import StepOrder, plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
 from swlora.training.schedule import Schedule, batch_note, learning_rate, sequences_per_step
@@ -91,7 +92,7 @@ def test_an_epoch_of_another_length_is_refused():
         next(steps)
 
 
-@pytest.mark.parametrize("order", ["prompts", "neighbours", "iid"])
+@pytest.mark.parametrize("order", get_args(StepOrder))
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 13, 14])
 def test_the_schedule_of_sequences_is_that_of_plan_steps(order, batch_size):
     sequences = TokenSequences.from_lists([([5, i % 4], [i, 0]) for i in range(13)])

@@ -30,9 +30,10 @@ class TrainSpec(Spec):
     engine: Literal["auto", "tree", "plain"] = Field(
         default="auto", description="tree: same gradient, less work; plain: padded batches"
     )
-    order: Literal["prompts", "neighbours", "iid"] = Field(
+    order: Literal["prompts", "pairs", "neighbours", "iid"] = Field(
         default="prompts",
-        description="what shares a step: a prompt's examples, also like prompts, any",
+        description="what shares a step: a prompt's examples, two of a prompt, also like prompts, "
+        "any",
     )
     row_tokens: int = Field(default=4096, ge=64, description="tokens that are run at once")
     cache_gb: float = Field(

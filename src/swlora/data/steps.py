@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from swlora.data.token_sequences import Ints, TokenSequences, common_with_previous
 
-StepOrder = Literal["neighbours", "prompts", "iid"]
+StepOrder = Literal["prompts", "pairs", "neighbours", "iid"]
 
 
 def plan_steps(
@@ -26,8 +26,11 @@ def plan_steps(
     """Plan one epoch: optimizer steps, each a list of groups, each the ids of one `build_tree`.
 
     Every sequence comes exactly once; the same (seed, epoch) gives the same plan. An epoch always
-    has ceil(n / sequences_per_step) steps, all within one unit of their mean, n / steps:
+    has ceil(n / sequences_per_step) steps, all within one unit of their mean, n / steps (with
+    "pairs" it is their numbers of units that differ by one):
     - "iid": single sequences, shuffled;
+    - "pairs": two sequences of one identical prompt, and one where it has no more; what is left of
+      the prompt is in other steps, while there are others;
     - "prompts": the sequences of one identical prompt stay together, the prompts are shuffled;
     - "neighbours": so do lexicographically neighbouring prompts; where a step begins differs from
       epoch to epoch, and the steps are shuffled.
@@ -39,17 +42,15 @@ def plan_steps(
         raise ValueError("sequences_per_step and max_tokens_per_tree must be at least 1")
     rng = np.random.default_rng([seed, epoch])
     n_steps = -(-len(sequences) // sequences_per_step)
+    largest = len(sequences) // n_steps  # so that there are units for all steps
     if order == "iid":
-        unit = rng.permutation(len(sequences))
+        step = _in_equal_shares(rng.permutation(len(sequences)), n_steps, rng)
     elif order == "prompts" or order == "neighbours":
-        unit = _prompt_units(sequences, len(sequences) // n_steps, order, rng)
+        step = _in_equal_shares(_prompt_units(sequences, largest, order, rng), n_steps, rng)
+    elif order == "pairs":
+        step = _dealt(sequences.ranks[0], min(2, largest), n_steps, rng)
     else:
-        raise ValueError(f"unknown order {order!r}: use neighbours, prompts or iid")
-    # A unit goes to the step in whose equal share of the epoch its middle lies, which keeps sizes
-    # closest to the mean. Units are no larger than a share, so no step stays empty.
-    sizes = np.bincount(unit)
-    step_of_unit = (2 * np.cumsum(sizes) - sizes) * n_steps // (2 * len(sequences))
-    step = rng.permutation(n_steps)[step_of_unit[unit]]
+        raise ValueError(f"unknown order {order!r}: use prompts, pairs, neighbours or iid")
     prompt, context = sequences.ranks
     ids = np.lexsort((context, prompt, step))
     return _cut_groups(sequences, ids, step[ids], max_tokens_per_tree)
@@ -79,6 +80,46 @@ def _prompt_units(
     unit = np.empty_like(unit_sorted)
     unit[ids] = turn[unit_sorted]
     return unit
+
+
+def _in_equal_shares(unit: Ints, n_steps: int, rng: np.random.Generator) -> Ints:
+    """Return the step of every sequence, (n,), with units that follow one another in one step.
+
+    A unit goes to the step in whose equal share of the epoch its middle lies, which keeps sizes
+    closest to the mean. Units are no larger than a share, so no step stays empty.
+    """
+    sizes = np.bincount(unit)
+    step_of_unit = (2 * np.cumsum(sizes) - sizes) * n_steps // (2 * len(unit))
+    step: Ints = rng.permutation(n_steps)[step_of_unit[unit]]
+    return step
+
+
+def _dealt(prompt: Ints, size: int, n_steps: int, rng: np.random.Generator) -> Ints:
+    """Return the step of every sequence, (n,), with a prompt's dealt to steps, `size` at a time.
+
+    The prompts follow one another at random. In every round each step gets one unit, in a new
+    order; a prompt that one round does not end begins the next with steps that it has not had.
+    """
+    n = len(prompt)
+    shuffled = rng.permutation(int(prompt.max()) + 1)[prompt]
+    ids = np.lexsort((rng.permutation(n), shuffled))
+    sizes = np.bincount(shuffled)
+    position = np.arange(n) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    starts = _starts(shuffled[ids], position // size)
+    of_prompt = shuffled[ids][starts]  # every unit
+    step_of_unit = np.empty_like(of_prompt)
+    for begin in range(0, len(of_prompt), n_steps):
+        last = slice(max(begin - n_steps, 0), begin)
+        now = of_prompt[begin : begin + n_steps]
+        had = step_of_unit[last][of_prompt[last] == now[0]]
+        turn = rng.permutation(n_steps)
+        turn = turn[np.argsort(np.isin(turn, had), kind="stable")]
+        n_first = int(np.searchsorted(now, now[0], side="right"))
+        turn[n_first:] = rng.permutation(turn[n_first:])
+        step_of_unit[begin : begin + n_steps] = turn[: len(now)]
+    step = np.empty_like(prompt)
+    step[ids] = step_of_unit[np.cumsum(starts) - 1]
+    return step
 
 
 def _cut_groups(sequences: TokenSequences, ids: Ints, step: Ints, budget: int) -> list[list[Ints]]:

@@ -89,7 +89,7 @@ class Job:
             dataset = load_dataset(self.spec.data)
         self.progress.say(f"data: {dataset.source}")
         for reason, n in dataset.counts.bad.items():
-            self.progress.say(f"bad rows that were left out: {n:,}: {reason}")
+            self.progress.say(f"bad rows left out: {n:,} ({reason})")
         self.run.record_source(data_sha256=dataset.sha256)
         self.run.record(
             data_source=dataset.source,
@@ -132,7 +132,7 @@ class Job:
             self.progress.say(f"{encoded.n_cut} rows of the {split} split were cut to the context")
             self.run.record(**{f"n_cut_rows_{split}": encoded.n_cut})
         for reason, n in encoded.bad.items():
-            self.progress.say(f"bad rows of the {split} split that were left out: {n:,}: {reason}")
+            self.progress.say(f"bad rows of the {split} split left out: {n:,} ({reason})")
         if encoded.bad:
             self.run.record(**{f"bad_rows_{split}": encoded.bad})
         self._encoded[split, n_rows] = encoded

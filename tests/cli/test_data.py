@@ -1,8 +1,10 @@
 """`swlora data` as a person sees it, for prompts and completions, chats, and odd rows."""
 
+import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,10 @@ def test_trained_tokens_are_coloured_on_a_terminal(data, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = data(PAIRS, "--rows", 1).out
     assert "p0: \x1b[32m0.↵" in out and "\x1b[2;32m</s>" in out and "⟦" not in out
+
+
+def test_a_terminal_without_unicode_is_written_codes(data, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", write_through=True))
+    assert data([{"prompt": "é: ", "completion": "x"}, *PAIRS]).code == 0
+    assert rb"\xe9: \u27e6x</s>\u27e7" in written.getvalue()

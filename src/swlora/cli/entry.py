@@ -1,5 +1,6 @@
 """Run the command line: parse, call the verb, exit with its code."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ COMPLETION = "_SWLORA_COMPLETE"  # set by the shell that asks how a word goes on
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
+    _write_unknown_characters_as_codes()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = typer.main.get_command(app)
     if COMPLETION in os.environ:
@@ -28,3 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_usage_error(error):
             fail_usage(error)
         raise
+
+
+def _write_unknown_characters_as_codes() -> None:
+    """Let stdout write what its encoding has not as a backslash code, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

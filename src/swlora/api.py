@@ -9,7 +9,7 @@ but a `figure` that was asked for and what lies in the cache folder; progress is
 import difflib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.evaluation.evaluated import Evaluated
 from swlora.evaluation.prompting import Generated, Prompt, generate_text
+from swlora.evaluation.user_metrics import UserMetric
 from swlora.job import Job
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress, Silent
@@ -75,17 +76,20 @@ def evaluate(
     adapter: PathLike | None = None,
     *,
     output: PathLike | None = None,
+    metrics: Callable[[list[str], list[list[str]]], Any] | None = None,
     config: PathLike | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Evaluated:
     """Generate for every prompt and score, as `swlora eval` does.
 
-    `adapter` is a folder (a run folder will do); None is the base model.
+    `adapter` is a folder (a run folder will do); None is the base model. `metrics` is a function of
+    the texts and of the references of each, that returns a number, or numbers by name.
     """
     spec = _spec("eval", config, settings)
+    metric = None if metrics is None else UserMetric(metrics.__name__, metrics)
     with _job("eval", spec, output, progress) as job:
-        return pipeline.evaluate_adapter(job, _path(adapter))
+        return pipeline.evaluate_adapter(job, _path(adapter), metric)
 
 
 def compare(

@@ -5,6 +5,7 @@ functions and nothing below them. Each returns what it found as a value, and wri
 the run folder where there is one.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from swlora.preparation import (
 
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import EnglishLoss, Evaluated
+    from swlora.evaluation.scoring import TextsScored
+    from swlora.evaluation.user_metrics import UserMetric
     from swlora.superweights.findings import Identified
     from swlora.training.trained import Trained
 
@@ -135,40 +138,39 @@ def measure_layers(job: Job, budget: float) -> list[int]:
 
 
 def evaluate(
-    job: Job, model: Any, prepared: PreparedEvaluation, untouched: LossSum | None
+    job: Job,
+    model: Any,
+    prepared: PreparedEvaluation,
+    untouched: LossSum | None,
+    metric: "UserMetric | None" = None,
 ) -> "Evaluated":
     """Generate once for every distinct prompt, score with all references, measure the losses.
 
     `prepared` is what `prepare_evaluation` gave, `untouched` what `measure_untouched_english` gave
-    for the base model before it was adapted.
-    Leaves predictions.csv and segments.json (what was measured of each prompt) in the run folder.
+    for the base model before it was adapted; `metric` is a person's own. Leaves predictions.csv,
+    predictions.jsonl and segments.json (what was measured of each prompt) in the run folder.
     """
     from swlora.evaluation.evaluated import Evaluated
     from swlora.evaluation.loss import grouped_losses
-    from swlora.evaluation.report import write_predictions
-    from swlora.evaluation.scores import segment_statistics
-    from swlora.evaluation.segments import Segments
 
     split = job.spec.data.eval_split
     with job.timed("loss"):
         sequences = job.encoded(split).sequences
         losses = grouped_losses(model, sequences, prepared.prompt_of, job.progress)
     english = _measure_english(job, model, untouched)
-    predictions = _generate(job, model, prepared)
-    with job.timed("score"), job.progress.task("score"):
-        statistics = segment_statistics(predictions, prepared.references)
-    segments, path = Segments.of(statistics, losses), None
-    if folder := job.run.folder:
-        path = folder / "predictions.csv"
-        write_predictions(path, prepared.shown_prompts, predictions, prepared.references)
-        segments.write(folder)
+    texts = _score(job, model, prepared, losses) if prepared.prompts else None
+    path = texts.write(job.run.folder) if texts and job.run.folder else None
     loss = sum(losses, LossSum())
     evaluated = Evaluated(
-        scores=statistics.scores(),
+        scores=texts.statistics.scores() if texts else None,
+        text_scores=texts.text_scores() if texts else None,
+        has_official=job.dataset.is_e2e or any(len(refs) > 1 for refs in prepared.references),
         nll=loss.nats_per_token,
+        nll_per_row=loss.sum_nats / prepared.n_rows,
+        n_rows=prepared.n_rows,
         nll_sum_nats=loss.sum_nats,
         n_tokens=loss.n_tokens,
-        intervals=segments.intervals(),
+        intervals=texts.segments.intervals() if texts else {},
         english=english,
         n_prompts=len(prepared.prompts),
         split=split,
@@ -177,12 +179,18 @@ def evaluate(
         predictions=path,
     )
     job.run.write_result({"eval": evaluated})
+    if metric is not None and texts is not None:  # last, since it may fail in any way
+        evaluated = replace(evaluated, own=metric(texts.predictions, texts.references))
+        job.run.write_result({"eval": evaluated})
     return evaluated
 
 
-def _generate(job: Job, model: Any, prepared: PreparedEvaluation) -> list[str]:
-    """Return the text that follows each prompt, its white space made single spaces."""
+def _score(
+    job: Job, model: Any, prepared: PreparedEvaluation, losses: list[LossSum]
+) -> "TextsScored":
+    """Generate the text that follows each prompt and score it."""
     from swlora.evaluation.decode import chat_end_token_ids, generate
+    from swlora.evaluation.scoring import score_texts
 
     loaded = job.loaded
     with job.timed("generate"):
@@ -196,7 +204,9 @@ def _generate(job: Job, model: Any, prepared: PreparedEvaluation) -> list[str]:
             end_token_ids=ends,
             seed=job.spec.seed,
         )
-    return [" ".join(text.split()) for text in texts]
+    own = [losses[group] for group in prepared.groups]
+    with job.timed("score"), job.progress.task("score"):
+        return score_texts(prepared.shown_prompts, texts, prepared.references, own)
 
 
 def measure_untouched_english(job: Job) -> LossSum | None:
@@ -225,7 +235,9 @@ def _measure_english(job: Job, model: Any, untouched: LossSum | None) -> "Englis
     return compare_english(untouched, loss, job.loaded.tokenizer)
 
 
-def evaluate_adapter(job: Job, adapter: Path | None) -> "Evaluated":
+def evaluate_adapter(
+    job: Job, adapter: Path | None, metric: "UserMetric | None" = None
+) -> "Evaluated":
     """Evaluate the adapter in a folder (a run folder will do), or the base model for None."""
     from swlora.adapters.saved import adapter_folder, with_adapter
 
@@ -238,14 +250,14 @@ def evaluate_adapter(job: Job, adapter: Path | None) -> "Evaluated":
         job.run.record(adapter=str(adapter))
         loaded = with_adapter(loaded, folder, job.progress.say)
     job.begin()
-    return evaluate(job, loaded.model, prepared, untouched)
+    return evaluate(job, loaded.model, prepared, untouched, metric)
 
 
-def train_evaluate(job: Job) -> "tuple[Trained, Evaluated]":
+def train_evaluate(job: Job, metric: "UserMetric | None" = None) -> "tuple[Trained, Evaluated]":
     """Train, then evaluate what was trained."""
     evaluation = prepare_evaluation(job)  # what cannot be done shall be known before the training
     training, layers = prepare_training(job), choose_layers(job)
     # In the dtype in which it is trained: a search for super weights may have had another.
     untouched = measure_untouched_english(job)
     trained = train(job, training, layers)
-    return trained, evaluate(job, trained.model.eval(), evaluation, untouched)
+    return trained, evaluate(job, trained.model.eval(), evaluation, untouched, metric)

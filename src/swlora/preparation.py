@@ -33,13 +33,16 @@ class PreparedTraining:
 class PreparedEvaluation:
     """The distinct prompts of a split, each with its references and its token ids.
 
-    `prompt_of` (n,) is the number of the prompt of every sequence of the split.
+    `prompt_of` (n,) is the group of every sequence of the split: those of one prompt, or of one
+    document; `groups` are those of the prompts, in their order. `n_rows` counts what was encoded.
     """
 
     examples: list[Example]
     references: list[list[str]]
     prompts: list[list[int]]
     prompt_of: Ints
+    groups: list[int]
+    n_rows: int
 
     @property
     def is_chat(self) -> bool:
@@ -113,9 +116,9 @@ def check_adapter(job: Job, n_steps: int) -> None:
 
 
 def prepare_evaluation(job: Job) -> PreparedEvaluation:
-    """Return the prompts to generate for.
+    """Return the prompts to generate for; none where all rows are documents.
 
-    Raises UserError where there are none, or where the model has no room for an answer.
+    Raises UserError where there are no rows, or where the model has no room for an answer.
     """
     from swlora.data.dataset import group_references, number_prompts
     from swlora.data.encode import encode_prompts
@@ -127,10 +130,18 @@ def prepare_evaluation(job: Job) -> PreparedEvaluation:
     split = job.spec.data.eval_split
     used, example_of = np.unique(job.encoded(split).example_ids, return_inverse=True)
     rows = select(job.dataset.split(split), used)  # without those that could not be encoded
-    groups = group_references(rows)
-    examples = [example for example, _ in groups]
-    prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)
-    check_prompts(prompts, job.loaded.tokenizer, n_embeddings(job.loaded.model))
-    check_room(job.loaded.model, prompts, job.spec.decode)
-    references = [own for _, own in groups]
-    return PreparedEvaluation(examples, references, prompts, number_prompts(rows)[example_of])
+    all_groups = list(enumerate(group_references(rows)))
+    groups = [(number, e, own) for number, (e, own) in all_groups if not e.text]
+    examples, prompts = [example for _, example, _ in groups], list[list[int]]()
+    if examples:
+        prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)
+        check_prompts(prompts, job.loaded.tokenizer, n_embeddings(job.loaded.model))
+        check_room(job.loaded.model, prompts, job.spec.decode)
+    return PreparedEvaluation(
+        examples,
+        [own for _, _, own in groups],
+        prompts,
+        number_prompts(rows)[example_of],
+        [number for number, _, _ in groups],
+        len(rows),
+    )

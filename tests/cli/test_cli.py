@@ -139,7 +139,7 @@ def test_train_then_eval_then_generate(swlora, small, model_folder, rows):
     done = swlora("eval", *base, "--adapter", "run", "--dataset", rows, "--output", "ev")
     assert done.code == 0
     assert re.search(r"^BLEU +\d+\.\d$", done.out, re.MULTILINE)
-    assert "METEOR        n/a  (Java is left out here)\n" in done.out
+    assert "METEOR         n/a  (Java is left out here)\n" in done.out
     assert "only 1 prompt: the scores say little of other prompts" in done.out
     assert "PPL" not in done.out
     assert "No such option: --english" in swlora("train", *small, "--english").mistake
@@ -241,7 +241,7 @@ def test_score(swlora):
     files = ["--predictions", "p.txt", "--references", "r.txt"]
     done = swlora("score", *files, "--json", "s.json", "--output", "run")
     assert done.code == 0
-    assert "BLEU        100.0  100.0 to 100.0\n" in done.out
+    assert "BLEU         100.0  100.0 to 100.0\n" in done.out
     result = json.loads(Path("s.json").read_text())
     assert (result["BLEU"], result["ROUGE_L"], result["n_prompts"]) == (1, 1, 2)
     assert json.loads(Path("run/result.json").read_text()) == result

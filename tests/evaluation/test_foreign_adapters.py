@@ -94,6 +94,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Any, bool]] = {
 def saved(make_model: MakeModel, kind: str, folder: Path) -> Path:
     """An adapter as another tool leaves it, with random numbers for all that was trained."""
     model_type, changes, config, _ = KINDS[kind]
+    torch.manual_seed(0)
     model = peft.get_peft_model(make_model(model_type, **changes), config)
     move((p for p in model.parameters() if p.requires_grad), 0.2, seed=3)
     model.save_pretrained(str(folder))

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from swlora.evaluation.evaluated import EnglishLoss
-from swlora.evaluation.report import scores_table, write_predictions
+from swlora.evaluation.report import scores_table
 from swlora.evaluation.scores import Scores
+from swlora.evaluation.scoring import write_predictions
 
 SCORES = Scores(
     bleu=0.5,
@@ -45,12 +46,12 @@ def test_a_table_of_scores():
     """On the scales of papers, as the tables of studies are."""
     lines = scores_table(SCORES, {}, 30, nll=1.25).splitlines()
     assert lines == [
-        "BLEU         50.0",
-        "NIST         7.12",
-        "METEOR        n/a  (Java was not found)",
-        "ROUGE-L      25.0",
-        "CIDEr        2.00",
-        "NLL         1.250  (nats a completion token)",
+        "BLEU          50.0",
+        "NIST          7.12",
+        "METEOR         n/a  (Java was not found)",
+        "ROUGE-L       25.0",
+        "CIDEr         2.00",
+        "NLL          1.250  (nats a trained token)",
         "BLEU, METEOR and ROUGE-L are of 100",
     ]
     assert "NLL" not in scores_table(SCORES, {}, 30)
@@ -63,20 +64,20 @@ def test_a_table_of_scores():
         windows_begin_with_bos=False,
     )
     line = scores_table(SCORES, {}, 30, english=english).splitlines()[-2]
-    assert line == "PPL          25.5  of English text; 20.0 before training"
+    assert line == "PPL           25.5  of English text; 20.0 before training"
 
 
 def test_intervals_stand_beside_the_scores():
     intervals = {"BLEU": [0.4012, 0.6], "NIST": [6.5, 7.25], "NLL": [1.2, 1.3004]}
     scores = replace(SCORES, meteor=0.375)
     assert scores_table(scores, intervals, 30, nll=1.25).splitlines() == [
-        "score       value  95% interval",
-        "BLEU         50.0  40.1 to 60.0",
-        "NIST         7.12  6.50 to 7.25",
-        "METEOR       37.5",
-        "ROUGE-L      25.0",
-        "CIDEr        2.00",
-        "NLL         1.250  1.200 to 1.300   (nats a completion token)",
+        "score        value  95% interval",
+        "BLEU          50.0  40.1 to 60.0",
+        "NIST          7.12  6.50 to 7.25",
+        "METEOR        37.5",
+        "ROUGE-L       25.0",
+        "CIDEr         2.00",
+        "NLL          1.250  1.200 to 1.300   (nats a trained token)",
         "BLEU, METEOR and ROUGE-L are of 100; intervals from 1,000 draws of the 30 prompts",
     ]
 

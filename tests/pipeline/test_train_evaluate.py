@@ -110,6 +110,7 @@ def test_the_run_folder_explains_itself(model_folder, rows, tmp_path):
         "loss.png",
         "metrics.jsonl",
         "predictions.csv",
+        "predictions.jsonl",
         "result.json",
         "run.json",
         "segments.json",

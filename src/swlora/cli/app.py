@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from swlora.cli.command import CONFIG, JSON, OUTPUT, OUTPUT_IF_ASKED, RESUME, In
 from swlora.cli.process import no_library_notes, sigterm_interrupts
 from swlora.cli.show import show_candidates, show_evaluation, show_scores, show_training
 from swlora.command_settings import SETTINGS
+
+if TYPE_CHECKING:
+    from swlora.evaluation.user_metrics import UserMetric
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +29,19 @@ verb = partial(command, app)
 Adapter = Annotated[
     Path | None, typer.Option("--adapter", help="adapter or run folder [default: the base model]")
 ]
+Metrics = Annotated[
+    str | None,
+    typer.Option("--metrics", help="your own: FILE.py:function of predictions and references"),
+]
+
+
+def named_metric(name: str | None) -> "UserMetric | None":
+    """Load a metric of one's own, before anything else that takes time."""
+    if name is None:
+        return None
+    from swlora.evaluation.user_metrics import load_metric
+
+    return load_metric(name)
 
 
 def _show_version(wanted: bool) -> None:
@@ -107,15 +123,21 @@ def data(
 
 
 @verb("eval", OUTPUT, CONFIG, JSON, settings=SETTINGS["eval"])
-def evaluate(invocation: Invocation, adapter: Adapter = None) -> None:
-    """Generate for every prompt and score with the official E2E metrics.
+def evaluate(invocation: Invocation, adapter: Adapter = None, metrics: Metrics = None) -> None:
+    """Generate for every prompt and score the texts; measure the loss of the references.
+
+    Scores are exact match, token F1, chrF and sacrebleu's BLEU; with E2E data or several references
+    of a prompt the official five of E2E as well. Documents have a loss only.
 
     Example: `swlora eval --model builtin --adapter run --dataset e2e-dataset --split test`
+
+    Example: `swlora eval --adapter run --dataset rows.jsonl --metrics mine.py:share_of_json`
     """
+    metric = named_metric(metrics)
     with invocation.job() as job:
         from swlora import pipeline
 
-        result = pipeline.evaluate_adapter(job, adapter)
+        result = pipeline.evaluate_adapter(job, adapter, metric)
     show_evaluation(result)
     invocation.finish(result)
 
@@ -125,15 +147,16 @@ def evaluate(invocation: Invocation, adapter: Adapter = None) -> None:
     *(OUTPUT, RESUME, CONFIG, JSON),
     settings=SETTINGS["train-eval"],
 )
-def train_evaluate(invocation: Invocation) -> None:
+def train_evaluate(invocation: Invocation, metrics: Metrics = None) -> None:
     """Train an adapter, then evaluate it.
 
     Example: `swlora train-eval --model builtin --dataset sample --layers super --output run`
     """
+    metric = named_metric(metrics)
     with invocation.job() as job:
         from swlora import pipeline
 
-        trained, evaluated = pipeline.train_evaluate(job)
+        trained, evaluated = pipeline.train_evaluate(job, metric)
     show_training(trained)
     show_evaluation(evaluated)
     invocation.finish({"train": trained, "eval": evaluated})

@@ -67,13 +67,24 @@ def show_evaluation(evaluated: "Evaluated") -> None:
     from swlora.evaluation.report import scores_table
 
     e = evaluated
-    print(scores_table(e.scores, e.intervals, e.n_prompts, nll=e.nll, english=e.english))
-    print(f"predictions: {e.predictions}")
+    table = scores_table(
+        e.scores if e.has_official else None,
+        e.intervals,
+        e.n_prompts,
+        texts=e.text_scores,
+        nll=e.nll,
+        nll_per_row=e.nll_per_row,
+        own=e.own,
+        english=e.english,
+    )
+    print(table)
+    if e.predictions is not None:
+        print(f"predictions: {e.predictions}")
 
 
 def show_scores(scored: "Scored") -> None:
     """Print the scores of existing outputs."""
     from swlora.evaluation.report import scores_table
 
-    print(scores_table(scored.scores, scored.intervals, scored.n_prompts))
+    print(scores_table(scored.scores, scored.intervals, scored.n_prompts, texts=scored.text_scores))
     print(f"predictions: {scored.predictions}")

@@ -7,8 +7,9 @@ from swlora.config import DecodeSpec
 from swlora.evaluation.bootstrap import SETTINGS, BootstrapSettings
 from swlora.evaluation.scales import RAW_SCALE
 from swlora.evaluation.scores import Scores
+from swlora.evaluation.text_scores import TextScores
 from swlora.loss_sum import LossSum
-from swlora.result_json import FLAT, key
+from swlora.result_json import FLAT, IF_ANY, NO_KEY, key
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,20 @@ class EnglishLoss:
 class Evaluated:
     """A model's texts for every distinct prompt of a split, scored, and the references' loss.
 
-    `nll` is in nats a completion token. `intervals` are [low, high] of the scores and of "NLL", by
-    their official names; {} for a single prompt. `english` is None where it was not measured, and
-    `predictions` where no file was asked for.
+    `nll` is in nats a trained token, `nll_per_row` the nats of a row. `intervals` are [low, high]
+    of the scores and of "NLL", by their official names; {} for a single prompt. `scores` and
+    `text_scores` are None where all rows are documents, which have no prompt; `english` where it
+    was not measured, `own` where no metric of one's own was named, `predictions` where no file was
+    asked for. `has_official` says whether the official five are scores for such data.
     """
 
-    scores: Scores = field(metadata=FLAT)
+    scores: Scores | None = field(metadata=FLAT)
+    text_scores: TextScores | None = field(metadata=FLAT)
+    own: dict[str, float] | None = field(default=None, metadata=IF_ANY)
+    has_official: bool = field(default=True, metadata=NO_KEY)
     nll: float
+    nll_per_row: float
+    n_rows: int
     nll_sum_nats: float
     n_tokens: float
     scale: str = RAW_SCALE
@@ -56,6 +64,7 @@ class Scored:
     """Scores of a file of outputs; `intervals` as in `Evaluated`."""
 
     scores: Scores = field(metadata=FLAT)
+    text_scores: TextScores = field(metadata=FLAT)
     scale: str = RAW_SCALE
     intervals: dict[str, list[float]]
     bootstrap: BootstrapSettings = SETTINGS

@@ -1,63 +1,52 @@
-"""What an evaluation leaves behind: predictions as CSV, scores as a table."""
+"""What an evaluation says: scores as a table."""
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from swlora.evaluation.bootstrap import CONFIDENCE, FEW_PROMPTS, N_DRAWS
 from swlora.evaluation.evaluated import EnglishLoss
-from swlora.evaluation.scales import OF_100, SCALES
+from swlora.evaluation.scales import OF_100, SCALES, TEXT_SCALES
 from swlora.evaluation.scores import Scores
-from swlora.files import atomic_path
-
-
-def write_predictions(
-    target: Path,
-    prompts: Sequence[str],
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-) -> None:
-    """Write prompt, prediction and all references (one column each, as many as there are)."""
-    width = max(len(refs) for refs in references)
-    with (
-        atomic_path(target) as scratch,
-        scratch.open("w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["prompt", "prediction", *(f"ref_{k + 1}" for k in range(width))])
-        for prompt, prediction, refs in zip(prompts, predictions, references, strict=True):
-            writer.writerow([prompt, prediction, *refs, *[""] * (width - len(refs))])
+from swlora.evaluation.text_scores import TextScores
 
 
 def scores_table(
-    scores: Scores,
+    scores: Scores | None,
     intervals: Mapping[str, Sequence[float]],
     n_prompts: int,
     *,
+    texts: TextScores | None = None,
     nll: float | None = None,
+    nll_per_row: float | None = None,
+    own: Mapping[str, float] | None = None,
     english: EnglishLoss | None = None,
 ) -> str:
     """Return scores as aligned text, with the intervals that there are.
 
     A score that could not be computed is n/a; few prompts are warned of. `nll` in nats a token is
-    None for outputs of no model.
+    None for outputs of no model, `scores` and `texts` where they are not to be shown.
     """
-    lines = [f"{'score':<8} {'value':>8}  {CONFIDENCE:.0%} interval"] if intervals else []
-    values = {"NLL": nll, **scores.by_name()}
-    notes = {"NLL": "nats a completion token", "METEOR": scores.meteor_reason}
-    for key, scale in SCALES.items():
-        value = values.get(key)
-        if value is None and key == "NLL":
-            continue
+    known = {**intervals, **(texts.text_intervals if texts else {})}
+    lines = [f"{'score':<9} {'value':>8}  {CONFIDENCE:.0%} interval"] if known else []
+    values = scores.by_name() if scores else {}
+    values |= {} if nll is None else {"NLL": nll}
+    values |= {name: getattr(texts, name) for name in TEXT_SCALES} if texts else {}
+    of_row = "" if nll_per_row is None else f", {nll_per_row:.1f} a row"
+    notes = {"NLL": f"nats a trained token{of_row}"}
+    if scores and scores.meteor is None:
+        notes["METEOR"] = scores.meteor_reason or ""
+    for name, value in values.items():
+        scale = (SCALES | TEXT_SCALES)[name]
         shown = "n/a" if value is None else scale.number(value)
-        bounds = scale.interval(intervals[key]) if key in intervals else ""
-        note = notes.get(key) if value is None or key == "NLL" else None
-        said = f"{bounds:<16} {f'({note})' if note else ''}".strip()
-        lines.append(f"{scale.name:<8} {shown:>8}  {said}".rstrip())
+        bounds = scale.interval(known[name]) if name in known else ""
+        note = f"({notes[name]})" if name in notes else ""
+        lines.append(f"{scale.name:<9} {shown:>8}  {f'{bounds:<16} {note}'.strip()}".rstrip())
+    lines += [f"{name:<9} {value:>8.4g}" for name, value in (own or {}).items()]
     if english is not None:
         now, before = f"{english.perplexity:.1f}", f"{english.perplexity_before:.1f}"
-        lines.append(f"{'PPL':<8} {now:>8}  of English text; {before} before training")
-    return "\n".join([*lines, *_remarks(n_prompts, has_intervals=bool(intervals))])
+        lines.append(f"{'PPL':<9} {now:>8}  of English text; {before} before training")
+    if not scores and not texts:
+        return "\n".join([*lines, "documents have no prompts: no texts were generated"])
+    return "\n".join([*lines, *_remarks(n_prompts, has_intervals=bool(known))])
 
 
 def _remarks(n: int, *, has_intervals: bool) -> list[str]:

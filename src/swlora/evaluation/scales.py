@@ -37,3 +37,9 @@ SCALES = {
     "CIDEr": Scale("CIDEr", 1, 2),
     "NLL": Scale("NLL", 1, 3),
 }
+TEXT_SCALES = {  # of any text, by their keys
+    "exact_match": Scale("exact", 100, 1),
+    "token_f1": Scale("F1", 100, 1),
+    "chrf": Scale("chrF", 1, 1),
+    "sacrebleu": Scale("sacreBLEU", 1, 1),
+}

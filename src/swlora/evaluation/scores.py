@@ -33,6 +33,7 @@ from swlora.evaluation.ptb import ptb_tokenize
 from swlora.result_json import key
 
 Rows = NDArray[np.float64]
+_NO_WORD = "\0"
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,18 @@ def _caption_rows(
 
 
 def segment_statistics(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], *, java: bool | None = None
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    java: bool | None = None,
+    strict: bool = True,
 ) -> SegmentStatistics:
     """Tokenise and compare once; the result scores any resample of the segments.
 
     java: None uses Java where it is found, True insists on it, False does without. An empty
     prediction counts as a segment without hits. CIDEr of a single segment is 0 by definition.
-    UserError for unequal lengths, no predictions, an empty group, a reference without words.
+    UserError for unequal lengths, no predictions, an empty group, and where it is `strict` a
+    reference without words, which else holds a word that no text has.
     """
     _check(predictions, references)
     reason = _java_reason(java)
@@ -167,8 +173,9 @@ def segment_statistics(
     flat = iter(tokenize([text for group in references for text in group]))
     truths = [[next(flat) for _ in group] for group in references]
     for position, group in enumerate(truths):
-        if not all(group):
+        if strict and not all(group):
             raise UserError(f"reference group {position} has a reference without any word")
+    truths = [[tokens or [_NO_WORD] for tokens in group] for group in truths]
     hypotheses = tokenize(predictions)
     rouge_l, cider = _caption_rows(hypotheses, truths)
     texts = [mteval_tokens(text) for text in predictions]

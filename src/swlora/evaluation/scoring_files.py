@@ -8,6 +8,7 @@ from swlora.errors import DataError, UserError
 from swlora.evaluation.bootstrap import score_intervals
 from swlora.evaluation.evaluated import Scored
 from swlora.evaluation.scores import segment_statistics
+from swlora.evaluation.text_scores import text_rows, text_scores
 
 
 def score_files(predictions: Path, references: Path) -> Scored:
@@ -27,6 +28,7 @@ def score_files(predictions: Path, references: Path) -> Scored:
     statistics = segment_statistics(outputs, groups)
     return Scored(
         scores=statistics.scores(),
+        text_scores=text_scores(text_rows(outputs, groups), outputs, groups),
         intervals=score_intervals(statistics.resampled, len(groups)),
         n_prompts=len(groups),
         predictions=predictions,

@@ -223,7 +223,7 @@ def _run_scores(run: ArmRun) -> Scores:
     values = {"NLL": evaluated["nll"], **evaluated}
     return Scores.of(
         {
-            name: None if values[official] is None else factor * values[official]
+            name: None if values.get(official) is None else factor * values[official]
             for name, (official, factor) in SCORES.items()
         }
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from swlora.config import settings_of
 from swlora.data.sources import SAMPLE_SOURCE
-from swlora.evaluation.scales import SCALES
+from swlora.evaluation.scales import SCALES, TEXT_SCALES
 from swlora.layer_policy import EN_DASH, layer_ranges, policy_or_none
 from swlora.progress import duration
 from swlora.web.folders import without_folders
@@ -50,7 +50,7 @@ def scores(result: Mapping[str, Any]) -> list[Fact]:
     evaluated = part(result, "eval")
     units = {"NLL": "NLL, nats a token"}
     found = []
-    for name, scale in SCALES.items():
+    for name, scale in (SCALES | TEXT_SCALES).items():
         value = finite(evaluated.get("nll" if name == "NLL" else name))
         if value is not None:
             found.append((units.get(name, scale.name), scale.number(value)))

@@ -1,0 +1,74 @@
+"""A person's own metric, from a file that was named on the command line: `FILE.py:function`.
+
+    function(predictions: list[str], references: list[list[str]]) -> number, or numbers by name
+
+The file is run as a program is, with all rights of the one who runs it. So its name comes from
+the command line alone, never from a configuration, a run folder or a request.
+"""
+
+import importlib.util
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from swlora.errors import UserError
+
+
+@dataclass(frozen=True)
+class UserMetric:
+    """A function and the name it was asked for by."""
+
+    name: str
+    function: Callable[[list[str], list[list[str]]], Any]
+
+    def __call__(
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> dict[str, float]:
+        """Return its numbers by name; UserError where it fails or returns another thing."""
+        try:
+            found = self.function(list(predictions), [list(refs) for refs in references])
+        except Exception as error:  # of another's code, so of any kind
+            raise UserError(f"--metrics {self.name} failed: {_brief(error)}") from error
+        values = found if isinstance(found, dict) else {self.name.rpartition(":")[2]: found}
+        for name, value in values.items():
+            is_number = isinstance(value, numbers.Real) and math.isfinite(value)
+            if not isinstance(name, str) or not is_number:
+                raise UserError(
+                    f"--metrics {self.name} returned {value!r:.60}: return a finite number, or "
+                    "numbers by name"
+                )
+        return {name: float(value) for name, value in values.items()}
+
+
+def load_metric(name: str) -> UserMetric:
+    """Load FILE.py:function; UserError, in one line, where that cannot be done."""
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py") or not function.isidentifier():
+        raise UserError(f"--metrics {name!r} is not FILE.py:function")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"--metrics {name}: there is no file {file}")
+    module = _run(path, name)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"--metrics {name}: {file} has no function {function!r}")
+    return UserMetric(name, found)
+
+
+def _run(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"swlora_metrics_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # its name ends in .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--metrics {name} cannot be loaded: {_brief(error)}") from error
+    return module
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -12,11 +12,16 @@ from swlora.data.chat_end import end_of_turn_tokens, notes_on_chats
 ENDS = {"Gemma": "<end_of_turn>", "Phi-3": "<|end|>", "Llama 3": "<|eot_id|>"} | dict.fromkeys(
     ("Llama 2", "Mistral", "Zephyr"), "</s>"
 )
-CALL_END = shapes.CHATML.replace(
-    "<|im_end|>",
-    "{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}<|end|>"
-    "{% endfor %}<|eot_id|>{% else %}<|im_end|>{% endif %}",
-)
+
+
+def calling(end: str) -> str:
+    """A template whose calls end in <|end|> each, and then in `end`."""
+    calls = "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}<|end|>{% endfor %}"
+    return shapes.CHATML.replace(
+        "<|im_end|>", f"{{% if m.tool_calls %}}{calls}{end}{{% else %}}<|im_end|>{{% endif %}}"
+    )
+
+
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,11 +45,11 @@ def test_other_ends():
     assert end_of_turn_tokens(as_text) == {SPECIAL["<|im_end|>"]}
     unknown = chat_tokenizer(shapes.CHATML.replace("im_end", "end_of_it"))
     assert end_of_turn_tokens(unknown) == set()  # pieces of text are nothing to stop at
-    # Calls of tools may end in another token than answers, behind the ends of single calls
-    assert end_of_turn_tokens(chat_tokenizer(CALL_END)) == {
-        SPECIAL["<|im_end|>"],
-        SPECIAL["<|eot_id|>"],
-    }
+    # Calls of tools may end in another token than answers; not in that of each call, nor a quote
+    answer, call = SPECIAL["<|im_end|>"], SPECIAL["<|eot_id|>"]
+    assert end_of_turn_tokens(chat_tokenizer(calling("<|eot_id|>"))) == {answer, call}
+    for end in ("", "<|im_end|>", "<|eot_id|>)"):
+        assert end_of_turn_tokens(chat_tokenizer(calling(end))) == {answer}
 
 
 def test_what_only_the_last_turn_has():
@@ -59,7 +64,7 @@ def test_what_is_said_of_a_template():
         assert len(notes) == (family in ("Llama 3", "SmolLM3"))
         assert not notes or "writes the date of the day" in notes[0]
     (note,) = notes_on_chats(chat_tokenizer(shapes.NO_END))
-    assert note.startswith("the chat template ends an answer in '\\n\\n', which is no token")
+    assert note.startswith("the chat template ends an answer in '\\n\\n', which holds no token to stop at")
     marks = "{% generation %}{{ m.content }}{% endgeneration %}"
     marked = shapes.ZEPHYR.replace("{{ m.content }}", marks)
     (note,) = notes_on_chats(chat_tokenizer(marked))

@@ -129,6 +129,15 @@ def test_arguments_of_calls_that_are_json_already_are_written_once(family):
     assert values == texts and not isinstance(texts, str)
 
 
+def test_arguments_of_calls_for_a_template_that_wants_json():
+    template = FAMILIES["Qwen 2.5"].replace(
+        "call.function.arguments} | tojson", "''} | tojson ~ '!' + call.function.arguments"
+    )
+    chats, tokenizer = [make(CALLING, TOOLS)], chat_tokenizer(template)
+    (((ids, _),),) = encode_chats(chats, tokenizer, "all-turns", None)
+    assert b'!{"city": "Rome"}</call>' in bytes(i for i in ids if i < 256)
+
+
 def test_fields_that_a_template_cannot_do_without():
     said = "{{ m.tool_calls[0].function.name if m.role == 'assistant' else m.content }}"
     template = FAMILIES["Zephyr"].replace("{{ m.content }}", said)

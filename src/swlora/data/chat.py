@@ -6,7 +6,7 @@ the model would never see it.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -172,9 +172,18 @@ class ChatTemplate:
         fields = {"role": turn.role, "content": turn.content, **json.loads(turn.extra)}
         if isinstance(fields["content"], list) and not self._parts_are_text(turn.role):
             fields["content"] = turn.content
-        if "tool_calls" in fields and self._escapes_arguments:
-            fields["tool_calls"] = [_with_values(call) for call in fields["tool_calls"]]
+        if isinstance(calls := fields.get("tool_calls"), list):
+            fields["tool_calls"] = [self._with_arguments(call) for call in calls]
         return {name: value for name, value in fields.items() if value is not None}
+
+    def _with_arguments(self, call: Any) -> Any:
+        """Return a call with its arguments as the template wants them."""
+        try:
+            function = call["function"]
+            arguments = self._arguments(function["arguments"])
+        except (TypeError, KeyError, ValueError):  # no call that a template knows, or no JSON
+            return call
+        return {**call, "function": {**function, "arguments": arguments}}
 
     def _parts_are_text(self, role: str) -> bool:
         """Say whether the template writes a content in parts as it writes the text of them."""
@@ -191,15 +200,27 @@ class ChatTemplate:
         return self._takes_parts[role]
 
     @cached_property
-    def _escapes_arguments(self) -> bool:
-        """Whether the template writes as JSON what OpenAI's form of a call has as JSON already."""
-        call = {"type": "function", "function": {"name": "f", "arguments": f'{{"{_PROBE}": 1}}'}}
-        turns: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
-        turns.append({"role": ASSISTANT, "tool_calls": [call]})
-        try:
-            return f'\\"{_PROBE}\\"' in self._rendered([turns], "", False)[0].text
-        except Exception:  # a template may fail in any way: this one wants values
-            return True
+    def _arguments(self) -> Callable[[Any], Any]:
+        """How arguments of calls, values or JSON, are given so that they are written as JSON once.
+
+        As they are where the template writes both alike, or neither.
+        """
+        values = {_PROBE: 1}
+        texts: list[str | None] = []
+        for arguments in (values, json.dumps(values)):
+            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            turns: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+            turns.append({"role": ASSISTANT, "content": "", "tool_calls": [call]})
+            try:
+                texts.append(self._rendered([turns], "", False)[0].text)
+            except Exception:  # a template may fail in any way
+                texts.append(None)
+        of_values, of_json = texts
+        if of_values is not None and (of_json is None or f'\\"{_PROBE}\\"' in of_json):
+            return lambda given: json.loads(given) if isinstance(given, str) else given
+        if of_values is None and of_json is not None:
+            return lambda given: given if isinstance(given, str) else json.dumps(given)
+        return lambda given: given
 
     def _rendered(
         self, chats: list[list[dict[str, Any]]], tools: str, generation_prompt: bool
@@ -229,12 +250,3 @@ class ChatTemplate:
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:
         return dict(self._tokenizer.special_tokens_map)
-
-
-def _with_values(call: Any) -> Any:
-    """Return a call whose arguments are values; one whose arguments are no JSON stays as it is."""
-    try:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
-    except (TypeError, KeyError, ValueError):
-        return call

@@ -74,8 +74,8 @@ def notes_on_chats(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     found = []
     if end.token_id is None:
         found.append(
-            f"the chat template ends an answer in {end.text!r}, which is no token: generated "
-            "answers go on until --max-new-tokens"
+            f"the chat template ends an answer in {end.text!r}, which holds no token to stop at: "
+            "generated answers end only where the model's own end tokens or --max-new-tokens say"
         )
     elif template.has_marks and not _marks_end(written, tokenizer, end.token_id):
         found.append(
@@ -120,21 +120,23 @@ def _call_end(
     token_id: int | None,
     only_last: str,
 ) -> int | None:
-    """Return the token that ends a call of tools, None for `token_id` or no token."""
-    call = Message(ASSISTANT, "", extra=json.dumps({"tool_calls": [_CALL]}))
+    """Return the token that ends a turn with calls of tools, None for `token_id` or no token.
+
+    The one that ends each of several calls is no such token.
+    """
+    calls = Message(ASSISTANT, "", extra=json.dumps({"tool_calls": [_CALL, _CALL]}))
     try:
-        written = _write(template, (_ASKED, call)).text
+        written = _write(template, (_ASKED, calls)).text.removesuffix(only_last).rstrip()
     except UserError:
         return None
-    _, probe, text = written.removesuffix(only_last).rpartition(_PROBE)
-    special: dict[int, int] = {
-        text.rfind(token.content): i
-        for i, token in tokenizer.added_tokens_decoder.items()
-        if token.special and token.content.strip() and token.content in text
-    }
-    if not probe or not special or token_id in special.values():
+    before, probe, end = written.rpartition(_PROBE)
+    if not probe:
         return None
-    return int(special[max(special)])
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special and token.content.strip() and end.endswith(token.content):
+            is_of_each = token.content in before.rpartition(_PROBE)[2]
+            return None if is_of_each or i == token_id else int(i)
+    return None
 
 
 def _first_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> int | None:

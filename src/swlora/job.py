@@ -54,10 +54,7 @@ class Job:
         return self.loaded
 
     def load_skeleton(self) -> None:
-        """Take the model without its weights: that is enough to encode data, and quick.
-
-        (A GGUF file is loaded whole: transformers reads its tokenizer and shapes in no other way.)
-        """
+        """Take the model without its weights: that is enough to encode data, and quick."""
         with self.progress.task("load the tokenizer"):
             self.loaded = load_skeleton(self.spec.model)
         self.progress.say(f"model: {self.loaded.source}")

@@ -107,8 +107,8 @@ def data(
 ) -> None:
     """Show what would be trained: rows as the model sees them, counts, lengths, what is shared.
 
-    Nothing is trained, and of the model only tokenizer and configuration are read (of a GGUF file
-    all). Bad and over-long rows are counted, and not refused as a training does.
+    Nothing is trained, and of the model only tokenizer and configuration are read. Bad and
+    over-long rows are counted, and not refused as a training does.
 
     Example: `swlora data --model builtin --dataset rows.jsonl --rows 5`
 

@@ -27,8 +27,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read as a GGUF language model: {detail}") from error
+        raise _unreadable(path, error) from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them at random
         raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}")
     for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -38,3 +37,23 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         if name in vars(model):
             delattr(model, name)
     return model, tokenizer
+
+
+def read_gguf_header(path: Path) -> tuple[Any, Any]:
+    """Return (configuration, tokenizer) of a .gguf file without reading its weights.
+
+    Raises UserError where it is unreadable.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        with quiet_libraries():
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            return config, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    detail = " ".join(str(error).split())[:200]
+    return UserError(f"{path} cannot be read as a GGUF language model: {detail}")

@@ -83,10 +83,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
         cast_parameters(model, torch_dtype)
     else:
         model, tokenizer = _load_pretrained(place.model, spec.revision, torch_dtype), None
-    if tokenizer is None or place.tokenizer != place.model:
-        own = place.tokenizer == place.model
-        tokenizer = _load_tokenizer(place.tokenizer, spec.revision if own else None)
-    _check_tokenizer(model, tokenizer, place.tokenizer)
+    tokenizer = _checked_tokenizer(model, tokenizer, place, spec)
     model.requires_grad_(False)
     ends = find_end_tokens(model, tokenizer, model.generation_config)
     model.generation_config = GenerationConfig()  # DecodeSpec alone says how text is generated
@@ -104,17 +101,21 @@ def load_skeleton(spec: ModelSpec) -> LoadedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    place = _find(spec)
+    place, tokenizer = _find(spec), None
     if place.model.endswith(".gguf"):
-        loaded = load_model(spec)
-        return replace(loaded, model=loaded.model.to("meta"))
-    config = _load_config(place.model, spec.revision)
+        from swlora.models.gguf_file import read_gguf_header
+
+        config, tokenizer = read_gguf_header(Path(place.model))
+        family_of(config.model_type)
+    else:
+        config = _load_config(place.model, spec.revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-    own = place.tokenizer == place.model
-    tokenizer = _load_tokenizer(place.tokenizer, spec.revision if own else None)
-    _check_tokenizer(model, tokenizer, place.tokenizer)
-    ends = find_end_tokens(model, tokenizer, _load_generation_config(place.model, spec.revision))
+    tokenizer = _checked_tokenizer(model, tokenizer, place, spec)
+    decoding = model.generation_config
+    if not place.model.endswith(".gguf"):
+        decoding = _load_generation_config(place.model, spec.revision)
+    ends = find_end_tokens(model, tokenizer, decoding)
     revision = _commit(place.model, spec.revision)
     return LoadedModel(model, tokenizer, place.model, revision, place.source, ends)
 
@@ -240,6 +241,15 @@ def _load_tokenizer(name: str, revision: str | None) -> Any:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     except Exception as error:  # loaders raise the errors of many libraries
         raise UserError(f"the tokenizer of {name} cannot be loaded: {_brief(error)}") from error
+
+
+def _checked_tokenizer(model: Any, of_file: Any, place: _Place, spec: ModelSpec) -> Any:
+    """Return the tokenizer of a GGUF file (None for others) or of the place that is named."""
+    own, tokenizer = place.tokenizer == place.model, of_file
+    if tokenizer is None or not own:
+        tokenizer = _load_tokenizer(place.tokenizer, spec.revision if own else None)
+    _check_tokenizer(model, tokenizer, place.tokenizer)
+    return tokenizer
 
 
 def _check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:

@@ -1,0 +1,107 @@
+"""GGUF files: the model comes back, and without weights its shapes and tokenizer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from swlora.config import ModelSpec
+from swlora.errors import UserError
+from swlora.models import builtin, load
+from swlora.models.anatomy import n_embeddings
+from swlora.models.load import load_model, load_skeleton
+
+TOKENS = torch.tensor([[72, 105, 33, 10, 200]])
+
+
+def spec(path: Path) -> ModelSpec:
+    return ModelSpec(name=str(path), dtype="float32", device="cpu")
+
+
+def write_gguf(model, tokenizer, path: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Write a Llama model as llama.cpp stores it: float32, rotary halves interleaved."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    tokens += ["<|endoftext|>"]  # which transformers would add
+    tokens += [f"<unused{k}>" for k in range(config.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([3 if t.startswith("<") and len(t) > 1 else 1 for t in tokens])
+    writer.add_token_merges([])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        for kind, n_heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", config.num_key_value_heads),
+        ):
+            if kind in name:
+                halves = array.reshape(n_heads, 2, -1, array.shape[1])
+                array = halves.swapaxes(1, 2).reshape(array.shape).copy()
+        if name not in leave_out:
+            writer.add_tensor(names.get_name(name, (".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file(make_model, tiny_tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", True)
+    expected = make_model("llama", head_dim=6)
+    write_gguf(expected, tiny_tokenizer, tmp_path / "model.gguf")
+    loaded = load_model(spec(tmp_path / "model.gguf"))
+    logits = expected(input_ids=TOKENS).logits
+    torch.testing.assert_close(loaded.model(input_ids=TOKENS).logits, logits)
+    left_out = ("model.layers.1.mlp.up_proj.weight",)
+    write_gguf(expected, tiny_tokenizer, tmp_path / "hole.gguf", left_out)
+    with pytest.raises(UserError, match=f"lacks 1 weights, such as {left_out[0]}"):
+        load_model(spec(tmp_path / "hole.gguf"))
+    assert loaded.source == f"the GGUF file {tmp_path / 'model.gguf'}"
+    assert loaded.tokenizer.eos_token_id == 257
+    builtin._convert(tmp_path / "model.gguf", tmp_path / "saved")
+    assert capsys.readouterr() == ("", ""), "no bar of converting, loading or writing"
+    again = load_model(spec(tmp_path / "saved"))
+    torch.testing.assert_close(again.model(input_ids=TOKENS).logits, logits)
+
+
+def test_its_shapes_and_tokenizer_are_read_without_its_weights(
+    make_model, tiny_tokenizer, tmp_path, capsys, monkeypatch
+):
+    path = tmp_path / "model.gguf"
+    write_gguf(make_model("llama", head_dim=6), tiny_tokenizer, path)
+    loaded = load_model(spec(path))
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    found = load_skeleton(spec(path))
+    shapes = {name: tensor.shape for name, tensor in loaded.model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in found.model.state_dict().items()} == shapes
+    assert all(tensor.is_meta for tensor in found.model.state_dict().values())
+    assert found.context_tokens == loaded.context_tokens
+    assert n_embeddings(found.model) == n_embeddings(loaded.model)
+    assert found.end_token_ids == loaded.end_token_ids
+    assert found.source == loaded.source
+    assert found.tokenizer("hi é").input_ids == loaded.tokenizer("hi é").input_ids
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_file_whose_header_is_none(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUX" + bytes(100))
+    with pytest.raises(UserError, match="cannot be read as a GGUF language model") as refused:
+        load_skeleton(spec(tmp_path / "model.gguf"))
+    assert len(str(refused.value).splitlines()) == 1

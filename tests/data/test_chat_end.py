@@ -22,8 +22,6 @@ def calling(end: str) -> str:
     )
 
 
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_token_that_ends_a_turn_is_trained(family):
     tokenizer = chat_tokenizer(FAMILIES[family])
@@ -64,7 +62,7 @@ def test_what_is_said_of_a_template():
         assert len(notes) == (family in ("Llama 3", "SmolLM3"))
         assert not notes or "writes the date of the day" in notes[0]
     (note,) = notes_on_chats(chat_tokenizer(shapes.NO_END))
-    assert note.startswith("the chat template ends an answer in '\\n\\n', which holds no token to stop at")
+    assert "ends an answer in '\\n\\n', which holds no token to stop at" in note
     marks = "{% generation %}{{ m.content }}{% endgeneration %}"
     marked = shapes.ZEPHYR.replace("{{ m.content }}", marks)
     (note,) = notes_on_chats(chat_tokenizer(marked))

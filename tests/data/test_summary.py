@@ -1,17 +1,20 @@
 """Summaries against counting by hand, and the nodes of groups against the trees themselves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.summaries import CATS
+from tests.support.summaries import CATS, SUMMARY
 from tests.support.tries import Weighted, weighted_sets
 
-from swlora.data.encode import Encoded
+from swlora.data.encode import Encoded, encode_examples
 from swlora.data.examples import Example
 from swlora.data.prefix_tree import build_tree, count_group_nodes, count_nodes
 from swlora.data.summary import (
     DataSummary,
+    doubtful_facts,
     short_lines,
     summarise_split,
     summarise_steps,
@@ -53,6 +56,22 @@ def test_only_examples_that_became_sequences_count() -> None:
     assert (found.n_rows, found.n_sequences) == (3, 4)
     assert (found.n_prompts, found.n_rows_sharing) == (1, 3)
     assert (found.median_tokens, found.p95_tokens, found.longest_tokens) == (3, 41, 41)
+
+
+def test_the_longest_row_counts_as_it_was_before_it_was_cut(tiny_tokenizer) -> None:
+    rows = [Example("p", "c" * n) for n in (1, 1, 1, 40)]
+    cut = encode_examples(rows, "", tiny_tokenizer, context_tokens=9, truncate=True)
+    found = summarise_split("train", cut, rows, 9)
+    assert (found.n_cut, found.median_tokens, found.longest_tokens) == (1, 3, 1 + 40 + 1)
+    assert found.n_tokens == 3 * 3 + 9
+
+
+def test_only_the_most_frequent_reasons_are_listed() -> None:
+    reasons = {f"reason {k}": 20 - k for k in range(12)}
+    facts = doubtful_facts(replace(SUMMARY, bad_rows=reasons))
+    found = [said for name, said in facts if name == "bad rows"]
+    listed = [f"{20 - k}: reason {k}" for k in range(8)]
+    assert found == [*listed, f"{12 + 11 + 10 + 9}: other reasons"]
 
 
 def test_tokens_of_a_fractional_weight_are_trained() -> None:

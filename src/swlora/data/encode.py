@@ -38,14 +38,15 @@ CHUNK_EXAMPLES, CHUNK_BYTES = 8192, 8 << 20
 class Encoded:
     """A split as token ids: sequence i came from example `example_ids[i]`, (n,), ascending.
 
-    `n_cut` sequences were cut to the context; `bad` counts the examples that were left out, by the
-    reason.
+    `n_cut` examples were cut to the context; the longest of their sequences had
+    `longest_cut_tokens` before, 0 for none. `bad` counts the examples left out, by the reason.
     """
 
     sequences: TokenSequences
     example_ids: Ints
     n_cut: int
     bad: dict[str, int]
+    longest_cut_tokens: int = 0
 
 
 def encode_examples(
@@ -68,19 +69,20 @@ def encode_examples(
         raise UserError(f"a context of {context_tokens} tokens holds no prompt and completion")
     if not examples:
         raise UserError("there are no rows to encode")
-    n_long, first_long, bad = 0, "", Counter[str]()
+    first_long, bad = "", Counter[str]()
     example_ids: list[int] = []
+    long: list[int] = []  # tokens of the examples that do not fit
 
     def encode(chunk: Sequence[Example]) -> list[list[Weighted] | str]:
         return _encode(chunk, separator, tokenizer, train_on, context_tokens)
 
     def encoded() -> Iterator[TokenSequences]:
-        nonlocal n_long, first_long
+        nonlocal first_long
         for start, chunk in _chunks(examples):
             weighted: list[Weighted] = []
             for i, found in enumerate(encode(chunk)):
                 if not isinstance(found, str) and is_long(found, context_tokens):
-                    n_long += 1
+                    long.append(max(len(ids) for ids, _ in found))
                     first_long = first_long or f"{_place(chunk[i], start + i)} {_describe(found)}"
                     found = _shortened(chunk[i], found, encode, context_tokens)
                 if isinstance(found, str):
@@ -99,12 +101,13 @@ def encode_examples(
             raise DataError(f"no row can be encoded: {next(iter(bad))}")
 
     sequences = TokenSequences.joined(encoded())
-    if n_long and not truncate:
-        more = f" (and {n_long - 1} more such rows)" if n_long > 1 else ""
+    if long and not truncate:
+        more = f" (and {len(long) - 1} more such rows)" if len(long) > 1 else ""
         raise DataError(
             f"{first_long}, but the model's context is {context_tokens}{more}; --truncate cuts them"
         )
-    return Encoded(sequences, np.array(example_ids, dtype=np.int64), n_long, dict(bad))
+    ids = np.array(example_ids, dtype=np.int64)
+    return Encoded(sequences, ids, len(long), dict(bad), max(long, default=0))
 
 
 def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, list[Example]]]:

@@ -17,14 +17,16 @@ from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.result_json import IF_ANY
 
 Fact = tuple[str, str]
+MAX_REASONS = 8  # that a person reads
 
 
 @dataclass(frozen=True)
 class SplitSummary:
     """A split as it is encoded.
 
-    `n_trained_tokens` have a weight above 0. The lengths are of sequences, in tokens, cut ones
-    (`n_cut`) as they are after it. `n_rows_sharing` rows have a prompt that another one has too.
+    `n_trained_tokens` have a weight above 0. The lengths are of sequences, in tokens; of the rows
+    that were cut (`n_cut`) only the longest counts as it was before. `n_rows_sharing` rows have a
+    prompt that another one has too.
     """
 
     split: str
@@ -90,7 +92,7 @@ def summarise_split(
         trained_share=n_trained / n_tokens,
         median_tokens=median,
         p95_tokens=p95,
-        longest_tokens=int(sequences.lengths.max()),
+        longest_tokens=max(int(sequences.lengths.max()), encoded.longest_cut_tokens),
         context_tokens=context_tokens,
         n_cut=encoded.n_cut,
         n_prompts=int(np.count_nonzero(n_of_prompt)),
@@ -142,8 +144,11 @@ def doubtful_facts(summary: DataSummary) -> list[Fact]:
         ("repeated rows", f"{summary.n_duplicates:,}"),
         ("rows with a prompt of dev or test", f"{summary.n_leaked:,}"),
     ]
-    bad = [("bad rows", f"{n:,}: {reason}") for reason, n in summary.bad_rows.items()]
-    return [*facts, *(bad or [("bad rows", "0")])]
+    bad = [f"{n:,}: {reason}" for reason, n in summary.bad_rows.items()] or ["0"]
+    if len(bad) > MAX_REASONS:
+        n_others = sum(list(summary.bad_rows.values())[MAX_REASONS:])
+        bad = [*bad[:MAX_REASONS], f"{n_others:,}: other reasons"]
+    return [*facts, *(("bad rows", said) for said in bad)]
 
 
 def short_lines(summary: DataSummary) -> list[str]:

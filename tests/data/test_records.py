@@ -56,7 +56,7 @@ FILES = {
     "f.parquet": parquet(ROWS),
     "g.arrow": arrow(ROWS, is_stream=True),
     "h.arrow": arrow(ROWS, is_stream=False),
-    "i.jsonl.gz": gzip.compress(jsonl(ROWS)),
+    "i.jsonl.gz": gzip.compress(jsonl(ROWS), mtime=0),
     "j.csv.gz": gzip.compress(table_text(",")),
     "k.json.gz": gzip.compress(json.dumps(ROWS).encode()),
 }
@@ -131,7 +131,7 @@ def test_names() -> None:
         ("a.json", b'[{"a": 1}, nonsense]', "a.json, row 2: not valid JSON"),
         ("a.json", b'[{"a": 1}, {"a": NaN}]', "a.json, row 2: not valid JSON"),
         ("a.json", b'"text"', "a.json is neither a JSON list of objects nor an object a line"),
-        ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:-9], "a.jsonl.gz is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)[:-9], "a.jsonl.gz is not a whole gzip file"),
         ("a.jsonl.gz", b"{}", "a.jsonl.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 nonsense PAR1", "a.parquet is not a whole Parquet file"),
         ("a.parquet", parquet(ROWS)[:-20], "a.parquet is not a whole Parquet file"),
@@ -139,6 +139,7 @@ def test_names() -> None:
         ("a.csv", b"a;b\n1;2\n", "a.csv has ';' between its columns: 'a;b'; write commas"),
         ("a.csv", b"a\tb\n1\t2\n", r"a.csv has '\\t' between its columns: .*; name it .tsv"),
     ],
+    ids=range(11),
 )
 def test_a_damaged_file_is_refused_by_name(name, content, reason, tmp_path) -> None:
     (tmp_path / name).write_bytes(content)

@@ -68,8 +68,8 @@ class DataPreview:
 def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
     """Encode the data of `spec` as a training would, and show the first `n_rows` training rows.
 
-    Bad and over-long rows are counted whatever the settings say. Raises what stops a training
-    before its model is loaded.
+    Bad and over-long rows are counted whatever the settings say. Raises what a training raises for
+    data and tokenizer otherwise.
     """
     from swlora.training.schedule import Schedule
 
@@ -92,22 +92,24 @@ def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
 
 def summarise(job: Job, schedule: "Schedule", held_out: str | None = None) -> DataSummary:
     """Summarise the training rows of a job, its steps and, if one is named, the held-out split."""
-    train, counts = job.encoded("train"), job.dataset.counts
-    bad = Counter(counts.bad)
-
-    def split_summary(split: str) -> SplitSummary:
-        encoded = job.encoded(split)
-        bad.update(encoded.bad)
-        return summarise_split(split, encoded, job.dataset.split(split), job.loaded.context_tokens)
-
+    counts = job.dataset.counts
+    splits = ["train", held_out] if held_out else ["train"]
+    train, *others = (_summarise_split(job, split) for split in splits)
+    bad = sum((Counter(job.encoded(split).bad) for split in splits), Counter(counts.bad))
+    sequences = job.encoded("train").sequences
     return DataSummary(
-        train=split_summary("train"),
-        held_out=split_summary(held_out) if held_out else None,
-        steps=summarise_steps(train.sequences, schedule.epoch(0)) if _runs_trees(job) else None,
+        train=train,
+        held_out=others[0] if others else None,
+        steps=summarise_steps(sequences, schedule.epoch(0)) if _runs_trees(job) else None,
         n_duplicates=counts.n_duplicates,
         n_leaked=counts.n_leaked,
         bad_rows=dict(bad.most_common()),
     )
+
+
+def _summarise_split(job: Job, split: str) -> SplitSummary:
+    examples, context_tokens = job.dataset.split(split), job.loaded.context_tokens
+    return summarise_split(split, job.encoded(split), examples, context_tokens)
 
 
 def _runs_trees(job: Job) -> bool:

@@ -1,7 +1,6 @@
 """What a data set comes to: rows, tokens, lengths, what they share, what was left out.
 
-A summary is a value that goes into `result.json`; the functions below say it
-to a person.
+A summary is a value that goes into `result.json`; the last functions say it to a person.
 """
 
 from collections.abc import Mapping, Sequence

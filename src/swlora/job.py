@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from swlora.config import SAMPLE_DATASET, RunSpec
@@ -108,11 +109,13 @@ class Job:
         if (split, n_rows) in self._encoded:
             return self._encoded[split, n_rows]
         rows, train_on = self.dataset.split(split)[:n_rows], self.spec.data.train_on
-        if split == "train" and any(e.messages for e in rows):
-            for note in notes_on_chats(self.loaded.tokenizer):
-                self.progress.say(note)
-        elif split == "train" and train_on != "all-turns":
-            raise UserError(f"--train-on {train_on} is for chats, and no row is one; leave it out")
+        if split == "train":
+            n_looked_at = 1000 if train_on == "all-turns" else None  # rows may lie in a long file
+            if any(e.messages for e in islice(rows, n_looked_at)):
+                for note in notes_on_chats(self.loaded.tokenizer):
+                    self.progress.say(note)
+            elif n_looked_at is None:
+                raise UserError(f"--train-on {train_on}: no row is a chat; leave it out")
         with self.timed("tokenise"), self.progress.task(f"tokenise the {split} rows"):
             encoded = encode_examples(
                 rows,

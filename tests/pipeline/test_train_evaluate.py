@@ -200,7 +200,7 @@ def test_rows_that_are_left_out_or_cut_are_counted(model_folder, rows, tmp_path)
     [
         ({"decode__max_new_tokens": 250}, "exceed the model's context"),
         ({"data__eval_file": None, "data__eval_split": "test"}, "has no test split"),
-        ({"data__train_on": "last-turn"}, "--train-on last-turn is for chats, and no row is one"),
+        ({"data__train_on": "last-turn"}, "--train-on last-turn: no row is a chat; leave it out"),
         ({"adapter__layers": "3"}, "layer 3 does not exist"),
         ({"adapter__targets": "nope"}, "no projection is called 'nope'"),
     ],

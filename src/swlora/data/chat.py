@@ -219,7 +219,7 @@ class ChatTemplate:
         if of_values is not None and (of_json is None or f'\\"{_PROBE}\\"' in of_json):
             return lambda given: json.loads(given) if isinstance(given, str) else given
         if of_values is None and of_json is not None:
-            return lambda given: given if isinstance(given, str) else json.dumps(given)
+            return lambda given: given if isinstance(given, str) else _json(given)
         return lambda given: given
 
     def _rendered(
@@ -250,3 +250,7 @@ class ChatTemplate:
     @cached_property
     def _special_tokens(self) -> dict[str, Any]:
         return dict(self._tokenizer.special_tokens_map)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

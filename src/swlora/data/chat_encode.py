@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["all-turns", "last-turn"]
 Weighted = tuple[list[int], list[tuple[int, float]]]  # token ids; how many have which weight
+_SHORT = 100  # characters, as most generation prompts and ends of turns have
 _CHARACTERS = 1 << 20  # tokenised at once: what a tokenizer knows of a token takes 100 bytes
 
 
@@ -147,12 +148,14 @@ class _Encoder:
         tail = tokens.text[tokens.begin(begin) if begin > 0 else 0 : at]
         return place if self._ids(tail) == tokens.ids[max(begin, 0) : place] else None
 
-    def _ids(self, tail: str) -> list[int]:
-        if tail not in self._known:
-            if len(self._known) > 4096:
-                self._known.clear()
-            self._known[tail] = token_ids([tail], self._tokenizer, special=False)[0] if tail else []
-        return self._known[tail]
+    def _ids(self, text: str) -> list[int]:
+        """Return the tokens of a text by itself; what short ones have is kept, since few differ."""
+        if (known := self._known.get(text)) is not None:
+            return known
+        ids = token_ids([text], self._tokenizer, special=False)[0] if text else []
+        if len(text) < _SHORT and len(self._known) < 4096:
+            self._known[text] = ids
+        return ids
 
     @cached_property
     def _splitting(self) -> tuple[frozenset[int], int]:

@@ -24,7 +24,7 @@ TASK = Task("runs", "lora", "seed-0", "runs/lora/seed-0", RunSpec(seed=3), n_row
 
 @pytest.fixture
 def folder(tmp_path):
-    with StudyFolder.open(tmp_path / "study", "s", SPEC) as folder:
+    with StudyFolder(tmp_path / "study", "s", SPEC) as folder:
         yield folder
 
 

@@ -117,7 +117,7 @@ def run_study(
     """Run or continue one study in `path`; return (what came out, what is not done and why)."""
     from swlora.study.results import publish
 
-    with StudyFolder.open(path, name, checked.spec) as study:
+    with StudyFolder(path, name, checked.spec) as study:
         if checked.spec.model.dtype == "auto":  # a probe by stopwatch: asked once for all runs
             checked.facts["dtype"] = study.facts.get("dtype", checked.facts["dtype"])
         study.record_source(**checked.identity)

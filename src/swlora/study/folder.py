@@ -32,36 +32,18 @@ FITTING = ("attach", "prepare", "train")
 class StudyFolder(WorkFolder):
     """A study at work in its folder; a context manager that records how it ended.
 
-    While it is entered, no other process can enter the same folder (UserError).
+    Entering it starts the study, or continues the one that is there. Raises UserError where the
+    folder holds something else, or another process has entered it. `facts` are empty before: they
+    are those of the locked folder.
     """
 
     work: ClassVar[str] = "study"
     file_name: ClassVar[str] = "study.json"
     status_after_error: ClassVar[Status] = "incomplete"
 
-    @classmethod
-    def open(cls, folder: Path, name: str, spec: StudySpec) -> Self:
-        """Start the study in `folder`, or continue the one that is there.
-
-        Raises UserError where the folder holds something else.
-        """
-        if check_folder(folder, spec):
-            return cls(folder, read_study(folder))
-        facts = {
-            "status": "running",
-            "study": name,
-            **facts_of_now(),
-            "machine": machine_facts(),
-            "controls": spec.controls,
-            "baseline": spec.baseline,
-            "arms": {},
-            "runs": {},
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "study.yaml", dump_yaml(spec))
-        study = cls(folder, facts)
-        study.record()
-        return study
+    def __init__(self, folder: Path, name: str, spec: StudySpec) -> None:
+        super().__init__(folder, {})
+        self._name, self._spec = name, spec
 
     @property
     def caches(self) -> Path:
@@ -79,9 +61,32 @@ class StudyFolder(WorkFolder):
         self.record()
 
     def __enter__(self) -> Self:
+        check_folder(self.folder, self._spec)  # before a folder is made: a file may be there
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._take()
-        self._record_start()
+        try:
+            self._start_or_continue()  # another process may have worked here until it was locked
+            self._record_start()
+        except BaseException:
+            self._lock.release()
+            raise
         return self
+
+    def _start_or_continue(self) -> None:
+        if check_folder(self.folder, self._spec):
+            self.facts = read_study(self.folder)
+            return
+        self.facts = {
+            "status": "running",
+            "study": self._name,
+            **facts_of_now(),
+            "machine": machine_facts(),
+            "controls": self._spec.controls,
+            "baseline": self._spec.baseline,
+            "arms": {},
+            "runs": {},
+        }
+        write_text(self.folder / "study.yaml", dump_yaml(self._spec))
 
     def _end(self, error: BaseException | None) -> None:
         if error is not None:

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from swlora.data import records
+from swlora.data import json_records, records
 from swlora.data.records import ending, has_columns, read_records, unit
 from swlora.errors import DataError, UserError
 
@@ -129,7 +129,7 @@ def test_names() -> None:
     [
         ("a.json", b'[{"a": 1}, {"a": ', "a.json, row 2: not valid JSON"),
         ("a.json", b'[{"a": 1}, nonsense]', "a.json, row 2: not valid JSON"),
-        ("a.json", b'[{"a": 1}, {"a": NaN}]', "a.json, row 2: not valid JSON"),
+        ("a.csv", "a,b\n1,2\n".encode("utf-16"), "a.csv is UTF-16"),
         ("a.json", b'"text"', "a.json is neither a JSON list of objects nor an object a line"),
         ("a.jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)[:-9], "a.jsonl.gz is not a whole gzip file"),
         ("a.jsonl.gz", b"{}", "a.jsonl.gz is not a whole gzip file"),
@@ -158,18 +158,18 @@ def test_gzip_around_what_is_compressed_inside(name: str, tmp_path: Path) -> Non
 def test_a_long_record_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is never held whole; those behind it are read."""
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 300)
-    monkeypatch.setattr(records, "_READ_BYTES", 64)
+    monkeypatch.setattr(json_records, "READ_BYTES", 64)
     rows = [{"text": "a"}, {"text": "b" * 900}, {"text": "c"}]
     contents = {"a.jsonl": jsonl(rows), "b.parquet": parquet(rows)}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         found = [record for _, record in read_records(tmp_path / name)]
-        assert found == [rows[0], "it is longer than 64 MiB", rows[2]]
+        assert found == [rows[0], json_records.too_long(300), rows[2]]
     (tmp_path / "c.json").write_bytes(json.dumps(rows).encode())
     with pytest.raises(DataError, match="row 2: it is longer than"):
         list(read_records(tmp_path / "c.json"))
     (tmp_path / "d.csv").write_bytes(b"text\na\n" + b"b" * 900 + b"\nc\n")
-    with pytest.raises(DataError, match="line 3: not valid CSV: field larger"):
+    with pytest.raises(DataError, match="line 3: it is longer than"):
         list(read_records(tmp_path / "d.csv"))
     (tmp_path / "e.txt").write_bytes(b"b" * 900)
     with pytest.raises(DataError, match="one document and longer than"):

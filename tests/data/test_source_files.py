@@ -183,7 +183,7 @@ def test_the_first_bad_row_is_named_and_all_are_counted(tmp_path: Path):
         (b"", "no usable row: .*line 1: the file holds no rows"),
         (b"prompt;completion\np;c\n", "has ';' between its columns.*write commas"),
         (b"prompt,completion,prompt\np,c,p\n", "has two columns 'prompt': rename one"),
-        ("prompt,completion\np,c\n".encode("utf-16"), "of no known form"),
+        ("prompt,completion\np,c\n".encode("utf-16"), "is UTF-16, or no text"),
         (b'prompt,completion\na,b\n"p,c\nq,d\n', "line 3: not valid CSV: unexpected end"),
         (b'prompt,completion\n"p" x,c\n', "line 2: not valid CSV"),
         (b"prompt,completion\n", "no usable row"),

@@ -65,6 +65,21 @@ def test_a_file_that_was_named_is_trained_on_whatever_its_name(shards: Path) -> 
     assert split_files(data_files(str(path)), path)["train"] == [path]
 
 
+def test_a_file_whose_name_is_a_pattern_too(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "rows[1].jsonl", as_jsonl(TRAIN)))
+    write(tmp_path / "rows1.jsonl", b"nonsense")
+    assert data_files(str(path)) == [path]
+
+
+def test_what_datasets_saved_is_read_without_its_notes(tmp_path: Path) -> None:
+    splits = {"train": pairs(TRAIN), "validation": pairs(DEV)}
+    saved = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(str(tmp_path / "saved"))
+    dataset = load_dataset(DataSpec(name=str(tmp_path / "saved")))
+    assert (dataset.train, dataset.dev) == (examples(TRAIN), examples(DEV))
+    assert (tmp_path / "saved/train/dataset_info.json").is_file()
+
+
 def test_a_share_is_held_out(tmp_path: Path) -> None:
     name = write(tmp_path / "a.jsonl", as_jsonl(numbered(10)))
     dataset = load_dataset(DataSpec(name=name, eval_share=0.35))

@@ -20,6 +20,8 @@ SPLIT_WORDS = {
 
 
 _MAGIC = set("*?[")
+# Beside the rows that `datasets` saves
+_OF_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 def data_files(name: str) -> list[Path]:
@@ -28,8 +30,11 @@ def data_files(name: str) -> list[Path]:
     Raises UserError for a folder or a pattern without a file that can be read.
     """
     path = Path(name).expanduser()
+    if path.is_file():
+        return [path] if ending(path) else []
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and ending(p))
+        files = (p for p in path.rglob("*") if p.name not in _OF_DATASETS)
+        inside = sorted(p for p in files if p.is_file() and ending(p))
         found = [p for p in inside if not any(part.startswith(".") for part in _inner(p, path))]
     elif _MAGIC & set(name):
         matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))

@@ -9,23 +9,25 @@ import codecs
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from swlora.data.column_records import arrow_records, parquet_records
+from swlora.data.json_records import (
+    Record,
+    is_json_lines,
+    json_lines,
+    json_values,
+    too_long,
+)
 from swlora.errors import DataError, UserError
 
 MAX_RECORD_BYTES = 64 << 20  # of a record in its file; nobody trains on a longer one
-_ROWS_AT_ONCE = 64  # of a Parquet or Arrow file
-_READ_BYTES = 1 << 16
 
-Record = tuple[int, dict[str, Any] | str]  # number in the file; values by column, or what is wrong
 Reader = Callable[[Path], Iterator[Record]]
-
-_TOO_LONG = f"it is longer than {MAX_RECORD_BYTES >> 20} MiB"
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -75,84 +77,18 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 
 def _json_lines(path: Path) -> Iterator[Record]:
     with _opened(path) as file:
-        yield from _lines_of(file)
+        yield from json_lines(file, MAX_RECORD_BYTES)
 
 
-def _lines_of(file: IO[bytes]) -> Iterator[Record]:
-    number = 0
-    while raw := file.readline(MAX_RECORD_BYTES + 1):
-        number += 1
-        if len(raw) > MAX_RECORD_BYTES:
-            while raw and not raw.endswith(b"\n"):
-                raw = file.readline(_READ_BYTES)
-            yield number, _TOO_LONG
-        elif raw.strip():
-            yield number, _parsed(raw.removeprefix(codecs.BOM_UTF8))
-
-
-def _parsed(raw: bytes) -> dict[str, Any] | str:
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        return "not valid UTF-8"
-    except (ValueError, RecursionError) as error:
-        return f"not valid JSON ({error})"
-    return record if isinstance(record, dict) else "not a JSON object"
-
-
-def _json_list(path: Path) -> Iterator[Record]:
-    """Read a list of objects; a file that begins with an object is read as JSON Lines."""
+def _json(path: Path) -> Iterator[Record]:
+    """Read a list of objects, an object a line, or objects over several lines."""
     with _opened(path) as file:
-        begin = file.read(_READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    if not begin:
-        return
-    if begin == b"{":
-        yield from _json_lines(path)
-        return
-    if begin != b"[":
-        raise DataError(f"{path} is neither a JSON list of objects nor an object a line")
-    import ijson
-
+        by_line = is_json_lines(path, file, MAX_RECORD_BYTES)
     with _opened(path) as file:
-        bounded = _Bounded(file)
-        items = ijson.items(bounded, "item", use_float=True, buf_size=_READ_BYTES)
-        number = 0
-        while True:
-            number, bounded.n_left = number + 1, MAX_RECORD_BYTES + _READ_BYTES
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except (ijson.JSONError, UnicodeDecodeError) as error:
-                said = " ".join(str(error).split())[:100]
-                raise DataError(f"{path}, row {number}: not valid JSON ({said})") from error
-            except _TooLongError as error:
-                raise DataError(f"{path}, row {number}: {_TOO_LONG}") from error
-            yield number, item if isinstance(item, dict) else "not a JSON object"
-
-
-class _TooLongError(Exception):
-    pass
-
-
-class _Bounded:
-    """A file of which no more than `n_left` bytes may be read on."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        head = file.read(len(codecs.BOM_UTF8))
-        self._head = head.removeprefix(codecs.BOM_UTF8)
-        self.n_left = 0
-
-    def read(self, n: int = -1) -> bytes:
-        if not n:  # asked to see whether the file is binary
-            return b""
-        head, self._head = self._head, b""
-        data = head + self._file.read(n)
-        self.n_left -= len(data)
-        if data and self.n_left < 0:
-            raise _TooLongError
-        return data
+        if by_line:
+            yield from json_lines(file, MAX_RECORD_BYTES)
+        else:
+            yield from json_values(path, file, MAX_RECORD_BYTES)
 
 
 # Tables of text
@@ -172,10 +108,12 @@ def _separated(delimiter: str) -> Reader:
 
 def _table(path: Path, text: IO[str], delimiter: str) -> Iterator[Record]:
     limit_before = csv.field_size_limit(MAX_RECORD_BYTES)  # of the process, 131,072 by default
-    reader = csv.reader(text, strict=True, delimiter=delimiter)
+    reader = csv.reader(_bounded_lines(path, text), strict=True, delimiter=delimiter)
     line = 1
     try:
         header = next(reader, [])
+        if header and "\0" in header[0]:
+            raise DataError(f"{path} is UTF-16, or no text: write it as UTF-8")
         twice = [name for name in header if name.strip() and header.count(name) > 1]
         if twice:
             raise DataError(f"{path} has two columns {twice[0]!r}: rename one")
@@ -195,69 +133,25 @@ def _table(path: Path, text: IO[str], delimiter: str) -> Iterator[Record]:
         csv.field_size_limit(limit_before)
 
 
+def _bounded_lines(path: Path, text: IO[str]) -> Iterator[str]:
+    number = 0
+    while line := text.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        if len(line) > MAX_RECORD_BYTES:
+            raise DataError(f"{path}, line {number}: {too_long(MAX_RECORD_BYTES)}")
+        yield line
+
+
 # Columns in binary
 
 
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
+def _in_columns(read: Callable[[Path, int], Iterator[Record]]) -> Reader:
+    def records(path: Path) -> Iterator[Record]:
+        if path.suffix.lower() == ".gz":
+            raise UserError(f"{path}: this format is compressed inside; unpack it with gunzip")
+        yield from read(path, MAX_RECORD_BYTES)
 
-    _refuse_gzip(path)
-    with path.open("rb") as file:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            yield from _numbered(table.iter_batches(batch_size=_ROWS_AT_ONCE))
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path} is not a whole Parquet file: {_brief(error)}") from error
-
-
-def _arrow(path: Path) -> Iterator[Record]:
-    """Read the stream that `datasets` writes, or a file with an index."""
-    import pyarrow
-
-    _refuse_gzip(path)
-    with path.open("rb") as file:
-        is_indexed = file.read(6) == b"ARROW1"
-        file.seek(0)
-        try:
-            if is_indexed:
-                table = pyarrow.ipc.open_file(file)
-                batches = (table.get_batch(i) for i in range(table.num_record_batches))
-            else:
-                batches = iter(pyarrow.ipc.open_stream(file))
-            yield from _numbered(
-                batch.slice(start, _ROWS_AT_ONCE)
-                for batch in batches
-                for start in range(0, batch.num_rows, _ROWS_AT_ONCE)
-            )
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{path} is not a whole Arrow file: {_brief(error)}") from error
-
-
-def _numbered(batches: Iterator[Any]) -> Iterator[Record]:
-    number = 0
-    for batch in batches:
-        for record in batch.to_pylist():
-            number += 1
-            yield number, record if _size(record) <= MAX_RECORD_BYTES else _TOO_LONG
-
-
-def _size(value: Any) -> int:
-    """Return the characters in a value."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    return sum(map(_size, value)) if isinstance(value, list) else 0
-
-
-def _refuse_gzip(path: Path) -> None:
-    if path.suffix.lower() == ".gz":
-        raise UserError(f"{path}: this format is compressed inside; unpack it with gunzip")
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:100]
+    return records
 
 
 # Plain text
@@ -282,11 +176,11 @@ READERS: dict[str, Reader] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json-lines": _json_lines,
-    ".json": _json_list,
+    ".json": _json,
     ".csv": _separated(","),
     ".tsv": _separated("\t"),
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".parquet": _in_columns(parquet_records),
+    ".arrow": _in_columns(arrow_records),
     ".txt": _document,
 }
 _BY_LINE = {".jsonl", ".ndjson", ".json-lines", ".csv", ".tsv", ".txt"}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from swlora.data.ahead import worked_ahead
 from swlora.data.chat import ChatTemplate
 from swlora.data.chat_answers import Answer, ChatText, trained_texts
 from swlora.data.examples import ASSISTANT, Example
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["all-turns", "last-turn"]
 Weighted = tuple[list[int], list[tuple[int, float]]]  # token ids; how many have which weight
+Part = list[list[ChatText] | str]  # of some chats the texts, or why there are none
 _SHORT = 100  # characters, as most generation prompts and ends of turns have
 _CHARACTERS = 1 << 20  # tokenised at once: what a tokenizer knows of a token takes 100 bytes
 
@@ -39,8 +41,10 @@ def encode_chats(
     """
     template, encoder = ChatTemplate(tokenizer), _Encoder(tokenizer, start_token)
     found: list[list[Weighted] | str] = []
-    for part in _parts(_plan(template, chat, train_on) for chat in chats):
-        sequences = encoder.encode([plan for plan in part if not isinstance(plan, str)])
+    parts = _parts(_plan(template, chat, train_on) for chat in chats)
+    for part, encodings in encoder.tokenised(parts):
+        plans = [plan for plan in part if not isinstance(plan, str)]
+        sequences = encoder.encode(plans, encodings)
         found += [plan if isinstance(plan, str) else next(sequences) for plan in part]
     return found
 
@@ -65,9 +69,9 @@ def _plan(template: ChatTemplate, chat: Example, train_on: TrainOn) -> list[Chat
         return str(error)
 
 
-def _parts(plans: Iterable[list[ChatText] | str]) -> Iterator[list[list[ChatText] | str]]:
+def _parts(plans: Iterable[list[ChatText] | str]) -> Iterator[Part]:
     """Yield the plans of some chats at a time."""
-    part: list[list[ChatText] | str] = []
+    part: Part = []
     n_characters = 0
     for plan in plans:
         part.append(plan)
@@ -85,12 +89,29 @@ class _Encoder:
         self._tokenizer, self._start_token = tokenizer, start_token
         self._known: dict[str, list[int]] = {}
 
-    def encode(self, plans: Sequence[list[ChatText]]) -> Iterator[list[Weighted]]:
+    def tokenised(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
+        """Yield each part and what the tokenizer says of the last text of its chats.
+
+        A fast tokenizer needs no lock of Python: while it works on the next part, the caller
+        places the answers of this one and writes the texts of the one after.
+        """
+
+        def encodings(part: Part) -> list[Any]:
+            return self._encodings([plan[-1].text for plan in part if not isinstance(plan, str)])
+
+        if not self._tokenizer.is_fast:
+            yield from ((part, encodings(part)) for part in parts)
+            return
+        self._encodings(["a"])  # from here on the tokenizer has no settings left to change
+        yield from worked_ahead(parts, encodings)
+
+    def encode(
+        self, plans: Sequence[list[ChatText]], encodings: Sequence[Any]
+    ) -> Iterator[list[Weighted]]:
         """Yield the sequences of each chat: one of each text, or of each answer of it.
 
-        The last text of a chat is tokenised as a whole, of the others what differs from it.
+        The last text of a chat was tokenised as a whole, of the others is what differs from it.
         """
-        encodings = self._encodings([plan[-1].text for plan in plans])
         longest = [
             TextTokens(plan[-1].text, encoding) if encoding else None
             for plan, encoding in zip(plans, encodings, strict=True)

@@ -181,7 +181,7 @@ def test_no_rows_are_shown_where_none_are_asked_for(data):
         (["--dtype", "float32"], "No such option: --dtype"),
         (["--dataset", "gone.jsonl"], "cannot read gone.jsonl"),
         (["--model", "./gone"], "there is no model folder"),
-        (["--train-on", "last-turn"], "is for chats, and no row is one"),
+        (["--train-on", "last-turn"], "no row is a chat; leave it out"),
         (["--batch-size", "0"], "--batch-size"),
     ],
 )

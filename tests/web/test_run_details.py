@@ -17,6 +17,7 @@ from swlora.web.pages.run_files import read_predictions
 
 EVALUATED = {
     **{"BLEU": 0.5663, "METEOR": None, "nll": 1.4444, "english_perplexity": 31.12},
+    **{"exact_match": 0.25, "chrf": 41.04, "own": {"share": 0.123456, "odd": "x"}},
     **{"split": "test", "n_prompts": 100, "decode": {"num_beams": 10, "temperature": 0.0}},
 }
 TRAINED = {"layers": [2, 3, 4, 11], "n_trainable": 162816, "steps": 51, "planned_steps": 90}
@@ -66,6 +67,9 @@ def test_a_run_says_what_was_run(make, browse, root):
         "Prompts": "100",
         "Decoding": "10 beams",
         "BLEU": "56.6",
+        "exact": "25.0",
+        "chrF": "41.0",
+        "share": "0.1235",
         "NLL, nats a token": "1.444",
         "English perplexity": "31.1",
         "Time": "",

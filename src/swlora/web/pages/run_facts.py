@@ -54,6 +54,8 @@ def scores(result: Mapping[str, Any]) -> list[Fact]:
         value = finite(evaluated.get("nll" if name == "NLL" else name))
         if value is not None:
             found.append((units.get(name, scale.name), scale.number(value)))
+    own = [(name, finite(value)) for name, value in part(evaluated, "own").items()]
+    found += [(name, f"{value:.4g}") for name, value in own if value is not None]
     measured = [(label, finite(evaluated.get(name))) for name, label in PERPLEXITIES.items()]
     return found + [(label, f"{value:.1f}") for label, value in measured if value is not None]
 

@@ -127,7 +127,7 @@ class Job:
                 skip_bad_rows=self.spec.data.skip_bad_rows,
             )
             n_known = n_embeddings(self.loaded.model)
-            check_sequences(encoded.sequences, self.loaded.tokenizer, n_known)
+            check_sequences(encoded, rows, self.loaded.tokenizer, n_known)
         if encoded.n_cut:
             self.progress.say(f"{encoded.n_cut} rows of the {split} split were cut to the context")
             self.run.record(**{f"n_cut_rows_{split}": encoded.n_cut})

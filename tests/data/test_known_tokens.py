@@ -4,12 +4,15 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.support.small_runs import make_spec, write_data
 
 from swlora import pipeline
 from swlora.config import DecodeSpec, ModelSpec, RunSpec
+from swlora.data.encode import Encoded
+from swlora.data.examples import Example
 from swlora.data.known_tokens import check_prompts, check_sequences
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import DataError, UserError
@@ -54,12 +57,14 @@ def test_the_model_is_served_and_texts_with_the_token_are_not(folder):
 
 def test_rows_are_named(tiny_tokenizer):
     rows = [([1, 2], [3]), ([4], [5, 6]), ([7, 256], [8]), ([9], [257])]
-    sequences = TokenSequences.from_lists(rows)
-    check_sequences(sequences, tiny_tokenizer, 258)
-    with pytest.raises(DataError, match=r"^row 3 holds the token '<s>', which this model"):
-        check_sequences(sequences, tiny_tokenizer, 256)
-    with pytest.raises(DataError, match=r"^row 4 holds the token '</s>'"):
-        check_sequences(sequences, tiny_tokenizer, 257)
+    encoded = Encoded(TokenSequences.from_lists(rows), np.array([0, 1, 1, 2]), 0, {})
+    examples = [Example("a", "b"), Example("c", "d", source="a.jsonl, line", number=9)]
+    examples.append(Example("e", "f"))
+    check_sequences(encoded, examples, tiny_tokenizer, 258)
+    with pytest.raises(DataError, match=r"^a.jsonl, line 9 holds the token '<s>', which this"):
+        check_sequences(encoded, examples, tiny_tokenizer, 256)
+    with pytest.raises(DataError, match=r"^row 3 holds the token '</s>'"):
+        check_sequences(encoded, examples, tiny_tokenizer, 257)
     check_prompts([[1, 2], [256]], tiny_tokenizer, 257)
     with pytest.raises(UserError, match="the token '</s>'"):
         check_prompts([[1, 2], [257]], tiny_tokenizer, 257)

@@ -8,17 +8,26 @@ from typing import Any
 
 import numpy as np
 
-from swlora.data.token_sequences import TokenSequences
+from swlora.data.encode import Encoded
+from swlora.data.examples import Example
 from swlora.errors import DataError, UserError
 
 
-def check_sequences(sequences: TokenSequences, tokenizer: Any, n_embeddings: int) -> None:
-    """Raise DataError where a sequence holds a token that is not one of `n_embeddings`."""
+def check_sequences(
+    encoded: Encoded, examples: Sequence[Example], tokenizer: Any, n_embeddings: int
+) -> None:
+    """Raise DataError where a sequence holds a token that is not one of `n_embeddings`.
+
+    `examples` are those that were encoded.
+    """
+    sequences = encoded.sequences
     beyond = np.flatnonzero(sequences.tokens >= n_embeddings)
     if len(beyond):
-        row = int(np.searchsorted(sequences.offsets, beyond[0], side="right"))
+        sequence = int(np.searchsorted(sequences.offsets, beyond[0], side="right")) - 1
+        number = int(encoded.example_ids[sequence])
+        place = examples[number].place or f"row {number + 1}"
         token = _name(tokenizer, int(sequences.tokens[beyond[0]]))
-        raise DataError(f"row {row} holds {token}, which this model has no embedding for")
+        raise DataError(f"{place} holds {token}, which this model has no embedding for")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], tokenizer: Any, n_embeddings: int) -> None:

@@ -200,7 +200,7 @@ def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -
         train_on=spec.data.train_on,
         skip_bad_rows=spec.data.skip_bad_rows,
     )
-    check_sequences(encoded.sequences, tokenizer, n_embeddings(checked.model))
+    check_sequences(encoded, examples, tokenizer, n_embeddings(checked.model))
     if split == spec.data.eval_split:
         usable = select(examples, np.unique(encoded.example_ids))
         prompts = encode_prompts(usable, dataset.separator, tokenizer)

@@ -57,7 +57,8 @@ loss_figure"""
 HELD_OUT = "n_measured first best last best_step n_since_best"
 EVALUATED = """BLEU NIST METEOR ROUGE_L CIDEr meteor_reason tokenizer nll nll_sum_nats n_tokens
 exact_match token_f1 chrf sacrebleu chrf_signature sacrebleu_signature text_intervals
-nll_per_row n_rows scale intervals bootstrap english_perplexity_before english_perplexity english_sum_nats
+nll_per_row n_rows scale intervals bootstrap english_perplexity_before english_perplexity
+english_sum_nats
 english_n_tokens english_windows_begin_with_bos n_prompts split decode data predictions"""
 IDENTIFIED = """model model_id model_revision dtype device prompts text text_tokens_sha256
 n_windows window_tokens windows_begin_with_bos n_controls seed thresholds packages prompt tokens

@@ -54,6 +54,22 @@ def test_an_eos_written_in_the_prompt_itself_stays():
         assert prompt == [ord("a"), EOS]
 
 
+def test_an_end_that_is_the_padding_too_is_trained():
+    tokenizer = byte_tokenizer(pad_token="</s>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS
+    pairs = [Example("a", "b"), Example("a", "longer")]
+    sequences, _ = encode_split(pairs, "", tokenizer, context_tokens=9, truncate=False)
+    assert sequences.tokens.tolist() == [*as_bytes("ab"), EOS, *as_bytes("alonger"), EOS]
+    assert sequences.weights.tolist() == [False, True, True, False, *[True] * 7]
+
+
+def test_a_tokenizer_without_an_end_is_refused_with_what_to_do():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token.*: name one as eos_token in"):
+        encode_split([Example("a", "b")], "", tokenizer, context_tokens=9, truncate=False)
+
+
 def test_an_empty_prompt_becomes_one_start_token():
     assert encode_prompts([Example("", "x")], "", byte_tokenizer("$A </s>")) == [[EOS]]
     assert encode_prompts([Example("", "x")], "", byte_tokenizer(bos_token="<s>")) == [[BOS]]

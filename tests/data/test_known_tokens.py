@@ -11,6 +11,7 @@ from tests.support.small_runs import make_spec, write_data
 
 from swlora import pipeline
 from swlora.config import DecodeSpec, ModelSpec, RunSpec
+from swlora.data import known_tokens
 from swlora.data.encode import Encoded
 from swlora.data.examples import Example
 from swlora.data.known_tokens import check_prompts, check_sequences
@@ -55,7 +56,9 @@ def test_the_model_is_served_and_texts_with_the_token_are_not(folder):
         prompt_tokens(loaded.model, loaded.tokenizer, SEEN)
 
 
-def test_rows_are_named(tiny_tokenizer):
+@pytest.mark.parametrize("block_tokens", [1, 4, 1 << 20])
+def test_rows_are_named(block_tokens, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(known_tokens, "_BLOCK_TOKENS", block_tokens)
     rows = [([1, 2], [3]), ([4], [5, 6]), ([7, 256], [8]), ([9], [257])]
     encoded = Encoded(TokenSequences.from_lists(rows), np.array([0, 1, 1, 2]), 0, {})
     examples = [Example("a", "b"), Example("c", "d", source="a.jsonl, line", number=9)]

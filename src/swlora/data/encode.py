@@ -248,7 +248,10 @@ def _prompt_ids(
 
 def _eos_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token, so no completion could end")
+        raise UserError(
+            "the tokenizer has no end-of-sequence token, so no completion could end: name one as "
+            "eos_token in its tokenizer_config.json, in a copy of the model's folder"
+        )
     return int(tokenizer.eos_token_id)
 
 

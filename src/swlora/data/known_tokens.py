@@ -12,6 +12,8 @@ from swlora.data.encode import Encoded
 from swlora.data.examples import Example
 from swlora.errors import DataError, UserError
 
+_BLOCK_TOKENS = 1 << 20  # looked at at a time
+
 
 def check_sequences(
     encoded: Encoded, examples: Sequence[Example], tokenizer: Any, n_embeddings: int
@@ -21,13 +23,18 @@ def check_sequences(
     `examples` are those that were encoded.
     """
     sequences = encoded.sequences
-    beyond = np.flatnonzero(sequences.tokens >= n_embeddings)
-    if len(beyond):
-        sequence = int(np.searchsorted(sequences.offsets, beyond[0], side="right")) - 1
+    for start in range(0, len(sequences.tokens), _BLOCK_TOKENS):
+        block = sequences.tokens[start : start + _BLOCK_TOKENS]
+        beyond = np.flatnonzero(block >= n_embeddings)
+        if not len(beyond):
+            continue
+        sequence = int(np.searchsorted(sequences.offsets, start + beyond[0], side="right")) - 1
         number = int(encoded.example_ids[sequence])
         place = examples[number].place or f"row {number + 1}"
-        token = _name(tokenizer, int(sequences.tokens[beyond[0]]))
-        raise DataError(f"{place} holds {token}, which this model has no embedding for")
+        token = _name(tokenizer, int(block[beyond[0]]))
+        raise DataError(
+            f"{place} holds {token}, which this model has no embedding for: take it out of the row"
+        )
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], tokenizer: Any, n_embeddings: int) -> None:

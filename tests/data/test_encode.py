@@ -66,7 +66,7 @@ def test_an_end_that_is_the_padding_too_is_trained():
 def test_a_tokenizer_without_an_end_is_refused_with_what_to_do():
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="no end-of-sequence token.*: name one as eos_token in"):
+    with pytest.raises(UserError, match=r"no end-of-sequence token.*: name one as eos_token in"):
         encode_split([Example("a", "b")], "", tokenizer, context_tokens=9, truncate=False)
 
 

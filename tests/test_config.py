@@ -7,7 +7,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swlora.config import RunSpec, dump_yaml, load_spec
+from swlora.config import DataSpec, RunSpec, dump_yaml, load_spec
 from swlora.config.fields import join_list, split_list
 from swlora.errors import UserError
 
@@ -328,3 +328,19 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_specs_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         RunSpec().seed = 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"columns": ["prompt=a", "prompt=b"]}, "the field 'prompt' is named twice"),
+        ({"columns": ["prompt=a", "completion=a"]}, "the column 'a' is named twice"),
+        (
+            {"columns": ["prompt=a"], "prompt_column": "b"},
+            "prompt=a and --prompt-column b disagree",
+        ),
+    ],
+)
+def test_a_column_is_named_once(settings, said):
+    with pytest.raises(ValueError, match=said):
+        DataSpec(**settings)

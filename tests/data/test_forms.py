@@ -1,6 +1,7 @@
 """A record of any form becomes the example that the same words in another form become."""
 
 import re
+from datetime import date
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ SAID = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
         ({"messages": TURNS, "prompt": "Why?", "prompt_id": 3}, CHAT),
         ({"prompt": TURNS[1:2], "completion": TURNS[2:]}, ASKED),
         ({"conversations": SAID}, ASKED),
+        ({"conversations": TURNS}, CHAT),
         ({"conversations": SAID, "id": 1, "messages": None}, ASKED),
         ({"conversations": SAID, "system": "Be kind."}, CHAT),
         ({"conversations": SAID, "system": ""}, ASKED),
@@ -89,7 +91,11 @@ def test_columns_that_were_named(columns, record, example) -> None:
         ({"dialogue": []}, "nearest forms have messages; .*such as messages=dialogue"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "such as completion=chosen"),
         ({"prompt": None, "completion": "a"}, "its prompt is not a string"),
-        ({"prompt": "a", "completion": 3}, "its completion is not a string"),
+        ({"prompt": "a", "completion": 3}, r"its completion is not a string \(a number\)"),
+        ({"prompt": "a", "completion": date(2024, 5, 1)}, r"is not a string \(date\)"),
+        ({"prompt": ["a"], "completion": ["b"]}, r"its prompt is not a string \(a list\)"),
+        ({f"c{i}": 1 for i in range(99)}, "'c10', 'c11' and 87 more; the nearest"),
+        ({"x" * 5000: 1}, "no known form: 'x{39};"),
         ({"instruction": "a", "input": 3, "output": "b"}, "its instruction or input is not a str"),
         ({"instruction": "a", "output": ""}, "its output is empty"),
         ({"conversations": "a"}, "its conversations are not a list of turns"),
@@ -111,3 +117,12 @@ def test_what_is_no_example_says_why(record: dict[str, Any], reason: str) -> Non
 def test_a_named_column_that_is_not_there() -> None:
     found = Recogniser({"prompt": "q", "completion": "a"}).example({"q": "x", "b": "y"})
     assert found == "it has no column 'a'; columns found: 'q', 'b'"
+
+
+def test_a_named_column_is_looked_for_in_all_records() -> None:
+    recogniser = Recogniser({"input": "context"})
+    record = {"instruction": "Why?", "output": "So."}
+    assert recogniser.example(record) == ASKED and recogniser.unseen == "context"
+    recogniser.example({**record, "context": "Here."})
+    recogniser.example(record)
+    assert not recogniser.unseen

@@ -96,6 +96,26 @@ def test_one_document_is_trained_on_without_a_dev_split(tmp_path: Path) -> None:
     assert "none is held out" in dataset.source
 
 
+def test_a_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    name = write(tmp_path / "a.jsonl", b'{"instruction": "a", "output": "b"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: no row has the column 'context'"):
+        load_dataset(DataSpec(name=name, columns=["input=context"]))
+
+
+def test_an_evaluation_file_and_a_share_are_two_answers(tmp_path: Path) -> None:
+    name = write(tmp_path / "a.jsonl", as_jsonl(TRAIN))
+    with pytest.raises(UserError, match="leave out --eval-share"):
+        load_dataset(DataSpec(name=name, eval_file=Path(name), eval_share=0.1))
+
+
+def test_reasons_name_what_differs(tmp_path: Path) -> None:
+    fields = ['"images": ["x"]', '"images": ["y"]', '"audio": "z"']
+    rows = "".join(f'{{"prompt": "a", "completion": "b", {f}}}\n' for f in fields)
+    name = write(tmp_path / "a.jsonl", as_jsonl(TRAIN) + rows.encode())
+    counts = load_dataset(DataSpec(name=name, skip_bad_rows=True)).counts
+    assert counts.bad == {"it has the field 'images'": 2, "it has the field 'audio'": 1}
+
+
 def test_what_is_counted(tmp_path: Path) -> None:
     rows = [("a", "1"), ("a", "1"), ("a", "2"), ("b", "1"), ("c", "9")]
     bad = b'{"prompt": "", "completion": "x"}\n{"prompt": "a"}\n{"prompt": " ", "completion": 3}\n'
@@ -152,6 +172,28 @@ def test_data_of_the_hub(hub: Callable[..., str]) -> None:
     assert (other.train, other.dev, other.test) == (examples(TEST), examples(DEV), ())
 
 
+def test_no_more_of_the_hub_is_read_than_is_trained_on(hub: Callable[..., str]) -> None:
+    """A stream may be longer than anybody can wait for: row 40 is bad, and never reached."""
+    good = pairs([(f"p{i}", "c") for i in range(39)])
+    name = hub(train=[*good, {"prompt": "", "completion": ""}])
+    dataset = load_dataset(DataSpec(name=name, train_rows=19))
+    assert (len(dataset.train), [e.prompt for e in dataset.dev]) == (19, ["p19"])
+    with pytest.raises(DataError, match="row 40"):
+        load_dataset(DataSpec(name=name, train_rows=38))
+
+
+def test_pictures_that_no_form_has_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = {name: datasets.Value("string") for name in ("prompt", "completion")}
+    rows = [{**row, "picture": {"bytes": b"none", "path": None}} for row in pairs(TRAIN)]
+    described = datasets.Features({**features, "picture": datasets.Image()})
+    table = datasets.Dataset.from_list(rows, features=described).to_iterable_dataset()
+    monkeypatch.setattr(sources, "hub_commit", lambda *_: "0123456789abcdef")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": table})
+    dataset = load_dataset(DataSpec(name="org/pictures"))
+    found = sorted((*dataset.train, *dataset.dev), key=lambda example: example.number)
+    assert tuple(found) == examples(TRAIN)
+
+
 def test_nested_chats_of_the_hub(hub: Callable[..., str]) -> None:
     turns = [{"role": "user", "content": f"{i}?"} for i in range(3)]
     rows = [{"messages": [turn, {"role": "assistant", "content": "No."}]} for turn in turns]
@@ -166,7 +208,7 @@ def test_what_the_hub_refuses(hub: Callable[..., str], monkeypatch: pytest.Monke
         load_dataset(DataSpec(name=name, train_split="dev"))
     with pytest.raises(DataError, match=r"org/chats: its columns .*prompt=question,completion=an"):
         load_dataset(DataSpec(name=name))
-    with pytest.raises(UserError, match=r"cannot load org/chats: .*gone"):
+    with pytest.raises(UserError, match=r"cannot load org/chats: .*gone.*--config-name"):
         load_dataset(DataSpec(name=name, config_name="gone"))
 
     def script(*_: Any, **__: Any) -> None:

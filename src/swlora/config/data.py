@@ -1,9 +1,9 @@
 """The section `data`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from swlora.config.fields import NameList, Spec
 
@@ -91,4 +91,17 @@ class DataSpec(Spec):
             field, sign, column = entry.partition("=")
             if not sign or not column or field not in FIELDS:
                 raise ValueError(f"{entry!r} is not FIELD=COLUMN with one of {', '.join(FIELDS)}")
+        for side, what in ((0, "field"), (2, "column")):
+            names = [entry.partition("=")[side] for entry in columns]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"the {what} {twice!r} is named twice")
         return columns
+
+    @model_validator(mode="after")
+    def _name_columns_once(self) -> Self:
+        for field in ("prompt", "completion"):
+            flag = getattr(self, f"{field}_column")
+            named = next((e for e in self.columns if e.startswith(f"{field}=")), None)
+            if flag != field and named not in (None, f"{field}={flag}"):
+                raise ValueError(f"--columns {named} and --{field}-column {flag} disagree")
+        return self

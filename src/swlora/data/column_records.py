@@ -21,8 +21,8 @@ def parquet_records(path: Path, max_bytes: int) -> Iterator[Record]:
     import pyarrow.parquet
 
     with _damage_named(path, "Parquet"), path.open("rb") as file:
-        # With a buffer, pages are read when they are needed; else all columns of a row group.
-        table = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES)
+        # Pages are read when they are needed; by default, all columns of a row group before.
+        table = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
         yield from _numbered(_row_groups(table), max_bytes)
 
 

@@ -123,8 +123,15 @@ def make_text(text: object) -> Example | str:
 def text_problem(text: object) -> str | None:
     """Say why something cannot be a text to train on; None where it can."""
     if not isinstance(text, str):
-        return "is not a string"
+        return f"is not a string ({_kind(text)})"
     return check_text(text) if text.strip() else "is empty"
+
+
+def _kind(value: object) -> str:
+    """Return what a value of a record is, in words of JSON where it is of JSON."""
+    kinds = {type(None): "null", list: "a list", dict: "an object"}
+    kinds |= dict.fromkeys((bool, int, float), "a number")
+    return kinds.get(type(value), type(value).__name__)
 
 
 def check_text(text: str) -> str | None:

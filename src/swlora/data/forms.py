@@ -2,7 +2,7 @@
 
     prompt, completion                  a text and what follows it; two lists of messages as well
     messages                            a chat, as OpenAI's fine-tuning and transformers write it
-    conversations                       a chat of from and value, as ShareGPT wrote it
+    conversations                       a chat of from and value (ShareGPT), or of messages
     instruction, input, output          a question and its answer: a chat of two turns
     text                                a document
 
@@ -15,11 +15,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from swlora.data.chat_rows import make_chat, unused_meaning
 from swlora.data.examples import Example, make_example, make_text
 
+_N_LISTED = 12  # columns of a record that a message names
 Fields = dict[str, Any]  # of a record, by the names of its form
 
 
@@ -43,13 +45,14 @@ class Form:
 
 def _pair(fields: Fields) -> Example | str:
     prompt, completion = fields["prompt"], fields["completion"]
-    if not isinstance(prompt, list) or not isinstance(completion, list):
+    if not _is_turns(prompt) or not _is_turns(completion):
         return make_example(prompt, completion)
-    read_only = [
-        {**m, "weight": 0} if isinstance(m, dict) and m.get("role") == "assistant" else m
-        for m in prompt
-    ]
+    read_only = [{**m, "weight": 0} if m.get("role") == "assistant" else m for m in prompt]
     return make_chat([*read_only, *completion], _tools(fields))
+
+
+def _is_turns(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
 
 
 def _tools(fields: Fields) -> Any:
@@ -77,6 +80,9 @@ def _conversation(fields: Fields) -> Example | str:
     if fields.get("system"):
         messages.append({"role": "system", "content": fields["system"]})
     for turn in turns:
+        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+            messages.append(turn)
+            continue
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             return "a turn of its conversations has no from and value"
         speaker = turn["from"]
@@ -129,9 +135,17 @@ class Recogniser:
     def __init__(self, columns: Mapping[str, str]) -> None:
         self._columns = {name: columns.get(name, name) for name in FIELD_NAMES}
         self._renamed = frozenset(columns)
+        self._unseen = {self._columns[name] for name in columns}
+
+    @property
+    def unseen(self) -> str:
+        """A column that was named and that no record so far has; "" for none."""
+        return min(self._unseen, default="")
 
     def example(self, record: Fields) -> Example | str:
         """Return the example that a record holds, or the reason why it holds none."""
+        if self._unseen:
+            self._unseen.difference_update(record)
         form = self.form(record)
         if form is None:
             return self.unknown(record)
@@ -152,7 +166,9 @@ class Recogniser:
 
     def unknown(self, record: Fields) -> str:
         """Say what a record of no form has, and what the nearest forms need."""
-        found = ", ".join(map(repr, record)) or "none"
+        found = ", ".join(f"{name!r:.40}" for name in islice(record, _N_LISTED)) or "none"
+        if len(record) > _N_LISTED:
+            found += f" and {len(record) - _N_LISTED} more"
         for name in sorted(self._renamed, key=FIELD_NAMES.index):
             if self._columns[name] not in record:
                 return f"it has no column {self._columns[name]!r}; columns found: {found}"

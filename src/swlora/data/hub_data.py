@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from swlora.data.column_records import record_of
+from swlora.data.records import MAX_RECORD_BYTES
 from swlora.errors import UserError
 from swlora.hub import offline_variable
 from swlora.library_noise import quiet_libraries
@@ -76,14 +78,20 @@ class HubData:
         """Return what the Hub calls "dev" or "test"; None where there is no such split."""
         return next((name for name in SPLIT_NAMES[split] if name in self._splits), None)
 
-    def records(self, split: str) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a split by its name on the Hub; UserError, with names, for none."""
+    def records(self, split: str) -> Iterator[dict[str, Any] | str]:
+        """Yield the rows of a split by its name on the Hub, or why one is none.
+
+        Raises UserError, with the names that there are, for no such split.
+        """
         if split not in self._splits:
             there = ", ".join(self._splits)
             raise UserError(f"{self._name} has no split {split!r}, only {there}: --train-split")
         try:
             with quiet_libraries():
-                yield from self._splits[split]
+                rows = self._splits[split]
+                # Pictures and sound that no form has are neither decoded nor asked for a library.
+                for row in rows.decode(False) if rows.features else rows:
+                    yield record_of(row, MAX_RECORD_BYTES)
         except ConnectionError as error:
             raise HubUnreachableError(f"the Hub cannot be reached: {brief(error)}") from error
         except Exception as error:
@@ -98,6 +106,8 @@ class HubData:
                 f"cannot load {self._name}: it is a script, which is not run; try "
                 "--dataset-revision refs/convert/parquet"
             )
+        if "config" in said.lower():
+            return UserError(f"cannot load {self._name}: {said}: choose one with --config-name")
         return UserError(f"cannot load {self._name}: {said}")
 
 

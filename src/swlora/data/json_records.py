@@ -35,8 +35,8 @@ def json_lines(file: IO[bytes], max_bytes: int) -> Iterator[Record]:
             while raw and not raw.endswith(b"\n"):
                 raw = file.readline(READ_BYTES)
             yield number, too_long(max_bytes)
-        elif raw.strip():
-            yield number, _parsed(raw.removeprefix(codecs.BOM_UTF8))
+        elif (line := raw.removeprefix(codecs.BOM_UTF8)).strip():
+            yield number, _parsed(line)
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | str:
@@ -55,14 +55,15 @@ def is_json_lines(path: Path, file: IO[bytes], max_bytes: int) -> bool:
 
     Raises DataError for one that begins with neither an object nor a list.
     """
-    line = b""
-    while not line.strip() and (raw := file.readline(max_bytes + 1)):
-        if raw.startswith(_UTF16):
-            raise DataError(f"{path} is UTF-16: write it as UTF-8")
-        line = raw.removeprefix(codecs.BOM_UTF8)
-    if line.strip() and line.lstrip()[:1] not in (b"{", b"["):
+    begin = file.read(READ_BYTES)
+    if begin.startswith(_UTF16):
+        raise DataError(f"{path} is UTF-16: write it as UTF-8")
+    sign = begin.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if sign not in (b"{", b"[", b""):
         raise DataError(f"{path} is neither a JSON list of objects nor an object a line")
-    return line.lstrip()[:1] == b"{" and isinstance(_parsed(line), dict)
+    file.seek(0)
+    lines = json_lines(file, max_bytes) if sign == b"{" else iter(())
+    return isinstance(next(lines, (0, ""))[1], dict)
 
 
 def json_values(path: Path, file: IO[bytes], max_bytes: int) -> Iterator[Record]:

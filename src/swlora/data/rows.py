@@ -8,6 +8,7 @@ known form, the file is refused, whatever was asked.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from swlora.data.dataset import Counts, Dataset
@@ -17,6 +18,7 @@ from swlora.data.records import has_columns, read_records, unit
 from swlora.errors import DataError
 
 E2E_COLUMNS = {"prompt": "mr", "completion": "ref"}
+_MAX_REASONS = 50  # that are counted by themselves: they quote what rows say, such as roles
 Row = tuple[str, int, Example | str]  # its file and unit, its number there; the example, or why not
 
 
@@ -35,7 +37,11 @@ def read_rows(paths: Sequence[Path], columns: Mapping[str, str], skip_bad_rows: 
     """
     recogniser = Recogniser(columns)
     rows = (row for path in paths for row in rows_of(path, recogniser))
-    return collect_rows(rows, f"{paths[0]}, {unit(paths[0])} 1", skip_bad_rows)
+    found = collect_rows(rows, f"{paths[0]}, {unit(paths[0])} 1", skip_bad_rows)
+    if recogniser.unseen:
+        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        raise DataError(f"{paths[0]}{others}: no row has the column {recogniser.unseen!r:.60}")
+    return found
 
 
 def rows_of(path: Path, recogniser: Recogniser) -> Iterator[Row]:
@@ -51,8 +57,13 @@ def rows_of(path: Path, recogniser: Recogniser) -> Iterator[Row]:
         yield where, number, recogniser.example(record)
 
 
-def collect_rows(rows: Iterable[Row], first: str, skip_bad_rows: bool) -> Rows:
-    """Separate usable rows from bad ones; `first` is the place that an empty file is named by."""
+def collect_rows(
+    rows: Iterable[Row], first: str, skip_bad_rows: bool, limit: int | None = None
+) -> Rows:
+    """Separate usable rows from bad ones, up to `limit` usable ones.
+
+    `first` is the place that an empty file is named by.
+    """
     first_problem, bad = "", Counter[str]()
 
     def usable() -> Iterator[Example]:
@@ -62,10 +73,11 @@ def collect_rows(rows: Iterable[Row], first: str, skip_bad_rows: bool) -> Rows:
                 if skip_bad_rows or not bad:  # else the load ends in an error, with a count
                     yield replace(row, source=where, number=number)
             else:
-                bad[reason_of(row)] += 1
+                reason = reason_of(row)
+                bad[reason if reason in bad or len(bad) < _MAX_REASONS else "other reasons"] += 1
                 first_problem = first_problem or f"{where} {number}: {row}"
 
-    examples, n_bad = keep(usable()), bad.total()
+    examples, n_bad = keep(islice(usable(), limit)), bad.total()
     if n_bad and not skip_bad_rows:
         rest = f"and {n_bad - 1} more; --skip-bad-rows leaves them out"
         raise DataError(
@@ -85,5 +97,5 @@ def dataset_of(name: str, source: str, parts: Sequence[Rows], separator: str = "
 
 def reason_of(problem: str) -> str:
     """Return the kind of a problem, for counting: without the details, which follow a sign."""
-    ends = [at for sign in (":", ";", " (", " '", ",") if (at := problem.find(sign)) > 0]
+    ends = [at for sign in (":", ";", " (", ",") if (at := problem.find(sign)) > 0]
     return problem[: min(ends, default=len(problem))]

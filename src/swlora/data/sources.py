@@ -4,6 +4,7 @@ Every source ends as one `Dataset` of `Example`s with the text untouched; how a 
 tokens is `encode`'s business. What was loaded, and why, is said in `Dataset.source`.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -121,13 +122,19 @@ def _load_hub(spec: DataSpec) -> Dataset:
     def rows(split: str) -> Iterator[Row]:
         where = f"{spec.name} {split}, row"
         for number, record in enumerate(data.records(split), start=1):
+            if isinstance(record, str):
+                yield where, number, record
+                continue
             if number == 1 and recogniser.form(record) is None:
                 raise DataError(f"{spec.name}: {recogniser.unknown(record)}")
             yield where, number, recogniser.example(record)
 
     names = {"train": spec.train_split, **{n: data.split_name(n) for n in ("dev", "test")}}
+    limits = {"train": _n_rows_read(spec, has_dev=names["dev"] not in (None, spec.train_split))}
     parts = {
-        split: collect_rows(rows(name), f"{spec.name} {name}, row 1", spec.skip_bad_rows)
+        split: collect_rows(
+            rows(name), f"{spec.name} {name}, row 1", spec.skip_bad_rows, limits.get(split)
+        )
         if name and (split == "train" or name != spec.train_split)
         else NO_ROWS
         for split, name in names.items()
@@ -135,10 +142,23 @@ def _load_hub(spec: DataSpec) -> Dataset:
     return _with_held_out(spec.name, f"{spec.name} from the Hub, at {commit[:12]}", parts, spec)
 
 
+def _n_rows_read(spec: DataSpec, *, has_dev: bool) -> int | None:
+    """Return how many rows give `train_rows` and the share held out; a stream may have no end."""
+    if spec.train_rows is None or has_dev or spec.eval_file:
+        return spec.train_rows
+    return math.ceil(spec.train_rows / (1 - _share(spec)))
+
+
+def _share(spec: DataSpec) -> float:
+    return DEFAULT_SHARE if spec.eval_share is None else spec.eval_share
+
+
 def _with_held_out(name: str, source: str, parts: dict[str, Rows], spec: DataSpec) -> Dataset:
     """Return the data set with what is evaluated on: a file, a split that is there, or a share."""
     train, dev, test = (parts[split] for split in ("train", "dev", "test"))
     if spec.eval_file is not None:
+        if spec.eval_share is not None:
+            raise UserError("--eval-file is evaluated on: leave out --eval-share")
         path = spec.eval_file.expanduser()
         files = data_files(str(path))
         if not files:
@@ -165,8 +185,7 @@ def _split_off(train: Rows, spec: DataSpec) -> tuple[Sequence[Example], Sequence
         raise UserError(
             f"{spec.name} has one distinct prompt, so none can be held out: give --eval-file"
         )
-    share = DEFAULT_SHARE if spec.eval_share is None else spec.eval_share
-    n_dev = min(n_prompts - 1, max(1, int(n_prompts * share)))
+    n_dev = min(n_prompts - 1, max(1, int(n_prompts * _share(spec))))
     is_dev = prompts >= n_prompts - n_dev
     rest, dev = (select(train.examples, np.flatnonzero(ids)) for ids in (~is_dev, is_dev))
     return rest, dev, f"its last {n_dev} of {n_prompts} distinct prompts are the dev split"

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_drawings")
         ("tree", "train", 2, 1),
         ("tree", "train", 6, 5),
         ("plain", "train", 6, 5),
+        ("tree, pairs", "train", 6, 5),
         ("tree", "generate", 1, 12),
     ],
 )
@@ -28,7 +29,9 @@ def test_a_resumed_run_gives_the_same_adapter(
 
     (The first advance of the bar is one of no steps.)
     """
-    changes = {"adapter__dropout": 0.3, "train__checkpoint_every_s": 1e-9, "train__engine": engine}
+    changes = {"adapter__dropout": 0.3, "train__checkpoint_every_s": 1e-9}
+    engine, _, order = engine.partition(", ")
+    changes |= {"train__engine": engine, "train__order": order or "prompts"}
     spec = make_spec(model_folder("llama"), rows, **changes)
     expected = run_in(tmp_path / "whole", spec)
     folder = tmp_path / "stopped"

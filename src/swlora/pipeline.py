@@ -243,7 +243,7 @@ def evaluate_adapter(
 
     folder = adapter_folder(adapter) if adapter else None
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
-    prepared = prepare_evaluation(job)
+    prepared = prepare_evaluation(job, metric)
     untouched = measure_untouched_english(job)
     loaded = job.loaded
     if folder:
@@ -255,7 +255,9 @@ def evaluate_adapter(
 
 def train_evaluate(job: Job, metric: "UserMetric | None" = None) -> "tuple[Trained, Evaluated]":
     """Train, then evaluate what was trained."""
-    evaluation = prepare_evaluation(job)  # what cannot be done shall be known before the training
+    evaluation = prepare_evaluation(
+        job, metric
+    )  # what cannot be done shall be known before the training
     training, layers = prepare_training(job), choose_layers(job)
     # In the dtype in which it is trained: a search for super weights may have had another.
     untouched = measure_untouched_english(job)

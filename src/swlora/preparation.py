@@ -8,11 +8,13 @@ import numpy as np
 from swlora.data.examples import Example
 from swlora.data.summary import short_lines
 from swlora.data.token_sequences import Ints, TokenSequences
+from swlora.errors import UserError
 from swlora.job import Job
 from swlora.preview import summarise
 
 if TYPE_CHECKING:
     from swlora.evaluation.held_out import Measurements
+    from swlora.evaluation.user_metrics import UserMetric
     from swlora.training.schedule import Schedule
 
 
@@ -115,10 +117,11 @@ def check_adapter(job: Job, n_steps: int) -> None:
     check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
 
 
-def prepare_evaluation(job: Job) -> PreparedEvaluation:
+def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> PreparedEvaluation:
     """Return the prompts to generate for; none where all rows are documents.
 
-    Raises UserError where there are no rows, or where the model has no room for an answer.
+    Raises UserError where there are no rows, where the model has no room for an answer, or where
+    there is a `metric` but no prompt.
     """
     from swlora.data.dataset import group_references, number_prompts
     from swlora.data.encode import encode_prompts
@@ -132,6 +135,11 @@ def prepare_evaluation(job: Job) -> PreparedEvaluation:
     rows = select(job.dataset.split(split), used)  # without those that could not be encoded
     all_groups = list(enumerate(group_references(rows)))
     groups = [(number, e, own) for number, (e, own) in all_groups if not e.text]
+    if metric is not None and not groups:
+        raise UserError(
+            f"--metrics {metric.name} needs texts, and documents have no prompts to generate from: "
+            "leave it out, or name rows with prompts"
+        )
     examples, prompts = [example for _, example, _ in groups], list[list[int]]()
     if examples:
         prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)

@@ -25,20 +25,21 @@ def test_predictions_are_read_back_as_they_were(tmp_path):
     prompts = ['name[A "B"], food[x]', "two\nlines", "ü,ß;"]
     predictions = ["He said: “x”, y", "", ' "quoted" ']
     references = [["one"], ["a", "b, c", "d\ne"], ["x", "y"]]
-    write_predictions(tmp_path / "p.csv", prompts, predictions, references)
+    measured = [{"chrf": 0.1 * k, "n_tokens": 3} for k in range(3)]
+    write_predictions(tmp_path / "p.csv", prompts, predictions, references, measured)
     with (tmp_path / "p.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file, strict=True)
-    assert header == ["prompt", "prediction", "ref_1", "ref_2", "ref_3"]
+    assert header == ["prompt", "prediction", "ref_1", "ref_2", "ref_3", "chrf", "n_tokens"]
     assert rows == [
-        [prompts[0], predictions[0], "one", "", ""],
-        [prompts[1], predictions[1], "a", "b, c", "d\ne"],
-        [prompts[2], predictions[2], "x", "y", ""],
+        [prompts[0], predictions[0], "one", "", "", "0.0", "3"],
+        [prompts[1], predictions[1], "a", "b, c", "d\ne", "0.1", "3"],
+        [prompts[2], predictions[2], "x", "y", "", "0.2", "3"],
     ]
 
 
 def test_lists_of_unequal_length_are_an_error_and_leave_no_file(tmp_path):
     with pytest.raises(ValueError, match="zip"):
-        write_predictions(tmp_path / "p.csv", ["a", "b"], ["x"], [["r"], ["s"]])
+        write_predictions(tmp_path / "p.csv", ["a", "b"], ["x"], [["r"], ["s"]], [{}, {}])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,6 +66,11 @@ def test_a_table_of_scores():
     )
     line = scores_table(SCORES, {}, 30, english=english).splitlines()[-2]
     assert line == "PPL           25.5  of English text; 20.0 before training"
+
+
+def test_of_the_official_scores_any_text_has_rouge_l() -> None:
+    lines = scores_table(SCORES, {"BLEU": [0.4, 0.6]}, 30, has_official=False, nll=1.25)
+    assert [line.split()[0] for line in lines.splitlines()] == ["score", "ROUGE-L", "NLL", "exact,"]
 
 
 def test_intervals_stand_beside_the_scores():

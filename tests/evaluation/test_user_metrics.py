@@ -1,6 +1,7 @@
 """A metric of one's own: loaded when it is named, its mistakes are one line."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,9 @@ def test_what_cannot_be_loaded(name: str, said: str, mine: str) -> None:
         load_metric(name.format(mine=mine))
 
 
-@pytest.mark.parametrize("text", ["def f(:", "import no_such_module_at_all", "1 / 0"])
+@pytest.mark.parametrize(
+    "text", ["def f(:", "import no_such_module_at_all", "1 / 0", "raise SystemExit(3)"]
+)
 def test_a_file_that_fails(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(UserError, match="cannot be loaded") as caught:
@@ -71,6 +74,7 @@ def test_a_file_that_fails(text: str, tmp_path: Path) -> None:
         (float("nan"), "returned nan"),
         ({"a": [1]}, r"returned \[1\]"),
         ({1: 1.0}, "returned 1.0"),
+        ({}, "returned no number"),
     ],
 )
 def test_what_is_no_number(returned: object, said: str) -> None:
@@ -82,3 +86,17 @@ def test_numbers_of_numpy_are_numbers_and_errors_are_said() -> None:
     assert UserMetric("x.py:f", lambda *_: np.float32(0.5))(["a"], [["a"]]) == {"f": 0.5}
     with pytest.raises(UserError, match=r"x\.py:f failed: ZeroDivisionError: division by zero"):
         UserMetric("x.py:f", lambda *_: 1 / 0)(["a"], [["a"]])
+
+
+def test_an_exit_is_said_as_a_failure() -> None:
+    with pytest.raises(UserError, match="failed: SystemExit: 3"):
+        UserMetric("x.py:f", lambda *_: sys.exit(3))(["a"], [["a"]])
+
+
+def test_a_file_may_have_dataclasses_with_postponed_annotations(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Score:\n    value: float\n\n"
+        "def f(predictions, references):\n    return Score(0.5).value\n"
+    )
+    assert load_metric(f"{tmp_path / 'own.py'}:f")(["a"], [["a"]]) == {"f": 0.5}

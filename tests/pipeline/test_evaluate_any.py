@@ -84,6 +84,14 @@ def test_documents_have_a_loss_and_no_texts(model_folder, tmp_path) -> None:
     assert result["nll"] > 0 and "BLEU" not in result and "chrf" not in result
 
 
+def test_documents_have_no_metric_of_ones_own(model_folder, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "One text."}\n')
+    spec = make_spec(model_folder("llama"), (path, path))
+    with pytest.raises(UserError, match=r"x\.py:f needs texts, and documents have no prompts"):
+        evaluated(tmp_path / "run", spec, UserMetric("x.py:f", lambda *_: 1))
+
+
 def test_prompts_beside_documents(model_folder, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(

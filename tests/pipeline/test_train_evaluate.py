@@ -91,10 +91,11 @@ def test_the_whole_job(
 
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         header, *predictions = csv.reader(file)
-    assert header == ["prompt", "prediction", "ref_1", "ref_2"]
+    assert header[:4] == ["prompt", "prediction", "ref_1", "ref_2"]
+    assert header[4:] == ["exact_match", "token_f1", "chrf", "rouge_l", "sum_nats", "n_tokens"]
     prompts = ["name[E], food[x]\n", "name[Fritz], food[yy]\n"]
     references = [["E has x.", "E serves x."], ["Fritz serves yy.", ""]]
-    assert predictions == [
+    assert [row[:4] for row in predictions] == [
         [prompt, naive_text(model, tiny_tokenizer, prompt), *refs]
         for prompt, refs in zip(prompts, references, strict=True)
     ]
@@ -165,7 +166,7 @@ def test_chats(model_folder, make_model, rows, tmp_path):
     data = write_rows(tmp_path / "chats.jsonl", chats), write_rows(tmp_path / "d.jsonl", chats[-1:])
     result = run_in(tmp_path / "run", make_spec(model_folder("llama"), data))
     with (tmp_path / "run" / "predictions.csv").open(encoding="utf-8", newline="") as file:
-        _, (shown, _, reference) = csv.reader(file)
+        _, (shown, _, reference, *_) = csv.reader(file)
     assert (shown, reference) == ("system: Be brief.\nuser: x?", "Yes.")
     assert result["eval"]["n_tokens"] == 5
     noted = json.loads((tmp_path / "run" / "adapter" / "swlora.json").read_text())

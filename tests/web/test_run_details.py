@@ -12,7 +12,7 @@ from swlora.config import load_spec
 from swlora.data.sources import SAMPLE_SOURCE
 from swlora.files import write_json
 from swlora.runs import Run
-from swlora.web.pages.run_facts import plain
+from swlora.web.pages.run_facts import MAX_OWN_SCORES, plain, scores
 from swlora.web.pages.run_files import read_predictions
 
 EVALUATED = {
@@ -238,3 +238,10 @@ def pictures_of(page) -> list[str]:
     """The files that a page shows as pictures."""
     sources = [str(a["src"]) for a in page.all("img")]
     return [source.partition("file=")[2] for source in sources if "file=" in source]
+
+
+def test_scores_of_ones_own_metric_are_shown_and_not_without_end() -> None:
+    own = {"valid_json": 0.25, "broken": "x", **{f"s{k}": k for k in range(99)}}
+    shown = scores({"eval": {"nll": 1.5, "own": own}})
+    assert shown[:3] == [("NLL, nats a token", "1.500"), ("valid_json", "0.25"), ("s0", "0")]
+    assert len(shown) == MAX_OWN_SCORES  # the broken one is left out, NLL is there

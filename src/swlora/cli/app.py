@@ -126,8 +126,8 @@ def data(
 def evaluate(invocation: Invocation, adapter: Adapter = None, metrics: Metrics = None) -> None:
     """Generate for every prompt and score the texts; measure the loss of the references.
 
-    Scores are exact match, token F1, chrF and sacrebleu's BLEU; with E2E data or several references
-    of a prompt the official five of E2E as well. Documents have a loss only.
+    Scores are exact match, token F1, chrF, sacrebleu's BLEU and ROUGE-L; with E2E data or several
+    references of a prompt the official five of E2E as well. Documents have a loss only.
 
     Example: `swlora eval --model builtin --adapter run --dataset e2e-dataset --split test`
 

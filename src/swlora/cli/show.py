@@ -68,9 +68,10 @@ def show_evaluation(evaluated: "Evaluated") -> None:
 
     e = evaluated
     table = scores_table(
-        e.scores if e.has_official else None,
+        e.scores,
         e.intervals,
         e.n_prompts,
+        has_official=e.has_official,
         texts=e.text_scores,
         nll=e.nll,
         nll_per_row=e.nll_per_row,

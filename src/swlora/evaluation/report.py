@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from swlora.evaluation.bootstrap import CONFIDENCE, FEW_PROMPTS, N_DRAWS
 from swlora.evaluation.evaluated import EnglishLoss
-from swlora.evaluation.scales import OF_100, SCALES, TEXT_SCALES
+from swlora.evaluation.scales import OF_100, OF_100_ANY_TEXT, SCALES, TEXT_SCALES
 from swlora.evaluation.scores import Scores
 from swlora.evaluation.text_scores import TextScores
 
@@ -14,6 +14,7 @@ def scores_table(
     intervals: Mapping[str, Sequence[float]],
     n_prompts: int,
     *,
+    has_official: bool = True,
     texts: TextScores | None = None,
     nll: float | None = None,
     nll_per_row: float | None = None,
@@ -23,11 +24,14 @@ def scores_table(
     """Return scores as aligned text, with the intervals that there are.
 
     A score that could not be computed is n/a; few prompts are warned of. `nll` in nats a token is
-    None for outputs of no model, `scores` and `texts` where they are not to be shown.
+    None for outputs of no model, `scores` and `texts` where there are no texts. Of the official
+    five ROUGE-L alone is shown where they are not for such data.
     """
     known = {**intervals, **(texts.text_intervals if texts else {})}
     lines = [f"{'score':<9} {'value':>8}  {CONFIDENCE:.0%} interval"] if known else []
     values = scores.by_name() if scores else {}
+    if not has_official:
+        values = {name: value for name, value in values.items() if name == "ROUGE_L"}
     values |= {} if nll is None else {"NLL": nll}
     values |= {name: getattr(texts, name) for name in TEXT_SCALES} if texts else {}
     of_row = "" if nll_per_row is None else f", {nll_per_row:.1f} a row"
@@ -46,13 +50,14 @@ def scores_table(
         lines.append(f"{'PPL':<9} {now:>8}  of English text; {before} before training")
     if not scores and not texts:
         return "\n".join([*lines, "documents have no prompts: no texts were generated"])
-    return "\n".join([*lines, *_remarks(n_prompts, has_intervals=bool(known))])
+    of_100 = OF_100 if has_official else OF_100_ANY_TEXT
+    return "\n".join([*lines, *_remarks(n_prompts, of_100, has_intervals=bool(known))])
 
 
-def _remarks(n: int, *, has_intervals: bool) -> list[str]:
+def _remarks(n: int, of_100: str, *, has_intervals: bool) -> list[str]:
     """Say what the numbers of `n` prompts mean, and where they mean little."""
     drawn = f"; intervals from {N_DRAWS:,} draws of the {n} prompts" if has_intervals else ""
-    said = [OF_100 + drawn]
+    said = [of_100 + drawn]
     if n < FEW_PROMPTS:
         too_narrow = ", and intervals from so few are too narrow" if has_intervals else ""
         said.append(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 RAW_SCALE = "as the official script prints them: BLEU, METEOR and ROUGE_L from 0 to 1"
 OF_100 = "BLEU, METEOR and ROUGE-L are of 100"
+OF_100_ANY_TEXT = "exact, F1, chrF, sacreBLEU and ROUGE-L are of 100"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,11 @@ class TextsScored:
         In the CSV, white space of a prediction is single spaces, as E2E's scores see it.
         """
         write_predictions(
-            folder / CSV_FILE, self.prompts, one_line(self.predictions), self.references
+            folder / CSV_FILE,
+            self.prompts,
+            one_line(self.predictions),
+            self.references,
+            [self._measured(i) for i in range(len(self.prompts))],
         )
         with (
             atomic_path(folder / JSONL_FILE) as scratch,
@@ -56,19 +60,24 @@ class TextsScored:
 
     def _json_lines(self) -> Iterator[str]:
         for i, (prompt, text) in enumerate(zip(self.prompts, self.predictions, strict=True)):
-            loss = self.losses[i]
             record = {
                 "prompt": prompt,
                 "prediction": text,
                 "references": list(self.references[i]),
-                "exact_match": float(self.rows.exact_match[i]),
-                "token_f1": float(self.rows.token_f1[i]),
-                "chrf": float(self.rows.chrf[i]),
-                "rouge_l": float(self.statistics.rouge_l[i]),
-                "sum_nats": loss.sum_nats,
-                "n_tokens": loss.n_tokens,
+                **self._measured(i),
             }
             yield json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+    def _measured(self, i: int) -> dict[str, float]:
+        """Return the scores of a prompt's text and the loss of its references."""
+        return {
+            "exact_match": float(self.rows.exact_match[i]),
+            "token_f1": float(self.rows.token_f1[i]),
+            "chrf": float(self.rows.chrf[i]),
+            "rouge_l": float(self.statistics.rouge_l[i]),
+            "sum_nats": self.losses[i].sum_nats,
+            "n_tokens": self.losses[i].n_tokens,
+        }
 
 
 def score_texts(
@@ -93,14 +102,19 @@ def write_predictions(
     prompts: Sequence[str],
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
+    measured: Sequence[dict[str, float]],
 ) -> None:
-    """Write prompt, prediction and all references (one column each, as many as there are)."""
+    """Write prompt, prediction, all references (a column each, as many as there are), scores."""
     width = max(len(refs) for refs in references)
     with (
         atomic_path(target) as scratch,
         scratch.open("w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(["prompt", "prediction", *(f"ref_{k + 1}" for k in range(width))])
-        for prompt, prediction, refs in zip(prompts, predictions, references, strict=True):
-            writer.writerow([prompt, prediction, *refs, *[""] * (width - len(refs))])
+        columns = [f"ref_{k + 1}" for k in range(width)]
+        writer.writerow(["prompt", "prediction", *columns, *(measured[0] if measured else ())])
+        for prompt, prediction, refs, values in zip(
+            prompts, predictions, references, measured, strict=True
+        ):
+            padded = [*refs, *[""] * (width - len(refs))]
+            writer.writerow([prompt, prediction, *padded, *values.values()])

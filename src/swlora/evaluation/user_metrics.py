@@ -9,6 +9,7 @@ the command line alone, never from a configuration, a run folder or a request.
 import importlib.util
 import math
 import numbers
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,11 @@ class UserMetric:
         """Return its numbers by name; UserError where it fails or returns another thing."""
         try:
             found = self.function(list(predictions), [list(refs) for refs in references])
-        except Exception as error:  # of another's code, so of any kind
+        except (Exception, SystemExit) as error:  # of another's code, so of any kind
             raise UserError(f"--metrics {self.name} failed: {_brief(error)}") from error
         values = found if isinstance(found, dict) else {self.name.rpartition(":")[2]: found}
+        if not values:
+            raise UserError(f"--metrics {self.name} returned no number: return one or several")
         for name, value in values.items():
             is_number = isinstance(value, numbers.Real) and math.isfinite(value)
             if not isinstance(name, str) or not is_number:
@@ -63,12 +66,14 @@ def _run(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"swlora_metrics_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # its name ends in .py
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look a class's module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
         raise UserError(f"--metrics {name} cannot be loaded: {_brief(error)}") from error
     return module
 
 
-def _brief(error: Exception) -> str:
+def _brief(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -20,6 +20,7 @@ PERPLEXITIES = {
     "english_perplexity": "English perplexity",
 }
 TRAINED = ("train", "train-eval")
+MAX_OWN_SCORES = 20  # shown of a metric of one's own
 
 
 def run_facts(
@@ -54,8 +55,8 @@ def scores(result: Mapping[str, Any]) -> list[Fact]:
         value = finite(evaluated.get("nll" if name == "NLL" else name))
         if value is not None:
             found.append((units.get(name, scale.name), scale.number(value)))
-    own = [(name, finite(value)) for name, value in part(evaluated, "own").items()]
-    found += [(name, f"{value:.4g}") for name, value in own if value is not None]
+    own = [(str(name)[:60], finite(value)) for name, value in part(evaluated, "own").items()]
+    found += [(name, f"{value:.4g}") for name, value in own[:MAX_OWN_SCORES] if value is not None]
     measured = [(label, finite(evaluated.get(name))) for name, label in PERPLEXITIES.items()]
     return found + [(label, f"{value:.1f}") for label, value in measured if value is not None]
 

@@ -45,11 +45,15 @@ class Recorder:
         self._note("train", job)
         return {"steps": 1}
 
-    def train_evaluate(self, job: Job) -> tuple[dict[str, object], dict[str, object]]:
+    def train_evaluate(
+        self, job: Job, metric: object
+    ) -> tuple[dict[str, object], dict[str, object]]:
+        assert metric is None
         self._note("train_eval", job)
         return {"steps": 1}, {"BLEU": 0.5}
 
-    def evaluate_adapter(self, job: Job, adapter: Path | None) -> dict[str, object]:
+    def evaluate_adapter(self, job: Job, adapter: Path | None, metric: object) -> dict[str, object]:
+        assert metric is None
         self._note("eval", job)
         self.adapter = adapter
         return {"BLEU": 0.5}

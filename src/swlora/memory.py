@@ -5,8 +5,8 @@ thousands of them, and the page faults can cost more than the arithmetic. Two se
 allocator end that. Where the allocator is another one, nothing changes.
 
 oneDNN makes a kernel for every shape of a product, in 0.4 ms, and keeps the last 1,024 of them; so
-does torch's layer around it. Tree rows and batches that shrink seldom have a shape again, and what
-is kept grows to gigabytes.
+does torch's layer around it. Prefix trees and batches that shrink seldom have a shape again, and
+what is kept grows to gigabytes.
 """
 
 import ctypes

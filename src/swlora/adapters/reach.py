@@ -1,8 +1,8 @@
 """What an adapter changes: whether the fast forwards cover it, and whether it can be switched.
 
-Adapters come from elsewhere too. The engine's own ways cover what is trained here: adapters of the
-blocks' projections. Everything else that PEFT can run is left to PEFT and transformers, and what
-not even that would measure truly is refused by name.
+Adapters come from elsewhere too. The engine's own forwards and losses cover what is trained here:
+adapters of the blocks' projections. Everything else that PEFT can run is left to PEFT and
+transformers; what they would not measure correctly either is refused by name.
 """
 
 from collections.abc import Mapping

@@ -2,9 +2,9 @@
 
     softmax(scale q k' + mask) v,   mask 0 where visible, MASKED elsewhere
 
-Who sees what is a `Layout`: one for rows that get a token each, one for a stretch of a prefix tree.
-Heads that share a key head are rows of one product. Batched products over contiguous keys are
-three times as fast on a CPU as its fused kernel with a mask.
+Who sees what is a `Layout`: one for slots that get a token each, one for beams, one for a stretch of
+a prefix tree. Heads that share a key head are rows of one product. Batched products over contiguous
+keys are three times as fast on a CPU as its fused kernel with a mask.
 """
 
 from abc import ABC, abstractmethod
@@ -29,16 +29,16 @@ class Layout(ABC):
         """Return what is visible through a sliding window, as bool; its shape is the layout's."""
 
     @abstractmethod
-    def expanded(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Return an additive mask of `visible`'s shape as one that fits `grouped`'s products."""
+    def expand(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Return an additive mask of `visible`'s shape as one that fits `group`'s products."""
 
     @abstractmethod
-    def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def group(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q (N, M, h), k and v (N, K, h) of the batched products."""
 
     @abstractmethod
-    def merged(self, out: Tensor, query: Tensor) -> Tensor:
-        """Undo `grouped` for the products' result: (N, M, h) -> (B, T, H, h)."""
+    def merge(self, out: Tensor, query: Tensor) -> Tensor:
+        """Undo `group` for the products' result: (N, M, h) -> (B, T, H, h)."""
 
     def followed_by(self, model: Any, n_blocks: int) -> AbstractContextManager[None]:
         """Let the blocks of a model attend as this layout says in the body, all `n_blocks`."""
@@ -55,19 +55,19 @@ class Layout(ABC):
         """Attend as the layout says; an `Attention`. Key and value are those of the whole cache."""
         mask = self._mask(scoring.window, query, key)
         scale, softcap = scoring.scale, scoring.softcap
-        q, k, v = self.grouped(query, key, value)
+        q, k, v = self.group(query, key, value)
         if softcap is None:
             scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
         else:
             capped = torch.tanh(torch.bmm(q, k.transpose(1, 2)) * (scale / softcap))
             scores = softcap * capped + mask
         p = torch.softmax(scores, dim=-1, dtype=wide_dtype(q.dtype)).to(q.dtype)
-        return self.merged(torch.bmm(p, v), query)
+        return self.merge(torch.bmm(p, v), query)
 
     def _mask(self, window: int | None, query: Tensor, key: Tensor) -> Tensor:
         """Return the additive mask of the products, made once a window."""
         if window not in self._masks:
             visible = self.visible(window).to(query.device)
             mask = additive_mask(visible, query.dtype)
-            self._masks[window] = self.expanded(mask, query, key)
+            self._masks[window] = self.expand(mask, query, key)
         return self._masks[window]

@@ -211,7 +211,7 @@ class BatchDecoder:
         device = self._model.device
         positions = torch.tensor(self._cache.lengths, device=device)[:, None]
         tokens = torch.tensor([text.new_tokens[-1] for text in self._slots], device=device)[:, None]
-        turned = self._rotary.of(positions + 1)
+        turned = self._rotary.turning(positions + 1)
         with self._cache.advance().followed_by(self._model, self._n_layers), turned:
             out = self._model(
                 input_ids=tokens,

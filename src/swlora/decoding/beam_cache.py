@@ -147,17 +147,17 @@ class BeamLayout(Layout):
             return self._sees
         return self._sees & (self._distance < window)[:, None]
 
-    def expanded(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def expand(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """(N, beams, C) -> (N * H_kv, G * beams, C)."""
         n_groups = query.shape[1] // key.shape[1]
         return mask.repeat(1, n_groups, 1).repeat_interleave(key.shape[1], dim=0)
 
-    def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def group(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (N * H_kv, G * beams, h) and twice (N * H_kv, C, h)."""
         n_products, head_dim = key.shape[0] * key.shape[1], key.shape[3]
         q = query.reshape(n_products, -1, head_dim)
         return q, key.reshape(n_products, -1, head_dim), value.reshape(n_products, -1, head_dim)
 
-    def merged(self, out: Tensor, query: Tensor) -> Tensor:
+    def merge(self, out: Tensor, query: Tensor) -> Tensor:
         """(N * H_kv, G * beams, h) -> (N, beams, H, h)."""
         return out.view(query.shape).transpose(1, 2)

@@ -70,7 +70,7 @@ class TreePrefill:
         places = {node: i for i, node in enumerate(sorted(kept))}
         self._cache.start, self._cache.end = start, end
         stretch = StretchLayout(self._layout, start, end)
-        turned = self._rotary.of(self._longest_tokens)
+        turned = self._rotary.turning(self._longest_tokens)
         with stretch.followed_by(self._model, self._n_layers), turned:
             out = self._model(
                 input_ids=self._layout.token_ids[:, start:end],
@@ -87,7 +87,7 @@ class TreePrefill:
 
     def scores(self, i: int) -> tuple[Choice, ...]:
         """Return the tokens of a complete prompt with their probabilities, if they were wanted."""
-        return self._scores.of(i)
+        return self._scores.scores(i)
 
     def states(self, i: int) -> Tensor:
         """Return keys and values of a complete prompt, (layers, 2, H_kv, length, h)."""
@@ -144,11 +144,11 @@ class StretchLayout(Layout):
         """Return (S, Lq, K)."""
         return self._layout.visible(self._chunks, window)
 
-    def expanded(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def expand(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """(S, Lq, K) -> (H_kv * S, G * Lq, K)."""
         return mask.repeat(key.shape[1], query.shape[1] // key.shape[1], 1)
 
-    def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def group(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (H_kv * S, G * Lq, h) and twice (H_kv * S, K, h)."""
         _, n_kv, _, head_dim = key.shape
         n_products = n_kv * self._chunks.n_chunks
@@ -159,6 +159,6 @@ class StretchLayout(Layout):
             v.view(n_products, -1, head_dim),
         )
 
-    def merged(self, out: Tensor, query: Tensor) -> Tensor:  # noqa: ARG002
+    def merge(self, out: Tensor, query: Tensor) -> Tensor:  # noqa: ARG002
         """(H_kv * S, G * Lq, h) -> (1, T, H, h)."""
         return self._chunks.merge_queries(out)

@@ -50,7 +50,7 @@ class PromptScores:
                 best = zip(ids[row][:n_alternatives], values[row], strict=False)
                 self._choices[i].append(Choice(token, value, tuple(best)))
 
-    def of(self, i: int) -> tuple[Choice, ...]:
+    def scores(self, i: int) -> tuple[Choice, ...]:
         """Return the tokens of prompt i; empty where it is not scored.
 
         The first has no probability.

@@ -97,7 +97,9 @@ class Chooser:
             self._written[token_id] += 1
         if self.sampling.logprobs is None:
             return Choice(token_id)
-        return named(token_id, torch.log_softmax(logits, dim=-1), self.sampling.logprobs)
+        return choice_with_logprobs(
+            token_id, torch.log_softmax(logits, dim=-1), self.sampling.logprobs
+        )
 
     def _penalised(self, logits: Tensor) -> Tensor:
         scores, own = logits, self.sampling
@@ -126,7 +128,7 @@ class Chooser:
         return at if tokens is None else int(tokens[at])
 
 
-def named(token_id: int, log_p: Tensor, n_alternatives: int) -> Choice:
+def choice_with_logprobs(token_id: int, log_p: Tensor, n_alternatives: int) -> Choice:
     """Return a token with its log-probability among log_p (V,), and the likeliest tokens."""
     best = torch.topk(log_p, n_alternatives)
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

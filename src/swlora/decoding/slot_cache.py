@@ -131,16 +131,16 @@ class SlotLayout(Layout):
         reach = self.lengths if window is None else self.lengths.clamp(max=window)
         return self._age < reach[:, None]
 
-    def expanded(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
+    def expand(self, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG002
         """(B, C) -> (B * H_kv, 1, C)."""
         return mask.repeat_interleave(key.shape[1], dim=0)[:, None]
 
-    def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def group(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (B * H_kv, G, h) and twice (B * H_kv, C, h)."""
         n_products, head_dim = key.shape[0] * key.shape[1], key.shape[3]
         q = query.reshape(n_products, -1, head_dim)
         return q, key.view(n_products, -1, head_dim), value.view(n_products, -1, head_dim)
 
-    def merged(self, out: Tensor, query: Tensor) -> Tensor:
+    def merge(self, out: Tensor, query: Tensor) -> Tensor:
         """(B * H_kv, G, h) -> (B, 1, H, h)."""
         return out.view(query.shape[0], 1, query.shape[1], query.shape[3])

@@ -52,7 +52,7 @@ class RotaryLengths:
         return [ids[side == one] for one in np.unique(side)]
 
     @contextmanager
-    def of(self, lengths: Tensor | int) -> Iterator[None]:
+    def turning(self, lengths: Tensor | int) -> Iterator[None]:
         """Turn every position as in a sequence of its length while the body runs.
 
         lengths: (B, T) or (B, 1), in tokens, or one for all.

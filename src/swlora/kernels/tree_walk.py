@@ -65,7 +65,7 @@ class TreeWalk:
         attention = partial(tree_attention, layout)
         refusal = "attend along trees, so the loss would be wrong; this model needs --engine plain"
         attends = attending(self.base_model.config, attention, n_blocks, refusal)
-        with attends, self.rotary.of(longest):
+        with attends, self.rotary.turning(longest):
             yield
 
 

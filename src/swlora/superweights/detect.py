@@ -156,7 +156,7 @@ def trace(anatomy: Anatomy, sequences: Sequence[Sequence[int]]) -> list[Trace]:
 
     batch = torch.tensor(padded, device=anatomy.model.device)
     lengths = torch.tensor([[len(ids)] for ids in sequences], device=batch.device)
-    rotary = RotaryLengths(anatomy.model).of(lengths)
+    rotary = RotaryLengths(anatomy.model).turning(lengths)
     with torch.inference_mode(), observed(anatomy, observe), followed(anatomy) as states, rotary:
         anatomy.backbone(input_ids=batch, use_cache=False)
     streams = [torch.stack([s[i, : len(ids)] for s in states]) for i, ids in enumerate(sequences)]

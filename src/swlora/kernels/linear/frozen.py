@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swlora.kernels.linear.backends import WITH_COPIES, PackedProducts, backend_of, taken
+from swlora.kernels.linear.backends import WITH_COPIES, PackedProducts, backend_of, select_fast
 
 
 class FrozenLinear:
@@ -68,7 +68,9 @@ def reshaped(y: Tensor, shape: torch.Size) -> Tensor:
 
 def frozen_forwards(model: nn.Module) -> dict[nn.Module, FrozenLinear]:
     """Return the forward of every frozen linear map that is computed faster than torch does."""
-    return {m: FrozenLinear(m) for m in taken(filter(is_frozen, model.modules()), WITH_COPIES)}
+    return {
+        m: FrozenLinear(m) for m in select_fast(filter(is_frozen, model.modules()), WITH_COPIES)
+    }
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -2,9 +2,9 @@
 
     softmax(scale q k' + mask) v,   mask 0 where visible, MASKED elsewhere
 
-Who sees what is a `Layout`: one for slots that get a token each, one for beams, one for a stretch of
-a prefix tree. Heads that share a key head are rows of one product. Batched products over contiguous
-keys are three times as fast on a CPU as its fused kernel with a mask.
+Who sees what is a `Layout`: of slots that get a token each, of beams, or of a stretch of a prefix
+tree. Heads that share a key head are rows of one product. Batched products over contiguous keys are
+three times as fast on a CPU as its fused kernel with a mask.
 """
 
 from abc import ABC, abstractmethod

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from swlora.kernels.linear import packed_weight as module
-from swlora.kernels.linear.backends import WITH_COPIES, PackedProducts, taken
+from swlora.kernels.linear.backends import WITH_COPIES, PackedProducts, select_fast
 from swlora.kernels.linear.packed_weight import PackedWeight, held_bytes, linear
 from swlora.models.anatomy import weight_out_in
 
@@ -69,7 +69,7 @@ def test_a_copy_is_shared_until_its_weight_changes():
 
 def test_what_the_kernels_take():
     one, other = make(nn.Linear), make(Conv1D)
-    assert taken([one, nn.LayerNorm(7), other], WITH_COPIES) == [one, other]
+    assert select_fast([one, nn.LayerNorm(7), other], WITH_COPIES) == [one, other]
     assert not PackedProducts.takes(make(nn.Linear).double())
     mixed = make(nn.Linear)
     mixed.bias.data = mixed.bias.data.bfloat16()

@@ -178,9 +178,9 @@ def leading_inputs(
     walk = TreeWalk(model, 0)
     with patched_forwards(fast_forwards(model)):
         for ids in step:
-            row = build_tree(rows, ids)
-            hidden = walk.whole(TreeLayout(row, model.device))
-            torch.autograd.backward(tree_nats(walk, row, hidden))
+            tree = build_tree(rows, ids)
+            hidden = walk.whole(TreeLayout(tree, model.device))
+            torch.autograd.backward(tree_nats(walk, tree, hidden))
     found = {}
     for module in projections:
         gradient, module.weight.grad = module.weight.grad, None

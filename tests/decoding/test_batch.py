@@ -39,8 +39,8 @@ def run(batch: BatchDecoder, requests: Sequence[DecodeRequest]) -> list[Event]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_that_come_and_go_say_what_each_says_alone(shape: str, make_model: MakeModel) -> None:
-    """Two new prompts every fourth step, long ones in stretches of 17 nodes, one row dropped."""
+def test_texts_that_come_and_go_say_what_each_says_alone(shape: str, make_model: MakeModel) -> None:
+    """Two new prompts every fourth step, long ones in stretches of 17 nodes, one text dropped."""
     model_type, changes = SHAPES[shape]
     model = make_model(model_type, **changes)
     prompts = make_prompts()
@@ -107,7 +107,7 @@ def test_long_prompts_in_stretches_of_any_size(
     assert found == {i: alone(model, prompt, 20) for i, prompt in enumerate(prompts)}
 
 
-def test_every_active_row_gets_one_token_a_step(make_model: MakeModel) -> None:
+def test_every_active_text_gets_one_token_a_step(make_model: MakeModel) -> None:
     batch = decoder(make_model("llama", initializer_range=0.1))
     batch.admit([DecodeRequest(i, [5, i], 4 + i) for i in range(3)])
     steps = [batch.step() for _ in range(7)]
@@ -162,7 +162,7 @@ def test_a_shared_prefix_is_run_once_and_a_long_prompt_in_stretches(
     assert widths == [(1, 2), *[(1, 1), (1, 16)] * 2, (1, 1), (1, 8), (2, 1)]
 
 
-def test_nothing_is_computed_for_rows_that_are_done(make_model: MakeModel) -> None:
+def test_nothing_is_computed_for_texts_that_are_done(make_model: MakeModel) -> None:
     model, sizes = make_model("gpt2", initializer_range=0.02), []
     model.lm_head.register_forward_pre_hook(
         lambda _module, inputs: sizes.append(inputs[0].shape[0] * inputs[0].shape[1])
@@ -238,7 +238,7 @@ def test_a_block_that_attends_by_itself_is_refused(make_model: MakeModel) -> Non
         batch.step()
 
 
-def test_a_row_sampled_in_company_says_what_it_says_alone(make_model: MakeModel) -> None:
+def test_a_text_sampled_in_company_says_what_it_says_alone(make_model: MakeModel) -> None:
     model = make_model("llama", initializer_range=0.1)
     own = [
         Sampling(temperature=0.5 + 0.3 * i, top_p=p, repetition_penalty=r, seed=11 * i)
@@ -302,7 +302,7 @@ def test_logprobs_are_those_of_a_pass_over_the_whole_text(make_model: MakeModel)
 def test_a_prompts_own_tokens_have_the_probabilities_of_a_pass_over_it(
     model_type: str, make_model: MakeModel
 ) -> None:
-    """Shared beginnings, a prompt twice, stretches of 17 nodes, rows beside them that ask for none.
+    """Shared beginnings, a prompt twice, stretches of 17 nodes, texts beside them that want none.
 
     A prompt that fills the whole context can be scored, too.
     """

@@ -198,7 +198,7 @@ def test_copies_are_shared_and_go_with_their_use(make_model: MakeModel) -> None:
 
 
 def test_a_decoder_keeps_the_variant_it_was_made_for(make_model: MakeModel) -> None:
-    """The base model's rows, also when adapters are put into the model afterwards."""
+    """The texts of the base model, also when adapters are put into the model afterwards."""
     model = make_model("llama")
     batch = BatchDecoder(model, eos_token_ids=[], max_slots=1)
 

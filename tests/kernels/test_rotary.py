@@ -152,11 +152,11 @@ def test_the_prefix_cache_serves_one_side_only(make_model: MakeModel) -> None:
     assert "change beyond 32 tokens" in said[0]
 
 
-def test_a_row_of_both_sides_is_never_run(make_model: MakeModel) -> None:
+def test_a_tree_of_both_sides_is_never_run(make_model: MakeModel) -> None:
     walk = TreeWalk(long_model(make_model, "phi3"), 0)
-    row = build_tree(sequences_of(LIMIT, LIMIT + 1), np.array([0, 1]))
+    tree = build_tree(sequences_of(LIMIT, LIMIT + 1), np.array([0, 1]))
     with pytest.raises(RunFailedError, match="of 32 and of 33 tokens"):
-        walk.whole(TreeLayout(row, torch.device("cpu")))
+        walk.whole(TreeLayout(tree, torch.device("cpu")))
 
 
 # Generation: short, long, and growing beyond the limit after some tokens or at once
@@ -165,7 +165,7 @@ N_NEW = 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_say_what_each_says_alone(kind: str, make_model: MakeModel) -> None:
+def test_texts_say_what_each_says_alone(kind: str, make_model: MakeModel) -> None:
     model = long_model(make_model, kind)
     decoder = BatchDecoder(model, eos_token_ids=[EOS], max_slots=5, prefill_tokens=11)
     waiting, found = list(range(len(PROMPTS))), {i: [] for i in range(len(PROMPTS))}

@@ -21,9 +21,9 @@ N_BLOCKS = 3
 PAIRS = [([5, 6, 7], [8, 9, 4]), ([5, 6, 7], [8, 3, 3, 1]), ([5, 6], [9, 2]), ([2], [2, 2, 7])]
 
 
-def make_row(pairs: list[tuple[list[int], list[int]]] = PAIRS) -> tuple[PrefixTree, TreeLayout]:
-    row = build_tree(TokenSequences.from_lists(pairs), np.arange(len(pairs)))
-    return row, TreeLayout(row, torch.device("cpu"))
+def make_tree(pairs: list[tuple[list[int], list[int]]] = PAIRS) -> tuple[PrefixTree, TreeLayout]:
+    tree = build_tree(TokenSequences.from_lists(pairs), np.arange(len(pairs)))
+    return tree, TreeLayout(tree, torch.device("cpu"))
 
 
 def patched(model: nn.Module) -> list[str]:
@@ -47,7 +47,7 @@ def states_of_block(model: Any, cut: int, ids: list[int]) -> Tensor:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_cut_gives_the_whole(make_model: MakeModel, model_type: str) -> None:
     model = make_model(model_type)
-    _, layout = make_row()
+    _, layout = make_tree()
     whole = TreeWalk(model, 0).whole(layout)
     assert whole.shape[:2] == (1, layout.n_nodes)
     for cut in range(N_BLOCKS):
@@ -59,12 +59,12 @@ def test_every_cut_gives_the_whole(make_model: MakeModel, model_type: str) -> No
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_nodes_have_the_states_of_their_sequences(make_model: MakeModel, model_type: str) -> None:
     model = make_model(model_type)
-    row, layout = make_row()
+    tree, layout = make_tree()
     found = [TreeWalk(model, cut).prefix(layout)[0] for cut in range(N_BLOCKS)]
     final = TreeWalk(model, 1).whole(layout)[0]
     for leaf in range(layout.n_nodes):
-        path = [j for j in range(leaf + 1) if leaf < row.subtree_end[j]]
-        ids = row.token_ids[path].tolist()
+        path = [j for j in range(leaf + 1) if leaf < tree.subtree_end[j]]
+        ids = tree.token_ids[path].tolist()
         for cut, states in enumerate(found):
             torch.testing.assert_close(states[leaf], states_of_block(model, cut, ids)[-1])
         own = Anatomy(model).backbone(torch.tensor([ids]))[0][0, -1]
@@ -76,7 +76,7 @@ def test_the_prefix_has_no_graph_and_the_suffix_none_below_the_cut(
     make_model: MakeModel, model_type: str
 ) -> None:
     model = make_model(model_type).requires_grad_()
-    _, layout = make_row()
+    _, layout = make_tree()
     walk = TreeWalk(model, 1)
     hidden = walk.prefix(layout)
     assert not hidden.requires_grad and hidden.grad_fn is None
@@ -88,7 +88,7 @@ def test_the_prefix_has_no_graph_and_the_suffix_none_below_the_cut(
 
 def test_a_gradient_can_enter_the_prefix_state(make_model: MakeModel) -> None:
     walk = TreeWalk(make_model("llama"), 2)
-    _, layout = make_row()
+    _, layout = make_tree()
     hidden = walk.prefix(layout).clone().requires_grad_()
     walk.suffix(layout, hidden).square().sum().backward()
     assert hidden.grad is not None and float(hidden.grad.norm()) > 0
@@ -97,7 +97,7 @@ def test_a_gradient_can_enter_the_prefix_state(make_model: MakeModel) -> None:
 @pytest.mark.parametrize("part", ["prefix", "suffix", "whole"])
 def test_all_is_given_back_when_a_block_fails(make_model: MakeModel, part: str) -> None:
     model = make_model("llama")
-    _, layout = make_row()
+    _, layout = make_tree()
     walk = TreeWalk(model, 2)
     attention, hidden = model.config._attn_implementation, walk.prefix(layout)
     expected = walk.whole(layout)
@@ -117,7 +117,7 @@ def test_all_is_given_back_when_a_block_fails(make_model: MakeModel, part: str) 
 
 def test_a_forward_that_was_there_before_stays(make_model: MakeModel) -> None:
     model = make_model("llama")
-    _, layout = make_row()
+    _, layout = make_tree()
     walk = TreeWalk(model, 1)
     block = walk.anatomy.blocks[1]
     original, calls = block.forward, []
@@ -143,7 +143,7 @@ def test_a_block_with_a_configuration_of_its_own_is_refused(
     model = make_model("llama")
     attention = model.model.layers[own_config].self_attn
     attention.config = copy.deepcopy(attention.config)
-    _, layout = make_row()
+    _, layout = make_tree()
     with pytest.raises(RunFailedError, match="--engine plain"):
         TreeWalk(model, 1).whole(layout)
     walk = TreeWalk(model, 1)

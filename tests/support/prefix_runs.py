@@ -75,8 +75,8 @@ class Run:
         return self.step.prefix_source
 
     def epoch(self, number: int = 0) -> "Run":
-        for rows in steps_of(self.sequences, number):
-            loss = self.step(rows)
+        for groups in steps_of(self.sequences, number):
+            loss = self.step(groups)
             for parameter in self.parameters.values():
                 assert parameter.grad is not None
                 parameter.grad /= loss.n_tokens
@@ -90,12 +90,12 @@ class Run:
         return self
 
     def counts(self) -> tuple[int, int]:
-        """Rows read and rows computed."""
+        """Trees read and trees computed."""
         return self.cache.n_read_trees, self.cache.n_computed_trees
 
 
-def n_rows(sequences: TokenSequences) -> int:
-    return sum(len(rows) for rows in steps_of(sequences, 0))
+def n_trees(sequences: TokenSequences) -> int:
+    return sum(len(groups) for groups in steps_of(sequences, 0))
 
 
 def assert_same_adapters(a: Run, b: Run) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of training share: a dozen rows, short trials, a cache of states of their own."""
+"""What the tests of training share: a dozen sequences, short trials, a cache of their own."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from swlora.training import layer_trial
 
 @pytest.fixture
 def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials of 8 steps of two rows."""
+    """Trials of 8 steps of two sequences."""
     monkeypatch.setattr(layer_trial, "TRIAL_EXAMPLES", 16)
     monkeypatch.setattr(layer_trial, "PROFILED_EXAMPLES", 6)
 
 
 @pytest.fixture
 def sequences() -> TokenSequences:
-    """Twelve rows of four prompts."""
+    """Twelve sequences of four prompts."""
     torch.manual_seed(3)
     prompts = [torch.randint(3, 40, (n,)).tolist() for n in (4, 4, 7, 2)]
     return TokenSequences.from_lists(

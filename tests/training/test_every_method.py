@@ -41,7 +41,7 @@ def assert_same_gradients(found: dict[str, Any], expected: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(("method", "model_type"), CASES)
-def test_tree_rows_equal_peft_on_the_padded_batch(
+def test_trees_equal_peft_on_the_padded_batch(
     make_model: MakeModel, method: str, model_type: str
 ) -> None:
     adapted = perturbed(make_model, method, model_type)
@@ -127,11 +127,11 @@ def test_dropout_is_the_adapters_and_on_in_training_only(
     sequences = TokenSequences.from_lists(branching())
     for step_class in (TreeStep, PlainStep):
         step = step_class(adapted.model, sequences)
-        rows = [np.arange(len(sequences))]
+        groups = [np.arange(len(sequences))]
         train_mode(adapted.model)
         torch.manual_seed(1)
-        first, again = step(rows).sum_nats, step(rows).sum_nats
+        first, again = step(groups).sum_nats, step(groups).sum_nats
         torch.manual_seed(1)
-        assert step(rows).sum_nats == first != again
+        assert step(groups).sum_nats == first != again
         adapted.model.eval()
-        assert step(rows).sum_nats == step(rows).sum_nats != first
+        assert step(groups).sum_nats == step(groups).sum_nats != first

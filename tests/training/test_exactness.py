@@ -95,19 +95,19 @@ DATA: dict[str, Callable[[], list[Pair]]] = {"branching": branching, "deep": dee
 def assert_same(
     peft_model: Any,
     sequences: TokenSequences,
-    rows: Sequence[np.ndarray] | None = None,
+    groups: Sequence[np.ndarray] | None = None,
     *,
     smoothing: float = 0.0,
     loss_tolerance: float = 1e-5,
     tolerance: float = 1e-5,
 ) -> None:
-    """Tree rows `rows` (default: one row of everything) equal one padded batch of the same."""
-    rows = [np.arange(len(sequences))] if rows is None else rows
+    """Trees of `groups` (default: one of everything) equal one padded batch of the same."""
+    groups = [np.arange(len(sequences))] if groups is None else groups
     plain = PlainStep(peft_model, sequences, label_smoothing=smoothing)
     tree = TreeStep(peft_model, sequences, label_smoothing=smoothing)
     parameters = trainable_parameters(peft_model)
-    loss, n_tokens, oracle = measure(plain, parameters, rows)
-    tree_loss, tree_n_tokens, ours = measure(tree, parameters, rows)
+    loss, n_tokens, oracle = measure(plain, parameters, groups)
+    tree_loss, tree_n_tokens, ours = measure(tree, parameters, groups)
     assert tree_n_tokens == n_tokens
     assert abs(tree_loss - loss) <= loss_tolerance * loss
     assert ours.keys() == oracle.keys()
@@ -116,16 +116,16 @@ def assert_same(
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
-def test_shapes_cover_every_family_that_can_run_tree_rows() -> None:
+def test_shapes_cover_every_family_that_can_run_trees() -> None:
     able = {t for f in FAMILIES if f.has_attention_interface for t in f.model_types}
     assert {model_type for model_type, _ in SHAPES.values()} == able
 
 
 @pytest.mark.parametrize(("data", "nodes"), [("branching", 64), ("deep", 600), ("chain", 260)])
-def test_data_branches_and_exceeds_a_run(data: str, nodes: int) -> None:
+def test_data_branches_and_exceeds_a_chunk(data: str, nodes: int) -> None:
     sequences = TokenSequences.from_lists(DATA[data]())
-    row = build_tree(sequences, np.arange(len(sequences)))
-    assert nodes < len(row.token_ids) < len(sequences.tokens) / 1.5
+    tree = build_tree(sequences, np.arange(len(sequences)))
+    assert nodes < len(tree.token_ids) < len(sequences.tokens) / 1.5
 
 
 @pytest.mark.parametrize("data", ["branching", "deep"])
@@ -192,16 +192,16 @@ def test_some_targets(make_model: MakeModel, shape: str, targets: list[str]) -> 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("shape", ["gpt2", "llama, grouped heads, own head", "mistral, window 5"])
-def test_steps_of_several_rows(make_model: MakeModel, shape: str, order: StepOrder) -> None:
+def test_steps_of_several_trees(make_model: MakeModel, shape: str, order: StepOrder) -> None:
     peft_model = adapted(make_model, shape)
     sequences = TokenSequences.from_lists(deep())
     steps = plan_steps(
         sequences, sequences_per_step=12, max_tokens_per_tree=150, order=order, seed=1, epoch=0
     )
     assert len(steps) == 2
-    for rows in steps:
-        assert len(rows) >= 2
-        assert_same(peft_model, sequences, rows)
+    for groups in steps:
+        assert len(groups) >= 2
+        assert_same(peft_model, sequences, groups)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.support.prefix_runs import (
     adapted,
     assert_same_adapters,
     make_sequences,
-    n_rows,
+    n_trees,
     steps_of,
 )
 
@@ -31,13 +31,13 @@ def test_bit_identical_after_an_epoch_and_read_from_the_second_on(make_model: Ma
     plain = Run(make_model, sequences, limit_gb=0.0).epoch()
     cached = Run(make_model, sequences).epoch()
     assert_same_adapters(plain, cached)
-    assert cached.counts() == (0, n_rows(sequences)) and n_rows(sequences) >= 5
-    for number in (1, 2):  # rows are cut anew: same states, read from other rows' computation
+    assert cached.counts() == (0, n_trees(sequences)) and n_trees(sequences) >= 5
+    for number in (1, 2):  # trees are cut anew: same states, computed in other trees
         plain.epoch(number)
         cached.epoch(number)
     assert cached.counts() == (
         sum(len(r) for e in (1, 2) for r in steps_of(sequences, e)),
-        n_rows(sequences),
+        n_trees(sequences),
     )
     np.testing.assert_allclose(cached.losses, plain.losses, rtol=1e-6)
     for name, parameter in plain.parameters.items():
@@ -52,7 +52,7 @@ def test_a_second_run_reads_everything(make_model: MakeModel) -> None:
     second = Run(make_model, sequences)
     assert second.said == ["prefix cache: 100% of the states are there from an earlier run"]
     second.epoch()
-    assert second.counts() == (n_rows(sequences), 0)
+    assert second.counts() == (n_trees(sequences), 0)
     assert_same_adapters(first, second)
 
 
@@ -64,7 +64,7 @@ def test_a_run_that_was_cut_short_leaves_what_it_computed(make_model: MakeModel)
     second = Run(make_model, sequences)
     assert len(second.said) == 1 and "100%" not in second.said[0]
     second.epoch()
-    assert second.counts() == (n_first, n_rows(sequences) - n_first)
+    assert second.counts() == (n_first, n_trees(sequences) - n_first)
     assert_same_adapters(second, Run(make_model, sequences, limit_gb=0.0).epoch())
 
 
@@ -75,17 +75,17 @@ def test_states_come_back_as_they_were(
 ) -> None:
     walk, sequences = TreeWalk(make_model(model_type).to(dtype), 2), make_sequences()
     cache = PrefixCache(walk, sequences, limit_gb=1, say=print)
-    bounds = pairwise((0, 6, 13, 21))  # between prompts: what two rows share, the later one writes
-    rows = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
-    layouts = [TreeLayout(row, torch.device("cpu")) for row in rows]
-    computed = [cache(row, layout) for row, layout in zip(rows, layouts, strict=True)]
+    bounds = pairwise((0, 6, 13, 21))  # between prompts: what two trees share, the later one writes
+    trees = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
+    layouts = [TreeLayout(tree, torch.device("cpu")) for tree in trees]
+    computed = [cache(tree, layout) for tree, layout in zip(trees, layouts, strict=True)]
     assert cache.n_computed_trees == 3
-    for row, layout, states in zip(rows, layouts, computed, strict=True):
+    for tree, layout, states in zip(trees, layouts, computed, strict=True):
         assert torch.equal(states, walk.prefix(layout))
-        read = cache(row, layout)
+        read = cache(tree, layout)
         assert read.dtype == dtype and torch.equal(read, states) and not read.requires_grad
     assert (cache.n_read_trees, cache.n_computed_trees) == (3, 3)
-    # A row of nodes that were computed in several rows, and one with a node that was not.
+    # A tree of nodes that were computed in several trees, and one with a node that was not.
     mixed = build_tree(sequences, np.array([1, 6, 11]))
     states = cache(mixed, TreeLayout(mixed, torch.device("cpu")))
     expected = walk.prefix(TreeLayout(mixed, torch.device("cpu")))
@@ -150,18 +150,18 @@ def test_two_runs_over_the_same_content_share_their_states(make_model: MakeModel
     second = PrefixCache(walk, sequences, limit_gb=1, say=print)
     bounds = list(pairwise((0, 1, 3, 6, 10, 11, 13, 16, 20, 21, 23)))
     assert bounds[-1][1] == len(sequences)
-    rows = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
-    layouts = [TreeLayout(row, torch.device("cpu")) for row in rows]
-    for number, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
+    trees = [build_tree(sequences, np.arange(*bound)) for bound in bounds]
+    layouts = [TreeLayout(tree, torch.device("cpu")) for tree in trees]
+    for number, (tree, layout) in enumerate(zip(trees, layouts, strict=True)):
         cache = (first, second)[number % 2]
-        assert torch.equal(cache(row, layout), walk.prefix(layout))
-    for number, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
+        assert torch.equal(cache(tree, layout), walk.prefix(layout))
+    for number, (tree, layout) in enumerate(zip(trees, layouts, strict=True)):
         cache = (second, first)[number % 2]  # what the other one wrote
-        assert torch.equal(cache(row, layout), walk.prefix(layout))
+        assert torch.equal(cache(tree, layout), walk.prefix(layout))
     first.close()
     second.close()
     third = PrefixCache(walk, sequences, limit_gb=1, say=print)
-    for row, layout in zip(rows, layouts, strict=True):
-        assert torch.equal(third(row, layout), walk.prefix(layout))
-    assert (third.n_read_trees, third.n_computed_trees) == (len(rows), 0)
+    for tree, layout in zip(trees, layouts, strict=True):
+        assert torch.equal(third(tree, layout), walk.prefix(layout))
+    assert (third.n_read_trees, third.n_computed_trees) == (len(trees), 0)
     third.close()

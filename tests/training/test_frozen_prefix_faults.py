@@ -15,7 +15,7 @@ from tests.support.prefix_runs import (
     assert_same_adapters,
     full_disk_after,
     make_sequences,
-    n_rows,
+    n_trees,
     only_folder,
     steps_of,
 )
@@ -46,12 +46,12 @@ def test_a_damaged_header_has_the_cache_built_anew(
         header.write_text(json.dumps(whole | {damage: whole[damage] + 1}))
     (only_folder(prefix_folder) / "states").write_bytes(b"\x01" * 50_000)
     again = Run(make_model, sequences).epoch().close()
-    assert again.counts() == (0, n_rows(sequences)) and not again.said
+    assert again.counts() == (0, n_trees(sequences)) and not again.said
     assert json.loads(header.read_text()) == whole
     reference = Run(make_model, sequences, limit_gb=0.0).epoch()
     assert_same_adapters(again, reference)
     third = Run(make_model, sequences).epoch()
-    assert third.counts() == (n_rows(sequences), 0)
+    assert third.counts() == (n_trees(sequences), 0)
     assert_same_adapters(third, reference)
 
 
@@ -63,8 +63,8 @@ def test_what_a_truncated_file_lost_is_computed_again(
 ) -> None:
     sequences = make_sequences()
     first = Run(make_model, sequences)
-    for rows in steps_of(sequences, 0)[:n_steps]:
-        first.step(rows)
+    for groups in steps_of(sequences, 0)[:n_steps]:
+        first.step(groups)
     first.close()
     states = only_folder(prefix_folder) / "states"
     os.truncate(states, int(states.stat().st_size * left))
@@ -73,7 +73,7 @@ def test_what_a_truncated_file_lost_is_computed_again(
     for _ in range(2):
         run = Run(make_model, sequences).epoch(1).epoch(0).close()
         np.testing.assert_allclose(run.losses, plain.losses, rtol=1e-6)
-    assert run.counts() == (2 * n_rows(sequences), 0)
+    assert run.counts() == (2 * n_trees(sequences), 0)
 
 
 @pytest.mark.faults
@@ -112,13 +112,13 @@ def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
 def test_states_are_there_before_they_are_said_to_be(make_model: MakeModel, n_writes: int) -> None:
     # The last prompts lie at the end of the file: what the first ones lack is a hole of zeros.
     walk, sequences = TreeWalk(make_model("llama"), 1), make_sequences()
-    row = build_tree(sequences, np.array([0, 6]))
-    layout = TreeLayout(row, torch.device("cpu"))
+    tree = build_tree(sequences, np.array([0, 6]))
+    layout = TreeLayout(tree, torch.device("cpu"))
     last = build_tree(sequences, np.array([22]))
     cache = PrefixCache(walk, sequences, limit_gb=1, say=print)
     cache(last, TreeLayout(last, torch.device("cpu")))
     with full_disk_after(n_writes):
-        torch.testing.assert_close(cache(row, layout), walk.prefix(layout))
+        torch.testing.assert_close(cache(tree, layout), walk.prefix(layout))
     later = PrefixCache(walk, sequences, limit_gb=1, say=print)
     for ids in ([0], [6], [0, 6]):
         part = build_tree(sequences, np.array(ids))

@@ -50,8 +50,8 @@ def fill(walk: TreeWalk, root: Path, seed: int, used_s: float) -> Filled:
     before = set(root.iterdir()) if root.exists() else set()
     sequences = make_sequences(seed)
     cache = PrefixCache(walk, sequences, limit_gb=1, say=print)
-    row = build_tree(sequences, np.arange(len(sequences)))
-    cache(row, TreeLayout(row, torch.device("cpu")))
+    tree = build_tree(sequences, np.arange(len(sequences)))
+    cache(tree, TreeLayout(tree, torch.device("cpu")))
     (folder,) = set(root.iterdir()) - before
     os.utime(folder, (used_s, used_s))
     return Filled(cache, folder)
@@ -89,9 +89,9 @@ def test_a_cache_in_use_is_not_evicted(make_model: MakeModel, prefix_folder: Pat
     limit_gb = needed_bytes(sequences) / GIB
     PrefixCache(walk, sequences, limit_gb=limit_gb, say=print).close()
     assert used.folder.exists() and not unused.folder.exists()
-    row = build_tree(make_sequences(1), np.arange(3))
-    layout = TreeLayout(row, torch.device("cpu"))
-    torch.testing.assert_close(used.cache(row, layout), walk.prefix(layout))
+    tree = build_tree(make_sequences(1), np.arange(3))
+    layout = TreeLayout(tree, torch.device("cpu"))
+    torch.testing.assert_close(used.cache(tree, layout), walk.prefix(layout))
     assert used.cache.n_read_trees == 1
     used.cache.close()
     PrefixCache(walk, sequences, limit_gb=limit_gb, say=print).close()

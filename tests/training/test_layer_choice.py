@@ -66,7 +66,7 @@ def test_states_that_are_not_kept_are_paid_for_in_every_epoch():
 
 
 def test_the_time_of_measuring_counts():
-    """12 s a row with all layers, 6.4 + 0.9 with the upper half; 3 + 6 with the middle."""
+    """12 s an example with all layers, 6.4 + 0.9 with the upper half; 3 + 6 with the middle."""
     found, n_rows = _profile([1.0] * 6), 1000
     spent_s = 500.0
     forecast = _forecast(found, n_rows=n_rows, spent_s=spent_s)
@@ -163,7 +163,7 @@ def _measured_model(monkeypatch, model, sequences, losses, *, epochs=40, budget=
 def test_the_choice_follows_the_trial(make_model, sequences, monkeypatch):
     model = make_model("llama")
     worse, tried = _measured_model(monkeypatch, model, sequences, [1.0, 1.3, 1.2])
-    # 40 epochs take 1.24 s a row, with the last layer 0.442, with the middle one 0.841
+    # 40 epochs take 1.24 s an example, with the last layer 0.442, with the middle one 0.841
     assert tried == {(0, 1, 2): 8, (2,): round(8 * 1.24 / 0.442), (1,): round(8 * 1.24 / 0.841)}
     assert worse.layers == [0, 1, 2]
     assert "layers 2, ended 0.300 nats" in worse.reason
@@ -178,6 +178,6 @@ def test_a_budget_that_nothing_keeps_means_all_layers(make_model, sequences, mon
     assert "no fewer keep the budget; the least takes 0." in choice.reason
 
 
-def test_a_family_without_tree_rows_is_refused(make_model, sequences):
+def test_a_family_without_trees_is_refused(make_model, sequences):
     with pytest.raises(UserError, match="needs prefix trees"):
         layer_choice.choose(make_model("falcon"), sequences, _spec(40), 0.5, Silent())

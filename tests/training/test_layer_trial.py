@@ -47,7 +47,7 @@ def test_gradient_norms_are_those_of_the_plain_step(make_model, sequences):
     adapted = adapt(model, spec.adapter, range(n_layers), seed=spec.seed)
     train_mode(adapted.model)
     step = PlainStep(adapted.model, sequences)
-    n_tokens = sum(step(rows).n_tokens for rows in steps)
+    n_tokens = sum(step(groups).n_tokens for groups in steps)
     for layer in range(n_layers):
         gradients = [p.grad for n, p in adapted.parameters.items() if f".layers.{layer}." in n]
         expected = sum(float(g.abs().sum()) for g in gradients if g is not None) / n_tokens
@@ -65,7 +65,7 @@ def test_states_count_as_kept_only_where_a_cache_will_hold_them(make_model, sequ
 def test_what_is_held_out_is_not_trained_on(sequences):
     plan = _plan(sequences, _spec())
     trained, held_out = (
-        {int(i) for rows in steps for ids in rows for i in ids}
+        {int(i) for groups in steps for ids in groups for i in ids}
         for steps in (plan.trained, plan.held_out)
     )
     assert trained and held_out
@@ -85,7 +85,7 @@ def test_small_steps_are_tried_for_longer(sequences, monkeypatch):
     monkeypatch.setattr(layer_trial, "TRIAL_EXAMPLES", 256)
     monkeypatch.setattr(layer_trial, "PROFILED_EXAMPLES", 96)
     plan = _plan(sequences, _spec(epochs=1))
-    assert (plan.n_trial, plan.n_profiled) == (128, 48)  # of 2 rows
+    assert (plan.n_trial, plan.n_profiled) == (128, 48)  # of 2 examples
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
@@ -125,7 +125,7 @@ def test_a_trial_is_an_ordinary_training_and_leaves_no_trace(make_model, sequenc
 
 
 def _held_out(step, plan, optimizer):
-    loss = sum((step(rows) for rows in plan.held_out), LossSum())
+    loss = sum((step(groups) for groups in plan.held_out), LossSum())
     optimizer.zero_grad()
     return loss.nats_per_token
 
@@ -135,8 +135,8 @@ def test_a_trial_that_diverges_has_no_loss_and_leaves_no_trace(make_model, seque
     bits = _bits(model)
     step_of = layer_trial.TreeStep.__call__
 
-    def diverged(self, rows) -> LossSum:
-        return LossSum(float("nan"), step_of(self, rows).n_tokens)
+    def diverged(self, groups) -> LossSum:
+        return LossSum(float("nan"), step_of(self, groups).n_tokens)
 
     monkeypatch.setattr(layer_trial.TreeStep, "__call__", diverged)
     losses = try_layers(
@@ -162,13 +162,13 @@ def test_an_error_leaves_no_trace(make_model, sequences):
 def test_where_only_the_top_layer_is_affordable_it_has_to_do_no_worse_than_all(
     make_model, monkeypatch, top_learns
 ):
-    """The times are given: 51 a row with all layers, 11.3 with the last one; the losses are real.
+    """The times are given: 51 an example with all layers, 11.3 with the last; losses are real.
 
     A last layer that hands its input through learns next to nothing.
     """
     torch.manual_seed(0)
     prompts = [torch.randint(20, 200, (4,)).tolist() for _ in range(12)]
-    rows = TokenSequences.from_lists([(p, [3, 5, 4, 9, 257]) for p in prompts])
+    sequences = TokenSequences.from_lists([(p, [3, 5, 4, 9, 257]) for p in prompts])
     model, all_layers = make_model("llama", num_hidden_layers=5), [0, 1, 2, 3, 4]
     if not top_learns:
         top = model.model.layers[4]
@@ -178,7 +178,7 @@ def test_where_only_the_top_layer_is_affordable_it_has_to_do_no_worse_than_all(
     found = LayerProfile([1.0, 1.0, 1.0, 1.0, 0.001], 1.0, 0.075, 10.0, is_cached=False)
     monkeypatch.setattr(layer_choice, "profile", lambda *_: found)
     spec = _spec(epochs=60, targets=["v_proj"] if not top_learns else ["all-linear"])
-    choice = layer_choice.choose(model, rows, spec, 0.4, Silent())
+    choice = layer_choice.choose(model, sequences, spec, 0.4, Silent())
     assert _bits(model) == bits
     assert [t.layers for t in choice.trials] == [all_layers, [4], [2]]
     everything, last, _ = choice.trials

@@ -45,7 +45,7 @@ def loss_curve(make_model: MakeModel, step_class: Any, seed: int, n_steps: int) 
     optimizer = torch.optim.AdamW(parameters, lr=5e-3)
     losses: list[float] = []
     for epoch in range(n_steps):
-        for rows in plan_steps(
+        for groups in plan_steps(
             sequences,
             sequences_per_step=16,
             max_tokens_per_tree=400,
@@ -53,7 +53,7 @@ def loss_curve(make_model: MakeModel, step_class: Any, seed: int, n_steps: int) 
             seed=0,
             epoch=epoch,
         ):
-            loss = step(rows)
+            loss = step(groups)
             losses.append(loss.nats_per_token)
             for parameter in parameters:
                 parameter.grad /= loss.n_tokens

@@ -77,7 +77,7 @@ def test_loss_and_gradient_are_those_of_the_definition(model_type, smoothing, ma
     assert largest_error(found, {n: expected_gradients[n] for n in found}) < 1e-5
 
 
-def test_neither_the_split_into_rows_nor_the_padding_matters(peft_model):
+def test_neither_the_split_into_groups_nor_the_padding_matters(peft_model):
     sequences = TokenSequences.from_lists([*random_pairs(7), (list(range(60)), [1, EOS])])
     step = PlainStep(peft_model, sequences)
     ids = np.arange(8)
@@ -91,7 +91,7 @@ def test_neither_the_split_into_rows_nor_the_padding_matters(peft_model):
         assert largest_error(gradients(peft_model), expected) < 1e-5
 
 
-def test_a_row_that_is_repeated_counts_twice(peft_model):
+def test_a_sequence_that_is_repeated_counts_twice(peft_model):
     sequences = TokenSequences.from_lists(random_pairs(2))
     step = PlainStep(peft_model, sequences)
     once, twice = step([np.array([1])]), step([np.array([1, 1])])

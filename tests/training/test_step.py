@@ -39,7 +39,7 @@ def make_sequences(n: int = 9) -> TokenSequences:
 
 
 class SmallMemory:
-    """Serves the frozen prefix of rows of at most `limit` sequences, else is out of memory."""
+    """Serves the frozen prefix of trees of at most `limit` sequences, else is out of memory."""
 
     def __init__(self, step: TreeStep, limit: int, error: Exception) -> None:
         self.prefix, self.limit, self.error = step.prefix_source, limit, error
@@ -69,7 +69,7 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["accelerator", "cpu"])
 @pytest.mark.parametrize(("limit", "halvings"), [(8, 0), (4, 1), (3, 2), (1, 3)])
-def test_rows_are_halved_until_they_fit(
+def test_trees_are_halved_until_they_fit(
     make_model: MakeModel, limit: int, halvings: int, error: Exception
 ) -> None:
     peft_model, sequences = adapted(make_model), make_sequences(8)
@@ -125,7 +125,7 @@ def test_the_model_is_as_before_after_a_step(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 @pytest.mark.parametrize("engine", ["auto", "tree"])
-def test_tree_rows_wherever_they_work(make_model: MakeModel, model_type: str, engine: Any) -> None:
+def test_trees_wherever_they_work(make_model: MakeModel, model_type: str, engine: Any) -> None:
     spec = TrainSpec(engine=engine, cache_gb=0, label_smoothing=0.2)
     peft_model, sequences = adapted(make_model, model_type), make_sequences()
     step = make_step(peft_model, sequences, spec, print)
@@ -151,7 +151,7 @@ def test_falcon_falls_back_to_padded_batches(make_model: MakeModel) -> None:
     assert all(float(gradient.norm()) > 0 for gradient in gradients.values())
 
 
-def test_falcon_is_refused_where_tree_rows_are_asked_for(make_model: MakeModel) -> None:
+def test_falcon_is_refused_where_trees_are_asked_for(make_model: MakeModel) -> None:
     peft_model = adapted(make_model, "falcon")
     with pytest.raises(UserError, match="falcon models cannot run prefix trees"):
         make_step(peft_model, make_sequences(), TrainSpec(engine="tree"), print)

@@ -28,9 +28,9 @@ def threads_after() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def gradients(step: TreeStep, rows: list[np.ndarray]) -> dict[str, Tensor]:
+def gradients(step: TreeStep, groups: list[np.ndarray]) -> dict[str, Tensor]:
     step.peft_model.zero_grad(set_to_none=True)
-    sum_nats = step(rows).sum_nats
+    sum_nats = step(groups).sum_nats
     found = {n: p.grad.clone() for n, p in trainable_parameters(step.peft_model).items()}
     return {"loss": torch.tensor(sum_nats, dtype=torch.float64), **found}
 
@@ -51,16 +51,16 @@ def found() -> Callable[[str], dict[Any, dict[str, Tensor]]]:
         peft_model = attach(model, AdapterSpec(rank=4), list(range(30)), seed=0)
         fill_b(peft_model, 0.02, seed=0)
         train_mode(peft_model)
-        rows = [np.arange(24)]
+        groups = [np.arange(24)]
         step = TreeStep(peft_model, sequences(40_000))
         results: dict[Any, dict[str, Tensor]] = {}
         for n in (2, 1):
             torch.set_num_threads(n)
-            results[n] = gradients(step, rows)
+            results[n] = gradients(step, groups)
         with pytest.MonkeyPatch.context() as patch:
             for module in (block_walk, tree_attention):  # forward, backward
                 patch.setattr(module, "adapt_threads", alternating())
-            results["changing"] = gradients(step, rows)
+            results["changing"] = gradients(step, groups)
         return results
 
     return measure

@@ -9,7 +9,7 @@ from tests.support.fake_host import ABSENT, BROKEN, INTACT, OTHER, ZEROED, Clien
 from swlora.web.tickets import QueueFullError, ShuttingDownError
 
 
-def test_rows_of_a_variant_are_one_batch(host, make_scheduler):
+def test_texts_of_a_variant_are_one_batch(host, make_scheduler):
     scheduler = make_scheduler()
     clients = [Client(n) for n in (1, 2, 4)]
     submit(scheduler, *clients)

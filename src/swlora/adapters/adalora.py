@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swlora.adapters.adapted import Adapted
+from swlora.adapters.adapted import NAME, Adapted
 from swlora.adapters.site import Site
 from swlora.config import AdapterSpec
 from swlora.errors import UserError
@@ -65,7 +65,7 @@ class AdaLora(Adapted):
             if ".ranknum." in name:  # a constant, which PEFT sets free on a bfloat16 model
                 parameter.requires_grad_(False)
         super().__init__(model, spec)
-        self._config = model.peft_config["default"]
+        self._config = model.peft_config[NAME]
         self._allocator = model.base_model.rankallocator
 
     def penalty(self) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from swlora.config import AdapterSpec
 
+NAME = "default"  # how PEFT calls an adapter that was given no name
+
 
 class Adapted:
     """A PeftModel whose method does nothing but descend; other methods say what they do more."""

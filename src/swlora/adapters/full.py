@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from swlora.adapters.adapted import Adapted
+from swlora.adapters.adapted import NAME, Adapted
 from swlora.adapters.site import Site
 from swlora.config import AdapterSpec
-
-NAME = "default"
 
 
 def config(_spec: AdapterSpec, site: Site) -> Any:

@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swlora.adapters.adapted import Adapted
+from swlora.adapters.adapted import NAME, Adapted
 from swlora.config import AdapterSpec
-
-NAME = "default"
 
 
 class Pissa(Adapted):

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from swlora.adapters.adapted import NAME
 from swlora.adapters.card import Facts, model_card
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.reach import HARMLESS_STARTS, refusal
@@ -97,7 +98,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
             f"the adapter in {folder} does not fit this model: {n_extra} of its tensors have no "
             f"place and {n_missing} are missing"
         )
-    if peft_model.peft_config["default"].peft_type == "ADALORA":
+    if peft_model.peft_config[NAME].peft_type == "ADALORA":
         _undo_rounding(peft_model, folder / WEIGHTS)
     return peft_model.eval().requires_grad_(False)  # PEFT leaves some free on bfloat16 models
 
@@ -142,7 +143,7 @@ def _undo_rounding(peft_model: Any, weights: Path) -> None:
 
     for name, tensor in load_file(weights, device=str(peft_model.device)).items():
         if name.endswith((".lora_A", ".lora_B", ".lora_E")):
-            peft_model.get_parameter(f"{name}.default").data = tensor
+            peft_model.get_parameter(f"{name}.{NAME}").data = tensor
 
 
 def adapter_folder(path: Path) -> Path:

@@ -92,3 +92,53 @@ def test_a_generation_prompt_that_knows_the_first_turn() -> None:
     usual, odd = (Example.chat([Message("user", said), answer]) for said in ("Hi", "odd"))
     found = encode_chats([*[usual] * 9, odd], chat_tokenizer(template), "all-turns", None)
     assert [isinstance(plan, str) for plan in found] == [False] * 9 + [True]
+
+
+ENDS = {
+    "by the next role": (
+        "{{ m.content }}{% if loop.last or messages[loop.index0 + 1].role != 'assistant' %}"
+        "<|im_end|>\n{% endif %}"
+    ),
+    "whichever comes": (
+        "{{ m.content }}{% if loop.last %}<|im_end|>{% else %}<|im_end|>\n{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", ENDS.values(), ids=ENDS)
+def test_an_end_behind_a_look_at_the_next_turn_is_trained(ending: str, monkeypatch) -> None:
+    """The look comes before the end of the turn itself is written."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        + ending
+        + "{% else %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer, examples = chat_tokenizer(template), chats(12)
+    found = encode_chats(examples, tokenizer, "all-turns", None)
+    monkeypatch.setattr(ChatTemplate, "trace", lambda *_: None)
+    assert found == encode_chats(examples, tokenizer, "all-turns", None)
+
+
+CALL = '{"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}'
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_row_is_taken_or_refused_whatever_stands_before_it(first: bool) -> None:
+    """Here calls are written alone only, and tools where there is a system turn."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.role == 'system' and tools %}{{ tools | tojson }}{% endif %}"
+        "{% if m.tool_calls and not m.content %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    asked, answer = Message("user", "Q"), Message("assistant", "A")
+    system = Message("system", "S")
+    called, looked = (Message("assistant", text, extra=CALL) for text in ("", "I look"))
+    tools = '[{"name": "f"}]'
+    good = [Example.chat([asked, called]), Example.chat([system, asked, answer], tools)]
+    bad = [Example.chat([asked, looked]), Example.chat([asked, answer], tools)]
+    rows = [*(good if first else []), *bad]
+    *taken, no_call, no_tools = encode_chats(rows, chat_tokenizer(template), "all-turns", None)
+    assert not any(isinstance(found, str) for found in taken)
+    assert "leaves out the field 'tool_calls'" in no_call and "no place for tools" in no_tools

@@ -11,6 +11,7 @@ from tests.support.models import MakeModel
 from tests.support.tokenizers import EOS, byte_tokenizer
 
 from swlora.adapters.methods import trainable_parameters
+from swlora.data import documents, tokenise
 from swlora.data.encode import encode_examples
 from swlora.data.examples import Example
 from swlora.training.step import TreeStep
@@ -47,6 +48,20 @@ def test_a_tokenizer_with_a_start_token_puts_it_there_once() -> None:
     tokenizer = byte_tokenizer("<s> $A", bos_token="<s>")
     (ids,) = pieces(["ab"], 99, tokenizer)
     assert ids == [*tokenizer("ab")["input_ids"], EOS] and len(ids) == 4
+
+
+def test_documents_are_tokenised_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, sizes = byte_tokenizer(), []
+
+    def token_ids(texts: list[str], *arguments: Any, **options: Any) -> list[list[int]]:
+        sizes.append(len(texts))
+        return tokenise.token_ids(texts, *arguments, **options)
+
+    monkeypatch.setattr(documents, "token_ids", token_ids)
+    whole = pieces(["ab", "cde", "f", "g"], 99, tokenizer)
+    monkeypatch.setattr(documents, "_CHARACTERS", 4)
+    assert pieces(["ab", "cde", "f", "g"], 99, tokenizer) == whole
+    assert sizes == [4, 2, 2]
 
 
 def test_documents_do_not_see_each_other(make_model: MakeModel) -> None:

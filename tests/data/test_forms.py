@@ -56,7 +56,15 @@ def test_turns_before_the_completion_are_read_only() -> None:
 
 
 @pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
-@pytest.mark.parametrize("record", [{"messages": TURNS}, {"conversations": SAID}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TURNS},
+        {"conversations": SAID},
+        {"instruction": "Why?", "output": "So."},
+        {"prompt": TURNS[:2], "completion": TURNS[2:]},
+    ],
+)
 def test_tools_come_as_a_list_or_as_json(tools: Any, record: dict[str, Any]) -> None:
     found = Recogniser({}).example({**record, "tools": tools})
     assert isinstance(found, Example) and found.tools == '[{"name": "f"}]'
@@ -106,6 +114,10 @@ def test_columns_that_were_named(columns, record, example) -> None:
         ({"text": "a\0"}, "its text holds a NUL byte"),
         ({"messages": TURNS, "tools": "f"}, "its tools are not a list of objects"),
         ({"prompt": "a", "completion": "b", "images": ["c"]}, "only text is used"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "'system': write it into the prompt"),
+        ({"prompt": "a", "completion": "b", "input": "c"}, "'input': write it into the pr"),
+        ({"prompt": "a", "completion": "b", "tools": [{}]}, "'tools': only chats have them"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "write its turns"),
     ],
 )
 def test_what_is_no_example_says_why(record: dict[str, Any], reason: str) -> None:

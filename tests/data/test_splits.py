@@ -1,7 +1,7 @@
 """Folders, patterns and data of the Hub: which rows are trained on, and which are held out."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from swlora.data import sources
 from swlora.data.dataset import Counts
 from swlora.data.examples import Example
 from swlora.data.files import data_files, split_files
+from swlora.data.rows import Row, collect_rows
 from swlora.data.sources import load_dataset
 from swlora.errors import DataError, UserError
 
@@ -225,3 +226,52 @@ def test_settings_of_the_hub_are_not_for_files(setting: str, tmp_path: Path) -> 
     flag = f"--{setting.replace('_', '-')}"
     with pytest.raises(UserError, match=f"{flag} is for data of the Hub, not for .*a.jsonl"):
         load_dataset(DataSpec(name=name, **{setting: "x"}))
+
+
+def test_splits_that_an_evaluation_file_replaces_are_not_read(shards: Path, tmp_path: Path) -> None:
+    (shards / "test/part.jsonl").write_text("{\n")
+    held_out = write(tmp_path / "eval.jsonl", as_jsonl([("e", "1")]))
+    dataset = load_dataset(DataSpec(name=str(shards), eval_file=Path(held_out)))
+    assert (dataset.train, dataset.dev) == (examples(TRAIN), examples([("e", "1")]))
+    assert dataset.test == dataset.dev and dataset.counts.n_bad == 0
+
+
+def test_a_column_that_one_split_has_is_there(tmp_path: Path) -> None:
+    rows = [{"instruction": f"{i}", "ctx": "x", "output": "y"} for i in range(3)]
+    write(tmp_path / "d/train.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    write(tmp_path / "d/dev.jsonl", b'{"instruction": "a", "output": "b"}')
+    dataset = load_dataset(DataSpec(name=str(tmp_path / "d"), columns="input=ctx"))
+    assert dataset.train[0].messages[0].content == "0\n\nx"
+    assert dataset.dev[0].messages[0].content == "a"
+    with pytest.raises(DataError, match="d: no row has the column 'gone'"):
+        load_dataset(DataSpec(name=str(tmp_path / "d"), columns="input=gone"))
+
+
+def test_a_column_that_no_row_of_the_hub_has_is_refused(hub: Callable[..., str]) -> None:
+    rows = [{"instruction": f"{i}", "context": "x", "output": "y"} for i in range(3)]
+    with pytest.raises(DataError, match="org/chats: no row has the column 'contxt'"):
+        load_dataset(DataSpec(name=hub(train=rows), columns="input=contxt"))
+
+
+def test_what_a_map_of_datasets_left_is_no_data(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    rows = [{"prompt": f"{i}", "completion": "a"} for i in range(4)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+    mapped = datasets.load_from_disk(str(folder)).map(lambda row: {"completion": row["prompt"]})
+    assert any(path.name.startswith("cache-") for path in folder.iterdir()) and len(mapped) == 4
+    dataset = load_dataset(DataSpec(name=str(folder)))
+    assert [e.completion for e in (*dataset.train, *dataset.dev)] == ["a"] * 4
+
+
+def test_a_stream_ends_at_its_first_bad_row() -> None:
+    """It may have no end; with --skip-bad-rows it is read on."""
+
+    def rows(n_good: int) -> Iterator[Row]:
+        yield "x, row", 1, "its prompt is empty"
+        for number in range(2, n_good + 2):
+            yield "x, row", number, Example("a", "b")
+        raise AssertionError("it was read on")
+
+    with pytest.raises(DataError, match="x, row 1: its prompt is empty; --skip-bad-rows leaves it"):
+        collect_rows(rows(0), "x, row 1", skip_bad_rows=False, limit=3)
+    assert len(collect_rows(rows(3), "x, row 1", skip_bad_rows=True, limit=3).examples) == 3

@@ -104,6 +104,24 @@ def test_the_last_turn_alone_is_cut_in_its_middle() -> None:
     assert kept[:20] == ids[:20] and kept[-20:] == ids[-20:]
 
 
+def test_the_last_answer_stays_behind_a_long_answer_of_a_tool() -> None:
+    """A call is trained too where there is room; here only what the tool said is cut."""
+    tokenizer = chat_tokenizer(FAMILIES["ChatML"])
+    turns = [("user", "Q"), ("assistant", "call"), ("tool", "T" * 300), ("assistant", "FINAL")]
+    example = Example.chat(Message(role, content) for role, content in turns)
+
+    def encoded(context_tokens: int) -> list[tuple[list[int], list[int]]]:
+        return texts(
+            encode_examples([example], "", tokenizer, context_tokens=context_tokens, truncate=True)
+        )
+
+    ((whole, trained),) = encoded(9_999)
+    assert bytes(t for t in trained if t < 256) == b"call\nFINAL\n"
+    ((kept, trained),) = encoded(100)
+    assert bytes(t for t in trained if t < 256) == b"FINAL\n"
+    assert len(kept) == 100 and (kept[:40], kept[-40:]) == (whole[:40], whole[-40:])
+
+
 def test_turns_are_only_left_out_before_what_is_trained() -> None:
     """The first answer alone is trained: its question is cut instead."""
     tokenizer = chat_tokenizer(FAMILIES["ChatML"])

@@ -102,3 +102,13 @@ def test_prompts_beside_documents(model_folder, tmp_path) -> None:
     assert (found.n_prompts, found.n_rows) == (1, 3)
     assert json.loads(line)["n_tokens"] == 4  # b, a space, c and EOS
     assert found.n_tokens == 10 + 4 + 5
+
+
+def test_a_prompt_that_is_too_long_is_cut_where_it_was_asked_for(model_folder, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "ab" * 200, "completion": "c"}) + "\n")
+    folder = model_folder("llama")
+    with pytest.raises(UserError, match="the model's context is 256"):
+        evaluated(tmp_path / "a", make_spec(folder, (path, path)))
+    found = evaluated(tmp_path / "b", make_spec(folder, (path, path), data__truncate=True))
+    assert (found.n_prompts, found.n_tokens) == (1, 2)

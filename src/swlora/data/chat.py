@@ -99,16 +99,18 @@ class ChatTemplate:
     def check_fields(self, turns: Turns, tools: str) -> None:
         """Raise UserError for what the template leaves out: tools, a field of a message, a role.
 
-        The last of `turns` is an answer. What a template wrote once, it is not asked for again.
+        The last of `turns` is an answer. What a template wrote among turns of
+        the same roles it is not asked for again.
         """
         before = turns[:-1]  # as generation shows them: some write the system's words there only
-        if tools and ("", "tools") not in self._written_fields:
+        of_tools = (" ".join(dict.fromkeys(turn.role for turn in before)), "tools")
+        if tools and of_tools not in self._written_fields:
             if self.prompt(before, tools) == self.prompt(before):
                 raise UserError(
                     "the chat template has no place for tools: write them into the system message, "
                     "and leave the field out"
                 )
-            self._written_fields.add(("", "tools"))
+            self._written_fields.add(of_tools)
         for number, turn in enumerate(turns):
             if number < len(before):
                 self._check_role(before, number, tools)
@@ -118,8 +120,11 @@ class ChatTemplate:
     def _check_field(self, turns: Turns, name: str, tools: str) -> None:
         """Raise UserError for a field of the last of the turns that the template leaves out."""
         *before, turn = turns
-        key = (turn.role, name)
-        if name == "content" or key in _BOOKKEEPING or key in self._written_fields:
+        if name == "content" or (turn.role, name) in _BOOKKEEPING:
+            return
+        # A call beside words may be left out where a call alone is not.
+        key = (turn.role, f"{name} {bool(turn.content.strip())}")
+        if key in self._written_fields:
             return
         fields = json.loads(turn.extra)
         del fields[name]

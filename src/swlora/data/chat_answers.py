@@ -107,9 +107,15 @@ def _written_once(
         for i, prompt in zip(ends, prompts, strict=True)
     ):
         return None
+    try:
+        ending = template.end.text.removesuffix(template.end.only_last) if len(numbers) > 1 else ""
+    except UserError:  # it does not write a chat as short as that
+        return None
     answers = []
     for i in numbers:
         begin, end = traced.begins[i] + len(added), min(traced.begins[i + 1], len(text))
+        if i != numbers[-1] and not text[begin:end].endswith(ending):
+            return None  # the next turn may be looked at before this one has its end
         spans: tuple[Span, ...] = ((begin, end),)
         if template.has_marks:
             spans = tuple((b, min(e, end)) for b, e in traced.marks if max(b, begin) < e <= end)

@@ -19,6 +19,7 @@ _LEAVE_OUT = "it is not used; leave it out"
 _ONLY_TEXT = "only text is used"
 _ROW_FIELDS = {  # beside prompt and completion, or messages
     "functions": "give them as tools",
+    "history": "write its turns as messages",
     "documents": _LEAVE_OUT,
     "chat_template_kwargs": _LEAVE_OUT,
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _ONLY_TEXT),
@@ -26,7 +27,10 @@ _ROW_FIELDS = {  # beside prompt and completion, or messages
 _CHAT_FIELDS = dict.fromkeys(  # beside messages
     ("system", "system_prompt"), "write it as the first message, with the role 'system'"
 )
-_PAIR_FIELDS = {"tools": "only chats have them; write them into the prompt, and leave it out"}
+_PAIR_FIELDS = {
+    "tools": "only chats have them; write them into the prompt, and leave it out",
+    **dict.fromkeys(("system", "system_prompt", "input"), "write it into the prompt"),
+}
 
 
 def unused_meaning(

@@ -22,6 +22,7 @@ from swlora.data.chat import ChatTemplate, Turns
 from swlora.data.chat_encode import TrainOn, Weighted, encode_chats
 from swlora.data.documents import encode_documents
 from swlora.data.examples import CHAT_KEY, Example
+from swlora.data.problems import count_problem
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.data.tokenise import Following, following_ids, token_ids
 from swlora.data.truncate import cut, is_long, without_oldest_turns
@@ -90,7 +91,7 @@ def encode_examples(
                         raise DataError(
                             f"{_place(chunk[i], start + i)}: {found}; --skip-bad-rows leaves it out"
                         )
-                    bad[found] += 1
+                    count_problem(bad, found)
                     continue
                 weighted += found
                 example_ids.extend([start + i] * len(found))
@@ -139,7 +140,7 @@ def _shortened(
     context_tokens: int,
 ) -> list[Weighted]:
     if example.messages:
-        return without_oldest_turns(example, lambda chat: encode([chat])[0], context_tokens)
+        return without_oldest_turns(example, found, lambda chat: encode([chat])[0], context_tokens)
     return [cut(sequence, context_tokens) for sequence in found]
 
 

@@ -24,6 +24,11 @@ _MAGIC = set("*?[")
 _OF_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
+def _is_of_datasets(name: str) -> bool:
+    """Say whether a file is a note of `datasets`, or what one of its maps left beside the rows."""
+    return name in _OF_DATASETS or re.fullmatch(r"cache-\w+\.arrow", name) is not None
+
+
 def data_files(name: str) -> list[Path]:
     """Return the files that a name stands for, in order; [] where it is no file, folder or pattern.
 
@@ -33,7 +38,7 @@ def data_files(name: str) -> list[Path]:
     if path.is_file():
         return [path] if ending(path) else []
     if path.is_dir():
-        files = (p for p in path.rglob("*") if p.name not in _OF_DATASETS)
+        files = (p for p in path.rglob("*") if not _is_of_datasets(p.name))
         inside = sorted(p for p in files if p.is_file() and ending(p))
         found = [p for p in inside if not any(part.startswith(".") for part in _inner(p, path))]
     elif _MAGIC & set(name):

@@ -46,6 +46,8 @@ class Form:
 def _pair(fields: Fields) -> Example | str:
     prompt, completion = fields["prompt"], fields["completion"]
     if not _is_turns(prompt) or not _is_turns(completion):
+        if fields.get("tools"):
+            return "it has the field 'tools': only chats have them; write them into the prompt"
         return make_example(prompt, completion)
     read_only = [{**m, "weight": 0} if m.get("role") == "assistant" else m for m in prompt]
     return make_chat([*read_only, *completion], _tools(fields))
@@ -106,7 +108,8 @@ def _instruction(fields: Fields) -> Example | str:
     turns = [("user", "\n\n".join(texts)), ("assistant", fields["output"])]
     if fields.get("system"):
         turns.insert(0, ("system", fields["system"]))
-    return make_chat([{"role": role, "content": content} for role, content in turns])
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return make_chat(messages, _tools(fields))
 
 
 def _messages(fields: Fields) -> Example | str:
@@ -114,10 +117,10 @@ def _messages(fields: Fields) -> Example | str:
 
 
 FORMS = (
-    Form(("prompt", "completion"), _pair),
+    Form(("prompt", "completion"), _pair, ("tools",)),
     Form(("messages",), _messages, ("tools",), is_chat=True),
     Form(("conversations",), _conversation, ("system", "tools"), is_chat=True),
-    Form(("instruction", "output"), _instruction, ("input", "system"), is_chat=True),
+    Form(("instruction", "output"), _instruction, ("input", "system", "tools"), is_chat=True),
     Form(("text",), lambda fields: make_text(fields["text"])),
 )
 ALIKE = {  # other names that people give to fields, for suggestions

@@ -14,11 +14,11 @@ from pathlib import Path
 from swlora.data.dataset import Counts, Dataset
 from swlora.data.examples import Example, keep
 from swlora.data.forms import Recogniser
+from swlora.data.problems import count_problem
 from swlora.data.records import has_columns, read_records, unit
 from swlora.errors import DataError
 
 E2E_COLUMNS = {"prompt": "mr", "completion": "ref"}
-_MAX_REASONS = 50  # that are counted by themselves: they quote what rows say, such as roles
 Row = tuple[str, int, Example | str]  # its file and unit, its number there; the example, or why not
 
 
@@ -35,13 +35,13 @@ def read_rows(paths: Sequence[Path], columns: Mapping[str, str], skip_bad_rows: 
 
     `columns` names the columns of fields that have other names there (see `forms`).
     """
-    recogniser = Recogniser(columns)
+    return read_files(paths, Recogniser(columns), skip_bad_rows)
+
+
+def read_files(paths: Sequence[Path], recogniser: Recogniser, skip_bad_rows: bool) -> Rows:
+    """Read files one after the other, as one; DataError for the first bad row."""
     rows = (row for path in paths for row in rows_of(path, recogniser))
-    found = collect_rows(rows, f"{paths[0]}, {unit(paths[0])} 1", skip_bad_rows)
-    if recogniser.unseen:
-        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        raise DataError(f"{paths[0]}{others}: no row has the column {recogniser.unseen!r:.60}")
-    return found
+    return collect_rows(rows, f"{paths[0]}, {unit(paths[0])} 1", skip_bad_rows)
 
 
 def rows_of(path: Path, recogniser: Recogniser) -> Iterator[Row]:
@@ -73,9 +73,10 @@ def collect_rows(
                 if skip_bad_rows or not bad:  # else the load ends in an error, with a count
                     yield replace(row, source=where, number=number)
             else:
-                reason = reason_of(row)
-                bad[reason if reason in bad or len(bad) < _MAX_REASONS else "other reasons"] += 1
+                count_problem(bad, row)
                 first_problem = first_problem or f"{where} {number}: {row}"
+                if limit is not None and not skip_bad_rows:
+                    return  # a stream may have no end
 
     examples, n_bad = keep(islice(usable(), limit)), bad.total()
     if n_bad and not skip_bad_rows:
@@ -93,9 +94,3 @@ def dataset_of(name: str, source: str, parts: Sequence[Rows], separator: str = "
     train, dev, test = (rows.examples for rows in parts)
     bad = sum((Counter(rows.bad) for rows in parts), Counter[str]())
     return Dataset(name, source, separator, train, dev, test, Counts(dict(bad.most_common())))
-
-
-def reason_of(problem: str) -> str:
-    """Return the kind of a problem, for counting: without the details, which follow a sign."""
-    ends = [at for sign in (":", ";", " (", ",") if (at := problem.find(sign)) > 0]
-    return problem[: min(ends, default=len(problem))]

@@ -20,7 +20,7 @@ from swlora.data.files import data_files, split_files
 from swlora.data.forms import Recogniser
 from swlora.data.hub_data import HubData, HubUnreachableError, hub_commit
 from swlora.data.records import READERS, ending
-from swlora.data.rows import Row, Rows, collect_rows, dataset_of, read_rows
+from swlora.data.rows import Row, Rows, collect_rows, dataset_of, read_files
 from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
 from swlora.settings import flag_name
@@ -104,14 +104,16 @@ def _load_sample(source: str) -> Dataset:
 
 def _load_files(files: list[Path], spec: DataSpec) -> Dataset:
     by_split = split_files(files, Path(spec.name).expanduser())
-    columns = spec.named_columns
+    recogniser = Recogniser(spec.named_columns)
     parts = {
-        name: read_rows(of_split, columns, spec.skip_bad_rows) if of_split else NO_ROWS
-        for name, of_split in by_split.items()
+        split: read_files(of_split, recogniser, spec.skip_bad_rows)
+        if of_split and _is_read(split, spec)
+        else NO_ROWS
+        for split, of_split in by_split.items()
     }
     named = str(files[0]) if len(files) == 1 else f"{len(files)} files of {spec.name}"
     source = f"rows of {named}"
-    return _with_held_out(Path(spec.name).name, source, parts, spec)
+    return _with_held_out(Path(spec.name).name, source, parts, spec, recogniser)
 
 
 def _load_hub(spec: DataSpec) -> Dataset:
@@ -135,11 +137,17 @@ def _load_hub(spec: DataSpec) -> Dataset:
         split: collect_rows(
             rows(name), f"{spec.name} {name}, row 1", spec.skip_bad_rows, limits.get(split)
         )
-        if name and (split == "train" or name != spec.train_split)
+        if name and _is_read(split, spec) and (split == "train" or name != spec.train_split)
         else NO_ROWS
         for split, name in names.items()
     }
-    return _with_held_out(spec.name, f"{spec.name} from the Hub, at {commit[:12]}", parts, spec)
+    source = f"{spec.name} from the Hub, at {commit[:12]}"
+    return _with_held_out(spec.name, source, parts, spec, recogniser)
+
+
+def _is_read(split: str, spec: DataSpec) -> bool:
+    """Say whether a split is used: --eval-file takes the place of dev and test."""
+    return split == "train" or spec.eval_file is None
 
 
 def _n_rows_read(spec: DataSpec, *, has_dev: bool) -> int | None:
@@ -153,8 +161,13 @@ def _share(spec: DataSpec) -> float:
     return DEFAULT_SHARE if spec.eval_share is None else spec.eval_share
 
 
-def _with_held_out(name: str, source: str, parts: dict[str, Rows], spec: DataSpec) -> Dataset:
-    """Return the data set with what is evaluated on: a file, a split that is there, or a share."""
+def _with_held_out(
+    name: str, source: str, parts: dict[str, Rows], spec: DataSpec, recogniser: Recogniser
+) -> Dataset:
+    """Return the data set with what is evaluated on: a file, a split that is there, or a share.
+
+    Raises DataError for a column that was named and that no row has.
+    """
     train, dev, test = (parts[split] for split in ("train", "dev", "test"))
     if spec.eval_file is not None:
         if spec.eval_share is not None:
@@ -163,9 +176,12 @@ def _with_held_out(name: str, source: str, parts: dict[str, Rows], spec: DataSpe
         files = data_files(str(path))
         if not files:
             raise UserError(f"the evaluation file {path} must be one of {', '.join(READERS)}")
-        dev = read_rows(files, spec.named_columns, spec.skip_bad_rows)
+        dev = read_files(files, recogniser, spec.skip_bad_rows)
         test = Rows(dev.examples, {})
-        return dataset_of(name, f"{source}, evaluated on {path}", [train, dev, test])
+    if recogniser.unseen:
+        raise DataError(f"{spec.name}: no row has the column {recogniser.unseen!r:.60}")
+    if spec.eval_file is not None:
+        return dataset_of(name, f"{source}, evaluated on {spec.eval_file}", [train, dev, test])
     if dev.examples and spec.eval_share is None:
         return dataset_of(name, f"{source}, with its dev split", [train, dev, test])
     if dev.examples:

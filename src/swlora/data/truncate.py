@@ -36,7 +36,10 @@ def cut(sequence: Weighted, context_tokens: int) -> Weighted:
 
 
 def without_oldest_turns(
-    chat: Example, encode: Callable[[Example], list[Weighted] | str], context_tokens: int
+    chat: Example,
+    found: list[Weighted],
+    encode: Callable[[Example], list[Weighted] | str],
+    context_tokens: int,
 ) -> list[Weighted]:
     """Return the sequences of a chat without as many of its oldest turns as need be, then cut.
 
@@ -50,7 +53,6 @@ def without_oldest_turns(
     def beginning_with(start: int) -> list[Weighted] | str:
         return encode(Example.chat((*system, *turns[start:]), chat.tools))
 
-    found = encode(chat)
     while starts:
         shortest = beginning_with(starts[-1])
         if not isinstance(shortest, str):
@@ -65,5 +67,15 @@ def without_oldest_turns(
             low = middle + 1
         else:
             high, found = middle, longer
-    assert not isinstance(found, str)  # the whole chat could be encoded
-    return [cut(sequence, context_tokens) for sequence in found]
+    return [cut(_with_last_answer(sequence, context_tokens), context_tokens) for sequence in found]
+
+
+def _with_last_answer(sequence: Weighted, context_tokens: int) -> Weighted:
+    """Return a sequence of which only the last answer is trained, where not all would stay."""
+    ids, runs = sequence
+    trained = [i for i, (_, weight) in enumerate(runs) if weight]
+    n_prompt = sum(n for n, _ in runs[: trained[0]])
+    n_kept = min(n_prompt, max(1, context_tokens // LEAST_PROMPT))  # of the prompt at least
+    if n_kept + len(ids) - n_prompt <= context_tokens:
+        return sequence
+    return ids, [*((n, 0.0) for n, _ in runs[: trained[-1]]), *runs[trained[-1] :]]

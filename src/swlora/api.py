@@ -87,7 +87,8 @@ def evaluate(
     the texts and of the references of each, that returns a number, or numbers by name.
     """
     spec = _spec("eval", config, settings)
-    metric = None if metrics is None else UserMetric(metrics.__name__, metrics)
+    name = getattr(metrics, "__name__", type(metrics).__name__)
+    metric = None if metrics is None else UserMetric(name, metrics)
     with _job("eval", spec, output, progress) as job:
         return pipeline.evaluate_adapter(job, _path(adapter), metric)
 

@@ -72,6 +72,7 @@ def test_a_file_that_fails(text: str, tmp_path: Path) -> None:
         (None, "returned None"),
         ("good", "returned 'good'"),
         (float("nan"), "returned nan"),
+        (10**400, "returned 1000"),
         ({"a": [1]}, r"returned \[1\]"),
         ({1: 1.0}, "returned 1.0"),
         ({}, "returned no number"),

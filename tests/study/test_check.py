@@ -151,3 +151,16 @@ def test_what_the_hub_has_is_not_replaced(study, monkeypatch):
 def test_the_embedded_model_is_not_unpacked_to_look_at_it():
     spec = StudySpec.model_validate({"arms": ["lora"], "model": {"name": "builtin"}})
     assert check(spec, may_fetch=False).unchecked[0].startswith("the model: the embedded one")
+
+
+def test_long_prompts_are_cut_where_it_was_asked_for(study, rows):
+    with rows.open("a") as file:
+        file.write(json.dumps({"prompt": "p" * 300, "completion": "x"}) + "\n")
+    data = {"name": str(rows), "truncate": True}
+    assert check(study("lora", data=data), may_fetch=False).problems == []
+
+
+def test_documents_have_nothing_to_compare(study, tmp_path):
+    path = write_rows(tmp_path / "texts.jsonl", [{"text": f"Text {k}."} for k in range(45)])
+    (problem,) = check(study("lora", data={"name": str(path)}), may_fetch=False).problems
+    assert problem == "data: dev split: documents have no prompts, and a study compares texts"

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import yaml
 
 from swlora.errors import UserError
-from swlora.study.folder import StudyFolder
+from swlora.study.folder import StudyFolder, check_folder
 from swlora.study.spec import StudySpec
 
 SPEC = StudySpec.model_validate({"arms": ["lora"]})
@@ -59,3 +60,18 @@ def test_a_study_that_cannot_start_is_not_in_use(tmp_path):
     path.write_text(facts)
     with StudyFolder(tmp_path / "study", "s", SPEC):
         pass
+
+
+def test_a_folder_of_an_older_version_lacks_settings_that_came_since(tmp_path):
+    """They have their defaults there; another value is another study."""
+    with StudyFolder(tmp_path / "study", "s", SPEC):
+        pass
+    path = tmp_path / "study" / "study.yaml"
+    old = yaml.safe_load(path.read_text())
+    for name in ("train_split", "columns", "train_on", "dataset_revision"):
+        del old["data"][name]
+    path.write_text(yaml.safe_dump(old))
+    assert check_folder(tmp_path / "study", SPEC)
+    other = StudySpec.model_validate({"arms": ["lora"], "data": {"train_on": "last-turn"}})
+    with pytest.raises(UserError, match=r"holds another study \(data\.train_on: all-turns there"):
+        check_folder(tmp_path / "study", other)

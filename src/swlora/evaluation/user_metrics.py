@@ -38,7 +38,7 @@ class UserMetric:
         if not values:
             raise UserError(f"--metrics {self.name} returned no number: return one or several")
         for name, value in values.items():
-            is_number = isinstance(value, numbers.Real) and math.isfinite(value)
+            is_number = isinstance(value, numbers.Real) and _is_finite(value)
             if not isinstance(name, str) or not is_number:
                 raise UserError(
                     f"--metrics {self.name} returned {value!r:.60}: return a finite number, or "
@@ -77,3 +77,10 @@ def _run(path: Path, name: str) -> ModuleType:
 
 def _brief(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False

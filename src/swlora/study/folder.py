@@ -15,10 +15,12 @@ status, reason, seconds, load_before}; the load is the system's, of the last min
 import os
 import platform
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import yaml
+from pydantic import ValidationError
 
 from swlora.config import dump_yaml
 from swlora.errors import UserError
@@ -105,7 +107,10 @@ def check_folder(path: Path, spec: StudySpec) -> bool:
         if path.exists() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no study; choose another --output")
         return False
-    lines = differences(_read_yaml(path / "study.yaml"), spec.model_dump(mode="json"))
+    before = _read_yaml(path / "study.yaml")
+    with suppress(ValidationError):  # settings that an older version did not have: their defaults
+        before = StudySpec.model_validate(before).model_dump(mode="json")
+    lines = differences(before, spec.model_dump(mode="json"))
     if lines:
         shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
         raise UserError(

@@ -165,3 +165,17 @@ def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
 def test_few_steps_are_said(n_rows, changes, said):
     note = batch_note(TrainSpec(**changes), n_rows)
     assert note is None if said is None else note.startswith(said)
+
+
+def test_an_epoch_is_planned_once_for_all_who_ask():
+    """What is said of the steps before a training costs it no second plan."""
+    asked = []
+
+    def plan(epoch):
+        asked.append(epoch)
+        return [[np.arange(1)]] * 2
+
+    schedule = Schedule(TrainSpec(epochs=2), plan, n_steps_per_epoch=2)
+    assert schedule.epoch(0) == schedule.epoch(0)
+    assert len(list(schedule.steps())) == 4
+    assert asked == [0, 1]

@@ -26,7 +26,7 @@ class StepPlan(Protocol):
 
 
 class Schedule:
-    """The steps of every epoch of `spec`, each epoch planned once, when it begins.
+    """The steps of every epoch of `spec`, each planned once, when it is first asked for.
 
     Raises RunFailedError where there is no step at all.
     """
@@ -35,6 +35,7 @@ class Schedule:
         self.spec = spec
         self._plan = plan
         self._n_steps_per_epoch = n_steps_per_epoch
+        self._planned: tuple[int, list[list[np.ndarray]]] | None = None  # the last epoch asked for
         n_planned = spec.epochs * n_steps_per_epoch
         self.n_steps = min(n_planned, spec.max_steps or n_planned)
         if self.n_steps == 0:
@@ -63,11 +64,14 @@ class Schedule:
 
     def epoch(self, number: int) -> list[list[np.ndarray]]:
         """Return all steps of an epoch (0-based)."""
+        if self._planned and self._planned[0] == number:
+            return self._planned[1]
         steps = self._plan(number)
         if len(steps) != self._n_steps_per_epoch:
             raise RunFailedError(
                 f"epoch {number} has {len(steps)} steps and not {self._n_steps_per_epoch}"
             )
+        self._planned = number, steps
         return steps
 
     def learning_rate(self, step: int) -> float:

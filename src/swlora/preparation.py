@@ -127,8 +127,7 @@ def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> Prepared
     from swlora.data.encode import encode_prompts
     from swlora.data.examples import select
     from swlora.data.known_tokens import check_prompts
-    from swlora.data.truncate import cut
-    from swlora.evaluation.decode import check_room
+    from swlora.evaluation.decode import fit_prompts
     from swlora.models.anatomy import n_embeddings
 
     split = job.spec.data.eval_split
@@ -144,11 +143,9 @@ def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> Prepared
     examples, prompts = [example for _, example, _ in groups], list[list[int]]()
     if examples:
         prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)
-        if job.spec.data.truncate:
-            room = max(2, job.loaded.context_tokens - job.spec.decode.max_new_tokens)
-            prompts = [cut((ids, [(len(ids), 0.0)]), room)[0] for ids in prompts]
+        truncate = job.spec.data.truncate
+        prompts = fit_prompts(job.loaded.model, prompts, job.spec.decode, truncate=truncate)
         check_prompts(prompts, job.loaded.tokenizer, n_embeddings(job.loaded.model))
-        check_room(job.loaded.model, prompts, job.spec.decode)
     return PreparedEvaluation(
         examples,
         [own for _, _, own in groups],

@@ -35,6 +35,11 @@ def cut(sequence: Weighted, context_tokens: int) -> Weighted:
     return [ids[i] for i in chosen], [(1, weights[i]) for i in chosen]
 
 
+def cut_prompt(ids: list[int], n_tokens: int) -> list[int]:
+    """Return a prompt with at most `n_tokens` >= 2 tokens, without its middle."""
+    return cut((ids, [(len(ids), 0.0)]), n_tokens)[0]
+
+
 def without_oldest_turns(
     chat: Example,
     found: list[Weighted],

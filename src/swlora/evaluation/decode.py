@@ -21,6 +21,7 @@ from swlora.adapters.reach import is_covered
 from swlora.config import DecodeSpec
 from swlora.data.chat_end import end_of_turn_tokens
 from swlora.data.known_tokens import check_prompts
+from swlora.data.truncate import cut_prompt
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.beams import BeamDecoder, BeamSettings
 from swlora.decoding.sampling import Sampling
@@ -105,6 +106,21 @@ def _choose_generator(
 def joins_batches(model: Any) -> bool:
     """Say whether BatchDecoder continues texts of this model, adapter included."""
     return family_of(model.config.model_type).has_attention_interface and is_covered(model)
+
+
+def fit_prompts(
+    model: Any, prompts: Sequence[list[int]], spec: DecodeSpec, *, truncate: bool
+) -> list[list[int]]:
+    """Return prompts that leave room for new tokens; UserError for one that does not.
+
+    With `truncate` such a prompt loses its middle instead.
+    """
+    fitting = list(prompts)
+    if truncate:
+        room = max(2, context_tokens(model) - spec.max_new_tokens)
+        fitting = [cut_prompt(ids, room) for ids in fitting]
+    check_room(model, fitting, spec)
+    return fitting
 
 
 def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -> None:

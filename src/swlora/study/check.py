@@ -187,8 +187,7 @@ def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -
     from swlora.data.encode import encode_examples, encode_prompts
     from swlora.data.examples import select
     from swlora.data.known_tokens import check_sequences
-    from swlora.data.truncate import cut
-    from swlora.evaluation.decode import check_room
+    from swlora.evaluation.decode import fit_prompts
     from swlora.models.anatomy import context_tokens, n_embeddings
 
     spec, examples = checked.spec, dataset.split(split)
@@ -209,11 +208,7 @@ def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -
             raise UserError("documents have no prompts, and a study compares texts")
         prompts = encode_prompts(asked, dataset.separator, tokenizer)
         for decode in [spec.decode, spec.beam.decode] if spec.beam.arms else [spec.decode]:
-            fitting = prompts
-            if spec.data.truncate:
-                room = max(2, context_tokens(checked.model) - decode.max_new_tokens)
-                fitting = [cut((ids, [(len(ids), 0.0)]), room)[0] for ids in prompts]
-            check_room(checked.model, fitting, decode)
+            fit_prompts(checked.model, prompts, decode, truncate=spec.data.truncate)
 
 
 def _check_arms(checked: Checked) -> None:

@@ -50,3 +50,8 @@ def error_code(error: BaseException) -> str:
     if isinstance(error, UserError):
         return error.code
     return "cancelled" if isinstance(error, KeyboardInterrupt | SystemExit) else "unexpected"
+
+
+def brief(error: BaseException) -> str:
+    """Return the error of a library in one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -79,19 +80,21 @@ class Dataset:
             test=first_prompts(self.test, eval_prompts),
         )
         digest = hashlib.sha256(json.dumps(self.separator).encode())
+        rows, prompts = array("Q"), {name: array("Q") for name in SPLITS}  # hashes
         for name in SPLITS:
             for example in getattr(limited, name):
-                digest.update(json.dumps([name, *example.fields]).encode() + b"\n")
-        return replace(limited, counts=limited._counted(), sha256=digest.hexdigest())
-
-    def _counted(self) -> Counts:
-        rows = _hashes(json.dumps(e.fields) for e in self.train)
-        prompts, dev, test = (
-            _hashes(e.prompt_key for e in part) for part in (self.train, self.dev, self.test)
+                row = json.dumps([name, *example.fields]).encode()
+                digest.update(row + b"\n")
+                prompts[name].append(_hash(example.prompt_key.encode()))
+                if name == "train":
+                    rows.append(_hash(row))
+        train, dev, test = (np.array(prompts[name]) for name in SPLITS)
+        counts = replace(
+            self.counts,
+            n_duplicates=len(rows) - len(np.unique(np.array(rows))),
+            n_leaked=int(np.isin(train, np.union1d(dev, test)).sum()),
         )
-        leaked = np.isin(prompts, np.union1d(dev, test))
-        n_duplicates = len(rows) - len(np.unique(rows))
-        return Counts(self.counts.bad, n_duplicates, int(leaked.sum()))
+        return replace(limited, counts=counts, sha256=digest.hexdigest())
 
 
 def group_references(examples: Iterable[Example]) -> list[tuple[Example, list[str]]]:
@@ -109,7 +112,7 @@ def number_prompts(examples: Sequence[Example]) -> NDArray[np.int64]:
     Prompts are told apart by 8 bytes of a hash: among 10^8 of them two would be taken for one with
     a chance of 1 in 4,000, and be held out together.
     """
-    hashes = _hashes(e.prompt_key for e in examples)
+    hashes = np.fromiter((_hash(e.prompt_key.encode()) for e in examples), dtype=np.uint64)
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
@@ -123,9 +126,5 @@ def first_prompts(examples: Sequence[Example], n: int | None) -> Sequence[Exampl
     return select(examples, np.flatnonzero(number_prompts(examples) < n))
 
 
-def _hashes(texts: Iterable[str]) -> NDArray[np.uint64]:
-    def digests() -> Iterator[int]:
-        for text in texts:
-            yield int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-    return np.fromiter(digests(), dtype=np.uint64)
+def _hash(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())

@@ -9,9 +9,9 @@ from pathlib import Path
 from swlora.config import DEFAULT_DATASET
 from swlora.data.dataset import E2E_NAME, Dataset
 from swlora.data.examples import make_example
-from swlora.data.hub_data import HubUnreachableError, brief, hub_commit
+from swlora.data.hub_data import HubUnreachableError, hub_commit
 from swlora.data.rows import E2E_COLUMNS, Rows, collect_rows, dataset_of, read_rows
-from swlora.errors import DataError, UserError
+from swlora.errors import DataError, UserError, brief
 from swlora.library_noise import quiet_libraries
 
 E2E_FOLDER_VARIABLE = "SWLORA_E2E"

@@ -46,9 +46,8 @@ class Form:
 def _pair(fields: Fields) -> Example | str:
     prompt, completion = fields["prompt"], fields["completion"]
     if not _is_turns(prompt) or not _is_turns(completion):
-        if fields.get("tools"):
-            return "it has the field 'tools': only chats have them; write them into the prompt"
-        return make_example(prompt, completion)
+        unused = unused_meaning(fields, ("prompt", "completion"), is_chat=False)
+        return unused or make_example(prompt, completion)
     read_only = [{**m, "weight": 0} if m.get("role") == "assistant" else m for m in prompt]
     return make_chat([*read_only, *completion], _tools(fields))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from swlora.data.column_records import record_of
 from swlora.data.records import MAX_RECORD_BYTES
-from swlora.errors import UserError
+from swlora.errors import UserError, brief
 from swlora.hub import offline_variable
 from swlora.library_noise import quiet_libraries
 
@@ -109,8 +109,3 @@ class HubData:
         if "config" in said.lower():
             return UserError(f"cannot load {self._name}: {said}: choose one with --config-name")
         return UserError(f"cannot load {self._name}: {said}")
-
-
-def brief(error: Exception) -> str:
-    """Return an error in one short line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

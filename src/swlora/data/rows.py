@@ -14,6 +14,7 @@ from pathlib import Path
 from swlora.data.dataset import Counts, Dataset
 from swlora.data.examples import Example, keep
 from swlora.data.forms import Recogniser
+from swlora.data.json_records import Record
 from swlora.data.problems import count_problem
 from swlora.data.records import has_columns, read_records, unit
 from swlora.errors import DataError
@@ -46,14 +47,25 @@ def read_files(paths: Sequence[Path], recogniser: Recogniser, skip_bad_rows: boo
 
 def rows_of(path: Path, recogniser: Recogniser) -> Iterator[Row]:
     """Yield the rows of a file."""
-    where, has_form = f"{path}, {unit(path)}", not has_columns(path)
-    for number, record in read_records(path):
+    records, where = read_records(path), f"{path}, {unit(path)}"
+    return recognise(records, recogniser, where, table=str(path) if has_columns(path) else None)
+
+
+def recognise(
+    records: Iterable[Record], recogniser: Recogniser, where: str, *, table: str | None
+) -> Iterator[Row]:
+    """Yield the rows that records are; `where` says of what their numbers are.
+
+    `table` names a source whose records all have the same columns: DataError, whatever was asked,
+    where these are of no known form.
+    """
+    for number, record in records:
         if isinstance(record, str):
             yield where, number, record
             continue
-        if not has_form and recogniser.form(record) is None:
-            raise DataError(f"{path}: {recogniser.unknown(record)}")
-        has_form = True
+        if table is not None and recogniser.form(record) is None:
+            raise DataError(f"{table}: {recogniser.unknown(record)}")
+        table = None
         yield where, number, recogniser.example(record)
 
 

@@ -20,7 +20,7 @@ from swlora.data.files import data_files, split_files
 from swlora.data.forms import Recogniser
 from swlora.data.hub_data import HubData, HubUnreachableError, hub_commit
 from swlora.data.records import READERS, ending
-from swlora.data.rows import Row, Rows, collect_rows, dataset_of, read_files
+from swlora.data.rows import Row, Rows, collect_rows, dataset_of, read_files, recognise
 from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
 from swlora.settings import flag_name
@@ -122,14 +122,8 @@ def _load_hub(spec: DataSpec) -> Dataset:
     recogniser = Recogniser(spec.named_columns)
 
     def rows(split: str) -> Iterator[Row]:
-        where = f"{spec.name} {split}, row"
-        for number, record in enumerate(data.records(split), start=1):
-            if isinstance(record, str):
-                yield where, number, record
-                continue
-            if number == 1 and recogniser.form(record) is None:
-                raise DataError(f"{spec.name}: {recogniser.unknown(record)}")
-            yield where, number, recogniser.example(record)
+        records = enumerate(data.records(split), start=1)
+        return recognise(records, recogniser, f"{spec.name} {split}, row", table=spec.name)
 
     names = {"train": spec.train_split, **{n: data.split_name(n) for n in ("dev", "test")}}
     limits = {"train": _n_rows_read(spec, has_dev=names["dev"] not in (None, spec.train_split))}

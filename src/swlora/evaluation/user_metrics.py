@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from swlora.errors import UserError
+from swlora.errors import UserError, brief
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class UserMetric:
         try:
             found = self.function(list(predictions), [list(refs) for refs in references])
         except (Exception, SystemExit) as error:  # of another's code, so of any kind
-            raise UserError(f"--metrics {self.name} failed: {_brief(error)}") from error
+            raise UserError(f"--metrics {self.name} failed: {brief(error)}") from error
         values = found if isinstance(found, dict) else {self.name.rpartition(":")[2]: found}
         if not values:
             raise UserError(f"--metrics {self.name} returned no number: return one or several")
@@ -66,17 +66,13 @@ def _run(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"swlora_metrics_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # its name ends in .py
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickle look a class's module up
+    sys.modules[spec.name] = module  # where dataclasses look for the module of a class
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
-        raise UserError(f"--metrics {name} cannot be loaded: {_brief(error)}") from error
+        raise UserError(f"--metrics {name} cannot be loaded: {brief(error)}") from error
     return module
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _is_finite(value: numbers.Real) -> bool:

@@ -15,7 +15,7 @@ from tests.support.marking_tokenizers import TOKENIZERS
 from tokenizers import AddedToken
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from swlora.data import chat_encode
+from swlora.data import tokenise
 from swlora.data.chat_encode import encode_chats
 from swlora.data.examples import Example, Message
 
@@ -93,7 +93,7 @@ def test_parts_change_nothing(n_characters, monkeypatch):
     chats.insert(4, Example.chat([turns[0], Message("assistant", "Hi", extra='{"mood": 1}')]))
     found = encode_chats(chats, tokenizer, "all-turns", None)
     assert [i for i, plan in enumerate(found) if isinstance(plan, str)] == [4]
-    monkeypatch.setattr(chat_encode, "_CHARACTERS", n_characters)
+    monkeypatch.setattr(tokenise, "CHARACTERS_AT_ONCE", n_characters)
     assert encode_chats(chats, tokenizer, "all-turns", None) == found
     assert encode_chats([], tokenizer, "all-turns", None) == []
 

@@ -59,7 +59,7 @@ def test_documents_are_tokenised_some_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(documents, "token_ids", token_ids)
     whole = pieces(["ab", "cde", "f", "g"], 99, tokenizer)
-    monkeypatch.setattr(documents, "_CHARACTERS", 4)
+    monkeypatch.setattr(tokenise, "CHARACTERS_AT_ONCE", 4)
     assert pieces(["ab", "cde", "f", "g"], 99, tokenizer) == whole
     assert sizes == [4, 2, 2]
 

@@ -99,8 +99,8 @@ class ChatTemplate:
     def check_fields(self, turns: Turns, tools: str) -> None:
         """Raise UserError for what the template leaves out: tools, a field of a message, a role.
 
-        The last of `turns` is an answer. What a template wrote among turns of
-        the same roles it is not asked for again.
+        The last of `turns` is an answer. What the template wrote among turns of the same roles it
+        is not asked for again.
         """
         before = turns[:-1]  # as generation shows them: some write the system's words there only
         of_tools = (" ".join(dict.fromkeys(turn.role for turn in before)), "tools")

@@ -15,7 +15,7 @@ from swlora.data.chat import ChatTemplate
 from swlora.data.chat_answers import Answer, ChatText, trained_texts
 from swlora.data.examples import ASSISTANT, Example
 from swlora.data.text_tokens import TextTokens
-from swlora.data.tokenise import Following, following_ids, token_ids, tokenise
+from swlora.data.tokenise import Following, following_ids, some_at_a_time, token_ids, tokenise
 from swlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ TrainOn = Literal["all-turns", "last-turn"]
 Weighted = tuple[list[int], list[tuple[int, float]]]  # token ids; how many have which weight
 Part = list[list[ChatText] | str]  # of some chats the texts, or why there are none
 _SHORT = 100  # characters, as most generation prompts and ends of turns have
-_CHARACTERS = 1 << 20  # tokenised at once: what a tokenizer knows of a token takes 100 bytes
 
 
 def encode_chats(
@@ -41,10 +40,11 @@ def encode_chats(
     """
     template, encoder = ChatTemplate(tokenizer), _Encoder(tokenizer, start_token)
     found: list[list[Weighted] | str] = []
-    parts = _parts(_plan(template, chat, train_on) for chat in chats)
+    plans = (_plan(template, chat, train_on) for chat in chats)
+    parts = some_at_a_time(plans, _n_characters)
     for part, encodings in encoder.tokenised(parts):
-        plans = [plan for plan in part if not isinstance(plan, str)]
-        sequences = encoder.encode(plans, encodings)
+        usable = [plan for plan in part if not isinstance(plan, str)]
+        sequences = encoder.encode(usable, encodings)
         found += [plan if isinstance(plan, str) else next(sequences) for plan in part]
     return found
 
@@ -69,17 +69,8 @@ def _plan(template: ChatTemplate, chat: Example, train_on: TrainOn) -> list[Chat
         return str(error)
 
 
-def _parts(plans: Iterable[list[ChatText] | str]) -> Iterator[Part]:
-    """Yield the plans of some chats at a time."""
-    part: Part = []
-    n_characters = 0
-    for plan in plans:
-        part.append(plan)
-        n_characters += 0 if isinstance(plan, str) else sum(len(chat.text) for chat in plan)
-        if n_characters > _CHARACTERS:
-            yield part
-            part, n_characters = [], 0
-    yield part
+def _n_characters(plan: list[ChatText] | str) -> int:
+    return 0 if isinstance(plan, str) else sum(len(chat.text) for chat in plan)
 
 
 class _Encoder:

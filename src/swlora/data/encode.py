@@ -84,13 +84,14 @@ def encode_examples(
             for i, found in enumerate(encode(chunk)):
                 if not isinstance(found, str) and is_long(found, context_tokens):
                     long.append(max(len(ids) for ids, _ in found))
-                    first_long = first_long or f"{_place(chunk[i], start + i)} {_describe(found)}"
-                    found = _shortened(chunk[i], found, encode, context_tokens)
+                    if not first_long:
+                        first_long = f"{chunk[i].place_or_row(start + i)} {_describe(found)}"
+                    if truncate:  # else the load ends in an error, with a count
+                        found = _shortened(chunk[i], found, encode, context_tokens)
                 if isinstance(found, str):
                     if not skip_bad_rows:
-                        raise DataError(
-                            f"{_place(chunk[i], start + i)}: {found}; --skip-bad-rows leaves it out"
-                        )
+                        place = chunk[i].place_or_row(start + i)
+                        raise DataError(f"{place}: {found}; --skip-bad-rows leaves it out")
                     count_problem(bad, found)
                     continue
                 weighted += found
@@ -121,10 +122,6 @@ def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, list[Example]]]:
         if len(chunk) == CHUNK_EXAMPLES or n_bytes > CHUNK_BYTES or end == len(examples):
             yield end - len(chunk), chunk
             chunk, n_bytes = [], 0
-
-
-def _place(example: Example, number: int) -> str:
-    return example.place or f"row {number + 1}"
 
 
 def _describe(sequences: Sequence[Weighted]) -> str:

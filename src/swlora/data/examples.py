@@ -91,6 +91,10 @@ class Example:
         """Where the example came from, for messages; "" where that is not known."""
         return f"{self.source} {self.number}" if self.source else ""
 
+    def place_or_row(self, index: int) -> str:
+        """Return where the example came from; where that is not known, its number in the split."""
+        return self.place or f"row {index + 1}"
+
     @property
     def fields(self) -> list[Any]:
         """What the example holds, without where it came from, as values of JSON."""

@@ -30,7 +30,7 @@ def check_sequences(
             continue
         sequence = int(np.searchsorted(sequences.offsets, start + beyond[0], side="right")) - 1
         number = int(encoded.example_ids[sequence])
-        place = examples[number].place or f"row {number + 1}"
+        place = examples[number].place_or_row(number)
         token = _name(tokenizer, int(block[beyond[0]]))
         raise DataError(
             f"{place} holds {token}, which this model has no embedding for: take it out of the row"

@@ -5,9 +5,9 @@ they are given. A completion tokenised by itself would have it too, between prom
 where the text has none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 # What a text is put behind to see it without a mark, where its own prompt does not do.
 _ANCHORS = ("\n", "a", ".", "1")
 _FIRST_CHARACTERS = ("a", "T", "1", "(", "<", "é", "中")
+
+
+CHARACTERS_AT_ONCE = 1 << 20  # what a tokenizer knows of a token takes 100 bytes
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,21 @@ def token_ids(
         return _ids(texts, tokenizer, special=False)
     n_behind = _special_tokens_behind(tokenizer)
     return [ids[: len(ids) - n_behind] for ids in _ids(texts, tokenizer, special=True)]
+
+
+def some_at_a_time(
+    items: Iterable[Item], n_characters: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """Yield items of about `CHARACTERS_AT_ONCE` together, or a longer one."""
+    part, n = list[Item](), 0
+    for item in items:
+        part.append(item)
+        n += n_characters(item)
+        if n > CHARACTERS_AT_ONCE:
+            yield part
+            part, n = [], 0
+    if part:
+        yield part
 
 
 def following_ids(

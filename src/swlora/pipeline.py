@@ -255,9 +255,8 @@ def evaluate_adapter(
 
 def train_evaluate(job: Job, metric: "UserMetric | None" = None) -> "tuple[Trained, Evaluated]":
     """Train, then evaluate what was trained."""
-    evaluation = prepare_evaluation(
-        job, metric
-    )  # what cannot be done shall be known before the training
+    # What cannot be done shall be known before the training.
+    evaluation = prepare_evaluation(job, metric)
     training, layers = prepare_training(job), choose_layers(job)
     # In the dtype in which it is trained: a search for super weights may have had another.
     untouched = measure_untouched_english(job)

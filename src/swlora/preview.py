@@ -140,7 +140,7 @@ def _shown_row(job: Job, row: int) -> ShownRow:
     encoded = job.encoded("train")
     begin, end = np.searchsorted(encoded.example_ids, (row, row + 1)).tolist()
     return ShownRow(
-        place=job.dataset.train[row].place or f"row {row + 1}",
+        place=job.dataset.train[row].place_or_row(row),
         n_sequences=end - begin,
         sequences=[
             _shown_sequence(encoded.sequences, i, job.loaded.tokenizer)

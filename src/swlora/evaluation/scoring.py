@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from swlora.evaluation.scores import SegmentStatistics, segment_statistics
@@ -29,7 +30,7 @@ class TextsScored:
     statistics: SegmentStatistics
     rows: TextRows
 
-    @property
+    @cached_property
     def segments(self) -> Segments:
         """What a bootstrap resamples."""
         return Segments.of(self.statistics, list(self.losses))

@@ -4,9 +4,8 @@ Every number of an arm is the mean over its finished seeds; an arm without one i
 and no more. Scores are on the scales that papers use (see evaluation/scales).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import Any
 
 from swlora.evaluation.bootstrap import BootstrapSettings
 from swlora.result_json import FLAT, IF_ANY, NO_KEY, from_json
@@ -23,16 +22,9 @@ class Scores:
     cider: float | None
     nll: float | None
 
-    @classmethod
-    def of(cls, values: Mapping[str, float | None]) -> Self:
-        """Take scores by their names here."""
-        return cls(**values)
-
     def __getitem__(self, name: str) -> float | None:
         """Return the score of that name; KeyError for none."""
-        if name not in NAMES:
-            raise KeyError(name)
-        value: float | None = getattr(self, name)
+        value: float | None = vars(self)[name]
         return value
 
     def measured(self, name: str) -> float:
@@ -40,9 +32,6 @@ class Scores:
         if (value := self[name]) is None:
             raise KeyError(name)
         return value
-
-
-NAMES = tuple(score.name for score in fields(Scores))
 
 
 @dataclass(frozen=True)

@@ -221,17 +221,13 @@ def _run_result(run: ArmRun) -> RunResult:
 def _run_scores(run: ArmRun) -> Scores:
     evaluated = run.result["eval"]
     values = {"NLL": evaluated["nll"], **evaluated}
-    return Scores.of(
-        {
-            name: None if values.get(official) is None else factor * values[official]
-            for name, (official, factor) in SCORES.items()
-        }
-    )
+    raw = {name: values.get(official) for name, (official, _) in SCORES.items()}
+    return Scores(**{n: None if v is None else SCORES[n][1] * v for n, v in raw.items()})
 
 
 def _means(runs: Sequence[ArmRun]) -> Scores:
     by_run = [_run_scores(run) for run in runs]
-    return Scores.of({name: _mean([scores[name] for scores in by_run]) for name in SCORES})
+    return Scores(**{name: _mean([scores[name] for scores in by_run]) for name in SCORES})
 
 
 def _draws(runs: Sequence[ArmRun]) -> dict[str, Draws]:

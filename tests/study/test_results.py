@@ -14,6 +14,7 @@ from swlora.evaluation.segments import FILE
 from swlora.result_json import as_json
 from swlora.study import results as study_results
 from swlora.study import statistics as stats
+from swlora.study.compared import read_finished
 
 
 def publish(folder: Path) -> dict[str, Any]:
@@ -59,6 +60,14 @@ def test_what_is_returned_is_what_is_written(two_arms: Any) -> None:
     before = {name: (folder / name).read_bytes() for name in FILES}
     assert publish(folder) == results
     assert {name: (folder / name).read_bytes() for name in FILES} == before
+
+
+def test_what_is_written_is_read_back_as_it_was(two_arms: Any) -> None:
+    """As the page of a study does, which has no tables where it cannot."""
+    folder = two_arms.save()
+    found = study_results.publish(folder)
+    read = read_finished(json.loads((folder / "results.json").read_text()))
+    assert [arm.name for arm in read] == ["lora", "super"] and read == found.finished
 
 
 def test_times(two_arms: Any) -> None:

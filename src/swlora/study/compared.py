@@ -115,11 +115,14 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class RateChoice:
-    """The held-out NLL that each rate of an arm's grid led to, and the rate that was taken."""
+    """The held-out NLL that each rate of an arm's grid led to, and the rate that was taken.
 
-    grid: list[float]
-    nll: dict[str, float | None]
-    cost_s: float
+    What was not recorded is empty, or None.
+    """
+
+    grid: list[float] = field(default_factory=list, metadata=IF_ANY)
+    nll: dict[str, float | None] = field(default_factory=dict, metadata=IF_ANY)
+    cost_s: float | None = field(default=None, metadata=IF_ANY)
     chosen: float | None = field(default=None, metadata=IF_ANY)
     at_edge: bool | None = field(default=None, metadata=IF_ANY)
 

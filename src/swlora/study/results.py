@@ -136,7 +136,7 @@ def _arm_result(arm: ArmRecord, yardstick: _Yardstick) -> ArmResult:
         is_baseline=arm.name == yardstick.name,
         seeds=[run.seed for run in runs],
         planned_seeds=[run.seed for run in arm.runs],
-        rate_choice=None if rate is None else from_json(RateChoice, rate, partial=True),
+        rate_choice=None if rate is None else from_json(RateChoice, rate),
     )
     if not runs:
         return known

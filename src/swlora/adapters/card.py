@@ -86,7 +86,7 @@ def _is_chat(examples: Sequence[Example]) -> bool:
 
 
 def last_losses(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the newest losses of a training's metrics, in nats a completion token."""
+    """Return the newest losses of a training's metrics, in nats a trained token."""
     names = {"loss": "training, last step", "eval_nll": "held-out rows"}
     newest = {k: line[k] for line in metrics for k in names if k in line}
     return {names[k]: loss for k, loss in newest.items()}
@@ -143,7 +143,7 @@ def _facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
         shown = ", ".join(f"{n.replace('_', ' ')} {value}" for n, value in training.items())
         yield f"- Training: {shown}, seed {facts.get('seed', 0)}"
     for name, loss in facts.get("losses_nats_per_token", {}).items():
-        yield f"- Loss, {name}: {loss:.4f} nats a completion token"
+        yield f"- Loss, {name}: {loss:.4f} nats a trained token"
 
 
 def _usage(facts: Facts) -> list[str]:

@@ -73,7 +73,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], target: Path) -> None:
     if held_out:
         panel.plot(*_columns(held_out), color="tab:orange", marker="o", label="held-out rows")
     panel.set_xlabel("rows of the data set seen")
-    panel.set_ylabel("loss, nats a completion token")
+    panel.set_ylabel("loss, nats a trained token")
     panel.grid(True, alpha=0.3)
     panel.legend()
     with atomic_path(target) as scratch:

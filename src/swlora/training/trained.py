@@ -10,7 +10,7 @@ from swlora.training.watch import HeldOutLosses
 
 @dataclass(frozen=True)
 class TrainingCourse:
-    """How a training went; losses in nats a completion token.
+    """How a training went; losses in nats a trained token.
 
     `rows` are those of the data set, counted once in every epoch. `final_loss` is the mean over the
     last `final_loss_steps` steps. `held_out` is None where nothing was measured.

@@ -1,65 +1,19 @@
 """The commands: each function parses, calls one function of the pipeline and shows the result."""
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from swlora import __version__, caches
+from swlora import caches
 from swlora.cli import chat
-from swlora.cli.command import CONFIG, JSON, OUTPUT, OUTPUT_IF_ASKED, RESUME, Invocation, command
+from swlora.cli.command import CONFIG, JSON, OUTPUT, OUTPUT_IF_ASKED, RESUME, Invocation
 from swlora.cli.process import no_library_notes, sigterm_interrupts
 from swlora.cli.show import show_candidates, show_evaluation, show_scores, show_training
+from swlora.cli.verbs import Adapter, Metrics, app, named_metric, verb
 from swlora.command_settings import SETTINGS
 
-if TYPE_CHECKING:
-    from swlora.evaluation.user_metrics import UserMetric
-
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    help=(
-        "Fine-tune language models with LoRA fast, and find their super weights.\n\n"
-        "The whole job on a real model: `swlora train-eval --model builtin --layers super`"
-    ),
-)
-verb = partial(command, app)
-Adapter = Annotated[
-    Path | None, typer.Option("--adapter", help="adapter or run folder [default: the base model]")
-]
-Metrics = Annotated[
-    str | None,
-    typer.Option("--metrics", help="your own: FILE.py:function of predictions and references"),
-]
-
-
-def named_metric(name: str | None) -> "UserMetric | None":
-    """Load a metric of one's own, before anything else that takes time."""
-    if name is None:
-        return None
-    from swlora.evaluation.user_metrics import load_metric
-
-    return load_metric(name)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"swlora {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options_of_all(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="show the version and exit", callback=_show_version, is_eager=True
-        ),
-    ] = False,
-) -> None:
-    """Take the options that come before the command."""
+__all__ = ["app"]
 
 
 @verb("identify", OUTPUT, CONFIG, JSON, settings=SETTINGS["identify"])

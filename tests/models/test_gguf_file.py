@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.gguf_files import write_gguf
 from transformers.utils import logging as transformers_logging
 
 from swlora.config import ModelSpec
@@ -17,49 +18,6 @@ TOKENS = torch.tensor([[72, 105, 33, 10, 200]])
 
 def spec(path: Path) -> ModelSpec:
     return ModelSpec(name=str(path), dtype="float32", device="cpu")
-
-
-def write_gguf(model, tokenizer, path: Path, leave_out: tuple[str, ...] = ()) -> None:
-    """Write a Llama model as llama.cpp stores it: float32, rotary halves interleaved."""
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    tokens += ["<|endoftext|>"]  # which transformers would add
-    tokens += [f"<unused{k}>" for k in range(config.vocab_size - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([3 if t.startswith("<") and len(t) > 1 else 1 for t in tokens])
-    writer.add_token_merges([])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        for kind, n_heads in (
-            ("q_proj", config.num_attention_heads),
-            ("k_proj", config.num_key_value_heads),
-        ):
-            if kind in name:
-                halves = array.reshape(n_heads, 2, -1, array.shape[1])
-                array = halves.swapaxes(1, 2).reshape(array.shape).copy()
-        if name not in leave_out:
-            writer.add_tensor(names.get_name(name, (".weight",)), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file(make_model, tiny_tokenizer, tmp_path, capsys, monkeypatch):

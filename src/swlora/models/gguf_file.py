@@ -1,26 +1,25 @@
-"""Models from a .gguf file, dequantised into ordinary float32 modules.
-
-transformers marks such a model as quantised and then refuses to save it; the mark is dropped
-here, because after dequantisation the weights are plain.
-"""
+"""Models from a .gguf file, dequantised into ordinary float32 modules."""
 
 from pathlib import Path
 from typing import Any
 
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
+from swlora.models.gguf_header import read_gguf_table
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
     """Return (model in float32, tokenizer) of a .gguf file; UserError where it is unreadable."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    read_gguf_table(path)
     try:
         with quiet_libraries():
             model, report = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
+                quantization_config=GgufConfig(dequantize=True),  # else it fetches a kernel
                 dtype=torch.float32,
                 local_files_only=True,
                 output_loading_info=True,
@@ -30,12 +29,6 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         raise _unreadable(path, error) from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them at random
         raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}")
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if name in vars(model):
-            delattr(model, name)
     return model, tokenizer
 
 
@@ -46,6 +39,7 @@ def read_gguf_header(path: Path) -> tuple[Any, Any]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    read_gguf_table(path)
     try:
         with quiet_libraries():
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

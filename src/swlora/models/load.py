@@ -16,6 +16,7 @@ from swlora.library_noise import quiet_libraries
 from swlora.memory import keep_few_kernels, keep_freed_memory
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.end_tokens import find_end_tokens
+from swlora.models.gguf_header import read_gguf_table
 from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
 from swlora.threads import fix_threads
 
@@ -56,7 +57,9 @@ def check_model(spec: ModelSpec) -> None:
     """
     resolve_device(spec.device)
     place = _find(spec)
-    if not place.model.endswith(".gguf"):
+    if place.model.endswith(".gguf"):
+        read_gguf_table(Path(place.model))
+    else:
         _load_config(place.model, spec.revision)
 
 

@@ -13,8 +13,14 @@ import ctypes
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MADV_DONTNEED = 4  # from sys/mman.h of Linux
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _KEEP_BYTES = 1 << 30
 KERNELS_KEPT = 64  # a step needs about 25
@@ -40,6 +46,24 @@ def keep_few_kernels() -> None:
     """
     for name in _KERNEL_VARIABLES:
         os.environ.setdefault(name, str(KERNELS_KEPT))
+
+
+def release_pages(tensor: "Tensor") -> None:
+    """Give back the memory of a tensor that is a view of a mapped file; it is read again if used.
+
+    The tensor must be unchanged and contiguous: changes in pages of its own would be lost. Only
+    whole pages that are wholly its own are given back, and on Linux alone; elsewhere the system
+    takes them when it needs them.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    page, start = resource.getpagesize(), tensor.data_ptr()
+    first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
+    if end <= first:
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        advise = ctypes.CDLL("libc.so.6").madvise
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_DONTNEED)
 
 
 def peak_memory_bytes(device_type: str) -> int:

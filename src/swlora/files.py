@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import RunFailedError, UserError
 
 
@@ -65,14 +66,11 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; UserError where it is absent or cannot be read."""
+    """Return the JSON object in a file, no link to one, or UserError with the reason."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path.parent} holds no readable {path.name}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path.parent} holds no readable {path.name}")
-    return value
+        return read_json_object(path, follow_links=False)
+    except UnreadableError as error:
+        raise UserError(f"{path.parent} holds no readable {path.name}: {error}") from error
 
 
 def replace_folder(scratch: Path, target: Path) -> None:

@@ -13,12 +13,13 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from swlora.bounded_read import UnreadableError, parse_json, read_bounded
 from swlora.config import RunSpec, dump_yaml, load_spec
 from swlora.errors import RunFailedError, UserError
 from swlora.files import check_writable, read_json, write_json, write_text
@@ -26,6 +27,8 @@ from swlora.result_json import as_json
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
 DEFAULT_PARENT = Path("runs")
+METRICS = "metrics.jsonl"
+MAX_METRICS_BYTES = 1 << 30  # of some million steps
 RESUMABLE = ("train", "train-eval")
 
 
@@ -125,7 +128,7 @@ class Run(WorkFolder):
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; RunFailedError where the disk is full."""
         line = json.dumps(values, allow_nan=False)
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / METRICS
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -139,7 +142,7 @@ class Run(WorkFolder):
     def truncate_metrics(self, after_step: int) -> None:
         """Drop metric lines of steps after `after_step`, which a resumed run does again."""
         kept = [row for row in read_metrics(self.folder) if row["step"] <= after_step]
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Add to result.json what came out of the run, under names such as "train" and "eval"."""
@@ -191,15 +194,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Read metrics.jsonl, empty before the first step; a torn last line, as a kill may leave it,
     is dropped.
     """
-    path = folder / "metrics.jsonl"
-    if not path.exists():
+    try:
+        content, _ = read_bounded(folder / METRICS, MAX_METRICS_BYTES, follow_links=False)
+    except UnreadableError:
         return []
+    return parse_metrics(content.splitlines())
+
+
+def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Return the reports in lines of metrics.jsonl, up to the first that is none."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = parse_json(line)
+        except UnreadableError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 

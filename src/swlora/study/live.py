@@ -5,8 +5,6 @@ elsewhere. Times to come are guessed from runs that are done: of the same arm, e
 phase, else (for measured runs) from the short runs' seconds a row.
 """
 
-import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from swlora.bounded_read import UnreadableError, parse_json, read_tail
 from swlora.progress import duration
+from swlora.runs import METRICS
 from swlora.study.plan import Task
 
 LINE_EVERY_S = 30.0
@@ -94,14 +94,12 @@ class Snapshot:
 def snapshot(folder: Path) -> Snapshot | None:
     """Read the last training step that a run folder tells of; None before the first."""
     try:
-        with (folder / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError:
+        lines = read_tail(folder / METRICS, TAIL_BYTES).splitlines()
+    except UnreadableError:
         return None
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             return Snapshot(row["step"], row["loss"], row["rows"], row["examples_per_s"])
         except (ValueError, TypeError, KeyError):  # torn, or of another kind than a step
             continue

@@ -1,26 +1,31 @@
 """What lies in the folder of runs given at start: runs, the adapters in them, and studies.
 
 Everything is found by walking that folder, links not followed; a request names what was found and
-never a path. A name is the path below the folder, with "/" between its parts.
+never a path. A name is the path below the folder, with "/" between its parts. Whatever a folder
+holds, it costs no more than itself: it is named, and the others are shown.
 """
 
-import json
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from swlora.adapters.reach import switch_refusal
-from swlora.adapters.saved import WEIGHTS, read_facts
+from swlora.adapters.saved import FACTS, WEIGHTS
+from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import UserError
-from swlora.runs import read_metrics, read_run
+from swlora.runs import Run, read_metrics, read_run
+from swlora.study.folder import StudyFolder, read_study
 
 log = logging.getLogger("swlora.web")
+RUN, STUDY = Run.file_name, StudyFolder.file_name
 MAX_DEPTH = 5
 MAX_FOLDERS = 5_000
 FRESH_S = 2.0
@@ -28,11 +33,9 @@ FRESH_S = 2.0
 _FOLDERS = re.compile(r"""(?<![^\s('"])/(?:[^/;,()'"]*/)+""")
 FIGURE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 ADAPTER_CONFIG = "adapter_config.json"
-# What reading a file of somebody else's JSON can end in
-UNREADABLE = (
-    *(OSError, ValueError, RecursionError, UserError),
-    *(KeyError, TypeError, AttributeError),  # another shape than ours
-)
+MAX_ADAPTER_JSON_BYTES = 4 << 20
+MAX_SEPARATOR_CHARACTERS = 100
+MAX_METRIC_ROWS = 20_000  # of one answer
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class RunFolders:
         self._studies: dict[str, RunEntry] = {}
         self._adapters: dict[str, AdapterEntry] = {}
         self._not_served: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}
 
     def runs(self) -> dict[str, RunEntry]:
         """Return the run folders by name."""
@@ -104,29 +108,34 @@ class RunFolders:
         self._refresh()
         return self._not_served
 
+    def unreadable(self) -> dict[str, str]:
+        """Return why the other runs and studies that lie there are not shown, by name."""
+        self._refresh()
+        return self._unreadable
+
     def _refresh(self) -> None:
         with self._lock:
             if time.monotonic() - self._walked_s < FRESH_S:
                 return
-            runs: dict[str, RunEntry] = {}
-            studies: dict[str, RunEntry] = {}
-            adapters: dict[str, AdapterEntry] = {}
-            not_served: dict[str, str] = {}
+            runs, studies = dict[str, RunEntry](), dict[str, RunEntry]()
+            adapters, not_served = dict[str, AdapterEntry](), dict[str, str]()
+            unreadable = dict[str, str]()
             for name, folder, files in _walk(self._root):
-                if "run.json" in files:
-                    runs[name] = RunEntry(name, folder)
-                if "study.json" in files:
-                    studies[name] = RunEntry(name, folder)
+                for found, file_name, read in ((runs, RUN, read_run), (studies, STUDY, read_study)):
+                    if file_name in files:
+                        with _noted(name, unreadable):
+                            read(folder)
+                            found[name] = RunEntry(name, folder)
                 if ADAPTER_CONFIG in files:
-                    if folder.name == "adapter" and (folder.parent / "run.json").is_file():
+                    if folder.name == "adapter" and (folder.parent / RUN).is_file():
                         name = name.removesuffix("adapter").rstrip("/") or self._root.name
-                    try:
+                    with _noted(name, not_served):
                         adapters[name] = read_adapter_entry(name, folder)
-                    except UserError as error:
-                        not_served[name] = str(error)
             for name in not_served.keys() - self._not_served.keys():
                 log.warning("the adapter of %s is not served: %s", name, not_served[name])
-            self._runs, self._studies = runs, studies
+            for name in unreadable.keys() - self._unreadable.keys():
+                log.warning("%s is not shown: %s", name, unreadable[name])
+            self._runs, self._studies, self._unreadable = runs, studies, unreadable
             self._adapters, self._not_served = adapters, not_served
             self._walked_s = time.monotonic()
 
@@ -153,29 +162,65 @@ def _is_plain(name: str) -> bool:
 
 def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:
     """Return the adapter in `folder`; UserError, with the reason, where it is not served."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        version = (folder / WEIGHTS).stat().st_mtime_ns
-        facts = read_facts(folder)
-        reason = switch_refusal(config)
-        layers = facts.get("layers")
-        separator = str(facts.get("separator", ""))
-        rank = 0 if reason else int(config["r"])
-    except FileNotFoundError as error:
-        raise UserError(f"it has no {WEIGHTS}") from error
-    except UNREADABLE as error:
-        raise UserError(f"its {ADAPTER_CONFIG} or its facts cannot be read") from error
-    if reason:
+    config, facts = _read_json(folder, ADAPTER_CONFIG), {}
+    if os.path.lexists(folder / FACTS):
+        facts = _read_json(folder, FACTS)
+    if reason := switch_refusal(config):
         raise UserError(reason)
-    known = tuple(layers) if isinstance(layers, list) else None
+    rank, layers, separator = config.get("r"), facts.get("layers"), facts.get("separator", "")
+    if not isinstance(rank, int) or rank < 1:
+        raise UserError(f"its {ADAPTER_CONFIG} names no rank")
+    if not isinstance(separator, str) or len(separator) > MAX_SEPARATOR_CHARACTERS:
+        raise UserError(f"its {FACTS} names no separator of a usual length")
+    try:
+        weights = (folder / WEIGHTS).lstat()
+    except OSError as error:
+        raise UserError(f"it has no {WEIGHTS}") from error
+    if not stat.S_ISREG(weights.st_mode):
+        raise UserError(f"its {WEIGHTS} is no regular file")
+    known = None
+    if isinstance(layers, list) and all(isinstance(layer, int) for layer in layers):
+        known = tuple(layers)
     format_ = _format(separator, facts.get("is_chat"))
-    return AdapterEntry(name, folder, version, rank, known, separator, format_)
+    return AdapterEntry(name, folder, weights.st_mtime_ns, rank, known, separator, format_)
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        return read_json_object(folder / name, max_bytes=MAX_ADAPTER_JSON_BYTES, follow_links=False)
+    except UnreadableError as error:
+        raise UserError(f"its {name} cannot be read: {error}") from error
 
 
 def _format(separator: str, is_chat: Any) -> str:
     if separator or is_chat is False:
         return "text"
     return "chat" if is_chat is True else ""
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Turn whatever the content of a folder ends in into a UserError, and log what is not foreseen.
+
+    Files of any kind may lie there, so the kinds of errors cannot be listed.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        log.warning("%s cannot be shown", name, exc_info=error)
+        raise UserError("it holds something that is not understood") from error
+
+
+@contextmanager
+def _noted(name: str, reasons: dict[str, str]) -> Iterator[None]:
+    """Note by the name of a folder why its content cannot be read."""
+    try:
+        with reading(name):
+            yield
+    except UserError as error:
+        reasons[name] = without_folders(str(error))
 
 
 # What a run holds
@@ -197,17 +242,16 @@ def without_folders(text: str) -> str:
 
 def run_metrics(entry: RunEntry, since: int) -> dict[str, Any]:
     """Return the lines of metrics.jsonl from number `since` on, and the number of the next."""
-    rows = read_metrics(entry.folder)
-    return {"rows": rows[since:], "next": max(since, len(rows))}
+    rows = read_metrics(entry.folder)[since:][:MAX_METRIC_ROWS]
+    return {"rows": rows, "next": since + len(rows)}
 
 
 def run_result(entry: RunEntry) -> dict[str, Any]:
     """Return result.json; empty where the run has come to none yet."""
     try:
-        result = json.loads((entry.folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(entry.folder / "result.json", follow_links=False)
+    except UnreadableError:
         return {}
-    return result if isinstance(result, dict) else {}
 
 
 def run_figures(entry: RunEntry) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from swlora.web.answers import EventStream, sse
 from swlora.web.folders import (
     FIGURE_TYPES,
     RunEntry,
+    reading,
     run_figures,
     run_metrics,
     run_result,
@@ -201,6 +202,7 @@ def without_paths(value: Any) -> Any:
 
 def _summary(entry: RunEntry) -> dict[str, Any]:
     try:
-        return run_summary(entry)
+        with reading(entry.name):
+            return run_summary(entry)
     except UserError as error:
         raise ApiError(404, "this run cannot be read just now", param="name") from error

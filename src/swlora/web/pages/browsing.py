@@ -32,12 +32,13 @@ def runs(request: Request, part: Part = "", seen: Seen = "", everything: All = 0
     within = tuple(study.folder for study in studies.values())
     entries = service.folders.runs().values()
     alone = [e for e in entries if not any(e.folder.is_relative_to(folder) for folder in within)]
-    rows, n_older, n_idle = runs_view.run_rows(alone, shows_all=bool(everything))
+    found = runs_view.run_list(alone, shows_all=bool(everything))
     values: dict[str, Any] = {
-        "runs": rows,
+        "runs": found.rows,
         "studies": study_view.study_rows(studies.values()),
-        "n_older": n_older,
-        "n_idle": n_idle,
+        "n_older": found.n_older,
+        "n_idle": found.n_idle,
+        "unreadable": sorted({*service.folders.unreadable(), *found.unreadable}),
         "shows_all": bool(everything),
         "base_name": service.base_name,
     }

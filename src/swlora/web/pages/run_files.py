@@ -5,7 +5,6 @@ Whatever cannot be read, or is of another kind than it should be, is nothing.
 
 import csv
 import io
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,15 @@ from typing import Any
 import yaml
 
 from swlora.adapters.saved import WEIGHTS
+from swlora.bounded_read import UnreadableError, read_bounded
+from swlora.runs import METRICS, parse_metrics
 
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_PREDICTIONS_BYTES = 512 * 1024  # of the beginning of the file
 MAX_PREDICTIONS = 10
 MAX_CHARACTERS = 2000  # of one cell
+MAX_METRICS_BYTES = 256 << 20
+MAX_STEPS = 5_000  # read of a long training: a picture has fewer points
 PROMPT_COLUMNS = ("prompt", "mr")
 
 
@@ -34,14 +37,28 @@ class Prediction:
 def read_start(path: Path, n_bytes: int) -> tuple[str, bool] | None:
     """Return (the text of the first `n_bytes`, whether that is all); None for what is no file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return None
-            content = file.read(n_bytes + 1)
-    except OSError:
+        content, is_whole = read_bounded(path, n_bytes, follow_links=False)
+    except UnreadableError:
         return None
-    return content[:n_bytes].decode("utf-8", "replace"), len(content) <= n_bytes
+    return content.decode("utf-8", "replace"), is_whole
+
+
+def shown_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the reports of a training; of a long one every n-th, all with held-out losses, the
+    last.
+    """
+    try:
+        content, is_whole = read_bounded(folder / METRICS, MAX_METRICS_BYTES, follow_links=False)
+    except UnreadableError:
+        return []
+    lines = content.splitlines()[: None if is_whole else -1]
+    stride = 1 + len(lines) // MAX_STEPS
+    kept = [
+        line
+        for number, line in enumerate(lines, start=1 - len(lines))
+        if number % stride == 0 or b'"eval_nll"' in line
+    ]
+    return parse_metrics(kept if len(lines) > MAX_STEPS else lines)
 
 
 def read_config(folder: Path) -> dict[str, dict[str, Any]]:

@@ -13,14 +13,14 @@ from typing import Any
 from swlora.errors import UserError
 from swlora.evaluation.loss_curve import Point, smoothed
 from swlora.progress import duration
-from swlora.runs import read_metrics, read_run
+from swlora.runs import METRICS, Run, read_run
 from swlora.study.live import snapshot
-from swlora.web.folders import RunEntry, run_figures, run_result
+from swlora.web.folders import RunEntry, reading, run_figures, run_result
 from swlora.web.pages.charts import Chart, Series, finite, line_chart
 from swlora.web.pages.data_view import data_facts
 from swlora.web.pages.identified_view import Identified, identified_view
 from swlora.web.pages.run_facts import Fact, is_of_sample, part, plain, run_facts, scores
-from swlora.web.pages.run_files import Prediction, read_predictions
+from swlora.web.pages.run_files import Prediction, read_predictions, shown_metrics
 from swlora.work_folder import failure_of
 
 MAX_SHOWN = 200
@@ -33,7 +33,7 @@ LOOKS = {
     "incomplete": "bad",
 }
 NEVER_STARTED = ("failed", "cancelled")
-LEFT_BY_WORK = ("metrics.jsonl", "result.json", "adapter", "checkpoint")
+LEFT_BY_WORK = (METRICS, "result.json", "adapter", "checkpoint")
 HEADLINE_SCORES = ("BLEU", "NLL, nats a token")
 
 
@@ -69,26 +69,42 @@ class RunView:
     refusal: str  # why its adapter cannot be served
 
 
-def run_rows(
-    entries: Iterable[RunEntry], *, shows_all: bool = False
-) -> tuple[list[RunRow], int, int]:
-    """Return the runs that can be read, the newest first; how many older ones there are, and how
-    many that never started, which are left out unless `shows_all`.
+@dataclass(frozen=True)
+class RunList:
+    """Runs, the newest first; how many older ones there are, and how many that never started.
+
+    `unreadable` are the names of those that cannot be shown.
     """
-    found, n_idle = [], 0
+
+    rows: list[RunRow]
+    n_older: int
+    n_idle: int
+    unreadable: list[str]
+
+
+def run_list(entries: Iterable[RunEntry], *, shows_all: bool = False) -> RunList:
+    """Return the runs; those that never started are counted, and shown with `shows_all` only."""
+    found, unreadable, n_idle = [], [], 0
     for entry in entries:
         try:
-            facts = read_run(entry.folder)
-        except UserError:  # it is just being written or removed
+            with reading(entry.name):
+                facts = read_run(entry.folder)
+                is_idle = _never_started(entry, facts)
+        except UserError:  # it is just being removed
             continue
-        if _never_started(entry, facts):
-            n_idle += 1
-            if not shows_all:
-                continue
-        found.append((entry, facts))
+        n_idle += is_idle
+        if shows_all or not is_idle:
+            found.append((entry, facts))
     found.sort(key=lambda pair: str(pair[1].get("started_at")), reverse=True)
-    rows = [_row(entry, facts) for entry, facts in found[:MAX_SHOWN]]
-    return rows, len(found) - len(rows), n_idle
+    rows = []
+    for entry, facts in found[:MAX_SHOWN]:
+        try:
+            with reading(entry.name):
+                rows.append(_row(entry, facts))
+        except UserError:
+            unreadable.append(entry.name)
+    n_older = max(0, len(found) - MAX_SHOWN)
+    return RunList(rows, n_older, n_idle, unreadable)
 
 
 def run_view(
@@ -98,9 +114,12 @@ def run_view(
 
     `adapters` are served, those of `not_served` are not, with the reason.
     """
-    facts = read_run(entry.folder)
-    metrics = [row for row in read_metrics(entry.folder) if isinstance(row, dict)]
-    result = run_result(entry)
+    with reading(entry.name):
+        return _run_view(entry, adapters, not_served or {})
+
+
+def _run_view(entry: RunEntry, adapters: Iterable[str], not_served: Mapping[str, str]) -> RunView:
+    facts, metrics, result = read_run(entry.folder), shown_metrics(entry.folder), run_result(entry)
     n_steps = finite(metrics[-1].get("step")) if metrics else None
     identified = identified_view(part(result, "identify"))
     chart = loss_chart(metrics)
@@ -119,7 +138,7 @@ def run_view(
         data=data_facts(result),
         predictions=read_predictions(entry.folder),
         has_adapter=entry.name in adapters,
-        refusal=(not_served or {}).get(entry.name, ""),
+        refusal=not_served.get(entry.name, ""),
     )
 
 
@@ -234,7 +253,7 @@ def _at_work(folder: Path) -> str:
 def _quiet(folder: Path) -> str:
     """Say for how long a run has written nothing, where that is long."""
     newest_s = 0.0
-    for name in ("run.json", "metrics.jsonl", "log.txt"):
+    for name in (Run.file_name, METRICS, "log.txt"):
         try:
             newest_s = max(newest_s, (folder / name).stat().st_mtime)
         except OSError:

@@ -4,12 +4,12 @@ The tables are those of results.json, which `swlora compare` writes when it ends
 stands is read from study.json at any time.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import UserError
 from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.progress import duration
@@ -17,7 +17,7 @@ from swlora.study import tables
 from swlora.study.compared import FinishedArm, read_finished
 from swlora.study.folder import read_study
 from swlora.study.tables import Column
-from swlora.web.folders import RunEntry, run_figures
+from swlora.web.folders import RunEntry, reading, run_figures
 from swlora.web.pages.charts import finite
 from swlora.web.pages.runs_view import shown_time, status_look
 
@@ -87,20 +87,25 @@ class StudyView:
 
 
 def study_rows(entries: Iterable[RunEntry]) -> list[StudyRow]:
-    """Return the studies that can be read, the newest first."""
+    """Return the studies that can be shown, the newest first."""
     found = []
     for entry in entries:
         try:
-            facts = read_study(entry.folder)
-            found.append((str(facts.get("started_at")), _row(entry, facts)))
-        except (*ODD, UserError):
+            with reading(entry.name):
+                facts = read_study(entry.folder)
+                found.append((str(facts.get("started_at")), _row(entry, facts)))
+        except UserError:
             continue
     return [row for _, row in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
 def study_view(entry: RunEntry) -> StudyView:
     """Return where a study stands; UserError where it cannot be read just now."""
-    facts = read_study(entry.folder)
+    with reading(entry.name):
+        return _study_view(entry, read_study(entry.folder))
+
+
+def _study_view(entry: RunEntry, facts: Mapping[str, Any]) -> StudyView:
     runs = _mapping(facts["runs"])
     current = next((p for p, told in runs.items() if _said(told, "status") == "running"), None)
     machine = _mapping(facts.get("machine"))
@@ -117,9 +122,9 @@ def study_view(entry: RunEntry) -> StudyView:
 def study_tables(entry: RunEntry) -> list[Table]:
     """Return the tables of results.json; none where it is not there or of another version."""
     try:
-        results = json.loads((entry.folder / "results.json").read_text(encoding="utf-8"))
+        results = read_json_object(entry.folder / "results.json", follow_links=False)
         arms = read_finished(results)
-    except (*ODD, OSError):
+    except (*ODD, UnreadableError):
         return []
     wanted: list[tuple[str, Callable[[], Sequence[Column[FinishedArm]]]]] = [
         ("Quality, against the baseline", lambda: tables.verdict_columns(["bleu", "nll"])),

@@ -26,7 +26,9 @@ MAX_INDEX_BYTES = 64_000_000
 class WeightSource(Protocol):
     """The weights of a model, read when they are asked for."""
 
-    names: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the tensors; a tied head is not among them."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without reading it."""
@@ -47,7 +49,9 @@ def open_weights(path: Path) -> WeightSource:
     Raises UserError where there are none, or where they are damaged.
     """
     if path.suffix == ".gguf" and not path.is_dir():
-        return _GgufWeights(path)
+        from swlora.models.gguf_weights import GgufWeights
+
+        return GgufWeights(path)
     return SafetensorsWeights(path)
 
 
@@ -172,23 +176,3 @@ def _skeleton(folder: Path) -> Any:
         return None
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-class _GgufWeights:
-    """The weights of a .gguf file, dequantised as transformers does, all at once."""
-
-    def __init__(self, path: Path) -> None:
-        from swlora.models.gguf_file import load_gguf
-
-        model, _ = load_gguf(path)
-        self._tensors = {name: p.detach() for name, p in model.named_parameters()}
-        self.names: Sequence[str] = list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def shards(self) -> list[list[str]]:
-        return [list(self.names)]

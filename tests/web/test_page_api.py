@@ -119,14 +119,15 @@ def test_a_run_that_is_torn_is_left_out(make, browse, tmp_path):
 
 
 def test_the_walk_is_bounded(tmp_path, monkeypatch):
+    run = '{"status": "done", "command": "train"}'
     monkeypatch.setattr("swlora.web.folders.MAX_FOLDERS", 10)
     for i in range(30):
         (tmp_path / f"{i:02}").mkdir()
-        (tmp_path / f"{i:02}/run.json").write_text("{}")
+        (tmp_path / f"{i:02}/run.json").write_text(run)
     assert len(RunFolders(tmp_path).runs()) == 9
     deep = tmp_path / "/".join("abcdefgh")
     deep.mkdir(parents=True)
-    (deep / "run.json").write_text("{}")
+    (deep / "run.json").write_text(run)
     monkeypatch.setattr("swlora.web.folders.MAX_FOLDERS", 100)
     assert len(RunFolders(tmp_path).runs()) == 30
 

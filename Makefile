@@ -10,6 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Stamps: present and newer than what they depend on when the installation is complete
 PACKAGE := $(VENV)/.package-installed
 TOOLS := $(VENV)/.tools-installed
+# llama.cpp, in which exported files are tested: the binaries of this platform, without a GPU's
+LLAMA_CPP_VERSION := 3.21.1
+LLAMA_CPP := .cache/llama-cpp/.installed-$(LLAMA_CPP_VERSION)
+LLAMA_CPP_PLATFORM = $(shell node -p '({darwin: {arm64: "mac-arm64-metal", x64: "mac-x64"}}[process.platform] || {})[process.arch] || `$${process.platform}-$${process.arch}`')
 # A process for every core, each of which computes with one thread (tests/conftest.py)
 PARALLEL := --numprocesses auto --maxprocesses 4
 
@@ -22,7 +26,7 @@ help:
 demo: $(PACKAGE)
 	@BIN=$(BIN) bash examples/demo.sh
 
-test: lint
+test: lint $(LLAMA_CPP)
 	$(BIN)/python -c "from swlora.models.builtin import builtin_folder; print('builtin model:', builtin_folder())"
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not browser" --cov --cov-report=
 	$(BIN)/python -m pytest -m browser
@@ -61,6 +65,17 @@ $(PACKAGE): pyproject.toml requirements.lock | $(BIN)/python
 	$(PIP) install --quiet --upgrade "pip>=25.1"
 	$(PIP) install --progress-bar=on --constraint requirements.lock --editable .
 	@touch $@
+
+# Without npm, or where it fails, the tests in llama.cpp are skipped and say so
+$(LLAMA_CPP):
+	@if command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 20)'; then \
+	  npm install --prefix .cache/llama-cpp --no-save --no-audit --no-fund --loglevel=error \
+	    --omit=optional --ignore-scripts node-llama-cpp@$(LLAMA_CPP_VERSION) \
+	    @node-llama-cpp/$(LLAMA_CPP_PLATFORM)@$(LLAMA_CPP_VERSION) && touch $@ || \
+	    echo "node-llama-cpp could not be installed: exported files are not tested in llama.cpp" >&2; \
+	else \
+	  echo "there is no npm with Node.js 20 or newer: exported files are not tested in llama.cpp" >&2; \
+	fi
 
 $(TOOLS): $(PACKAGE)
 	$(PIP) install --quiet --constraint requirements.lock --group dev

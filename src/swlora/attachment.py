@@ -1,10 +1,12 @@
 """An adapter on the model of a job: attached, trained step by step, saved."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swlora.errors import DivergedError
 from swlora.job import Job
 from swlora.layer_policy import layer_ranges
 from swlora.models.identity import identify_base
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from swlora.training.checkpoint import LoopState
     from swlora.training.schedule import Schedule
     from swlora.training.watch import Watch
+
+ROWS_NAMED = 5  # of a step that failed
 
 
 @dataclass(frozen=True)
@@ -67,5 +71,22 @@ def run_steps(
         ready = make_step(adapted.model, prepared.sequences, job.spec.train, job.progress.say)
     with closing(ready) as step:
         torch.manual_seed(job.spec.seed)  # dropout
-        with job.timed("train"):
-            return run_loop(step, prepared.schedule, adapted, job.run, job.progress, watch)
+        try:
+            with job.timed("train"):
+                return run_loop(step, prepared.schedule, adapted, job.run, job.progress, watch)
+        except DivergedError as error:
+            rows = _rows(job, error.sequence_ids)
+            where = f" (rows of that step: {rows})" if rows else ""
+            raise DivergedError(f"{error}{where}") from None
+
+
+def _rows(job: Job, sequence_ids: Sequence[int]) -> str:
+    """Name the training rows that sequences are of, by their places; only some of many."""
+    numbers = sorted({int(job.encoded("train").example_ids[i]) for i in sequence_ids})
+    rows, places = job.dataset.split("train"), dict[str, list[str]]()
+    for number in numbers[:ROWS_NAMED]:
+        source, _, last = rows[number].place_or_row(number).rpartition(" ")
+        places.setdefault(source, []).append(last)
+    named = "; ".join(f"{source} {', '.join(own)}" for source, own in places.items())
+    n_more = len(numbers) - ROWS_NAMED
+    return named + (f" and {n_more:,} more" if n_more > 0 else "")

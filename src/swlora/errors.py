@@ -4,6 +4,7 @@ Exit codes of the command line: 0 done, 2 usage or bad input, 1 failure. The `co
 for programs: it is in run.json, and nothing else needs to read a message.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -40,9 +41,13 @@ class RunFailedError(UserError):
 
 
 class DivergedError(RunFailedError):
-    """A training whose loss or gradient is no number any more."""
+    """A training whose loss, gradient or weights are no numbers any more.
+
+    `sequence_ids` are those of the step in which it happened, where it was in a step.
+    """
 
     code = "diverged"
+    sequence_ids: Sequence[int] = ()
 
 
 def error_code(error: BaseException) -> str:

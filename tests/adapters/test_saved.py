@@ -179,3 +179,13 @@ def test_an_adalora_of_pefts_own_with_a_whole_module_loads(make_model, tmp_path)
     tokens = torch.tensor([[1, 2, 3, 4]])
     ours = load_adapter(make_model("llama"), tmp_path)
     assert torch.equal(ours(input_ids=tokens).logits, theirs.eval()(input_ids=tokens).logits)
+
+
+def test_an_adapter_that_holds_what_is_no_number_is_not_saved(make_model, tmp_path):
+    model = attach(make_model("llama"), AdapterSpec(rank=2), [1], seed=0)
+    model.get_parameter("base_model.model.model.layers.1.mlp.down_proj.lora_B.default.weight").data[
+        1, 1
+    ] = float("nan")
+    with pytest.raises(RunFailedError, match=r"not finite, 1 in .*down_proj.lora_B.weight"):
+        save_adapter(model, tmp_path / "adapter", {})
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from torch import nn
 
 from swlora.adapters.adapted import Adapted
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
-from swlora.errors import RunFailedError
+from swlora.errors import DivergedError, RunFailedError
 from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.runs import Run, read_metrics
@@ -333,6 +333,38 @@ def test_a_number_that_is_not_finite_stops_before_the_weights_change(where, valu
     assert state.load(run.checkpoint)
     assert state.totals.step == at - 1
     assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("value", [1e38, 1e22, math.inf, math.nan])
+def test_weights_that_cannot_be_used_end_a_training_at_the_checkpoint_before(value, tmp_path):
+    parameters = fresh_parameters()
+    step = ToyStep(parameters)
+    run = start(tmp_path / "run")
+
+    class Spoiled(Adapted):
+        def after_step(self, n_done: int) -> None:
+            if n_done == 4:
+                parameters["a"].data[1, 1] = value
+
+    every_step = spec(checkpoint_every_s=1e-9)
+    spoiled = Spoiled(nn.ParameterDict(parameters), AdapterSpec())
+    with pytest.raises(DivergedError, match=r"step 4 made weights .*learning-rate") as failed, run:
+        train(step, schedule(every_step), spoiled, run, Silent())
+    assert sorted(failed.value.sequence_ids) == sorted(np.concatenate(plan(1)[0]))
+    assert run.facts["status"] == "failed"
+    saved = fresh_parameters()
+    state = LoopState(adapted(saved), torch.optim.AdamW(saved.values()))
+    assert state.load(run.checkpoint) and state.totals.step == 3
+    assert all(bool(torch.isfinite(p).all()) for p in saved.values())
+
+
+def test_a_step_so_large_that_its_weights_are_useless_is_no_result(tmp_path):
+    run = start(tmp_path / "run")
+    parameters = fresh_parameters()
+    one_step = spec(epochs=1, learning_rate=1e38, max_steps=1, warmup_fraction=0.0)
+    with pytest.raises(DivergedError, match="step 1 made weights"), run:
+        train(ToyStep(parameters), schedule(one_step), adapted(parameters), run, Silent())
+    assert run.facts["status"] == "failed" and not list(run.folder.glob("checkpoint/*"))
 
 
 def test_a_damaged_checkpoint_is_not_used(tmp_path):

@@ -21,6 +21,7 @@ from swlora.adapters.methods import quiet_peft
 from swlora.adapters.reach import HARMLESS_STARTS, refusal
 from swlora.errors import RunFailedError, UserError
 from swlora.files import replace_folder, write_json, write_text
+from swlora.models.finite import not_finite
 from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel
 
@@ -35,7 +36,7 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
 
     `facts` are what `training_facts` gave, and more; the README.md is made from them. `folder` is
     replaced by a complete one; a kill leaves the old or the new one. Raises RunFailedError where
-    the disk is full.
+    the disk is full or a weight is no finite number.
     """
     from safetensors import SafetensorError
 
@@ -44,6 +45,7 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
         shutil.rmtree(scratch, ignore_errors=True)
         with quiet_peft():
             model.save_pretrained(str(scratch), save_embedding_layers=False)
+        _check_finite(scratch / WEIGHTS)
         config = _portable_config(scratch / CONFIG, facts)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, scratch)
@@ -55,6 +57,17 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
         raise RunFailedError(f"cannot write {folder}: {error}") from error
     finally:  # on a full disk, above all
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_finite(weights: Path) -> None:
+    from safetensors.torch import load_file
+
+    if found := not_finite(load_file(weights).items()):
+        name, n = next(iter(found.items()))
+        raise RunFailedError(
+            f"the adapter is not saved: it holds numbers that are not finite, {n:,} in {name}; "
+            "train again with a lower --learning-rate"
+        )
 
 
 def _portable_config(path: Path, facts: Facts) -> dict[str, Any]:

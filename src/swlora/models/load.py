@@ -16,6 +16,7 @@ from swlora.library_noise import quiet_libraries
 from swlora.memory import keep_few_kernels, keep_freed_memory
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.end_tokens import find_end_tokens
+from swlora.models.finite import check_finite
 from swlora.models.gguf_header import read_gguf_table
 from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
 from swlora.threads import fix_threads
@@ -88,6 +89,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
         model, tokenizer = _load_pretrained(place.model, spec.revision, torch_dtype), None
     tokenizer = _checked_tokenizer(model, tokenizer, place, spec)
     model.requires_grad_(False)
+    check_finite(model, place.source)
     ends = find_end_tokens(model, tokenizer, model.generation_config)
     model.generation_config = GenerationConfig()  # DecodeSpec alone says how text is generated
     revision = _commit(place.model, spec.revision)

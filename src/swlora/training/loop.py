@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from swlora.adapters.adapted import Adapted
@@ -52,8 +53,8 @@ def train(
     Continues from the run's checkpoint where there is one. SIGINT and SIGTERM end the loop after
     the current step with a checkpoint and KeyboardInterrupt. The last checkpoint is the final
     state; it goes when the run is done. `watch` measures held-out examples off the clock, keeps the
-    best adapter and may end the training early. Raises RunFailedError before a non-finite loss or
-    gradient could reach the weights.
+    best adapter and may end the training early. Raises DivergedError before a non-finite loss or
+    gradient could reach the weights, or weights that cannot be used a checkpoint.
     """
     spec = schedule.spec
     accelerator, state = _begin(adapted, spec)
@@ -72,9 +73,12 @@ def train(
             random_state = state.random_state()
             try:
                 report = _one_step(step_function, groups, state, accelerator, schedule)
-            except RunFailedError:  # raised before the weights changed: nothing is lost
-                state.set_random_state(random_state)
-                _save(state, folder)
+            except RunFailedError as error:
+                if isinstance(error, DivergedError):
+                    error.sequence_ids = np.concatenate(groups).tolist()
+                if are_usable(adapted):  # raised before the weights changed: nothing is lost
+                    state.set_random_state(random_state)
+                    _save(state, folder)
                 raise
             if watch:
                 report |= watch.after_step(state.held_out, state.totals.step, n_steps)
@@ -157,6 +161,11 @@ def _one_step(
         )
     optimizer.step()
     adapted.after_step(totals.step + 1)
+    if not are_usable(adapted):
+        raise DivergedError(
+            f"step {totals.step + 1} made weights that are not finite, or too large to compute "
+            "with: start again with a lower --learning-rate"
+        )
     optimizer.zero_grad(set_to_none=True)
     step_s = time.perf_counter() - start_s
     n_sequences = sum(map(len, groups))
@@ -176,6 +185,15 @@ def _one_step(
         "elapsed_s": totals.elapsed_s,
         "threads": torch.get_num_threads(),
     }
+
+
+def are_usable(adapted: Adapted) -> bool:
+    """Say whether the trained weights are finite, and their squares too.
+
+    Beyond that a product of two of them is infinite in float32.
+    """
+    weights = [p.detach() for p in adapted.parameters.values()]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(weights))).all())
 
 
 def _optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:

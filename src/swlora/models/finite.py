@@ -1,0 +1,37 @@
+"""Whether numbers are numbers: a model with a NaN in it makes every loss one, whatever the rate."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from swlora.errors import UserError
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Return how many numbers of each named tensor are NaN or infinite, where some are.
+
+    The sum shows it in one pass without a copy; only where it is not finite is every number asked.
+    """
+    found = dict[str, int]()
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        if not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
+            n = int((~torch.isfinite(tensor.detach())).sum())
+            if n:
+                found[name] = n
+    return found
+
+
+def check_finite(model: torch.nn.Module, source: str) -> None:
+    """Raise UserError, which names the first of them, where a model holds what is no number."""
+    found = not_finite([*model.named_parameters(), *model.named_buffers()])
+    if not found:
+        return
+    name, n = next(iter(found.items()))
+    more = f", and {len(found) - 1} more tensors" if len(found) > 1 else ""
+    raise UserError(
+        f"{source} holds numbers that are not finite: {n:,} in {name}{more}; "
+        "get the model again, or try --dtype float32 if they come from its dtype"
+    )

@@ -48,8 +48,6 @@ class MergedWeights:
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
-        from safetensors import safe_open
-
         self._folder, self._model = folder, model
         self._config = _read_config(folder)
         if reason := merge_refusal(self._config):
@@ -59,12 +57,8 @@ class MergedWeights:
         self.tokens: set[str] = set()  # names of weights in which rows of some tokens are replaced
         self._changes: defaultdict[str, list[Change]] = defaultdict(list)
         parts: defaultdict[str, dict[str, str]] = defaultdict(dict)  # keys by module and part
-        try:
-            self._file = safe_open(folder / WEIGHTS, "pt")
-            keys = list(self._file.keys())
-        except Exception as error:  # of safetensors and the system
-            raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-        for key in keys:
+        self._file = _open_tensors(folder)
+        for key in self._file.keys():  # noqa: SIM118 - it has no __iter__
             path = key.removeprefix(_PREFIX)
             if path == key:
                 raise self._refused(f"{key[:100]} is no name that PEFT gives")
@@ -142,7 +136,8 @@ class MergedWeights:
         }
         bias = parts.pop("lora_B.bias", None)
         magnitude = parts.pop("lora_magnitude_vector", None)
-        low_rank = [parts.pop(f"supertuning_lora_{side}", None) for side in "AB"]
+        sides = [f"supertuning_lora_{side}" for side in "AB"]
+        low_rank = [parts.pop(side) for side in sides if side in parts]
         make = kinds.get(frozenset(parts))
         if make is None or (magnitude is not None) != bool(self._config.get("use_dora")):
             raise self._refused(f"for {name} it holds {', '.join(sorted(parts))} alone")
@@ -151,7 +146,7 @@ class MergedWeights:
         if self._config.get("init_lora_weights") == EXACT_START and make == self._lora:
             changes.append(partial(_less_principal_part, rank=len(parts["lora_A"])))
         changes.append(make(name, module, *(parts[part] for part in sorted(parts))))
-        if low_rank[0] is not None and low_rank[1] is not None:
+        if len(low_rank) == 2:
             changes.append(self._lora(name, module, *low_rank))
         if magnitude is not None:
             self._check_shape(name, tuple(magnitude.shape), (_sides(module)[0],))
@@ -244,6 +239,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG} is damaged")
     return config
+
+
+def _open_tensors(folder: Path) -> Any:
+    from safetensors import safe_open
+
+    try:
+        return safe_open(folder / WEIGHTS, "pt")
+    except Exception as error:  # of safetensors and the system
+        raise UserError(f"{folder / WEIGHTS} cannot be read: {error}") from error
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Rows that are kept in a file are the rows; memory does not grow with their text."""
 
 import errno
+import gc
 import json
 import os
 import tracemalloc
@@ -162,6 +163,25 @@ def test_an_error_of_the_source_stays_what_it_is(monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(OSError, match="the source broke"):
         keep(broken())
+
+
+@pytest.mark.parametrize("n_bytes", [1 << 20, 1000])
+def test_cycles_are_not_searched_for_while_examples_gather_in_memory(
+    n_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit(monkeypatch, n_bytes)
+    seen: list[bool] = []
+
+    def rows() -> Iterator[Example]:
+        for row in ROWS:
+            seen.append(gc.isenabled())
+            yield row
+        raise DataError("the end")
+
+    assert gc.isenabled()
+    with pytest.raises(DataError, match="the end"):
+        keep(rows())
+    assert gc.isenabled() and not seen[0] and seen[-1] == (n_bytes == 1000)
 
 
 def test_the_completion_of_a_chat_is_what_the_assistant_says_last() -> None:

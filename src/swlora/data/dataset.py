@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swlora.config import SAMPLE_DATASET
-from swlora.data.examples import Example, select
+from swlora.data.examples import Example, PromptKey, select
 from swlora.errors import UserError
 
 E2E_NAME = "E2E NLG"
@@ -80,14 +80,14 @@ class Dataset:
             test=first_prompts(self.test, eval_prompts),
         )
         digest = hashlib.sha256(json.dumps(self.separator).encode())
-        rows, prompts = array("Q"), {name: array("Q") for name in SPLITS}  # hashes
+        rows, prompts = array("q"), {name: array("q") for name in SPLITS}  # hashes
         for name in SPLITS:
             for example in getattr(limited, name):
                 row = json.dumps([name, *example.fields]).encode()
                 digest.update(row + b"\n")
-                prompts[name].append(_hash(example.prompt_key.encode()))
+                prompts[name].append(hash(example.prompt_key))
                 if name == "train":
-                    rows.append(_hash(row))
+                    rows.append(hash(row))
         train, dev, test = (np.array(prompts[name]) for name in SPLITS)
         counts = replace(
             self.counts,
@@ -99,7 +99,7 @@ class Dataset:
 
 def group_references(examples: Iterable[Example]) -> list[tuple[Example, list[str]]]:
     """List the distinct prompts in file order: the first example of each, all its completions."""
-    groups: dict[str, tuple[Example, list[str]]] = {}
+    groups: dict[PromptKey, tuple[Example, list[str]]] = {}
     for example in examples:
         group = groups.setdefault(example.prompt_key, (example, []))
         group[1].append(example.completion)
@@ -109,10 +109,10 @@ def group_references(examples: Iterable[Example]) -> list[tuple[Example, list[st
 def number_prompts(examples: Sequence[Example]) -> NDArray[np.int64]:
     """Return the number (n,) of each row's distinct prompt, in the order of `group_references`.
 
-    Prompts are told apart by 8 bytes of a hash: among 10^8 of them two would be taken for one with
+    Prompts are told apart by a hash of 64 bits: among 10^8 of them two would be taken for one with
     a chance of 1 in 4,000, and be held out together.
     """
-    hashes = np.fromiter((_hash(e.prompt_key.encode()) for e in examples), dtype=np.uint64)
+    hashes = np.fromiter((hash(e.prompt_key) for e in examples), dtype=np.int64)
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
@@ -124,7 +124,3 @@ def first_prompts(examples: Sequence[Example], n: int | None) -> Sequence[Exampl
     if n is None:
         return examples
     return select(examples, np.flatnonzero(number_prompts(examples) < n))
-
-
-def _hash(text: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())

@@ -21,7 +21,7 @@ import numpy as np
 from swlora.data.chat import ChatTemplate, Turns
 from swlora.data.chat_encode import TrainOn, Weighted, encode_chats
 from swlora.data.documents import encode_documents
-from swlora.data.examples import CHAT_KEY, Example
+from swlora.data.examples import Example, PromptKey
 from swlora.data.problems import count_problem
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.data.tokenise import Following, following_ids, token_ids
@@ -213,12 +213,12 @@ def _encode_pairs(
 
 def _prompt_texts(
     examples: Sequence[Example], separator: str, tokenizer: "PreTrainedTokenizerBase"
-) -> dict[str, str]:
+) -> dict[PromptKey, str]:
     """Write the prompt of each distinct prompt_key; UserError for no examples."""
     if not examples:
         raise UserError("there are no rows to encode")
     chats = ChatTemplate(tokenizer) if any(e.messages for e in examples) else None
-    texts: dict[str, str] = {}
+    texts: dict[PromptKey, str] = {}
     for e in examples:
         if (key := e.prompt_key) in texts:
             continue
@@ -233,12 +233,12 @@ def _prompt_texts(
 
 
 def _prompt_ids(
-    texts: dict[str, str], tokenizer: "PreTrainedTokenizerBase"
-) -> dict[str, list[int]]:
+    texts: dict[PromptKey, str], tokenizer: "PreTrainedTokenizerBase"
+) -> dict[PromptKey, list[int]]:
     """Tokenise the prompt of each prompt_key; one without text and special tokens has none."""
-    ids: dict[str, list[int]] = {}
+    ids: dict[PromptKey, list[int]] = {}
     for is_chat in (False, True):
-        keys = [key for key in texts if key.startswith(CHAT_KEY) == is_chat]
+        keys = [key for key in texts if isinstance(key, tuple) == is_chat]
         found = token_ids([texts[key] for key in keys], tokenizer, special=not is_chat)
         ids |= zip(keys, found, strict=True)
     return ids

@@ -15,6 +15,7 @@ import uvicorn
 from swlora.config import RunSpec, ServeSpec
 from swlora.errors import UserError
 from swlora.progress import Progress
+from swlora.web.connections import BoundedProtocol
 from swlora.web.guard import Policy
 from swlora.web.logs import configure_logging
 
@@ -71,7 +72,7 @@ class Server(uvicorn.Server):
         self._service = service
         config = uvicorn.Config(
             create_app(service, policy),
-            http="h11",  # it bounds the size of headers
+            http=BoundedProtocol,  # of h11, which bounds the size of headers
             ws="none",
             log_config=None,
             access_log=False,  # the guard writes one, with what came from clients escaped

@@ -1,0 +1,109 @@
+"""Clients that are slow or many, on a real socket: each has its time, and others are served."""
+
+import socket
+import time
+
+import httpx2
+import pytest
+
+from swlora.web import connections
+from swlora.web.service import make_service
+
+pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+LIMIT_S = 0.6
+
+
+@pytest.fixture
+def running(loaded, runs, run_server, monkeypatch):
+    from swlora.config import ServeSpec
+
+    monkeypatch.setattr(connections, "REQUEST_S", LIMIT_S)
+    monkeypatch.setattr(connections, "UNREAD_S", LIMIT_S)
+    monkeypatch.setattr(connections, "MAX_PER_ADDRESS", 40)
+    with run_server(make_service(ServeSpec(runs=runs), loaded)) as running:
+        yield running
+
+
+def connect(running) -> socket.socket:
+    host, port = running.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Say whether the server ended the connection, waiting for it."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+HALF_SENT = {
+    "nothing": b"",
+    "half of the headers": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ",
+    "half of a body": b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("sent", HALF_SENT.values(), ids=HALF_SENT)
+def test_a_request_that_does_not_end_is_closed_and_others_are_served(running, sent):
+    clients = [connect(running) for _ in range(20)]
+    for client in clients:
+        client.sendall(sent)
+    start_s = time.monotonic()
+    assert httpx2.get(f"{running.url}/health").status_code == 200
+    assert all(is_closed(client) for client in clients)
+    assert time.monotonic() - start_s >= LIMIT_S / 2
+    assert httpx2.get(f"{running.url}/health").status_code == 200
+
+
+def test_a_byte_now_and_then_makes_no_difference(running):
+    client = connect(running)
+    start_s = time.monotonic()
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        while time.monotonic() - start_s < 10 * LIMIT_S:
+            client.sendall(b"G")
+            time.sleep(LIMIT_S / 10)
+    assert time.monotonic() - start_s < 5 * LIMIT_S
+
+
+def test_one_address_has_its_share_of_the_connections(running):
+    clients = [connect(running) for _ in range(40)]
+    for client in clients:
+        client.sendall(b"GET")
+    one_too_many = connect(running)
+    assert is_closed(one_too_many)
+    for client in clients:
+        client.close()
+    until_s = time.monotonic() + 10
+    while time.monotonic() < until_s and connections.BoundedProtocol._n_of_address:
+        time.sleep(0.01)
+    assert httpx2.get(f"{running.url}/health").status_code == 200
+
+
+def test_a_connection_that_is_kept_is_used_again(running):
+    with httpx2.Client() as client:
+        for _ in range(3):
+            assert client.get(f"{running.url}/health").status_code == 200
+            time.sleep(LIMIT_S * 1.2)
+        assert client.post(f"{running.url}/api/restaurant", json={"fields": {}}).status_code < 500
+
+
+def test_who_does_not_read_is_closed(running):
+    """Many requests in one go, whose answers fill what the system keeps for the client."""
+    client = connect(running)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    client.settimeout(0.2)
+    until_s = time.monotonic() + 60
+    n_sent = 0
+    try:
+        while time.monotonic() < until_s:
+            try:
+                n_sent += client.send(request)
+            except TimeoutError:
+                continue
+    except (ConnectionResetError, BrokenPipeError):
+        pass
+    assert time.monotonic() < until_s, n_sent
+    assert httpx2.get(f"{running.url}/health").status_code == 200

@@ -77,6 +77,42 @@ def test_what_a_truncated_file_lost_is_computed_again(
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("file", ["states", "checksums"])
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
+def test_a_flipped_bit_is_noticed_and_the_states_are_computed_again(
+    make_model: MakeModel, prefix_folder: Path, file: str, place: float
+) -> None:
+    sequences = make_sequences()
+    Run(make_model, sequences).epoch().close()
+    path = only_folder(prefix_folder) / file
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 0x10
+    path.write_bytes(content)
+    run = Run(make_model, sequences).epoch().close()
+    share, said = run.said
+    assert share.startswith("prefix cache: 100%") and said.endswith("they are computed again")
+    assert 1 <= run.counts()[1] < n_trees(sequences)
+    plain = Run(make_model, sequences, limit_gb=0.0).epoch()
+    np.testing.assert_allclose(run.losses, plain.losses, rtol=1e-6)
+    later = Run(make_model, sequences).epoch().close()
+    assert later.counts() == (n_trees(sequences), 0) and len(later.said) == 1
+
+
+@pytest.mark.faults
+def test_a_half_that_was_lost_to_zeros_is_noticed(
+    make_model: MakeModel, prefix_folder: Path
+) -> None:
+    sequences = make_sequences()
+    Run(make_model, sequences).epoch().close()
+    path = only_folder(prefix_folder) / "states"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    run = Run(make_model, sequences).epoch().close()
+    assert "damaged" in run.said[-1]
+    assert_same_adapters(run, Run(make_model, sequences, limit_gb=0.0).epoch())
+
+
+@pytest.mark.faults
 def test_a_file_that_is_cut_during_a_run_ends_the_cache_and_not_the_run(
     make_model: MakeModel, prefix_folder: Path
 ) -> None:
@@ -128,7 +164,7 @@ def test_states_are_there_before_they_are_said_to_be(make_model: MakeModel, n_wr
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["header.json", "lock", "states", "present"])
+@pytest.mark.parametrize("name", ["header.json", "lock", "states", "checksums"])
 def test_a_disk_that_is_full_from_the_start(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -155,7 +191,7 @@ def test_a_disk_that_is_full_from_the_start(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["header.json", "states", "present"])
+@pytest.mark.parametrize("name", ["header.json", "states", "checksums"])
 def test_a_cache_that_could_not_be_opened_is_not_in_use(
     make_model: MakeModel, prefix_folder: Path, name: str
 ) -> None:

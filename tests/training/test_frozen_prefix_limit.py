@@ -34,8 +34,8 @@ def size_on_disk(folder: Path) -> int:
 
 
 def needed_bytes(sequences: TokenSequences) -> int:
-    """A state of 24 float32 and a flag a node."""
-    return count_nodes(sequences) * (24 * 4 + 1)
+    """A state of 24 float32 and a checksum of 4 bytes a node."""
+    return count_nodes(sequences) * (24 * 4 + 4)
 
 
 class Filled(NamedTuple):

@@ -3,13 +3,16 @@
 They depend on the tokens up to a node and on frozen weights only, so they are constants: kept by
 node of the data set's trie, (n_nodes, D) in the model's dtype, under a folder named by a hash of
 everything that they depend on. The first epoch writes, later epochs and later runs read; a tree is
-read only where all of its nodes are there. Plain reads and writes instead of a mapping, so that a
-full disk is an error that can be caught and the pages do not count as the process's memory.
+read only where all of its nodes are there. Beside every state lies its checksum, 0 for none yet:
+what a disk or a crash changed is noticed when it is read, and computed again. Plain reads and
+writes instead of a mapping, so that a full disk is an error that can be caught and the pages do not
+count as the process's memory.
 """
 
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,13 +34,14 @@ from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
 
 GIB = 1 << 30
-FORMAT = 1
+FORMAT = 2
+CHECKSUM = np.dtype(np.uint32)
 
 
 def n_cache_bytes(base_model: Any, sequences: TokenSequences) -> int:
-    """Return the size of a cache for `sequences`: a state and a flag for every node."""
+    """Return the size of a cache for `sequences`: a state and a checksum for every node."""
     state_bytes = int(base_model.config.hidden_size) * next(base_model.parameters()).element_size()
-    return int(count_nodes(sequences) * (state_bytes + 1))
+    return int(count_nodes(sequences) * (state_bytes + CHECKSUM.itemsize))
 
 
 class PrefixCache:
@@ -65,7 +69,7 @@ class PrefixCache:
         self._state_bytes = self._width * parameter.element_size()
         self._data: int | None = None
         self._opened = ExitStack()  # the lock and the files
-        self.n_read_trees = self.n_computed_trees = 0
+        self.n_read_trees = self.n_computed_trees = self.n_damaged_trees = 0
         n_bytes, limit_bytes = n_cache_bytes(walk.base_model, sequences), int(limit_gb * GIB)
         if n_bytes > limit_bytes:
             say(
@@ -85,9 +89,9 @@ class PrefixCache:
             return self._walk.prefix(layout)
         nodes = self._numbers[tree.node_source]
         try:
-            if self._present[nodes].all():
+            if self._checksums[nodes].all() and (states := self._read(nodes)) is not None:
                 self.n_read_trees += 1
-                return self._read(nodes).to(layout.token_ids.device)[None]
+                return states.to(layout.token_ids.device)[None]
             hidden = self._walk.prefix(layout)
             self.n_computed_trees += 1
             self._write(nodes, hidden[0])
@@ -112,20 +116,19 @@ class PrefixCache:
         self._opened.enter_context(in_use)
         header = {"format": FORMAT, "n_nodes": self._n_nodes, "row_bytes": self._state_bytes}
         if _header(folder) != header:
-            for stale in ("states", "present"):
+            for stale in ("states", "checksums"):
                 (folder / stale).unlink(missing_ok=True)
             write_json(folder / ABOUT, about(self._owner))
             write_json(folder / "header.json", header)
-        self._flags = self._open_file(folder / "present")
+        self._sums = self._open_file(folder / "checksums")
         self._data = self._open_file(folder / "states")
-        n_whole = os.fstat(self._data).st_size // self._state_bytes
-        if os.fstat(self._flags).st_size > n_whole:  # cut off: what it lost is computed again
-            os.ftruncate(self._flags, n_whole)
         os.utime(folder)
-        self._present = np.zeros(self._n_nodes, dtype=np.uint8)
-        saved = os.pread(self._flags, self._n_nodes, 0)
-        self._present[: len(saved)] = np.frombuffer(saved, dtype=np.uint8)
-        share = float(self._present.mean())
+        self._checksums = np.zeros(self._n_nodes, CHECKSUM)
+        saved = os.pread(self._sums, self._checksums.nbytes, 0)
+        n_whole = os.fstat(self._data).st_size // self._state_bytes  # a cut file lost the others
+        n_saved = min(len(saved) // CHECKSUM.itemsize, n_whole)
+        self._checksums[:n_saved] = np.frombuffer(saved, CHECKSUM, n_saved)
+        share = float((self._checksums != 0).mean())
         if share:
             self._say(f"prefix cache: {share:.0%} of the states are there from an earlier run")
 
@@ -135,7 +138,8 @@ class PrefixCache:
         self._opened.callback(os.close, descriptor)
         return descriptor
 
-    def _read(self, nodes: np.ndarray) -> Tensor:
+    def _read(self, nodes: np.ndarray) -> Tensor | None:
+        """Return the states of nodes (T,), (T, D); None where some are not those that were kept."""
         states = torch.empty(len(nodes), self._width, dtype=self._dtype)
         view = states.view(torch.uint8).numpy().data.cast("B")
         assert self._data is not None
@@ -143,7 +147,20 @@ class PrefixCache:
             target = view[start * self._state_bytes : stop * self._state_bytes]
             if os.preadv(self._data, [target], first * self._state_bytes) != len(target):
                 raise OSError("the prefix cache is shorter than its header says")
+        found = self._checksums_of(view)
+        for k in np.flatnonzero(found != self._checksums[nodes]):
+            # Another process may have written the state since, rounded as in another tree.
+            place = int(nodes[k]) * CHECKSUM.itemsize
+            if os.pread(self._sums, CHECKSUM.itemsize, place) != found[k].tobytes():
+                self._note_damage()
+                return None
+            self._checksums[nodes[k]] = found[k]
         return states
+
+    def _checksums_of(self, states: memoryview) -> np.ndarray:
+        size = self._state_bytes
+        sums = [zlib.crc32(states[at : at + size]) or 1 for at in range(0, len(states), size)]
+        return np.array(sums, CHECKSUM)
 
     def _write(self, nodes: np.ndarray, hidden: Tensor) -> None:
         states = hidden.detach().to("cpu", self._dtype).contiguous()
@@ -152,8 +169,14 @@ class PrefixCache:
         for first, start, stop in _stretches(nodes):
             source = view[start * self._state_bytes : stop * self._state_bytes]
             _write_all(self._data, source, first * self._state_bytes)
-            _write_all(self._flags, memoryview(bytes([1]) * (stop - start)), first)
-        self._present[nodes] = 1
+            sums = self._checksums_of(source)
+            _write_all(self._sums, memoryview(sums.tobytes()), first * CHECKSUM.itemsize)
+            self._checksums[first : first + stop - start] = sums
+
+    def _note_damage(self) -> None:
+        if not self.n_damaged_trees:
+            self._say("prefix cache: states in it are damaged; they are computed again")
+        self.n_damaged_trees += 1
 
     def _give_up(self, error: OSError | RunFailedError) -> None:
         reason = getattr(error, "strerror", None) or error

@@ -150,8 +150,7 @@ class Run(WorkFolder):
 
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far; empty where nothing did."""
-        path = self.folder / "result.json"
-        return read_json(path) if path.exists() else {}
+        return read_result(self.folder)
 
     def _save(self) -> None:
         if self.has_begun:
@@ -188,6 +187,12 @@ def started_s(facts: Mapping[str, Any]) -> float:
 def read_run(folder: Path) -> dict[str, Any]:
     """Read run.json; UserError where the folder is no run."""
     return read_facts(folder / Run.file_name, ("status", "command"))
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Read result.json; empty where nothing came out so far."""
+    path = folder / "result.json"
+    return read_json(path) if path.exists() else {}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,13 @@ from swlora import caches
 from swlora.cli import chat
 from swlora.cli.command import CONFIG, JSON, OUTPUT, OUTPUT_IF_ASKED, RESUME, Invocation
 from swlora.cli.process import no_library_notes, sigterm_interrupts
-from swlora.cli.show import show_candidates, show_evaluation, show_scores, show_training
+from swlora.cli.show import (
+    show_candidates,
+    show_evaluation,
+    show_recovered,
+    show_scores,
+    show_training,
+)
 from swlora.cli.verbs import Adapter, Metrics, app, named_metric, verb
 from swlora.command_settings import SETTINGS
 
@@ -51,6 +57,25 @@ def train(invocation: Invocation) -> None:
 
         result = pipeline.train(job)
     show_training(result)
+    invocation.finish(result)
+
+
+@verb("recover", JSON)
+def recover(
+    invocation: Invocation,
+    run: Annotated[Path, typer.Argument(help="the folder of a training that did not end")],
+    output: Annotated[Path, typer.Option(help="folder of the adapter that is made")],
+) -> None:
+    """Make an adapter of the newest checkpoint of a training that failed or was stopped.
+
+    The run is left as it is, and can still be continued with `--resume`.
+
+    Example: `swlora recover runs/mine --output rescued`
+    """
+    from swlora.recovery import recover as recover_adapter
+
+    result = recover_adapter(run, output, invocation.progress)
+    show_recovered(result)
     invocation.finish(result)
 
 

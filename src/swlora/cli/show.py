@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import Evaluated, Scored
+    from swlora.recovery import Recovered
     from swlora.superweights.findings import Identified
     from swlora.training.trained import Trained
     from swlora.training.watch import HeldOutLosses
@@ -16,6 +17,15 @@ def show_table(table: Sequence[Sequence[str]]) -> None:
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
+
+
+def show_recovered(recovered: "Recovered") -> None:
+    """Print what `recovery.recover` made."""
+    print(
+        f"recovered the adapter after step {recovered.step:,} of {recovered.n_steps:,} "
+        f"({recovered.n_rows:,} rows)"
+    )
+    print(f"adapter: {recovered.adapter} ({recovered.adapter_bytes / 1e6:.2f} MB)")
 
 
 def show_candidates(result: "Identified") -> None:

@@ -123,7 +123,7 @@ def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     if accelerator.num_processes > 1:
         raise RunFailedError("swlora trains in one process; start it without a launcher")
-    optimizer = accelerator.prepare(_optimizer(adapted, spec))
+    optimizer = accelerator.prepare(make_optimizer(adapted, spec))
     return accelerator, LoopState(adapted, optimizer.optimizer)
 
 
@@ -196,7 +196,7 @@ def are_usable(adapted: Adapted) -> bool:
     return bool(torch.isfinite(torch.stack(torch._foreach_norm(weights))).all())
 
 
-def _optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:
+def make_optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:
     """Return AdamW with one group of parameters for each factor on the learning rate."""
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in adapted.parameters.items():

@@ -1,0 +1,89 @@
+"""The adapter of a training that did not end: made of the newest checkpoint, wherever it stands.
+
+The run folder is read and left as it is, so that it can still go on with --resume.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swlora.attachment import attach
+from swlora.config import load_spec
+from swlora.errors import UserError
+from swlora.files import check_writable
+from swlora.job import Job
+from swlora.pipeline import choose_layers
+from swlora.preparation import prepare_training
+from swlora.progress import Progress
+from swlora.run_record import MemoryRecord
+from swlora.runs import RESUMABLE, read_metrics, read_result, read_run
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """An adapter made of a checkpoint, after `step` of `n_steps` steps."""
+
+    adapter: Path
+    adapter_bytes: int
+    step: int
+    n_steps: int
+    n_rows: int
+
+
+class _Reading(MemoryRecord):
+    """What a run noted, for a job that notes nothing in it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._noted = folder
+
+    def read_result(self) -> dict[str, Any]:
+        """Return what came out so far: layers are not searched for again."""
+        return read_result(self._noted)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Leave the run's result as it is."""
+
+
+def recover(run: Path, output: Path, progress: Progress) -> Recovered:
+    """Make an adapter in `output` of the newest checkpoint of an unfinished training in `run`.
+
+    Model and data are read as the run's configuration says. Raises UserError where there is no
+    checkpoint, `output` is in use, or the checkpoint is of another adapter than is configured.
+    """
+    from swlora.adapters.card import last_losses
+    from swlora.training.checkpoint import LoopState
+    from swlora.training.loop import make_optimizer
+
+    _check(run, output)
+    spec = load_spec(run / "config.yaml", {})
+    job = Job(spec, _Reading(run), progress)
+    prepared = prepare_training(job)
+    attached = attach(job, prepared.schedule, choose_layers(job))
+    adapted = attached.adapted
+    state = LoopState(adapted, make_optimizer(adapted, prepared.schedule.spec))
+    if not state.load(run / "checkpoint"):
+        raise UserError(f"{run} holds no complete checkpoint: no step of it was kept")
+    adapted.finish()
+    step = state.totals.step
+    metrics = [line for line in read_metrics(run) if line["step"] <= step]
+    n_steps = prepared.schedule.n_steps
+    when = f"recovered after step {step} of {n_steps}"
+    losses = {f"{name}, {when}": loss for name, loss in last_losses(metrics).items()}
+    n_bytes = attached.save(output, losses, step=step)
+    return Recovered(output, n_bytes, step, n_steps, state.totals.rows)
+
+
+def _check(run: Path, output: Path) -> None:
+    facts = read_run(run)
+    if facts["command"] not in RESUMABLE:
+        raise UserError(f"{run} is a run of {facts['command']}, which trains no adapter")
+    if not (run / "checkpoint" / "manifest.json").exists():
+        done = run / "adapter"
+        if done.is_dir():
+            raise UserError(f"the training in {run} came to its end: its adapter is {done}")
+        raise UserError(f"{run} holds no checkpoint: no step of it was kept")
+    check_writable(output, "--output")
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} is not empty; choose another --output")

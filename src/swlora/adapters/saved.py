@@ -19,16 +19,19 @@ from swlora.adapters.adapted import NAME
 from swlora.adapters.card import Facts, model_card
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.reach import HARMLESS_STARTS, refusal
+from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import RunFailedError, UserError
 from swlora.files import replace_folder, write_json, write_text
 from swlora.models.finite import not_finite
 from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel
+from swlora.models.model_folder import check_regular_files
 
 CONFIG = "adapter_config.json"
 FACTS = "swlora.json"
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+MAX_JSON_BYTES = 16 << 20
 
 
 def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) -> int:
@@ -122,12 +125,10 @@ def starts_from_the_weights(folder: Path) -> bool:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json; empty where that fails, for PEFT will say what is wrong with it."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return read_json_object(folder / CONFIG, max_bytes=MAX_JSON_BYTES)
+    except UnreadableError as error:
+        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
 
 
 def _unmatched(peft_model: Any, weights: Path) -> tuple[int, int]:
@@ -173,6 +174,7 @@ def adapter_folder(path: Path) -> Path:
 
 
 def _check(folder: Path) -> None:
+    check_regular_files(folder)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no adapter folder: it holds no {CONFIG}")
     if not (folder / WEIGHTS).is_file():
@@ -184,11 +186,11 @@ def _check(folder: Path) -> None:
 def read_facts(folder: Path) -> Facts:
     """Return what training noted beside the adapter; empty for an adapter from elsewhere."""
     path = folder / FACTS
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return read_json_object(path, max_bytes=MAX_JSON_BYTES)
+    except UnreadableError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

@@ -18,6 +18,7 @@ from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.finite import check_finite
 from swlora.models.gguf_header import read_gguf_table
+from swlora.models.model_folder import check_model_folder, check_regular_files
 from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
 from swlora.threads import fix_threads
 
@@ -193,6 +194,8 @@ def _builtin() -> str:
 def _load_config(name: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
+    if Path(name).is_dir():
+        check_model_folder(Path(name), weights=False)
     where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
         with quiet_libraries():
@@ -218,6 +221,8 @@ def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = _load_config(name, revision)
+    if Path(name).is_dir():
+        check_model_folder(Path(name))
     try:
         with quiet_libraries():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -240,6 +245,8 @@ def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
 def _load_tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
+    if Path(name).is_dir():
+        check_regular_files(Path(name))
     where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
         with quiet_libraries():

@@ -64,7 +64,7 @@ class SafetensorsWeights:
         self._shards: list[list[str]] = []
         self._files: dict[str, Any] = {}  # by the name of the tensor
         self._stored: dict[str, str] = {}  # what a file calls the tensor
-        files, naming = _shard_names(folder), _Naming(folder)
+        files, naming = weight_files(folder), _Naming(folder)
         with ExitStack() as opened:
             for file_name, expected in files.items():
                 self._open(file_name, expected, naming, opened)
@@ -111,8 +111,12 @@ class SafetensorsWeights:
             self._shapes[name], self._files[name], self._stored[name] = shape, file, stored_name
 
 
-def _shard_names(folder: Path) -> dict[str, set[str]]:
-    """Return the names of the safetensors files of a model, and what an index says is in each."""
+def weight_files(folder: Path) -> dict[str, set[str]]:
+    """Return the names of the safetensors files of a model, and what an index says is in each.
+
+    Raises UserError where there are none, or where an index names anything else than plain
+    safetensors files beside it.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no model folder {folder}")
     single, index = folder / SINGLE, folder / INDEX

@@ -3,6 +3,7 @@
 JSON is strict: a NaN or an infinity is refused here rather than by the reader.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -71,6 +72,12 @@ def read_json(path: Path) -> dict[str, Any]:
         return read_json_object(path, follow_links=False)
     except UnreadableError as error:
         raise UserError(f"{path.parent} holds no readable {path.name}: {error}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_folder(scratch: Path, target: Path) -> None:

@@ -5,13 +5,12 @@ place, then the previous file is removed. A snapshot counts only when its manife
 bytes.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swlora.errors import RunFailedError
-from swlora.files import atomic_path, write_json
+from swlora.files import atomic_path, sha256_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +34,7 @@ def save_snapshot(folder: Path, tensors: dict[str, "Tensor"], values: dict[str, 
             save_file(contents, scratch, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-    write_json(folder / "manifest.json", {"file": data_path.name, "sha256": _sha256(data_path)})
+    write_json(folder / "manifest.json", {"file": data_path.name, "sha256": sha256_of(data_path)})
     for stale in folder.glob("state-*.safetensors"):
         if stale != data_path:
             stale.unlink()
@@ -54,7 +53,7 @@ def load_snapshot(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]] | 
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         path = folder / manifest["file"]
-        whole = path.is_file() and _sha256(path) == manifest["sha256"]
+        whole = path.is_file() and sha256_of(path) == manifest["sha256"]
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -62,8 +61,3 @@ def load_snapshot(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]] | 
     with safe_open(path, "pt") as file:
         values = json.loads(file.metadata()["values"])
         return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

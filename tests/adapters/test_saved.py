@@ -127,6 +127,7 @@ def test_a_deeper_adapter_of_all_layers_is_refused(make_model, tmp_path):
 @pytest.mark.parametrize("damage", ["weights", "config", "renamed"])
 def test_damaged_folders(damage, saved, make_model):
     weights = saved / "adapter_model.safetensors"
+    (saved / "swlora.json").unlink()  # as one from elsewhere
     if damage == "weights":
         weights.write_bytes(weights.read_bytes()[:-10])
     elif damage == "config":
@@ -136,6 +137,27 @@ def test_damaged_folders(damage, saved, make_model):
         save_file({f"x{k}": v for k, v in tensors.items()}, weights, {"format": "pt"})
     expected = "cannot be read: it is no JSON" if damage == "config" else "does not fit this model"
     assert expected in refusal(make_model("llama"), saved)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("bit", [0, 3])
+def test_a_flipped_bit_is_noticed(name, place, bit, saved, make_model):
+    load_adapter(make_model("llama"), saved)
+    content = bytearray((saved / name).read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    (saved / name).write_bytes(content)
+    said = refusal(make_model("llama"), saved)
+    assert "is not as it was saved" in said or "cannot be read" in said
+
+
+def test_who_changes_an_adapter_says_so(saved, make_model):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 5}))
+    assert "remove 'sha256' from swlora.json" in refusal(make_model("llama"), saved)
+    facts = json.loads((saved / "swlora.json").read_text())
+    (saved / "swlora.json").write_text(json.dumps({k: facts[k] for k in facts if k != "sha256"}))
+    assert load_adapter(make_model("llama"), saved).peft_config["default"].lora_alpha == 5
 
 
 def test_pickled_adapters_are_refused(saved, make_model, tmp_path):

@@ -2,7 +2,8 @@
 
     adapter_config.json, adapter_model.safetensors    PEFT's; the base model by a name of the Hub
     tokenizer*.json, chat_template.jinja              the tokenizer that it was trained with
-    swlora.json                                       what training noted (swlora.adapters.card)
+    swlora.json                                       what training noted (swlora.adapters.card),
+                                                      and the sha256 of PEFT's two files
     README.md                                         the same for people, as a model card
 
 Adapters from elsewhere, with PEFT's two files alone, are loaded too.
@@ -21,7 +22,7 @@ from swlora.adapters.methods import quiet_peft
 from swlora.adapters.reach import HARMLESS_STARTS, refusal
 from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import RunFailedError, UserError
-from swlora.files import replace_folder, write_json, write_text
+from swlora.files import replace_folder, sha256_of, write_json, write_text
 from swlora.models.finite import not_finite
 from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel
@@ -29,6 +30,7 @@ from swlora.models.model_folder import check_regular_files
 
 CONFIG = "adapter_config.json"
 FACTS = "swlora.json"
+DIGESTS = "sha256"
 WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MAX_JSON_BYTES = 16 << 20
@@ -52,7 +54,8 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
         config = _portable_config(scratch / CONFIG, facts)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, scratch)
-        write_json(scratch / FACTS, facts)
+        digests = {name: sha256_of(scratch / name) for name in (CONFIG, WEIGHTS)}
+        write_json(scratch / FACTS, facts | {DIGESTS: digests})
         write_text(scratch / "README.md", model_card(facts, config))  # in place of PEFT's template
         replace_folder(scratch, folder)
         return (folder / WEIGHTS).stat().st_size
@@ -181,10 +184,26 @@ def _check(folder: Path) -> None:
         raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
     if reason := refusal(_config(folder)):
         raise UserError(f"the adapter in {folder} is not supported: {reason}")
+    _check_digests(folder)
+
+
+def _check_digests(folder: Path) -> None:
+    """Refuse files that are not those that were saved here; adapters from elsewhere note none."""
+    noted = _read_noted(folder).get(DIGESTS)
+    for name, digest in noted.items() if isinstance(noted, dict) else ():
+        if name in (CONFIG, WEIGHTS) and sha256_of(folder / name) != digest:
+            raise UserError(
+                f"{folder / name} is not as it was saved: it is damaged, or was changed since; if "
+                f"you changed it, remove {DIGESTS!r} from {FACTS}"
+            )
 
 
 def read_facts(folder: Path) -> Facts:
     """Return what training noted beside the adapter; empty for an adapter from elsewhere."""
+    return {name: value for name, value in _read_noted(folder).items() if name != DIGESTS}
+
+
+def _read_noted(folder: Path) -> Facts:
     path = folder / FACTS
     if not path.exists():
         return {}

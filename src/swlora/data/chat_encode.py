@@ -7,15 +7,15 @@ answer) each answer has a sequence of its own: the tokens of its prompt, and tho
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import repeat
+from typing import TYPE_CHECKING, Literal
 
 from swlora.data.ahead import worked_ahead
 from swlora.data.chat import ChatTemplate
 from swlora.data.chat_answers import Answer, ChatText, trained_texts
 from swlora.data.examples import ASSISTANT, Example
-from swlora.data.text_tokens import TextTokens
-from swlora.data.tokenise import Following, following_ids, some_at_a_time, token_ids, tokenise
+from swlora.data.text_tokens import PieceTokenizer, TextTokens
+from swlora.data.tokenise import Following, following_ids, some_at_a_time, token_ids
 from swlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ def encode_chats(
     `start_token` stands in front where a template writes nothing before an answer. Raises
     UserError for a tokenizer without a chat template.
     """
-    template, encoder = ChatTemplate(tokenizer), _Encoder(tokenizer, start_token)
+    template = ChatTemplate(tokenizer)
+    encoder = _Encoder(template, tokenizer, start_token)
     found: list[list[Weighted] | str] = []
     plans = (_plan(template, chat, train_on) for chat in chats)
     parts = some_at_a_time(plans, _n_characters)
-    for part, encodings in encoder.tokenised(parts):
-        usable = [plan for plan in part if not isinstance(plan, str)]
-        sequences = encoder.encode(usable, encodings)
+    for part, tokens in encoder.tokenised(parts):
+        sequences = encoder.encode(_usable(part), tokens)
         found += [plan if isinstance(plan, str) else next(sequences) for plan in part]
     return found
 
@@ -69,6 +69,10 @@ def _plan(template: ChatTemplate, chat: Example, train_on: TrainOn) -> list[Chat
         return str(error)
 
 
+def _usable(part: Part) -> list[list[ChatText]]:
+    return [plan for plan in part if not isinstance(plan, str)]
+
+
 def _n_characters(plan: list[ChatText] | str) -> int:
     return 0 if isinstance(plan, str) else sum(len(chat.text) for chat in plan)
 
@@ -76,57 +80,47 @@ def _n_characters(plan: list[ChatText] | str) -> int:
 class _Encoder:
     """Tokenises the texts of chats with one tokenizer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", start_token: int | None) -> None:
-        self._tokenizer, self._start_token = tokenizer, start_token
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tokenizer: "PreTrainedTokenizerBase",
+        start_token: int | None,
+    ) -> None:
+        self._template, self._tokenizer, self._start_token = template, tokenizer, start_token
         self._known: dict[str, list[int]] = {}
 
-    def tokenised(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[Any]]]:
-        """Yield each part and what the tokenizer says of the last text of its chats.
+    def tokenised(self, parts: Iterable[Part]) -> Iterator[tuple[Part, list[TextTokens] | None]]:
+        """Yield each part and the tokens of all its texts; None for a tokenizer written in Python.
 
         A fast tokenizer needs no lock of Python: while it works on the next part, the caller
         places the answers of this one and writes the texts of the one after.
         """
-
-        def encodings(part: Part) -> list[Any]:
-            return self._encodings([plan[-1].text for plan in part if not isinstance(plan, str)])
-
         if not self._tokenizer.is_fast:
-            yield from ((part, encodings(part)) for part in parts)
+            yield from ((part, None) for part in parts)
             return
-        self._encodings(["a"])  # from here on the tokenizer has no settings left to change
-        yield from worked_ahead(parts, encodings)
+        self._ids("a")  # from here on the tokenizer has no settings left to change
+        pieces = PieceTokenizer(self._tokenizer, self._uncut())
+
+        def work(part: Part) -> list[TextTokens]:
+            return pieces.tokenised([chat.text for plan in _usable(part) for chat in plan])
+
+        yield from worked_ahead(parts, work)
+
+    def _uncut(self) -> frozenset[int]:
+        """Return the tokens that end turns: texts are cut in front of what begins the next."""
+        try:
+            return frozenset() if self._template.has_marks else self._template.end.token_ids
+        except UserError:  # it does not write a chat as short as that
+            return frozenset()
 
     def encode(
-        self, plans: Sequence[list[ChatText]], encodings: Sequence[Any]
+        self, plans: Iterable[list[ChatText]], tokens: Iterable[TextTokens] | None
     ) -> Iterator[list[Weighted]]:
-        """Yield the sequences of each chat: one of each text, or of each answer of it.
-
-        The last text of a chat was tokenised as a whole, of the others is what differs from it.
-        """
-        longest = [
-            TextTokens(plan[-1].text, encoding) if encoding else None
-            for plan, encoding in zip(plans, encodings, strict=True)
-        ]
-        others = [
-            (chat.text, longer, longer.cut(chat.text, *self._splitting) if longer else 0)
-            for plan, longer in zip(plans, longest, strict=True)
-            for chat in plan[:-1]
-        ]
-        rests = self._encodings([text[cut:] for text, _, cut in others])
-        tokens = (
-            TextTokens(text, rest, longer, cut) if rest else None
-            for (text, longer, cut), rest in zip(others, rests, strict=True)
-        )
-        for plan, longer in zip(plans, longest, strict=True):
-            found = [self._sequences(chat, next(tokens)) for chat in plan[:-1]]
-            found.append(self._sequences(plan[-1], longer))
+        """Yield the sequences of each chat: one of each text, or of each answer of it."""
+        of_texts = repeat(None) if tokens is None else iter(tokens)
+        for plan in plans:
+            found = [self._sequences(chat, next(of_texts)) for chat in plan]
             yield [sequence for own in found for sequence in own]
-
-    def _encodings(self, texts: list[str]) -> list[Any]:
-        """Return what the tokenizer says of each text; None of each for one written in Python."""
-        if not texts:
-            return []
-        return tokenise(texts, self._tokenizer, special=False).encodings or [None] * len(texts)
 
     def _sequences(self, chat: ChatText, tokens: TextTokens | None) -> list[Weighted]:
         whole = tokens and self._whole(chat, tokens)
@@ -136,29 +130,16 @@ class _Encoder:
         """Return the text as one sequence; None where an answer does not begin between tokens."""
         runs, n_used = [], 0
         for answer in chat.answers:
-            if self._place(tokens, answer.prompt_end) is None:
+            if tokens.place(answer.prompt_end, self._ids) is None:
                 return None
             for span in answer.spans:
                 for at, weight in zip(span, (0.0, answer.weight), strict=True):
-                    place = self._place(tokens, at)
+                    place = tokens.place(at, self._ids)
                     if place is None:
                         return None
                     runs.append((place - n_used, weight))
                     n_used = place
         return self._started(tokens.ids[:n_used], runs)
-
-    def _place(self, tokens: TextTokens, at: int) -> int | None:
-        """Return the number of tokens of text[:at], None where they do not begin those of text.
-
-        An added token splits a text, so that only the tokens behind the last one can differ.
-        """
-        if (place := tokens.place(at)) is None:
-            return None
-        begin = place - 1
-        while begin > 0 and tokens.ids[begin] not in self._splitting[0]:
-            begin -= 1
-        tail = tokens.text[tokens.begin(begin) if begin > 0 else 0 : at]
-        return place if self._ids(tail) == tokens.ids[max(begin, 0) : place] else None
 
     def _ids(self, text: str) -> list[int]:
         """Return the tokens of a text by itself; what short ones have is kept, since few differ."""
@@ -168,12 +149,6 @@ class _Encoder:
         if len(text) < _SHORT and len(self._known) < 4096:
             self._known[text] = ids
         return ids
-
-    @cached_property
-    def _splitting(self) -> tuple[frozenset[int], int]:
-        """The added tokens, and the characters of the longest."""
-        added = self._tokenizer.added_tokens_decoder
-        return frozenset(added), max((len(token.content) for token in added.values()), default=0)
 
     def _apart(self, chat: ChatText, answer: Answer) -> Weighted:
         """Return one answer behind its prompt, whose tokens are those that generation would see."""

@@ -129,6 +129,20 @@ def tokenise(
     )
 
 
+def piece_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Tokenise texts with a fast tokenizer, no special tokens around them, sooner than elsewhere.
+
+    The tokenizer's settings must be those of `tokenise`: one call of that before sets them.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    # Where each token begins in the text is left out, a fifth of the work
+    if getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus:
+        backend = tokenizer.backend_tokenizer
+        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return _ids(texts, tokenizer, special=False)
+
+
 def _ids(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool
 ) -> list[list[int]]:

@@ -69,7 +69,9 @@ def test_a_template_that_writes_turn_by_turn_is_rendered_a_few_times(family, mon
         trained_texts(chat, turns, "", [0, 1] * 4)
     # These look at all roles first, or at the last turn
     looks_ahead = {"Gemma 2", "Gemma 3", "Llama 2", "Mistral", "Qwen 3", "SmolLM3"}
-    assert n == 20 * 8 + 2 * chat_module._TRACES if family in looks_ahead else n == 20 * 2
+    usual = 20 * 4 if family == "Qwen 2.5" else 1  # the former looks at the next turn's role
+    in_vain = chat_module._TRACES * (4 if family == "SmolLM3" else 2)  # whose prompts are alike
+    assert n == (20 * 8 + in_vain if family in looks_ahead else usual)
 
 
 @pytest.mark.parametrize(("said", "instead"), LOOKS_AHEAD.values(), ids=LOOKS_AHEAD)
@@ -92,6 +94,31 @@ def test_a_generation_prompt_that_knows_the_first_turn() -> None:
     usual, odd = (Example.chat([Message("user", said), answer]) for said in ("Hi", "odd"))
     found = encode_chats([*[usual] * 9, odd], chat_tokenizer(template), "all-turns", None)
     assert [isinstance(plan, str) for plan in found] == [False] * 9 + [True]
+
+
+@pytest.mark.parametrize(
+    "known",
+    ["messages[-1].content", "(messages | last).content", "m.content", "seen.content"],
+)
+def test_a_generation_prompt_that_knows_a_question_in_the_middle(known: str, monkeypatch) -> None:
+    """The prompts of the first and of the last answer say nothing of it."""
+    template = (
+        "{% set seen = namespace(content='') %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{% set seen.content = m.content %}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}{% for m in messages %}{% if loop.last %}"
+        f"{{{{ '!' if {known} == 'odd' }}}}{{% endif %}}{{% endfor %}}"
+        "<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer, answer = chat_tokenizer(template), Message("assistant", "Yes")
+    rows = [
+        Example.chat(turn for said in questions for turn in (Message("user", said), answer))
+        for questions in (("Hi", "odd", "So"), ("Hi", "So", "So"))
+    ]
+    refused, taken = encode_chats(rows, tokenizer, "all-turns", None)
+    assert "in one way for generation" in refused and not isinstance(taken, str)
+    monkeypatch.setattr(ChatTemplate, "trace", lambda *_: None)
+    assert encode_chats(rows, tokenizer, "all-turns", None) == [refused, taken]
 
 
 ENDS = {

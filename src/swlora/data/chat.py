@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from swlora.data.chat_end import TurnEnd, find_turn_end
+from swlora.data.chat_syntax import asks_alike
 from swlora.data.chat_trace import Traced, trace
 from swlora.data.examples import ASSISTANT, Message
 from swlora.errors import UserError
@@ -51,6 +52,8 @@ class ChatTemplate:
         self._written_fields: set[tuple[str, str]] = set()  # (role, field) that it does not drop
         self._takes_parts: dict[str, bool] = {}
         self._n_traced_in_vain = 0
+        self._asks_alike: dict[bool, bool] = {}  # with tools, and without
+        self._asked: dict[bool, str] = {}
 
     def prompt(self, turns: Turns, tools: str = "") -> str:
         """Write turns and the beginning of an answer; UserError where the template refuses."""
@@ -79,9 +82,7 @@ class ChatTemplate:
         if any(_REASONING.search(turn.extra) for turn in turns):
             return None
         self._n_traced_in_vain += 1
-        from transformers.utils import chat_template_utils
-
-        if not (compile_template := getattr(chat_template_utils, "_compile_jinja_template", None)):
+        if (compiled := self._compiled(tools)) is None:
             return None
         variables = {
             "tools": json.loads(tools) if tools else None,
@@ -89,8 +90,22 @@ class ChatTemplate:
             "add_generation_prompt": False,
             **self._special_tokens,
         }
-        compiled = compile_template(self._source(with_tools=bool(tools)))
         return trace(compiled, self._as_dicts(turns), variables)
+
+    def known_generation_prompt(self, tools: str) -> str | None:
+        """Return what it writes for generation behind whatever turns; None if unknown."""
+        return self._asked.get(bool(tools))
+
+    def learn_generation_prompt(self, added: str, tools: str) -> bool:
+        """Take `added`, which it wrote behind some turns, for all; False where that is not sure."""
+        with_tools = bool(tools)
+        if with_tools not in self._asks_alike:
+            compiled, source = self._compiled(tools), self._source(with_tools=with_tools)
+            alike = compiled is not None and asks_alike(compiled.environment.parse(source))
+            self._asks_alike[with_tools] = alike
+        if self._asks_alike[with_tools]:
+            self._asked[with_tools] = added
+        return self._asks_alike[with_tools]
 
     def has_traced_well(self) -> None:
         """Take it that the last trace was of use; after some that were not, there are no more."""
@@ -244,6 +259,13 @@ class ChatTemplate:
         if not marked:
             return [Rendered(text) for text in texts]
         return [Rendered(text, tuple(own)) for text, own in zip(texts, marks, strict=True)]
+
+    def _compiled(self, tools: str) -> Any:
+        """Return transformers' own compiled template; None for a version that has it elsewhere."""
+        from transformers.utils import chat_template_utils
+
+        compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
+        return compiled and compiled(self._source(with_tools=bool(tools)))
 
     def _source(self, *, with_tools: bool) -> str:
         """Return the template's source; some tokenizers have another for chats with tools."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from swlora.data.chat import ChatTemplate, Rendered, Turns
+from swlora.data.chat_trace import Traced
 from swlora.data.examples import Message
 from swlora.errors import UserError
 
@@ -92,20 +93,14 @@ def _written_once(
 ) -> ChatText | None:
     """Return the text of a chat and its answers from one traced rendering of the whole.
 
-    The prompts of the first and of the last answer are rendered too: both must be what was written
-    until then and the same generation prompt, with which the other answers must begin as well.
-    None where they do not, or something is wrong: then each answer is rendered by itself.
+    The prompt of each answer must be what was written until then and a generation prompt, the same
+    for all, with which the answers begin as well. None where that is not so, or something is wrong:
+    then each answer is rendered by itself.
     """
     if (traced := template.trace(turns[: numbers[-1] + 1], tools)) is None:
         return None
     text = _ended(template, traced.text, is_last=numbers[-1] == len(turns) - 1)
-    ends = sorted({numbers[0], numbers[-1]})
-    prompts = template.render([turns[:i] for i in ends], tools, generation_prompt=True)
-    added = prompts[0].text[traced.begins[ends[0]] :]
-    if any(
-        prompt.text != text[: traced.begins[i]] + added
-        for i, prompt in zip(ends, prompts, strict=True)
-    ):
+    if (added := _generation_prompt(template, turns, tools, numbers, traced)) is None:
         return None
     try:
         ending = template.end.text.removesuffix(template.end.only_last) if len(numbers) > 1 else ""
@@ -125,6 +120,28 @@ def _written_once(
         answers.append(Answer(begin, spans, weights[i]))
     template.has_traced_well()
     return None if _holds_block(added) else ChatText(text, tuple(answers))
+
+
+def _generation_prompt(
+    template: ChatTemplate, turns: Turns, tools: str, numbers: Sequence[int], traced: Traced
+) -> str | None:
+    """Return what the template writes before all answers, behind what it wrote of the turns before.
+
+    None where there is no such text. The prompts are rendered until the syntax of the template says
+    that all others are like the first; before the first turn that is never said.
+    """
+    added = template.known_generation_prompt(tools) if numbers[0] > 0 else None
+    if added is not None:
+        return added
+    # The first and the last differ where a template looks at all turns
+    for i in dict.fromkeys((numbers[0], numbers[-1], *numbers)):
+        begin, prompt = traced.begins[i], template.prompt(turns[:i], tools)
+        added = prompt[begin:] if added is None else added
+        if prompt != traced.text[:begin] + added:
+            return None
+        if numbers[0] > 0 and template.learn_generation_prompt(added, tools):
+            break
+    return added
 
 
 def _ended(template: ChatTemplate, text: str, *, is_last: bool) -> str:

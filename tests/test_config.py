@@ -1,5 +1,6 @@
 """Specifications: YAML there and back, flags win, and every mistake named in one line."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -344,3 +345,34 @@ def test_specs_do_not_change():
 def test_a_column_is_named_once(settings, said):
     with pytest.raises(ValueError, match=said):
         DataSpec(**settings)
+
+
+SHARED = "\n".join(
+    [f"a0: &a0 [{', '.join('0' * 10)}]"]
+    + [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 6)]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: " + "[" * 80 + "]" * 80, "deeper than 64 levels"),
+        (f"seed: {'9' * 5000}", "is not valid YAML: Exceeds the limit"),
+        (SHARED, "more than 100,000 values"),
+        ("# " + "x" * (4 << 20), "longer than 4,194,304 bytes"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+    ],
+    ids=["deep", "digits", "aliases", "long", "no text"],
+)
+def test_a_configuration_out_of_all_proportion_is_one_line(text, reason, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=reason) as refused:
+        load_spec(path, {})
+    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 400
+
+
+def test_a_pipe_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "c.yaml")
+    with pytest.raises(UserError, match="it is no regular file"):
+        load_spec(tmp_path / "c.yaml", {})

@@ -111,13 +111,14 @@ def _no_number(_name: str) -> NoReturn:
 
 def _check_depth(value: Any) -> None:
     level, depth = [value], 0
-    while level := [item for one in level for item in _items(one)]:
+    while level := [item for one in level for item in items(one)]:
         depth += 1
         if depth > MAX_DEPTH:
             raise UnreadableError(f"it is deeper than {MAX_DEPTH} levels")
 
 
-def _items(value: Any) -> list[Any]:
+def items(value: Any) -> list[Any]:
+    """Return the values in a mapping or list; none of any other value."""
     if isinstance(value, dict):
         return list(value.values())
     return value if isinstance(value, list) else []

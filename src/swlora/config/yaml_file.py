@@ -1,31 +1,60 @@
 """Configurations as YAML: read with what is wrong and where, written, changed by dotted names."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
+from swlora.bounded_read import MAX_DEPTH, UnreadableError, items, read_bounded
 from swlora.errors import UserError
+
+MAX_BYTES = 4 << 20
+MAX_VALUES = 100_000
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, without its empty sections; UserError otherwise."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+        content, is_whole = read_bounded(path, MAX_BYTES)
+    except UnreadableError as error:
+        raise UserError(f"cannot read the configuration {path}: {error}") from error
+    if not is_whole:
+        raise UserError(f"{path} is longer than {MAX_BYTES:,} bytes: it is no configuration")
+    try:
+        tree = parse_yaml(content) or {}
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
         place = f", line {at.line + 1}, column {at.column + 1}" if at else ""
         detail = " ".join(str(error.problem or error.context).split())
         raise UserError(f"{path}{place} is not valid YAML: {detail}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         detail = " ".join(str(error).split())
         raise UserError(f"{path} is not valid YAML: {detail}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping such as 'adapter: {{rank: 4}}'")
     return {key: value for key, value in tree.items() if value is not None}
+
+
+def parse_yaml(content: str | bytes) -> Any:
+    """Return what a YAML text holds; yaml.YAMLError or ValueError where it is none, or too large.
+
+    Aliases are counted as if they were written out, so that a short text is no large tree.
+    """
+    try:
+        tree = yaml.safe_load(content)
+    except RecursionError:
+        raise ValueError(f"it is deeper than {MAX_DEPTH} levels") from None
+    level, n_values = [tree], 0
+    for _ in range(MAX_DEPTH):
+        n_values += len(level)
+        if n_values > MAX_VALUES:
+            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        level = list(islice((item for value in level for item in items(value)), MAX_VALUES + 1))
+        if not level:
+            return tree
+    raise ValueError(f"it is deeper than {MAX_DEPTH} levels")
 
 
 def dump_yaml(spec: BaseModel) -> str:

@@ -19,10 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import yaml
 from pydantic import ValidationError
 
 from swlora.config import dump_yaml
+from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
 from swlora.files import write_text
 from swlora.study.spec import StudySpec
@@ -107,7 +107,7 @@ def check_folder(path: Path, spec: StudySpec) -> bool:
         if path.exists() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no study; choose another --output")
         return False
-    before = _read_yaml(path / "study.yaml")
+    before = read_mapping(path / "study.yaml")
     with suppress(ValidationError):  # settings that an older version did not have: their defaults
         before = StudySpec.model_validate(before).model_dump(mode="json")
     lines = differences(before, spec.model_dump(mode="json"))
@@ -174,13 +174,6 @@ def _cpu_name() -> str:
         return platform.processor() or "unknown"
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "unknown")
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _brief(value: object) -> str:

@@ -14,6 +14,7 @@ import yaml
 
 from swlora.adapters.saved import WEIGHTS
 from swlora.bounded_read import UnreadableError, read_bounded
+from swlora.config.yaml_file import parse_yaml
 from swlora.runs import METRICS, parse_metrics
 
 MAX_CONFIG_BYTES = 64 * 1024
@@ -67,8 +68,8 @@ def read_config(folder: Path) -> dict[str, dict[str, Any]]:
     if found is None or not found[1]:
         return {}
     try:
-        tree = yaml.safe_load(found[0])
-    except (yaml.YAMLError, ValueError, RecursionError):
+        tree = parse_yaml(found[0])
+    except (yaml.YAMLError, ValueError):
         return {}
     sections = tree.items() if isinstance(tree, dict) else ()
     return {str(name): part for name, part in sections if isinstance(part, dict)}

@@ -33,6 +33,11 @@ class ModelSpec(Spec):
         default=None, min_length=1, description="commit, tag or branch on the Hub"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    frozen: Literal["gguf", "dequantised"] | None = Field(
+        default=None,
+        description="weights of a .gguf file: gguf: as they lie in it, mapped; dequantised "
+        "[default: gguf above 1 GB]",
+    )
     device: Annotated[str, AfterValidator(checked_device)] = Field(
         default="auto", description="auto, cpu, cuda, cuda:N or mps"
     )

@@ -49,7 +49,8 @@ def head_loss(
     if head.weight.requires_grad or not isinstance(head, nn.Linear):
         return _differentiable(hidden, head, targets, smoothing, cap)
     frozen = head.forward if isinstance(head.forward, FrozenLinear) else FrozenLinear(head)
-    return _frozen_head_loss(hidden, frozen, targets, smoothing, cap)
+    with frozen.held():
+        return _frozen_head_loss(hidden, frozen, targets, smoothing, cap)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -64,7 +65,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        work = _wide_rows(hidden, head.weight.shape[0])
+        work = _wide_rows(hidden, head.n_out)
         edges = torch.arange(0, len(hidden) + CHUNK_ROWS, CHUNK_ROWS, device=hidden.device)
         bounds = torch.searchsorted(targets.rows, edges).tolist()
         for chunk, start in enumerate(range(0, len(hidden), CHUNK_ROWS)):

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from swlora.models.quantised_weight import numbers
+
 
 class Digest(Protocol):
     """A hash of `hashlib`."""
@@ -26,4 +28,5 @@ def add_weights(digest: Digest, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Add names, dtypes, shapes and bytes of weights."""
     for name, tensor in weights:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        plain = numbers(tensor.detach())
+        digest.update(plain.cpu().contiguous().view(torch.uint8).numpy().data)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from swlora.errors import UserError
+from swlora.models.quantised_weight import QuantisedWeight
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
@@ -17,7 +18,10 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.is_meta:
             continue
-        if not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
+        if isinstance(tensor, QuantisedWeight):
+            if n := tensor.matrix.n_not_finite():
+                found[name] = n
+        elif not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
             n = int((~torch.isfinite(tensor.detach())).sum())
             if n:
                 found[name] = n

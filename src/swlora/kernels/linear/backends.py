@@ -7,7 +7,8 @@ A further way, for another device or for quantised weights, is one more class an
 table. Each gives way to torch's own product for an input that it does not serve.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from swlora.kernels.linear.packed_weight import PackedWeight, linear, packed_weight
+from swlora.kernels.linear.packed_weight import (
+    PackedWeight,
+    laid_out,
+    linear,
+    packed_weight,
+    serves,
+)
 from swlora.models.anatomy import weight_out_in
+from swlora.models.quantised_weight import is_quantised, numbers
 
 MAPS = (nn.Linear, Conv1D)  # exactly these: a subclass may compute something else
 
@@ -41,6 +49,11 @@ class TorchProducts:
         weights = [weight_out_in(module) for module in self.maps]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
+    @property
+    def n_out(self) -> int:
+        """The number of output channels of all maps."""
+        return sum(len(weight_out_in(module)) for module in self.maps)
+
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W' + bias, (N, out)."""
         return F.linear(x, self.weight, bias)
@@ -51,6 +64,10 @@ class TorchProducts:
 
     def refresh(self) -> None:
         """Follow weights that were written through `.data`; other writes are followed anyway."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep what several products in the body need of the weights; here, nothing is made."""
+        return nullcontext()
 
 
 class OneDnnProducts(TorchProducts):
@@ -64,7 +81,7 @@ class OneDnnProducts(TorchProducts):
     @classmethod
     def takes(cls, module: Any) -> bool:
         """Say whether the module is a linear map in float32 on a CPU, and oneDNN is there."""
-        if type(module) not in MAPS or not _has_onednn:
+        if type(module) not in MAPS or is_quantised(module) or not _has_onednn:
             return False
         weight: Tensor = module.weight
         return weight.dtype == torch.float32 and weight.device.type == "cpu"
@@ -91,13 +108,12 @@ class PackedProducts(TorchProducts):
     @classmethod
     def takes(cls, module: Any) -> bool:
         """Say whether the kernels take the weight and bias of a module."""
-        if type(module) not in MAPS or not torch.backends.mkldnn.is_available():
+        if type(module) not in MAPS or is_quantised(module):
             return False
         weight, bias = module.weight, module.bias
         if weight.device.type != "cpu" or (bias is not None and bias.dtype != weight.dtype):
             return False
-        has_bf16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bf16)
+        return serves(weight.dtype)
 
     def reserve(self, *, backward: bool = False) -> bool:
         """Take room for the forward's copy now, for both with `backward`; say if there was any."""
@@ -129,13 +145,66 @@ class PackedProducts(TorchProducts):
         return self._copies[transposed]
 
 
+class QuantisedProducts(TorchProducts):
+    """Products with weights that stay in the blocks of a .gguf file, by oneDNN where it serves.
+
+    The matrix is dequantised whole for each product: cut into pieces, dy W would be summed in
+    another order. oneDNN lays it out as `PackedProducts` does, so the bits are the same. While
+    `held`, the matrix is dequantised once.
+    """
+
+    def __init__(self, maps: Sequence[Any]) -> None:
+        super().__init__(maps)
+        self._held: Tensor | None = None
+
+    @classmethod
+    def takes(cls, module: Any) -> bool:
+        """Say whether the module's weight stays in its blocks."""
+        return type(module) in MAPS and is_quantised(module)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights (out, in), stacked, dequantised."""
+        if self._held is not None:
+            return self._held
+        weights = [numbers(weight_out_in(module)) for module in self.maps]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the dequantised matrix while the body runs: it is needed several times."""
+        self._held = self.weight
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W' + bias, (N, out)."""
+        if not self._serves(x):
+            return super().product(x, bias)
+        weight = self.weight
+        if len(x) == 1 and x.dtype == torch.float32:  # a plain weight gets another kernel there
+            weight = laid_out(weight)
+        return linear(x, weight, bias)
+
+    def input_gradient(self, d_y: Tensor) -> Tensor:
+        """Return dy W, (N, in)."""
+        if not self._serves(d_y):
+            return super().input_gradient(d_y)
+        return linear(d_y, self.weight.t())
+
+    def _serves(self, rows: Tensor) -> bool:
+        return serves(rows.dtype) and bool(rows.dtype == self.maps[0].weight.dtype)
+
+
 _has_onednn = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
 
 Table = tuple[type[TorchProducts], ...]
-WITH_COPIES: Table = (PackedProducts, TorchProducts)  # for many calls with the same weights
-WITHOUT_COPIES: Table = (OneDnnProducts, TorchProducts)
+WITH_COPIES: Table = (QuantisedProducts, PackedProducts, TorchProducts)  # for many calls
+WITHOUT_COPIES: Table = (QuantisedProducts, OneDnnProducts, TorchProducts)
 
 
 def backend_of(module: nn.Module, table: Table) -> TorchProducts:

@@ -4,6 +4,7 @@ y = x W' + b        dx = dy W
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class FrozenLinear:
         return self._backend.weight
 
     @property
+    def n_out(self) -> int:
+        """The number of output channels."""
+        return self._backend.n_out
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias (out,); None where there is none."""
         return self._module.bias  # type: ignore[no-any-return]
@@ -35,6 +41,10 @@ class FrozenLinear:
         """Take the room of both copies now, before others do."""
         if isinstance(self._backend, PackedProducts):
             self._backend.reserve(backward=True)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep what several products in the body need of the weight."""
+        return self._backend.held()
 
     def refresh(self) -> None:
         """Follow a weight that was written through `.data`."""

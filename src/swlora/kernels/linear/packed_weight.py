@@ -40,9 +40,7 @@ class PackedWeight:
         state = [(weight.data_ptr(), weight._version) for weight in weights]
         if state != self._state:
             plain = torch.cat([weight_out_in(m) for m in self._modules])
-            plain = (plain.t() if self._transposed else plain).contiguous()
-            # The number of rows is a hint that makes no difference (measured for 1 to 512).
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(plain, 64)
+            self._packed = laid_out(plain.t() if self._transposed else plain)
             self._state, self._sample = state, _sample(self._modules)
             self.n_bytes = self._weight_bytes()
         assert self._packed is not None
@@ -90,6 +88,21 @@ def packed_weight(modules: Sequence[nn.Module], *, transposed: bool = False) -> 
 def held_bytes() -> int:
     """Return what all copies in the process take together."""
     return sum(packed.n_bytes for packed in list(_HELD.values()))
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Say whether oneDNN's kernels compute in a dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """Return a copy of a weight (out, in), of any strides, in the layout of the kernels."""
+    # The number of rows is a hint that makes no difference (measured for 1 to 512).
+    return torch.ops.mkldnn._reorder_linear_weight(weight, 64)  # type: ignore[no-any-return]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -56,7 +56,7 @@ class QuantisedWeight(Tensor):
         numbers = self.matrix.dense(self.dtype)
         return numbers.t() if self.is_transposed else numbers
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return what it is; the numbers are not made for it."""
         return f"QuantisedWeight({tuple(self.shape)}, {self.dtype}, {self.matrix.kind.name})"
 

@@ -59,7 +59,8 @@ EVALUATED = """BLEU NIST METEOR ROUGE_L CIDEr meteor_reason tokenizer nll nll_su
 exact_match token_f1 chrf sacrebleu chrf_signature sacrebleu_signature text_intervals
 nll_per_row n_rows scale intervals bootstrap english_perplexity_before english_perplexity
 english_sum_nats
-english_n_tokens english_windows_begin_with_bos n_prompts split decode data predictions"""
+english_n_tokens english_windows_begin_with_bos n_prompts split decode data predictions
+has_official_scores"""
 IDENTIFIED = """model model_id model_revision dtype device prompts text text_tokens_sha256
 n_windows window_tokens windows_begin_with_bos n_controls seed thresholds packages prompt tokens
 perplexity control_windows bootstrap layers removal_layers candidates joint joint_proven search

@@ -4,6 +4,8 @@ Nothing in them is a path of the machine that trained: a data file has its name 
 rows, a model what `swlora.models.identity` calls it.
 """
 
+import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import yaml
 
 from swlora.config import AdapterSpec, RunSpec, settings_of
-from swlora.data.dataset import Dataset
+from swlora.data.dataset import E2E_NAME, Dataset
 from swlora.data.examples import Example
 from swlora.layer_policy import Kind, parse_policy
 from swlora.models.identity import BaseModel
@@ -41,6 +43,9 @@ POLICIES: dict[Kind, str] = {
     "list": "a list that was asked for",
 }
 SAMPLED_ROWS = 1000
+UNKNOWN_LICENCE = "unknown: fill in"
+DATA_LICENCES = {E2E_NAME: "CC BY-SA 4.0"}
+_SIGNATURE = re.compile(r"\n<!-- written by swlora: sha256 ([0-9a-f]{64}) -->\n\Z")
 
 
 def training_facts(spec: RunSpec, base: BaseModel, dataset: Dataset, layers: list[int]) -> Facts:
@@ -92,34 +97,66 @@ def last_losses(metrics: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {names[k]: loss for k, loss in newest.items()}
 
 
-def model_card(facts: Facts, config: dict[str, Any]) -> str:
-    """Write README.md from the facts beside an adapter and PEFT's own configuration of it."""
+def model_card(
+    facts: Facts, config: dict[str, Any], more: Sequence[str] = (), licence: str | None = None
+) -> str:
+    """Write README.md from the facts beside an adapter and PEFT's own configuration of it.
+
+    `more` are sections that are known where it is published; `licence` is an id of the Hub.
+    """
     method = str(facts.get("method", config.get("peft_type", "adapter"))).lower()
     title, base = TITLES.get(method, method), facts.get("base_model") or "another model"
     sections = [
         f"# {title} adapter for {base}",
         "A standard PEFT adapter, trained with swlora.",
-        "\n".join(_facts_list(facts, config)),
+        "\n".join(facts_list(facts, config)),
         "## Use",
         *_usage(facts),
+        *more,
     ]
     if packages := facts.get("packages"):
         versions = ", ".join(f"{name} {version}" for name, version in packages.items())
         sections += ["## Versions", versions]
-    return f"---\n{_front_matter(facts, method)}---\n\n" + "\n\n".join(sections) + "\n"
+    of_hub = facts["base_model"] if facts.get("base_on_hub") else None
+    meta = {"library_name": "peft", "tags": [method, "swlora", "transformers"]}
+    return card_text(meta, of_hub, "adapter", licence, sections)
 
 
-def _front_matter(facts: Facts, method: str) -> str:
-    """Return the metadata that the Hub reads; a licence is the trainer's to choose."""
-    meta: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    tags = [method, "swlora", "transformers"]
-    if facts.get("base_on_hub"):
-        meta |= {"base_model": facts["base_model"], "base_model_relation": "adapter"}
-        tags.append(f"base_model:adapter:{facts['base_model']}")
-    return yaml.safe_dump(meta | {"tags": sorted(tags)}, sort_keys=True, allow_unicode=True)
+def card_text(
+    meta: dict[str, Any],
+    base: str | None,
+    relation: str,
+    licence: str | None,
+    sections: Sequence[str],
+) -> str:
+    """Put a card together: the metadata that the Hub reads, sections, and swlora's signature.
+
+    `base` is a Hub id, or None. Without `licence` none is named: it is the trainer's to choose.
+    """
+    meta = {"pipeline_tag": "text-generation", **meta}
+    if base:
+        meta |= {"base_model": base, "base_model_relation": relation}
+        meta["tags"] = [*meta["tags"], f"base_model:{relation}:{base}"]
+    if licence:
+        meta["license"] = licence
+    meta["tags"] = sorted(meta["tags"])
+    front = yaml.safe_dump(meta, sort_keys=True, allow_unicode=True)
+    text = f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+    return f"{text}\n<!-- written by swlora: sha256 {_sha256(text)} -->\n"
 
 
-def _facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
+def is_untouched(card: str) -> bool:
+    """Say whether swlora wrote a card and nobody has changed it since."""
+    signature = _SIGNATURE.search(card)
+    return signature is not None and _sha256(card[: signature.start()]) == signature[1]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
+    """Yield what an adapter is and was trained on, as lines of a list."""
     if facts.get("base_model"):
         at = f" at {facts['base_revision']}" if facts.get("base_revision") else ""
         yield f"- Base model: {facts['base_model']}{at}, read from {facts['base_read_from']}"
@@ -139,6 +176,7 @@ def _facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
     if data := facts.get("data"):
         kind = "chats" if facts.get("is_chat") else "prompts with completions"
         yield f"- Data: {data['name']}, {data['rows']:,} rows ({kind}), sha256 {data['sha256']}"
+        yield f"- Licence of the data: {DATA_LICENCES.get(data['name'], UNKNOWN_LICENCE)}"
     if training := facts.get("training"):
         shown = ", ".join(f"{n.replace('_', ' ')} {value}" for n, value in training.items())
         yield f"- Training: {shown}, seed {facts.get('seed', 0)}"

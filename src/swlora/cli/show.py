@@ -74,23 +74,11 @@ def _show_held_out(held_out: "HeldOutLosses", trained: "Trained") -> None:
 
 def show_evaluation(evaluated: "Evaluated") -> None:
     """Print the scores and losses of an evaluation."""
-    from swlora.evaluation.report import scores_table
+    from swlora.evaluation.report import evaluation_table
 
-    e = evaluated
-    table = scores_table(
-        e.scores,
-        e.intervals,
-        e.n_prompts,
-        has_official=e.has_official,
-        texts=e.text_scores,
-        nll=e.nll,
-        nll_per_row=e.nll_per_row,
-        own=e.own,
-        english=e.english,
-    )
-    print(table)
-    if e.predictions is not None:
-        print(f"predictions: {e.predictions}")
+    print(evaluation_table(evaluated))
+    if evaluated.predictions is not None:
+        print(f"predictions: {evaluated.predictions}")
 
 
 def show_scores(scored: "Scored") -> None:

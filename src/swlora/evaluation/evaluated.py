@@ -9,7 +9,7 @@ from swlora.evaluation.scales import RAW_SCALE
 from swlora.evaluation.scores import Scores
 from swlora.evaluation.text_scores import TextScores
 from swlora.loss_sum import LossSum
-from swlora.result_json import FLAT, IF_ANY, NO_KEY, key
+from swlora.result_json import FLAT, IF_ANY, key
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Evaluated:
     scores: Scores | None = field(metadata=FLAT)
     text_scores: TextScores | None = field(metadata=FLAT)
     own: dict[str, float] | None = field(default=None, metadata=IF_ANY)
-    has_official: bool = field(default=True, metadata=NO_KEY)
+    has_official: bool = field(default=True, metadata=key("has_official_scores"))
     nll: float
     nll_per_row: float
     n_rows: int

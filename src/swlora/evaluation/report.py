@@ -3,10 +3,25 @@
 from collections.abc import Mapping, Sequence
 
 from swlora.evaluation.bootstrap import CONFIDENCE, FEW_PROMPTS, N_DRAWS
-from swlora.evaluation.evaluated import EnglishLoss
+from swlora.evaluation.evaluated import EnglishLoss, Evaluated
 from swlora.evaluation.scales import OF_100, OF_100_ANY_TEXT, SCALES, TEXT_SCALES
 from swlora.evaluation.scores import Scores
 from swlora.evaluation.text_scores import TextScores
+
+
+def evaluation_table(e: Evaluated) -> str:
+    """Return the scores and losses of an evaluation as aligned text; see `scores_table`."""
+    return scores_table(
+        e.scores,
+        e.intervals,
+        e.n_prompts,
+        has_official=e.has_official is not False,  # older results do not say
+        texts=e.text_scores,
+        nll=e.nll,
+        nll_per_row=e.nll_per_row,
+        own=e.own,
+        english=e.english,
+    )
 
 
 def scores_table(

@@ -1,0 +1,138 @@
+"""The card of what is published: what it is and comes from, how it was made, what it scored."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swlora.adapters.card import card_text, facts_list, is_untouched, model_card
+from swlora.adapters.saved import CONFIG, read_facts
+from swlora.deploy.hub_files import CARD, MERGE_REPORT, Kind
+from swlora.deploy.run_notes import read_result, score_sections, training_sections
+from swlora.errors import UserError
+from swlora.files import read_json
+
+
+@dataclass(frozen=True)
+class CardSources:
+    """What a person names for the card: a run folder with scores, and a licence id of the Hub."""
+
+    scores: Path | None = None
+    licence: str | None = None
+
+
+def card_for(
+    kind: Kind, folder: Path, asked: Path | None, sources: CardSources
+) -> tuple[str, bool]:
+    """Return the text of README.md, and whether it is swlora's to write.
+
+    A card that a person wrote or changed is kept as it is, and checked. `asked` may be the run
+    folder that an adapter lies in: its command, timings and scores are told.
+    """
+    path = folder / CARD
+    kept = path.read_text(encoding="utf-8") if path.is_file() else None
+    if kept is not None and not is_untouched(kept):
+        if sources.licence or sources.scores:
+            raise UserError(
+                f"{path} was changed by hand and is published as it is: write licence and scores "
+                "there yourself, or remove it to have a new one"
+            )
+        _check(kept, path)
+        return kept, False
+    run = _run_folder(asked) if asked else None
+    scored = run if run and folder.resolve() == (run / "adapter").resolve() else None  # not best/
+    more = [*(training_sections(run) if run else ()), *_scores(scored, sources)]
+    if kind == "adapter":
+        text = model_card(
+            read_facts(folder),
+            read_json(folder / CONFIG),
+            [*more, *_exports(folder)],
+            sources.licence,
+        )
+    else:
+        text = _merged_card(folder, [*more, *_exports(folder)], sources.licence)
+    _check(text, path)
+    return text, True
+
+
+def _run_folder(path: Path) -> Path | None:
+    """Return the run folder that an adapter's path is, or lies in; None where it is none."""
+    return next((f for f in (path, path.parent) if (f / "run.json").is_file()), None)
+
+
+def _scores(run: Path | None, sources: CardSources) -> Iterator[str]:
+    if sources.scores is not None:
+        if "eval" not in read_result(sources.scores):
+            raise UserError(f"{sources.scores} holds no scores: give --scores a run of swlora eval")
+        yield from score_sections(sources.scores)
+    elif run is not None:
+        yield from score_sections(run)
+
+
+def _check(text: str, path: Path) -> None:
+    """Refuse metadata that the Hub's own reader does not take."""
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(text)
+    except Exception as error:  # of YAML's reader, and the library's own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the metadata at the top of {path} cannot be read: {reason}") from error
+
+
+def _merged_card(folder: Path, more: list[str], licence: str | None) -> str:
+    """Write the card of a plain model from the report of its merge, where it has one."""
+    path = folder / MERGE_REPORT
+    report = read_json(path) if path.is_file() else {}
+    facts = read_facts(folder) or report.get("adapter") or {}
+    base = facts.get("base_model")
+    sections = [f"# {base or folder.resolve().name}" + (", fine-tuned" if base else "")]
+    sections += ["A plain transformers model" + (", merged with swlora." if report else ".")]
+    sections += ["\n".join(facts_list(facts, {}))] if facts else []
+    sections += ["## Use", _usage()]
+    if report:
+        sections += ["## The merge", _as_list(report)]
+    of_hub = base if facts.get("base_on_hub") else None
+    meta = {"library_name": "transformers", "tags": ["swlora"]}
+    return card_text(meta, of_hub, "finetune", licence, [*sections, *more])
+
+
+def _usage() -> str:
+    lines = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS-FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS-FOLDER")',
+    )
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _exports(folder: Path) -> Iterator[str]:
+    """Yield a section on each GGUF file that has a report beside it."""
+    for path in sorted(folder.glob("*.gguf")):
+        report = path.with_name(path.name + ".report.json")
+        if report.is_file():
+            yield f"## {path.name}"
+            yield _as_list(read_json(report))
+
+
+def _as_list(report: Mapping[str, Any], depth: int = 0) -> str:
+    """Write a report as a list of its words and numbers; paths by their names alone."""
+    lines = []
+    for name, value in report.items():
+        key = "  " * depth + f"- {name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            lines += [key, _as_list(value, depth + 1)] if value else []
+        elif isinstance(value, list):
+            if value and all(isinstance(one, str | int | float) for one in value):
+                lines.append(f"{key}: {', '.join(map(_shown, value))}")
+        elif value is not None:
+            lines.append(f"{key}: {_shown(value)}")
+    return "\n".join(filter(None, lines))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = " ".join(str(value).split())
+    return Path(text).name if text.startswith(("/", "~")) else text[:300]

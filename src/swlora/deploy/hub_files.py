@@ -1,0 +1,167 @@
+"""Which files of a folder go to the Hub and come from it, and whether they are whole.
+
+Weights are safetensors or GGUF; beside them go configurations, the tokenizer, reports and the card.
+Checkpoints, logs, data and code stay where they are.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from swlora.adapters.saved import CONFIG, FACTS, WEIGHTS, adapter_folder
+from swlora.errors import UserError
+from swlora.files import read_json
+from swlora.models.gguf_header import read_gguf_table
+
+Kind = Literal["adapter", "model"]
+
+CARD = "README.md"
+MODEL_CONFIG = "config.json"
+MODEL_WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MERGE_REPORT = "swlora-merge.json"
+PULLED = "swlora-pull.json"
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+    "chat_template.jinja",
+)
+BESIDE = re.compile(r"LICEN[SC]E(\.\w+)?|NOTICE(\.\w+)?|[\w.-]+\.gguf(\.report\.json)?")
+OF_KIND: dict[Kind, tuple[str, ...]] = {
+    "adapter": (CONFIG, WEIGHTS, FACTS, *TOKENIZER),
+    "model": (
+        *(MODEL_CONFIG, "generation_config.json", MODEL_WEIGHTS, INDEX, *TOKENIZER),
+        *(MERGE_REPORT, FACTS),
+    ),
+}
+# What is taken from the Hub: plain data by the ends of its names, and no folders
+READABLE = re.compile(
+    r"[A-Za-z0-9_][\w.-]*\.(safetensors|json|txt|jinja|gguf|md)"
+    r"|tokenizer\.model|spiece\.model|LICEN[SC]E|NOTICE"
+)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What of a folder goes to the Hub, without the card: names and sizes, and what stays."""
+
+    kind: Kind
+    folder: Path
+    n_bytes: dict[str, int]
+    left_out: list[str]
+
+
+def adapter_contents(path: Path) -> Contents:
+    """List the files of an adapter (or of the one in a run folder); UserError where it is none."""
+    folder = adapter_folder(path)
+    _check_safetensors(folder, [WEIGHTS])
+    return _contents("adapter", folder, [])
+
+
+def model_contents(folder: Path) -> Contents:
+    """List the files of a plain transformers folder; UserError where it is incomplete or none."""
+    if not (folder / MODEL_CONFIG).is_file():
+        raise UserError(
+            f"{folder} is no model folder: it holds no {MODEL_CONFIG}; `swlora merge` makes one"
+        )
+    read_json(folder / MODEL_CONFIG)
+    shards = _shards(folder)
+    _check_safetensors(folder, shards)
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        raise UserError(f"{folder} holds no tokenizer, without which nobody can use the model")
+    return _contents("model", folder, shards)
+
+
+def _shards(folder: Path) -> list[str]:
+    if not (folder / INDEX).is_file():
+        return [MODEL_WEIGHTS]
+    named = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{folder / INDEX} names no weights")
+    shards = sorted({str(name) for name in named.values()})
+    for name in shards:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"{folder / INDEX} names {name!r}, which is no safetensors file in it")
+    held = _check_safetensors(folder, shards)
+    if lacking := sorted(set(named) - held):
+        raise UserError(
+            f"{folder} is incomplete: {len(lacking)} tensors of its index are in none of its "
+            f"files, such as {lacking[0]}"
+        )
+    return shards
+
+
+def _check_safetensors(folder: Path, names: Sequence[str]) -> set[str]:
+    """Return the names of the tensors in files; UserError where one is absent or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    held: set[str] = set()
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no {name}; only safetensors weights are published")
+        try:
+            with safe_open(folder / name, "pt") as file:
+                held |= set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name} is damaged: {error}") from error
+    return held
+
+
+def _contents(kind: Kind, folder: Path, shards: Sequence[str]) -> Contents:
+    taken: dict[str, int] = {}
+    left_out: list[str] = []
+    wanted = {*OF_KIND[kind], *shards}
+    for path in sorted(folder.iterdir()):
+        is_ours = path.name in wanted or BESIDE.fullmatch(path.name)
+        if path.name == CARD:
+            continue
+        if not path.is_file() or not is_ours:
+            left_out.append(path.name + ("/" if path.is_dir() else ""))
+        elif _names_places(path):
+            if not path.name.endswith(".report.json"):
+                raise UserError(f"{path} names a folder of this machine; take that out of it first")
+            left_out.append(path.name)
+        else:
+            taken[path.name] = path.stat().st_size
+    for name in taken:
+        if name.endswith(".gguf"):
+            read_gguf_table(folder / name)
+    return Contents(kind, folder, taken, left_out)
+
+
+def _names_places(path: Path) -> bool:
+    """Say whether a small file of text holds the path of the user's home or of its own folder."""
+    if path.suffix not in (".json", ".jinja", ".txt", ".md") or path.name == "tokenizer.json":
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    places = {Path.home(), path.parent.resolve()}
+    return any(f"{place}/" in text or f'"{place}"' in text for place in places if place.parts[1:])
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def git_sha1_of(path: Path) -> str:
+    """Return the name that git, and so the Hub, gives to a small file."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def kind_of(names: Sequence[str]) -> str:
+    """Say what files of these names are together; UserError where nothing there can be used."""
+    if CONFIG in names and WEIGHTS in names:
+        return "adapter"
+    if MODEL_CONFIG in names and any(name.endswith(".safetensors") for name in names):
+        return "model"
+    if any(name.endswith(".gguf") for name in names):
+        return "GGUF files"
+    raise UserError(
+        "it holds neither a model nor an adapter in safetensors, nor GGUF files; other formats of "
+        "weights are not taken"
+    )

@@ -84,10 +84,10 @@ def test_a_dry_run_lists_sizes_and_sends_and_writes_nothing(stand_in, swlora, ad
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "names no weights"),
-        (lambda f: next(f.glob("model-00002*")).unlink(), "holds no model-00002"),
-        (lambda f: next(f.glob("model-00002*")).write_bytes(b"\0" * 100), "is damaged"),
-        (lambda f: (f / "config.json").write_text("["), "no readable config.json"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "index.json is damaged"),
+        (lambda f: next(f.glob("model-00002*")).unlink(), "lacks model-00002"),
+        (lambda f: next(f.glob("model-00002*")).write_bytes(b"\0" * 100), "cannot be read as safe"),
+        (lambda f: (f / "config.json").write_text("["), "config.json cannot be read"),
         (lambda f: (f / "config.json").unlink(), "holds no config.json; `swlora merge`"),
         (lambda f: [p.unlink() for p in f.glob("tokenizer*")], None),
         (lambda f: (f / "tune.gguf").write_bytes(b"GGUF"), "cannot be read as a GGUF"),
@@ -114,7 +114,9 @@ def test_other_formats_are_no_weights(stand_in, swlora, merged):
         path.unlink()
     (merged / "pytorch_model.bin").write_bytes(b"pickle")
     mistake = swlora("push", "--model", merged, "--repo", REPO).mistake
-    assert "holds no model.safetensors; only safetensors weights are published" in mistake
+    assert (
+        "holds neither model.safetensors nor model.safetensors.index.json; other formats" in mistake
+    )
 
 
 def test_an_index_that_names_tensors_of_no_file_is_refused(stand_in, swlora, merged):
@@ -123,7 +125,7 @@ def test_an_index_that_names_tensors_of_no_file_is_refused(stand_in, swlora, mer
     tree["weight_map"]["model.more.weight"] = next(iter(tree["weight_map"].values()))
     index.write_text(json.dumps(tree))
     mistake = swlora("push", "--model", merged, "--repo", REPO).mistake
-    assert "1 tensors of its index are in none of its files, such as model.more.weight" in mistake
+    assert "lacks model.more.weight, which model.safetensors.index.json says is in it" in mistake
 
 
 def refuse(status: int, **headers: str):
@@ -228,5 +230,5 @@ def test_a_repository_may_not_be_written_from_outside_the_folder(stand_in, swlor
     tree["weight_map"] = dict.fromkeys(tree["weight_map"], "../adapter/adapter_model.safetensors")
     index.write_text(json.dumps(tree))
     mistake = swlora("push", "--model", merged, "--repo", REPO).mistake
-    assert "which is no safetensors file in it" in mistake
+    assert "which is no safetensors file beside it" in mistake
     assert Path(index).is_file()

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from safetensors import safe_open
+
 from swlora.adapters.saved import CONFIG, FACTS, WEIGHTS, adapter_folder
-from swlora.errors import UserError
-from swlora.files import read_json
+from swlora.errors import UserError, brief
 from swlora.models.gguf_header import read_gguf_table
+from swlora.models.model_folder import CONFIG as MODEL_CONFIG
+from swlora.models.model_folder import check_model_folder, check_regular_files
+from swlora.models.weight_source import INDEX, SINGLE, open_weights, weight_files
 
 Kind = Literal["adapter", "model"]
 
 CARD = "README.md"
-MODEL_CONFIG = "config.json"
-MODEL_WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MERGE_REPORT = "swlora-merge.json"
 PULLED = "swlora-pull.json"
 TOKENIZER = (
@@ -31,11 +32,8 @@ TOKENIZER = (
 )
 BESIDE = re.compile(r"LICEN[SC]E(\.\w+)?|NOTICE(\.\w+)?|[\w.-]+\.gguf(\.report\.json)?")
 OF_KIND: dict[Kind, tuple[str, ...]] = {
-    "adapter": (CONFIG, WEIGHTS, FACTS, *TOKENIZER),
-    "model": (
-        *(MODEL_CONFIG, "generation_config.json", MODEL_WEIGHTS, INDEX, *TOKENIZER),
-        *(MERGE_REPORT, FACTS),
-    ),
+    "adapter": (CONFIG, FACTS, *TOKENIZER),
+    "model": (MODEL_CONFIG, "generation_config.json", *TOKENIZER, MERGE_REPORT, FACTS),
 }
 # What is taken from the Hub: plain data by the ends of its names, and no folders
 READABLE = re.compile(
@@ -57,8 +55,13 @@ class Contents:
 def adapter_contents(path: Path) -> Contents:
     """List the files of an adapter (or of the one in a run folder); UserError where it is none."""
     folder = adapter_folder(path)
-    _check_safetensors(folder, [WEIGHTS])
-    return _contents("adapter", folder, [])
+    check_regular_files(folder)
+    try:
+        with safe_open(folder / WEIGHTS, "pt"):
+            pass
+    except Exception as error:  # of safetensors and torch, without a common kind
+        raise UserError(f"{folder / WEIGHTS} is damaged: {brief(error)}") from error
+    return _contents("adapter", folder, [WEIGHTS])
 
 
 def model_contents(folder: Path) -> Contents:
@@ -67,53 +70,18 @@ def model_contents(folder: Path) -> Contents:
         raise UserError(
             f"{folder} is no model folder: it holds no {MODEL_CONFIG}; `swlora merge` makes one"
         )
-    read_json(folder / MODEL_CONFIG)
-    shards = _shards(folder)
-    _check_safetensors(folder, shards)
+    check_model_folder(folder)
+    open_weights(folder)
+    weights = list(weight_files(folder))
     if not any((folder / name).is_file() for name in TOKENIZER):
         raise UserError(f"{folder} holds no tokenizer, without which nobody can use the model")
-    return _contents("model", folder, shards)
+    return _contents("model", folder, [*weights, *([INDEX] if weights != [SINGLE] else [])])
 
 
-def _shards(folder: Path) -> list[str]:
-    if not (folder / INDEX).is_file():
-        return [MODEL_WEIGHTS]
-    named = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise UserError(f"{folder / INDEX} names no weights")
-    shards = sorted({str(name) for name in named.values()})
-    for name in shards:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise UserError(f"{folder / INDEX} names {name!r}, which is no safetensors file in it")
-    held = _check_safetensors(folder, shards)
-    if lacking := sorted(set(named) - held):
-        raise UserError(
-            f"{folder} is incomplete: {len(lacking)} tensors of its index are in none of its "
-            f"files, such as {lacking[0]}"
-        )
-    return shards
-
-
-def _check_safetensors(folder: Path, names: Sequence[str]) -> set[str]:
-    """Return the names of the tensors in files; UserError where one is absent or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    held: set[str] = set()
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no {name}; only safetensors weights are published")
-        try:
-            with safe_open(folder / name, "pt") as file:
-                held |= set(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name} is damaged: {error}") from error
-    return held
-
-
-def _contents(kind: Kind, folder: Path, shards: Sequence[str]) -> Contents:
+def _contents(kind: Kind, folder: Path, weights: Sequence[str]) -> Contents:
     taken: dict[str, int] = {}
     left_out: list[str] = []
-    wanted = {*OF_KIND[kind], *shards}
+    wanted = {*OF_KIND[kind], *weights}
     for path in sorted(folder.iterdir()):
         is_ours = path.name in wanted or BESIDE.fullmatch(path.name)
         if path.name == CARD:
@@ -139,12 +107,6 @@ def _names_places(path: Path) -> bool:
     text = path.read_text(encoding="utf-8", errors="replace")
     places = {Path.home(), path.parent.resolve()}
     return any(f"{place}/" in text or f'"{place}"' in text for place in places if place.parts[1:])
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_sha1_of(path: Path) -> str:

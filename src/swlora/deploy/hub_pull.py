@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from swlora.deploy.hub_access import check_reachable, check_repo_name, hub_errors
-from swlora.deploy.hub_files import PULLED, READABLE, git_sha1_of, kind_of, sha256_of
+from swlora.deploy.hub_files import PULLED, READABLE, git_sha1_of, kind_of
 from swlora.errors import RunFailedError, UserError
-from swlora.files import check_writable, replace_folder, write_json
+from swlora.files import check_writable, replace_folder, sha256_of, write_json
 from swlora.progress import Progress
 from swlora.result_json import as_json
 

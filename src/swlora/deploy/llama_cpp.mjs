@@ -58,7 +58,7 @@ async function answerTo(request, said) {
         skipDownload: true,
         progressLogs: false,
         logLevel: LlamaLogLevel.warn,
-        logger: (level, message) => said.push(message.trim())
+        logger: (level, message) => level === LlamaLogLevel.warn || said.push(message.trim())
     });
     const model = await llama.loadModel({
         modelPath: request.model, gpuLayers: 0, ignoreMemorySafetyChecks: true
@@ -77,6 +77,10 @@ async function answerTo(request, said) {
             contextSize: request.context_tokens,
             threads: request.threads,
             ignoreMemorySafetyChecks: true,
+            // exact, so that what differs is the file's
+            flashAttention: false,
+            experimentalKvCacheKeyType: "F32",
+            experimentalKvCacheValueType: "F32",
             lora: request.lora ?? undefined
         });
         const sequence = context.getSequence();

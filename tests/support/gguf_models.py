@@ -1,0 +1,60 @@
+"""Tiny models of every family that a GGUF file is made of, and a tokenizer for llama.cpp."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.conftest import CHAT_TEMPLATE, N_EMBEDDINGS, TINY
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+N_MERGES = N_EMBEDDINGS - 258
+TEXTS = "the then there 12 123 it's they're day  two\n\nlines héllo the then the then"
+# Shapes and settings under which llama.cpp computes what transformers does
+CHANGES: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 16},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "falcon": {"multi_query": True},
+    **{name: {"head_dim": 6} for name in ("qwen2", "olmo", "olmo2", "phi3")},
+    "olmoe": {"num_key_value_heads": 4},
+    "gpt_neox": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.7}},
+    "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": []},
+}
+
+
+def bpe_tokenizer() -> PreTrainedTokenizerFast:
+    """Return byte-level BPE with six merges; <s> and </s> are the last two tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=N_EMBEDDINGS - 2, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    core.train_from_iterator([TEXTS], trainer)
+    core.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def tiny_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """Return a random model whose norms are no ones and whose biases are no zeros."""
+    settings = TINY[model_type] | CHANGES.get(model_type, {}) | changes
+    config = AutoConfig.for_model(model_type, **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def save_tiny(model_type: str, folder: Path, **changes: Any) -> Any:
+    """Save a tiny model and its tokenizer to a folder; return the model."""
+    model = tiny_model(model_type, **changes)
+    model.save_pretrained(folder)
+    bpe_tokenizer().save_pretrained(folder)
+    return model

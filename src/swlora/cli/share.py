@@ -1,4 +1,4 @@
-"""The commands that take a model where it runs: to the Hub and from it."""
+"""The commands that take a model where it runs: to the Hub and from it, and to Ollama."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +9,7 @@ from swlora.cli.command import JSON, Invocation
 from swlora.cli.disk import size
 from swlora.cli.process import sigterm_interrupts
 from swlora.cli.verbs import verb
+from swlora.errors import UserError
 from swlora.printable import escaped
 
 if TYPE_CHECKING:
@@ -96,6 +97,65 @@ def pull(
     _show_left_out(pulled.left_out)
     print(f"{pulled.kind} of {repo} at {pulled.commit}: {output}")
     invocation.finish(pulled)
+
+
+@verb("package", JSON)
+def package(
+    invocation: Invocation,
+    gguf: Annotated[Path, typer.Option(help="the model as GGUF")],
+    model: Annotated[
+        str, typer.Option("--model", help="what the GGUF was made of: merged folder, base, builtin")
+    ],
+    output: Annotated[Path, typer.Option(help="new folder, complete or absent")],
+    ollama: Annotated[bool, typer.Option("--ollama", help="for Ollama: write a Modelfile")] = False,
+    gguf_lora: Annotated[
+        Path | None, typer.Option(help="an adapter as GGUF, to be applied to it")
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="prompts are chats, or passed on as they are [default: chats, where the model "
+            "has a chat template]",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="a Go template of your own, where none can be made")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="the system turn of every chat")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="of sampling [default: Ollama's]")
+    ] = None,
+    num_ctx: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens of context [default: the model's, at most 8192]"),
+    ] = None,
+) -> None:
+    """Put a GGUF model where Ollama takes it: a folder with a Modelfile that says all it needs.
+
+    The chat template is translated into Ollama's language and compared with the model's own; one
+    that cannot be translated exactly is refused. For an adapter that was trained on prompts and
+    completions give `--no-chat`.
+
+    Example: `swlora package --ollama --gguf tuned.gguf --model merged --output ollama/tuned`
+    """
+    from swlora.config import ModelSpec
+    from swlora.deploy import ollama as deploy
+
+    if not ollama:
+        raise UserError("swlora package makes folders for Ollama so far: give --ollama")
+    if template is not None and chat is False:
+        raise UserError("--no-chat writes no template; leave --template out")
+    settings = deploy.Settings(chat, template, system, temperature, num_ctx)
+    packaged = deploy.package(gguf, gguf_lora, ModelSpec(name=model), output, settings)
+    for name, how in packaged.files.items():
+        print(f"{output / name} ({'a hard link' if how == 'link' else 'a copy'})")
+    print(f"{output / deploy.MODELFILE}")
+    for note in packaged.notes:
+        print(f"note: {note}")
+    print("run it with:", *packaged.commands, sep="\n  ")
+    invocation.finish(packaged)
 
 
 def _show_plan(plan: "PushPlan") -> None:

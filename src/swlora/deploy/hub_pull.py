@@ -5,17 +5,15 @@ gives for it, and the commit that they came from is written down beside them.
 """
 
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from swlora.deploy.hub_access import check_reachable, check_repo_name, hub_errors
 from swlora.deploy.hub_files import PULLED, READABLE, git_sha1_of, kind_of
+from swlora.deploy.new_folder import check_new, new_folder
 from swlora.errors import RunFailedError, UserError
-from swlora.files import check_writable, replace_folder, sha256_of, write_json
+from swlora.files import sha256_of, write_json
 from swlora.progress import Progress
 from swlora.result_json import as_json
 
@@ -51,9 +49,7 @@ def pull(
     from huggingface_hub import HfApi
 
     check_repo_name(repo)
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another --output")
-    check_writable(output, "--output")
+    check_new(output)
     check_reachable()
     with hub_errors(repo, revision, writes=False):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
@@ -66,7 +62,7 @@ def pull(
     sizes = {name: int(file.size or 0) for name, file in sorted(files.items())}
     _check_size(repo, sum(sizes.values()), max_gb, output)
     pulled = Pulled(repo, revision, str(info.sha), kind, sizes, left_out, output)
-    with _new_folder(output) as scratch:
+    with new_folder(output) as scratch:
         with hub_errors(repo, revision, writes=False):
             _download(pulled, files, scratch, progress)
         write_json(scratch / PULLED, {k: v for k, v in as_json(pulled).items() if k != "folder"})
@@ -106,21 +102,3 @@ def _check_hash(repo: str, path: Path, file: Any) -> None:
         is_right = file.blob_id is None or git_sha1_of(path) == file.blob_id
     if not is_right:
         raise RunFailedError(f"{path.name} of {repo} came other than the Hub says; run it again")
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """Yield a scratch folder beside `output` that takes its name when the body succeeds."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-pulling-"))
-    except OSError as error:
-        raise RunFailedError(f"cannot write {output}: {error.strerror or error}") from error
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        replace_folder(scratch, output)
-    except OSError as error:
-        raise RunFailedError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

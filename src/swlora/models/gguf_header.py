@@ -41,10 +41,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The architecture as llama.cpp calls it, and the tensors by their names in the file."""
+    """The architecture as llama.cpp calls it, and the tensors by their names in the file.
+
+    `facts` are the texts and numbers of its metadata by their keys; lists are None.
+    """
 
     architecture: str
     tensors: Mapping[str, StoredTensor]
+    facts: Mapping[str, Any]
 
 
 def read_gguf_table(path: Path) -> GgufHeader:
@@ -91,7 +95,7 @@ class _Reader:
         tensors = {entry[0]: self._stored(start, *entry) for entry in entries}
         if len(tensors) < len(entries):
             raise self._unfit("two of its tensors have the same name")
-        return GgufHeader(architecture, tensors)
+        return GgufHeader(architecture, tensors, facts)
 
     def _take(self, layout: str) -> tuple[Any, ...]:
         values = struct.unpack_from(layout, self._data, self._at)

@@ -4,8 +4,8 @@ import json
 import stat
 from pathlib import Path
 
+import gguf
 import pytest
-from tests.support.llama_cpp import require_llama_cpp
 
 from swlora.deploy.llama_cpp import VARIABLE, LlamaCpp, Question, ask, find_llama_cpp
 from swlora.errors import RunFailedError, UserError
@@ -31,6 +31,15 @@ def install(folder: Path, version: str = "3.21.1") -> Path:
     (package / "dist" / "index.js").touch()
     (package / "package.json").write_text(json.dumps({"version": version}))
     return package
+
+
+def empty_gguf(folder: Path) -> Path:
+    writer = gguf.GGUFWriter(folder / "x.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return folder / "x.gguf"
 
 
 def test_it_is_found_where_it_was_named_or_above_the_current_folder(
@@ -91,18 +100,18 @@ def test_what_llama_cpp_fails_with_is_one_line(
 ) -> None:
     fake_node.with_name("said").write_text(said)
     with pytest.raises(RunFailedError, match=expected):
-        ask(LlamaCpp(fake_node, install(tmp_path), "3"), Question(tmp_path / "x.gguf"))
+        ask(LlamaCpp(fake_node, install(tmp_path), "3"), Question(empty_gguf(tmp_path)))
 
 
 def test_a_process_that_does_not_end_is_ended(fake_node: Path, tmp_path: Path) -> None:
     fake_node.write_text("#!/bin/sh\nexec sleep 60\n")
     with pytest.raises(RunFailedError, match=r"not done with x.gguf in 0 s"):
-        ask(LlamaCpp(fake_node, tmp_path, "3"), Question(tmp_path / "x.gguf"), timeout_s=0.2)
+        ask(LlamaCpp(fake_node, tmp_path, "3"), Question(empty_gguf(tmp_path)), timeout_s=0.2)
 
 
-def test_a_file_that_is_no_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
-    llama_cpp = require_llama_cpp()
+def test_a_damaged_file_never_gets_to_llama_cpp(fake_node: Path, tmp_path: Path) -> None:
+    fake_node.write_text("#!/bin/sh\nexec sleep 60\n")
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF and no more")
-    with pytest.raises(RunFailedError, match=r"^llama.cpp \(node-llama-cpp [\d.]+\) on x.gguf: .+"):
-        ask(llama_cpp, Question(path))
+    with pytest.raises(UserError, match="cannot be read as a GGUF"):
+        ask(LlamaCpp(fake_node, tmp_path, "3"), Question(path))

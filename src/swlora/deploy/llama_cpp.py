@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from swlora.errors import RunFailedError, UserError
+from swlora.models.gguf_header import read_gguf_table
 
 PACKAGE = "node-llama-cpp"
 TESTED_VERSION = "3.21.1"
@@ -148,8 +149,12 @@ def _installation(node: Path, package: Path) -> LlamaCpp:
 def ask(llama_cpp: LlamaCpp, question: Question, *, timeout_s: float = TIMEOUT_S) -> Answer:
     """Run llama.cpp on a file and return what it says.
 
-    Raises RunFailedError where it cannot load or compute, or is not done in `timeout_s`.
+    Raises UserError for a damaged file, which is never given to it: node-llama-cpp's own reader
+    takes gigabytes for one. Raises RunFailedError where llama.cpp cannot load or compute, or is not
+    done in `timeout_s`.
     """
+    for path in filter(None, (question.model, question.lora)):
+        read_gguf_table(path)
     with tempfile.TemporaryDirectory(prefix="swlora-llama-cpp-") as scratch:
         output = Path(scratch) / "log_probabilities"
         request = {

@@ -42,6 +42,7 @@ SETTINGS = {
         *(*TRAIN, *DECODE, *IDENTIFY, *SEED),
     ),
     "generate": (*MODEL, *TEXT, *SEED),
+    "merge": TOKENIZER,
     "chat": (*MODEL, *CHAT, *SEED),
     "serve": (*MODEL, *SERVE),
 }

@@ -13,6 +13,7 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,22 +49,32 @@ def keep_few_kernels() -> None:
         os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
-def release_pages(tensor: "Tensor") -> None:
-    """Give back the memory of a tensor that is a view of a mapped file; it is read again if used.
+def release_pages(tensors: Iterable["Tensor"]) -> None:
+    """Give back the memory of tensors that are views of mapped files; used again, it is read again.
 
-    The tensor must be unchanged and contiguous: changes in pages of its own would be lost. Only
-    whole pages that are wholly its own are given back, and on Linux alone; elsewhere the system
-    takes them when it needs them.
+    They must be unchanged and contiguous: changes are lost. Memory that is no file's is left alone.
+    Only whole pages are given back, and on Linux alone; elsewhere the system takes them back when
+    it needs them.
     """
     if not sys.platform.startswith("linux"):
         return
-    page, start = resource.getpagesize(), tensor.data_ptr()
-    first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
-    if end <= first:
-        return
+    page, files = resource.getpagesize(), _mapped_files()
     with suppress(OSError, AttributeError):  # another C library
         advise = ctypes.CDLL("libc.so.6").madvise
-        advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_DONTNEED)
+        for tensor in tensors:
+            start = tensor.data_ptr()
+            first, end = -(-start // page) * page, (start + tensor.nbytes) // page * page
+            if first < end and any(low <= first and end <= high for low, high in files):
+                advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_DONTNEED)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return the addresses at which this process has mapped files, [start, end)."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.exists() else []
+    fields = [line.split(maxsplit=5) for line in lines]
+    spans = [field[0].split("-") for field in fields if len(field) == 6 and field[4] != "0"]
+    return [(int(low, 16), int(high, 16)) for low, high in spans]
 
 
 def peak_memory_bytes(device_type: str) -> int:

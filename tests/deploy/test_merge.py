@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swlora.adapters.merged_weights import MergedWeights
 from swlora.adapters.methods import adapt
-from swlora.adapters.saved import CONFIG, WEIGHTS, load_adapter, save_adapter
-from swlora.config import ModelSpec
+from swlora.adapters.saved import WEIGHTS, load_adapter, save_adapter
+from swlora.config import ModelSpec, RunSpec
+from swlora.config.yaml_file import dump_yaml
 from swlora.deploy import merge as merging
 from swlora.deploy.merge import REPORT, Merged, MergeRequest, merge
 from swlora.errors import RunFailedError, UserError
@@ -229,17 +230,23 @@ def test_a_merge_that_is_wrong_fails_says_where_and_leaves_nothing(
 
 def test_the_base_is_found_by_what_the_adapter_says(model_folder, tmp_path):
     base = model_folder("llama")
-    adapter = adapter_of(base, tmp_path / "a")
-
+    adapter = adapter_of(base, tmp_path / "run" / "adapter")
     with pytest.raises(UserError, match="--model"):
         merge(MergeRequest(adapter, tmp_path / "m", ModelSpec()), Silent())
-    config = json.loads((adapter / CONFIG).read_text())
-    config["base_model_name_or_path"] = str(base)  # as plain PEFT writes it
-    (adapter / CONFIG).write_text(json.dumps(config))
-    assert merge(MergeRequest(adapter, tmp_path / "m", ModelSpec()), Silent()).files == 1
+    of_run = dump_yaml(RunSpec(model=spec_of(base)))
+    (tmp_path / "run" / "config.yaml").write_text(of_run)
+    merge(MergeRequest(tmp_path / "run", tmp_path / "m", ModelSpec()), Silent())
+    assert_is_base_and_adapter(base, adapter, tmp_path / "m")
+
+
+def test_the_base_of_plain_peft_is_the_one_that_it_names(model_folder, tmp_path):
+    base = model_folder("llama")
+    adapter = of_plain_peft(base, tmp_path / "a", target_modules=["q_proj"])
+    merge(MergeRequest(adapter, tmp_path / "m", ModelSpec()), Silent())
+    assert_is_base_and_adapter(base, adapter, tmp_path / "m")
 
 
 def test_an_adapter_cut_off_is_refused(model_folder, tmp_path):
-    adapter = adapter_of(model_folder("llama"), tmp_path / "a")
+    adapter = of_plain_peft(model_folder("llama"), tmp_path / "a", target_modules=["q_proj"])
     (adapter / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-100])
     assert "cannot be read" in refusal(model_folder("llama"), adapter, tmp_path / "m")

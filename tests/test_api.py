@@ -207,3 +207,16 @@ def test_import_alone_imports_no_torch() -> None:
     assert set(swlora.__all__) <= set(dir(swlora))
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         swlora.trian  # noqa: B018
+
+
+def test_merge_returns_the_report_and_takes_the_settings_of_its_command(model_folder, tmp_path):
+    from tests.deploy.test_merge import adapter_of
+
+    base = model_folder("llama")
+    adapter = adapter_of(base, tmp_path / "a")
+    merged = swlora.merge(adapter, tmp_path / "m", model=base, dtype="float16")
+    assert merged.dtype == "float16" and (tmp_path / "m" / "config.json").is_file()
+    with pytest.raises(UserError, match="takes no dtype 'int8'"):
+        swlora.merge(adapter, tmp_path / "n", model=base, dtype="int8")
+    with pytest.raises(UserError, match="no setting 'temperature'"):
+        swlora.merge(adapter, tmp_path / "n", model=base, temperature=1.0)

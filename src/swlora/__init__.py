@@ -5,10 +5,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from swlora.api import compare, evaluate, generate, identify, load, train
+    from swlora.api import compare, evaluate, generate, identify, load, merge, train
 
 __version__ = version("swlora")
-__all__ = ["__version__", "compare", "evaluate", "generate", "identify", "load", "train"]
+__all__ = ["__version__", "compare", "evaluate", "generate", "identify", "load", "merge", "train"]
 
 
 def __getattr__(name: str) -> Any:

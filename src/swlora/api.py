@@ -18,6 +18,9 @@ from swlora import pipeline
 from swlora.adapters.saved import adapter_folder, with_adapter
 from swlora.command_settings import MODEL, SETTINGS
 from swlora.config import RunSpec, load_spec
+from swlora.deploy.merge import Merged, MergeRequest
+from swlora.deploy.merge import merge as merge_adapter
+from swlora.deploy.merged_folder import DTYPES
 from swlora.errors import UserError
 from swlora.evaluation.evaluated import Evaluated
 from swlora.evaluation.prompting import Generated, Prompt, generate_text
@@ -146,6 +149,29 @@ def load(
     folder = adapter_folder(folder) if folder else None
     loaded = load_model(_spec("load", config, settings).model)
     return loaded if folder is None else with_adapter(loaded, folder, progress.say)
+
+
+def merge(
+    adapter: PathLike,
+    output: PathLike,
+    *,
+    dtype: str | None = None,
+    shard_gb: float = 5.0,
+    force: bool = False,
+    config: PathLike | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Merged:
+    """Add an adapter to its base's weights and check the result, as `swlora merge` does.
+
+    `output` is the folder of the merged model, new or empty. Without `model` the base is the one
+    that the adapter was trained on.
+    """
+    model = _spec("merge", config, settings).model
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"merge takes no dtype {dtype!r}; it takes {', '.join(DTYPES)}")
+    request = MergeRequest(Path(adapter), Path(output), model, dtype, shard_gb, force)
+    return merge_adapter(request, progress or Silent())
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.support.adapters import CASES, adapter_spec, move
+from tests.support.gguf_files import SIZES, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swlora.adapters.merged_weights import MergedWeights
@@ -20,6 +21,7 @@ from swlora.config.yaml_file import dump_yaml
 from swlora.deploy import merge as merging
 from swlora.deploy.merge import REPORT, Merged, MergeRequest, merge
 from swlora.errors import RunFailedError, UserError
+from swlora.models.anatomy import Anatomy
 from swlora.models.identity import identify_base
 from swlora.models.load import load_model
 from swlora.progress import Silent
@@ -35,7 +37,8 @@ def adapter_of(base: Path, folder: Path, method: str = "lora", size: float = 0.0
     """A folder as training saves it, with the facts about its base."""
     loaded = load_model(spec_of(base))
     named = identify_base(loaded)
-    adapted = adapt(loaded.model, adapter_spec(method), [0, 2], seed=1, n_steps=20)
+    layers = [0, Anatomy(loaded.model).n_layers - 1]
+    adapted = adapt(loaded.model, adapter_spec(method), layers, seed=1, n_steps=20)
     move(adapted.parameters.values(), 0.2 if method == "adalora" else size)
     adapted.finish()
     facts = {
@@ -112,6 +115,16 @@ def test_every_shape_of_family_is_read_back_by_plain_transformers(
     assert_is_base_and_adapter(base, adapter, tmp_path / "m")
     names = [set(load_file(f / "model.safetensors")) for f in (base, tmp_path / "m")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_gguf_base_is_merged_as_it_is_loaded(make_model, tiny_tokenizer, tmp_path, model_type):
+    base = tmp_path / "model.gguf"
+    write_gguf(make_model(model_type, **SIZES[model_type]), tiny_tokenizer, base, kind="Q8_0")
+    adapter = adapter_of(base, tmp_path / "a")
+    merged = merged_from(base, adapter, tmp_path / "m")
+    assert merged.dtype == "float32"
+    assert_is_base_and_adapter(base, adapter, tmp_path / "m")
 
 
 def test_a_folder_holds_all_that_a_model_needs(model_folder, tmp_path):

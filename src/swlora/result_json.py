@@ -87,9 +87,20 @@ def _read_fields(kind: Any, tree: dict[str, Any], partial: bool) -> Any:
         place = field.metadata.get("place")
         name = field.metadata.get("key", field.name)
         if place == "flat":
-            values[field.name] = _read(hints[field.name], tree, partial)
+            there = not _is_optional(hints[field.name]) or _has_key_of(hints[field.name], tree)
+            values[field.name] = _read(hints[field.name], tree, partial) if there else None
         elif place == "none" or (partial and name not in tree):
             values[field.name] = None
         elif name in tree or place != "if any":
             values[field.name] = _read(hints[field.name], tree[name], partial)
     return kind(**values)
+
+
+def _is_optional(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+def _has_key_of(kind: Any, tree: dict[str, Any]) -> bool:
+    """Say whether a flat result of the class in an optional `kind` stands in `tree`."""
+    (own,) = [option for option in get_args(kind) if option is not type(None)]
+    return any(f.metadata.get("key", f.name) in tree for f in fields(own))

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
-from tests.cli.conftest import swlora
+from tests.cli.conftest import rows, small, swlora
 from tests.support.adapters import attach, randomise
 from tests.support.hub_stand_in import TOKEN, HubStandIn
 
@@ -15,7 +15,7 @@ from swlora import hub
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec
 
-__all__ = ["swlora"]
+__all__ = ["rows", "small", "swlora"]
 
 
 @pytest.fixture

@@ -76,6 +76,15 @@ def test_prompts_are_passed_on_as_they_are_for_a_model_of_texts(folder, swlora):
     assert "passed on as they are" in done.out
 
 
+def test_a_merged_adapter_says_whether_its_prompts_were_chats(folder, swlora):
+    report = {"adapter": {"is_chat": False}}
+    (folder / "model/swlora-merge.json").write_text(json.dumps(report))
+    assert "passed on as they are" in swlora("package", *BYTES, "--model", "model").out
+    again = swlora("package", *BYTES[:-1], "again", "--model", "model", "--chat")
+    assert "passed on as they are" not in again.out
+    assert "range .Messages" in (folder / "again/Modelfile").read_text()
+
+
 def test_a_template_of_ones_own_goes_in_as_it_is(folder, swlora):
     (folder / "own.gotmpl").write_text("[{{ .Prompt }}]\n")
     done = swlora("package", *BYTES, "--model", "model", "--template", "own.gotmpl")

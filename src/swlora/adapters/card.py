@@ -187,11 +187,16 @@ def facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
 def _usage(facts: Facts) -> list[str]:
     base = facts.get("base_model") or "BASE-MODEL"
     revision = f", revision={facts['base_revision']!r}" if facts.get("base_revision") else ""
+    imported, read = "AutoModelForCausalLM, AutoTokenizer", f"{base!r}{revision}"
+    if base.endswith(".gguf"):
+        imported += ", GgufConfig"
+        read = f'"ITS-FOLDER", gguf_file={base!r}, '
+        read += "quantization_config=GgufConfig(dequantize=True)"
     lines = [
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {imported}",
         "",
-        f"base = AutoModelForCausalLM.from_pretrained({base!r}{revision})",
+        f"base = AutoModelForCausalLM.from_pretrained({read})",
         'model = PeftModel.from_pretrained(base, "THIS-FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("THIS-FOLDER")',
         *_prompt_lines(facts),

@@ -116,7 +116,7 @@ def package(
         typer.Option(
             "--chat/--no-chat",
             help="prompts are chats, or passed on as they are [default: chats, where the model "
-            "has a chat template]",
+            "has a chat template and its merged adapter was trained on chats]",
             show_default=False,
         ),
     ] = None,

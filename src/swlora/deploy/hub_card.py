@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.card import card_text, facts_list, is_untouched, model_card
+from swlora.adapters.card import card_text, is_untouched, model_card
 from swlora.adapters.saved import CONFIG, read_facts
 from swlora.deploy.hub_files import CARD, MERGE_REPORT, Kind
+from swlora.deploy.merged_card import USAGE, merged_card
 from swlora.deploy.run_notes import read_result, score_sections, training_sections
-from swlora.errors import UserError
+from swlora.errors import UserError, brief
 from swlora.files import read_json
 
 
@@ -50,7 +51,7 @@ def card_for(
             sources.licence,
         )
     else:
-        text = _merged_card(folder, [*more, *_exports(folder)], sources.licence)
+        text = _model_card(folder, [*more, *_exports(folder)], sources.licence)
     _check(text, path)
     return text, True
 
@@ -80,31 +81,17 @@ def _check(text: str, path: Path) -> None:
         raise UserError(f"the metadata at the top of {path} cannot be read: {reason}") from error
 
 
-def _merged_card(folder: Path, more: list[str], licence: str | None) -> str:
-    """Write the card of a plain model from the report of its merge, where it has one."""
+def _model_card(folder: Path, more: list[str], licence: str | None) -> str:
+    """Write the card of a plain model: from the report of its merge, where it has one."""
     path = folder / MERGE_REPORT
-    report = read_json(path) if path.is_file() else {}
-    facts = read_facts(folder) or report.get("adapter") or {}
-    base = facts.get("base_model")
-    sections = [f"# {base or folder.resolve().name}" + (", fine-tuned" if base else "")]
-    sections += ["A plain transformers model" + (", merged with swlora." if report else ".")]
-    sections += ["\n".join(facts_list(facts, {}))] if facts else []
-    sections += ["## Use", _usage()]
-    if report:
-        sections += ["## The merge", _as_list(report)]
-    of_hub = base if facts.get("base_on_hub") else None
-    meta = {"library_name": "transformers", "tags": ["swlora"]}
-    return card_text(meta, of_hub, "finetune", licence, [*sections, *more])
-
-
-def _usage() -> str:
-    lines = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS-FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS-FOLDER")',
-    )
-    return "```python\n" + "\n".join(lines) + "\n```"
+    if not path.is_file():
+        sections = [f"# {folder.resolve().name}", "A plain transformers model.", USAGE, *more]
+        meta = {"library_name": "transformers", "tags": ["swlora"]}
+        return card_text(meta, None, "finetune", licence, sections)
+    try:
+        return merged_card(read_json(path), more, licence)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no merge report: {brief(error)}") from error
 
 
 def _exports(folder: Path) -> Iterator[str]:

@@ -142,8 +142,9 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
             peak_memory_bytes=peak_memory_bytes("cpu"),
             packages=package_versions(),
         )
-        write_json(scratch / REPORT, as_json(report) | {"output": request.output.name})
-        write_text(scratch / "README.md", merged_card(report))
+        written = as_json(report) | {"output": request.output.name}
+        write_json(scratch / REPORT, written)
+        write_text(scratch / "README.md", merged_card(written))
     return report
 
 

@@ -1,34 +1,44 @@
 """The README.md of a merged model, for people and the Hub."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import yaml
+from swlora.adapters.card import TITLES, card_text, facts_list
+from swlora.deploy.agreement import Agreement
+from swlora.result_json import from_json
 
-from swlora.adapters.card import TITLES
+USAGE = (
+    "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'model = AutoModelForCausalLM.from_pretrained("THIS-FOLDER", dtype="auto")\n'
+    'tokenizer = AutoTokenizer.from_pretrained("THIS-FOLDER")\n```'
+)
 
-if TYPE_CHECKING:
-    from swlora.deploy.merge import Merged
 
+def merged_card(
+    report: Mapping[str, Any], more: Sequence[str] = (), licence: str | None = None
+) -> str:
+    """Write the card from the merge report as it stands in the folder.
 
-def merged_card(merged: "Merged") -> str:
-    """Write the card from the merge report."""
-    base, method = merged.base, str(merged.adapter.get("method", "adapter"))
-    meta: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base.on_hub:
-        meta |= {"base_model": base.name, "base_model_relation": "finetune"}
-    front = yaml.safe_dump(meta | {"tags": sorted([method, "swlora"])}, sort_keys=True)
-    at = f" at {base.revision}" if base.revision else ""
-    lines = [
-        f"# {base.name} with {TITLES.get(method, 'an adapter')} merged in",
+    `more` are sections that are known where it is published; `licence` is an id of the Hub.
+    """
+    base, adapter = report["base"], report["adapter"]
+    method = str(adapter.get("method", "adapter"))
+    facts = {**adapter, **{f"base_{name}": value for name, value in base.items()}}
+    facts["base_model"] = base["name"]
+    agreement = from_json(Agreement, report["agreement"])
+    sections = [
+        f"# {base['name']} with {TITLES.get(method, 'an adapter')} merged in",
         "A plain transformers model: an adapter's change was added to the weights by swlora, in "
-        f"float32, and rounded once, to {merged.dtype}.",
-        f"- Base model: {base.name}{at}, read from {base.read_from}\n"
-        f"- Sample of its weights: sha256 {base.weights_sample_sha256}\n"
-        f"- Weights that the adapter changed: {merged.n_changed_weights:,}\n"
-        f"- Beside base and adapter: {merged.agreement}",
-        *merged.notes,
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS-FOLDER", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS-FOLDER")\n```',
+        f"float32, and rounded once, to {report['dtype']}.",
+        "\n".join(facts_list(facts, {})),
+        "## The merge",
+        f"- Weights that the adapter changed: {report['n_changed_weights']:,}\n"
+        f"- Beside base and adapter: {agreement}\n"
+        f"- Merged in {report['merge_s']:.1f} s, compared in {report['compare_s']:.1f} s",
+        *report["notes"],
+        "## Use",
+        USAGE,
+        *more,
     ]
-    return f"---\n{front}---\n\n" + "\n\n".join(lines) + "\n"
+    meta = {"library_name": "transformers", "tags": [method, "swlora"]}
+    return card_text(meta, base["name"] if base["on_hub"] else None, "finetune", licence, sections)

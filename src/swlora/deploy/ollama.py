@@ -13,9 +13,10 @@ from typing import Any
 
 from swlora.config import ModelSpec
 from swlora.deploy.go_template import GoTemplate, translate
+from swlora.deploy.hub_files import MERGE_REPORT
 from swlora.deploy.new_folder import check_new, new_folder
 from swlora.errors import UserError
-from swlora.files import write_text
+from swlora.files import read_json, write_text
 from swlora.models.gguf_header import GgufHeader, read_gguf_table
 
 MODELFILE = "Modelfile"
@@ -75,7 +76,9 @@ def package(
     header = _check(gguf, lora)
     loaded = load_skeleton(model)
     tokenizer, notes = loaded.tokenizer, list[str]()
-    is_chat = bool(tokenizer.chat_template) if settings.is_chat is None else settings.is_chat
+    is_chat = settings.is_chat
+    if is_chat is None:
+        is_chat = bool(tokenizer.chat_template) and _was_trained_on_chats(Path(model.name))
     if settings.template is not None:
         template = GoTemplate(_read(settings.template), has_system=True, trims=False)
         notes.append(f"the template is {settings.template.name}, as it is: it was not compared")
@@ -162,6 +165,13 @@ def _translated(tokenizer: Any, adds_bos: bool) -> GoTemplate:
         )
 
     return translate(write, tokenizer.bos_token or "" if adds_bos else "")
+
+
+def _was_trained_on_chats(model: Path) -> bool:
+    """Say whether a merged model's adapter was trained on chats; True for any other model."""
+    report = model / MERGE_REPORT
+    adapter = read_json(report).get("adapter") if report.is_file() else None
+    return bool(adapter.get("is_chat", True)) if isinstance(adapter, dict) else True
 
 
 def _adds_bos(header: GgufHeader) -> bool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.mergeable import EXACT_START, merge_refusal
+from swlora.adapters.patterns import check_patterns, matching_keys
 from swlora.adapters.saved import CONFIG, WEIGHTS
 from swlora.errors import UserError
 
@@ -52,6 +53,10 @@ class MergedWeights:
         self._config = _read_config(folder)
         if reason := merge_refusal(self._config):
             raise self._refused(reason)
+        try:
+            check_patterns(self._config)
+        except UserError as error:
+            raise self._refused(str(error)) from None
         self.notes: list[str] = []
         self.own: dict[str, str] = {}  # keys of what is the model's own, by the name of the weight
         self.tokens: set[str] = set()  # names of weights in which rows of some tokens are replaced
@@ -200,7 +205,7 @@ class MergedWeights:
         found: list[float] = []
         for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             values: Mapping[str, Any] = self._config.get(pattern) or {}
-            matching = [key for key in values if re.match(rf"(.*\.)?({key})$", name)]
+            matching = matching_keys(values, name)
             if len({values[key] for key in matching}) > 1:
                 self.notes.append(
                     f"several keys of {pattern} match {name}: {', '.join(matching)}; the first "

@@ -185,18 +185,23 @@ def _check(folder: Path) -> None:
         raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
     if reason := refusal(_config(folder)):
         raise UserError(f"the adapter in {folder} is not supported: {reason}")
-    _check_digests(folder)
+    if name := changed_file(folder):
+        raise UserError(
+            f"{folder / name} is not as it was saved: it is damaged, or was changed since; if you "
+            f"changed it, remove {DIGESTS!r} from {FACTS}"
+        )
 
 
-def _check_digests(folder: Path) -> None:
-    """Refuse files that are not those that were saved here; adapters from elsewhere note none."""
+def changed_file(folder: Path) -> str | None:
+    """Return which of PEFT's files is not the one that was saved here; None where both are.
+
+    Adapters from elsewhere note nothing of theirs.
+    """
     noted = _read_noted(folder).get(DIGESTS)
     for name, digest in noted.items() if isinstance(noted, dict) else ():
         if name in (CONFIG, WEIGHTS) and sha256_of(folder / name) != digest:
-            raise UserError(
-                f"{folder / name} is not as it was saved: it is damaged, or was changed since; if "
-                f"you changed it, remove {DIGESTS!r} from {FACTS}"
-            )
+            return str(name)
+    return None
 
 
 def read_facts(folder: Path) -> Facts:

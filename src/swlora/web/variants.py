@@ -13,13 +13,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.own_tensors import check_tensors
-from swlora.adapters.saved import WEIGHTS, warn_of_other_base
+from swlora.adapters.saved import WEIGHTS, changed_file, warn_of_other_base
+from swlora.adapters.served_config import served_config
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.forwards import decode_forwards
 from swlora.errors import UserError
@@ -169,19 +170,23 @@ class ModelHost:
     def _add(self, entry: AdapterEntry, inner_name: str) -> None:
         """Load an adapter; UserError where it does not fit. The model is whole in either case."""
         try:
+            if name := changed_file(entry.folder):
+                raise UserError(f"its {name} is damaged, or was changed since it was saved")
             warn_of_other_base(entry.folder, self._source, self._sample, log.warning)
             check_tensors(self._model, entry.folder / WEIGHTS)
             with quiet_peft():
+                config = served_config(self._model, entry.folder)
                 if self._peft_model is None:
-                    config = LoraConfig.from_pretrained(str(entry.folder))
-                    config.inference_mode = True
                     self._peft_model = PeftModelForCausalLM(self._model, config, inner_name).eval()
+                else:
+                    self._peft_model.add_adapter(inner_name, config)
                 device = str(self._model.device)
                 report = self._peft_model.load_adapter(
                     str(entry.folder), inner_name, torch_device=device
                 )
-        except UserError:
-            raise
+        except UserError as error:
+            log.warning("the adapter %s does not fit: %s", entry.name, error)
+            raise UserError(f"{DOES_NOT_FIT}: {error}") from error
         except Exception as error:  # PEFT, torch and safetensors raise many kinds
             log.warning("the adapter %s does not fit: %s", entry.name, error)
             if self._peft_model is None:  # some modules may be wrapped already

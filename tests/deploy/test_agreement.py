@@ -27,6 +27,15 @@ def test_logits_of_known_distributions():
     assert found.share_of_equal_top_tokens == 0.5
 
 
+def test_places_are_summed_however_many_there_are():
+    reference, logits = torch.randn(2, 2, 41, 30)
+    found = compare_logits(reference, logits)
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    assert found.n_tokens == 82
+    assert found.kl_sum_nats == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
+    assert found.largest_logit_difference == float((reference - logits).abs().max())
+
+
 def test_logits_are_compared_in_float32():
     reference = torch.randn(4, 50).bfloat16()
     assert compare_logits(reference, reference.float()).kl_sum_nats == 0.0

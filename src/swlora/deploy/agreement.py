@@ -16,6 +16,7 @@ from swlora.superweights.ablate import text_windows
 
 N_WINDOWS, WINDOW_TOKENS = 4, 128
 N_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 16, 16
+PLACES_AT_ONCE = 32
 CHAT = "What is the capital of France?"
 
 
@@ -72,8 +73,16 @@ class Agreement:
 
 
 def compare_logits(reference: Tensor, logits: Tensor) -> Agreement:
-    """Compare logits (..., vocabulary) of the same places; both are taken in float32."""
-    expected, found = (z.float().reshape(-1, z.shape[-1]) for z in (reference, logits))
+    """Compare logits (..., vocabulary) of the same places; both are taken in float32.
+
+    A few places at a time: with a large vocabulary, logits are larger than the weights of a block.
+    """
+    places = (z.reshape(-1, z.shape[-1]).split(PLACES_AT_ONCE) for z in (reference, logits))
+    parts = [_compare(z.float(), other.float()) for z, other in zip(*places, strict=True)]
+    return sum(parts[1:], start=parts[0])
+
+
+def _compare(expected: Tensor, found: Tensor) -> Agreement:
     log_p, log_q = F.log_softmax(expected, dim=-1), F.log_softmax(found, dim=-1)
     return Agreement(
         n_tokens=len(expected),

@@ -1,6 +1,7 @@
 """The model that an adapter was trained on: found by what the adapter says, and known again."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -15,6 +16,7 @@ from swlora.errors import UserError
 from swlora.files import read_json
 from swlora.hub import hub_reachable
 from swlora.library_noise import quiet_libraries
+from swlora.memory import release_pages
 from swlora.models.identity import BaseModel, name_base, sample_sha256, weights_sample_sha256
 from swlora.models.load import LoadedModel, load_skeleton
 from swlora.models.weight_source import WeightSource, open_weights
@@ -57,10 +59,17 @@ class MergeBase:
         """Name it, and hash a sample of its weights as a training does."""
         names = sorted(name for name, _ in self.loaded.model.named_parameters())
         if set(names) <= set(self.weights.names):
-            sample = sample_sha256((name, self.weights.tensor(name)) for name in names)
+            sample = sample_sha256(self._one_by_one(names))
         else:  # experts, which transformers puts together
             sample = weights_sample_sha256(self.read_whole())
         return name_base(self.loaded, sample)
+
+    def _one_by_one(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield weights, each given back before the next: a sample touches most of its pages."""
+        for name in names:
+            weight = self.weights.tensor(name)
+            yield name, weight
+            release_pages([weight])
 
 
 def read_folder(folder: Path, dtype: torch.dtype) -> Any:

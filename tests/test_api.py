@@ -20,6 +20,7 @@ from swlora.api import keyword
 from swlora.cli import main
 from swlora.command_settings import SETTINGS
 from swlora.errors import UserError
+from swlora.evaluation.user_metrics import MetricError
 from swlora.result_json import as_json
 from swlora.runs import read_metrics, read_run
 from swlora.study import compare as study
@@ -99,6 +100,27 @@ def test_evaluation_with_and_without_a_run_folder(settings) -> None:
     assert comparable(as_json(evaluated)) == comparable(expected)
     assert evaluated.nll < swlora.evaluate(**evaluation).nll
     assert evaluated.loss.nats_per_token == evaluated.nll
+
+
+@pytest.mark.parametrize("returned", [None, float("nan"), "raise"])
+def test_a_metric_that_fails_loses_nothing_that_was_measured(returned, settings) -> None:
+    seen = []
+
+    def mine(predictions: list[str], references: list[list[str]]) -> Any:
+        seen.append((predictions, references))
+        if returned == "raise":
+            raise KeyError("no such word")
+        return returned
+
+    evaluation = settings | {"max_new_tokens": 5, "eval_prompts": 2}
+    with pytest.raises(MetricError, match="the error's `evaluated` has the texts") as failed:
+        swlora.evaluate(**evaluation, metrics=mine)
+    assert os.listdir() == [] and "\n" not in str(failed.value)
+    left, expected = failed.value.evaluated, swlora.evaluate(**evaluation)
+    assert as_json(left) == as_json(expected)
+    assert ([*left.texts.predictions], [*left.texts.references]) == seen[0]
+    assert [*left.texts.predictions] == [*expected.texts.predictions]
+    assert len(left.texts.prompts) == 2
 
 
 def test_a_model_is_loaded_with_its_adapter_and_generates(settings, model_folder) -> None:

@@ -87,7 +87,9 @@ def evaluate(
     """Generate for every prompt and score, as `swlora eval` does.
 
     `adapter` is a folder (a run folder will do); None is the base model. `metrics` is a function of
-    the texts and of the references of each, that returns a number, or numbers by name.
+    the texts and of the references of each, that returns a number, or numbers by name. Where it
+    fails, the UserError (`swlora.evaluation.user_metrics.MetricError`) has all the rest as its
+    `evaluated`: nothing that was generated is lost. `evaluated.texts` are the texts and references.
     """
     spec = _spec("eval", config, settings)
     name = getattr(metrics, "__name__", type(metrics).__name__)

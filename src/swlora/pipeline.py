@@ -5,7 +5,6 @@ functions and nothing below them. Each returns what it found as a value, and wri
 the run folder where there is one.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,11 +146,13 @@ def evaluate(
     """Generate once for every distinct prompt, score with all references, measure the losses.
 
     `prepared` is what `prepare_evaluation` gave, `untouched` what `measure_untouched_english` gave
-    for the base model before it was adapted; `metric` is a person's own. Leaves predictions.csv,
-    predictions.jsonl and segments.json (what was measured of each prompt) in the run folder.
+    for the base model before it was adapted; `metric` is a person's own, and MetricError where it
+    fails holds all the rest. Leaves predictions.csv, predictions.jsonl and segments.json (what was
+    measured of each prompt) in the run folder.
     """
     from swlora.evaluation.evaluated import Evaluated
     from swlora.evaluation.loss import grouped_losses
+    from swlora.evaluation.user_metrics import with_own_metric
 
     split = job.spec.data.eval_split
     with job.timed("loss"):
@@ -177,10 +178,11 @@ def evaluate(
         decode=job.spec.decode,
         data=job.dataset.source,
         predictions=path,
+        texts=texts,
     )
     job.run.write_result({"eval": evaluated})
-    if metric is not None and texts is not None:  # last, since it may fail in any way
-        evaluated = replace(evaluated, own=metric(texts.predictions, texts.references))
+    if metric is not None:  # last, since it may fail in any way
+        evaluated = with_own_metric(evaluated, metric)
         job.run.write_result({"eval": evaluated})
     return evaluated
 

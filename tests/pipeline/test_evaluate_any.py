@@ -9,7 +9,7 @@ from tests.support.whole_jobs import DEV, make_spec, run_in
 from swlora import pipeline
 from swlora.errors import UserError
 from swlora.evaluation.text_scores import text_rows
-from swlora.evaluation.user_metrics import UserMetric
+from swlora.evaluation.user_metrics import MetricError, UserMetric
 from swlora.job import Job
 from swlora.progress import Silent
 from swlora.runs import Run
@@ -67,8 +67,11 @@ def test_a_metric_of_ones_own(model_folder, rows, tmp_path) -> None:
     assert found.own == {"n": 2.0} and len(predictions) == 2
     assert references == [[DEV[0]["completion"], DEV[2]["completion"]], [DEV[1]["completion"]]]
     assert json.loads((tmp_path / "a/result.json").read_text())["eval"]["own"] == {"n": 2.0}
-    with pytest.raises(UserError, match="mine failed: ZeroDivisionError"):
+    with pytest.raises(MetricError, match="mine failed: ZeroDivisionError") as failed:
         evaluated(tmp_path / "b", spec, UserMetric("mine.py:mine", lambda *_: 1 / 0))
+    texts = tmp_path / "b/predictions.csv"
+    assert f"; the texts are in {texts}, scores and losses in result.json" in str(failed.value)
+    assert texts.exists()
     result = json.loads((tmp_path / "b/result.json").read_text())["eval"]
     assert result["nll"] == found.nll and "own" not in result
     assert (tmp_path / "b/predictions.jsonl").exists()

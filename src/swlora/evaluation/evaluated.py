@@ -7,6 +7,7 @@ from swlora.config import DecodeSpec
 from swlora.evaluation.bootstrap import SETTINGS, BootstrapSettings
 from swlora.evaluation.scales import RAW_SCALE
 from swlora.evaluation.scores import Scores
+from swlora.evaluation.scoring import TextsScored
 from swlora.evaluation.text_scores import TextScores
 from swlora.loss_sum import LossSum
 from swlora.result_json import FLAT, IF_ANY, key
@@ -31,7 +32,8 @@ class Evaluated:
     of the scores and of "NLL", by their official names; {} for a single prompt. `scores` and
     `text_scores` are None where all rows are documents, which have no prompt; `english` where it
     was not measured, `own` where no metric of one's own was named, `predictions` where no file was
-    asked for. `has_official` says whether the official five are scores for such data.
+    asked for. `has_official` says whether the official five are scores for such data. `texts` are
+    the prompts, predictions and references, for use in Python.
     """
 
     scores: Scores | None = field(metadata=FLAT)
@@ -52,6 +54,7 @@ class Evaluated:
     decode: DecodeSpec
     data: str
     predictions: Path | None
+    texts: TextsScored | None = field(default=None, repr=False, compare=False, metadata=NO_KEY)
 
     @property
     def loss(self) -> LossSum:

@@ -11,12 +11,26 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from swlora.errors import UserError, brief
+from swlora.evaluation.evaluated import Evaluated
+
+
+class MetricError(UserError):
+    """A metric of one's own that failed, after everything else was measured: `evaluated` is that.
+
+    Its `texts` hold the predictions and references that the function was called with.
+    """
+
+    code = "metric_failed"
+
+    def __init__(self, message: str, evaluated: Evaluated) -> None:
+        super().__init__(message)
+        self.evaluated = evaluated
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,20 @@ class UserMetric:
                     "numbers by name"
                 )
         return {name: float(value) for name, value in values.items()}
+
+
+def with_own_metric(evaluated: Evaluated, metric: UserMetric) -> Evaluated:
+    """Return what was evaluated with the numbers of `metric`; MetricError where it fails."""
+    texts = evaluated.texts
+    if texts is None:
+        return evaluated
+    try:
+        return replace(evaluated, own=metric(texts.predictions, texts.references))
+    except UserError as error:
+        left = "the error's `evaluated` has the texts, scores and losses"
+        if (path := evaluated.predictions) is not None:
+            left = f"the texts are in {path}, scores and losses in result.json beside it"
+        raise MetricError(f"{error}; {left}", evaluated) from error
 
 
 def load_metric(name: str) -> UserMetric:

@@ -73,6 +73,7 @@ def prepare_training(job: Job) -> PreparedTraining:
         spec.train, n_steps=schedule.n_steps, n_sequences=schedule.n_sequences
     )
     held_out = encode_held_out(job, planned) if planned else None
+    record_tokens(job, sequences, held_out)
     check_adapter(job, schedule.n_steps)
     job.begin()
     summary = summarise(job, schedule)
@@ -80,6 +81,24 @@ def prepare_training(job: Job) -> PreparedTraining:
         job.progress.say(line)
     job.run.write_result({"data": summary})
     return PreparedTraining(sequences, schedule, planned, held_out)
+
+
+def record_tokens(job: Job, sequences: TokenSequences, held_out: TokenSequences | None) -> None:
+    """Record what is trained on; UserError where a run that goes on began with other tokens.
+
+    They are known by a hash, which sees all that makes them: rows, tokenizer, template, the way
+    rows are cut. A run of an older version has none, and goes on unless rows of it are cut.
+    """
+    facts, n_cut = job.run.facts, job.encoded("train").n_cut
+    if n_cut and facts.get("resumed") and "train_tokens_sha256" not in facts:
+        raise UserError(
+            f"this run cannot go on: {n_cut:,} of its rows are cut to the context, and the older "
+            "swlora that began it may have cut them in another way; finish it with that one "
+            "(`packages` in its run.json), or begin again in another --output"
+        )
+    job.run.record_source(train_tokens_sha256=sequences.sha256())
+    if held_out is not None:
+        job.run.record_source(held_out_tokens_sha256=held_out.sha256())
 
 
 def encode_held_out(job: Job, planned: "Measurements") -> TokenSequences | None:

@@ -11,8 +11,11 @@ from swlora.result_json import as_json
 class RunRecord(Protocol):
     """Takes down what a job does; `runs.Run` says more of each method.
 
-    `folder` and `checkpoint` are None where nothing is written to disk.
+    `folder` and `checkpoint` are None where nothing is written to disk. `facts` are what was
+    recorded, by an earlier process too.
     """
+
+    facts: dict[str, Any]
 
     @property
     def folder(self) -> Path | None:

@@ -21,6 +21,16 @@ from swlora.locks import Lock, lock_folder
 from swlora.versions import package_versions
 
 Status = Literal["running", "done", "failed", "incomplete", "cancelled"]
+_OTHER_TOKENS = (
+    "its rows become other tokens than when it began: put back the tokenizer and the chat template "
+    "in the model's folder, or the swlora that it began with (`packages` in its run.json)"
+)
+# What differs and what to do, beside beginning again
+_REMEDIES = {
+    "data_sha256": "its rows are others: put back the data",
+    "train_tokens_sha256": _OTHER_TOKENS,
+    "held_out_tokens_sha256": _OTHER_TOKENS,
+}
 _TYPE_OF_ERROR = re.compile(r"^\w+(Error|Interrupt): ")
 
 
@@ -46,8 +56,10 @@ class WorkFolder(ABC):
         for name, now in facts.items():
             before = self.facts.get(name, now)
             if before != now:
+                remedy = f"{_REMEDIES[name]}, or " if name in _REMEDIES else ""
                 raise UserError(
-                    f"this {self.work} cannot go on: {name} was {before} and is now {now}"
+                    f"this {self.work} cannot go on: {name} was {_short(before)} and is now "
+                    f"{_short(now)}; {remedy}begin again in another --output"
                 )
         self.record(**facts)
 
@@ -108,6 +120,12 @@ def failure_of(facts: Mapping[str, Any]) -> Failure | None:
         return None
     code = DivergedError.code if "not finite" in reason else ""
     return Failure(code, _TYPE_OF_ERROR.sub("", reason))
+
+
+def _short(value: Any) -> str:
+    """Return the beginning of a hash, any other value whole."""
+    text = str(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def read_facts(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:

@@ -169,3 +169,24 @@ def test_tokens_that_do_not_fit_on_the_disk_are_said(monkeypatch, tmp_path):
             patch.setattr(os, name, full)
             with pytest.raises(RunFailedError, match=r"cannot keep the tokens in .* No space"):
                 TokenSequences.joined([TokenSequences.from_lists([([1], [2])])])
+
+
+def test_a_hash_sees_tokens_lengths_and_weights_however_they_are_kept(monkeypatch) -> None:
+    monkeypatch.setattr(token_sequences, "_BLOCK_TOKENS", 2)
+    tokens, trained = [1, 2, 3, 4, 5], [False, True, False, True, True]
+
+    def sha256(tokens: list[int], offsets: list[int], weights: list[float], kind: type) -> str:
+        parts = (np.array(tokens, np.int32), np.array(offsets), np.array(weights, kind))
+        return TokenSequences(*parts).sha256()
+
+    one = sha256(tokens, [0, 2, 5], trained, np.bool_)
+    assert one == sha256(tokens, [0, 2, 5], trained, np.float32)
+    others = [
+        sha256([1, 2, 3, 4, 6], [0, 2, 5], trained, np.bool_),
+        sha256(tokens, [0, 5], trained, np.bool_),
+        sha256(tokens, [0, 2, 5], [0, 1, 0, 1, 0], np.bool_),
+        sha256(tokens, [0, 2, 5], [0, 1, 0, 1, 0.5], np.float32),
+    ]
+    assert len({one, *others}) == 5
+    monkeypatch.setattr(token_sequences, "_BLOCK_TOKENS", 1 << 20)
+    assert sha256(tokens, [0, 2, 5], trained, np.bool_) == one

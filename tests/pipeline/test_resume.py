@@ -1,11 +1,17 @@
 """Stop and resume: the same adapter as if nothing had happened, of the same data."""
 
+import json
+import shutil
+from pathlib import Path
+
 import peft
 import pytest
 from tests.support.data_files import write_rows
 from tests.support.small_runs import ROWS
 from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
 
+from swlora.config import RunSpec
+from swlora.data import truncate
 from swlora.errors import RunFailedError, UserError
 from swlora.runs import read_metrics, read_run
 
@@ -59,6 +65,77 @@ def test_a_run_does_not_go_on_with_other_data(model_folder, rows, tmp_path):
         resume(folder)
     write_rows(rows[0], ROWS)
     assert resume(folder)["train"]["steps"] == 12
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": food}, {"role": "assistant", "content": "E."}]}
+    for food in "abcdefghijkl"
+]
+LONG = [{"prompt": f"{word}\n" * 150, "completion": word} for word in "abcdefghijkl"]
+
+
+def stopped(folder: Path, spec: RunSpec) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_in(folder, spec, progress=StopsIn("train", 3))
+
+
+def forget_the_tokens(folder: Path) -> None:
+    """Make of a run one of a version that recorded no tokens."""
+    facts = json.loads((folder / "run.json").read_text())
+    facts.pop("train_tokens_sha256")
+    facts.pop("held_out_tokens_sha256")
+    (folder / "run.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("changed", ["template", "tokenizer", "cut"])
+def test_a_run_does_not_go_on_with_other_tokens(
+    changed, model_folder, bos_tokenizer, tiny_tokenizer, tmp_path, monkeypatch
+):
+    model, folder = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(model_folder("llama"), model)
+    path = write_rows(
+        tmp_path / "rows.jsonl", {"template": CHATS, "tokenizer": ROWS, "cut": LONG}[changed]
+    )
+    stopped(folder, make_spec(model, (path, path), data__truncate=changed == "cut"))
+    before = read_run(folder)
+    with monkeypatch.context() as patch:
+        if changed == "cut":  # as a version might that keeps less of the prompt
+            patch.setattr("swlora.data.encode.cut", lambda row, n: truncate.cut(row, n - 1))
+        elif changed == "tokenizer":
+            bos_tokenizer().save_pretrained(model)
+        else:
+            template = model / "chat_template.jinja"
+            template.write_text(template.read_text().replace("<s>", "<s>so "))
+        with pytest.raises(UserError, match="cannot go on: train_tokens_sha256 was") as refused:
+            resume(folder)
+    assert "put back the tokenizer and the chat template" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert read_run(folder)["train_tokens_sha256"] == before["train_tokens_sha256"]
+    tiny_tokenizer.save_pretrained(model)
+    assert resume(folder)["train"]["steps"] == 12
+
+
+def test_an_older_run_goes_on_unless_its_rows_are_cut(model_folder, rows, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    stopped(whole, make_spec(model_folder("llama"), rows, data__truncate=True))
+    forget_the_tokens(whole)
+    assert resume(whole)["train"]["steps"] == 12
+    assert "train_tokens_sha256" in read_run(whole)
+    long = write_rows(tmp_path / "long.jsonl", LONG)
+    stopped(cut, make_spec(model_folder("llama"), (long, rows[1]), data__truncate=True))
+    forget_the_tokens(cut)
+    for _ in range(2):
+        with pytest.raises(UserError, match="12 of its rows are cut to the context, and the older"):
+            resume(cut)
+
+
+def test_a_run_does_not_go_on_beside_other_held_out_tokens(model_folder, rows, tmp_path):
+    folder = tmp_path / "run"
+    stopped(folder, make_spec(model_folder("llama"), rows, train__eval_every_steps=2))
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(facts | {"held_out_tokens_sha256": "0" * 64}))
+    with pytest.raises(UserError, match="cannot go on: held_out_tokens_sha256 was 000000000000 "):
+        resume(folder)
 
 
 def test_a_full_disk_when_the_adapter_is_saved_costs_no_training(

@@ -4,6 +4,7 @@ Sorted lexicographically, sequences that share a prefix are neighbours: what a t
 is what each has in common with the one before it.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ Weights = NDArray[np.bool_] | NDArray[np.float32]
 
 PAD = -1
 _BLOCK_SEQUENCES = 1 << 14  # sequences read at a time
-_BLOCK_TOKENS = 1 << 20  # whose weights are read at a time
+_BLOCK_TOKENS = 1 << 20  # read at a time
 # Sequences are compared some columns at a time, 16 of a few sequences and 2 of many, so that memory
 # depends neither on the longest sequence nor much on their number.
 _MIN_COLUMNS, _MAX_COLUMNS, _CELLS = 2, 16, 1 << 22
@@ -144,6 +145,15 @@ class TokenSequences:
         """Tokens before the first trained one of every sequence, (n,); all where none is."""
         first = np.minimum(_first_trained(self.weights, self.offsets[:-1]), self.offsets[1:])
         return (first - self.offsets[:-1]).astype(np.int32)
+
+    def sha256(self) -> str:
+        """Hash tokens, lengths and trained weights, whether bool or float32, a block at a time."""
+        digest = hashlib.sha256()
+        for array, dtype in ((self.lengths, "<i8"), (self.tokens, "<i4"), (self.weights, "<f4")):
+            for start in range(0, len(array), _BLOCK_TOKENS):
+                block = array[start : start + _BLOCK_TOKENS]
+                digest.update(np.ascontiguousarray(block, dtype=dtype).data)
+        return digest.hexdigest()
 
     @cached_property
     def ranks(self) -> tuple[Ints, Ints]:

@@ -25,7 +25,7 @@ from swlora.settings import problem_lines
 from swlora.study.folder import fit_seconds, read_study
 from swlora.study.spec import StudySpec
 
-UNFINISHED = ("running", "failed", "cancelled", "missing")
+UNFINISHED_STATUSES = ("running", "failed", "cancelled", "missing")
 NO_LAYERS = "no layers"  # the search for the arm's layers found none, which is an answer
 
 
@@ -123,7 +123,7 @@ class ArmRecord:
         found = {run.status for run in self.runs} or {"missing"}
         if "done" in found:
             return "done" if found == {"done"} else "partly done"
-        return next(s for s in (*UNFINISHED, NO_LAYERS) if s in found)
+        return next(s for s in (*UNFINISHED_STATUSES, NO_LAYERS) if s in found)
 
 
 @dataclass(frozen=True)

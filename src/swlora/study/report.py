@@ -40,11 +40,14 @@ def markdown_report(results: Compared) -> str:
         parts += ["## Beam search", _decode_line(beam[0].decode)]
         parts.append(markdown_table(tables.beam_columns(), beam))
     if results.unfinished:
-        parts += ["## Without a result", markdown_table(tables.UNFINISHED, results.unfinished)]
+        parts += [
+            "## Without a result",
+            markdown_table(tables.UNFINISHED_COLUMNS, results.unfinished),
+        ]
     parts += [
         "## Beside the original",
         _ORIGINAL,
-        markdown_table(tables.PUBLISHED, results.published),
+        markdown_table(tables.PUBLISHED_COLUMNS, results.published),
     ]
     parts += ["## How to read this", _explanation(results)]
     return "\n\n".join(parts) + "\n"

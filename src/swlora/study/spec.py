@@ -85,7 +85,7 @@ class ArmSpec(Spec):
         return {**given, "overrides": overrides}
 
 
-class RateChoice(Spec):
+class RateSearch(Spec):
     """How each arm's learning rate is chosen: the lowest held-out NLL after short runs."""
 
     grid: Rates = Field(default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3])
@@ -117,7 +117,7 @@ class StudySpec(SharedSections):
     arms: list[ArmSpec] = Field(min_length=1)
     seeds: Seeds = Field(default_factory=lambda: [0])
     baseline: str = Field(default="lora", description="the arm that the others are compared with")
-    rate: RateChoice = RateChoice()
+    rate: RateSearch = RateSearch()
     beam: BeamSearch = BeamSearch()
     margin: Margin = Margin()
     controls: bool = Field(default=True, description="add control arms to layers that were found")

@@ -258,12 +258,12 @@ def _scaled(value: float | None, unit: float, digits: int) -> str:
     return number(None if value is None else value / unit, digits)
 
 
-UNFINISHED: list[Column[Unfinished]] = [
+UNFINISHED_COLUMNS: list[Column[Unfinished]] = [
     ("run", lambda row: row.run),
     ("status", lambda row: row.status),
     ("reason", lambda row: " ".join((row.reason or "not known").split())),
 ]
-PUBLISHED: list[Column[Published]] = [
+PUBLISHED_COLUMNS: list[Column[Published]] = [
     ("method", lambda row: row.method),
     ("faster than LoRA, %", lambda row: number(row.acceleration_percent, 2)),
     ("quality", lambda row: number(row.quality, 2)),

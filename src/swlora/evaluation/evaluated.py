@@ -10,7 +10,7 @@ from swlora.evaluation.scores import Scores
 from swlora.evaluation.scoring import TextsScored
 from swlora.evaluation.text_scores import TextScores
 from swlora.loss_sum import LossSum
-from swlora.result_json import FLAT, IF_ANY, key
+from swlora.result_json import FLAT, IF_ANY, NO_KEY, key
 
 
 @dataclass(frozen=True)

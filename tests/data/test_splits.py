@@ -275,3 +275,19 @@ def test_a_stream_ends_at_its_first_bad_row() -> None:
     with pytest.raises(DataError, match="x, row 1: its prompt is empty; --skip-bad-rows leaves it"):
         collect_rows(rows(0), "x, row 1", skip_bad_rows=False, limit=3)
     assert len(collect_rows(rows(3), "x, row 1", skip_bad_rows=True, limit=3).examples) == 3
+
+
+@pytest.mark.parametrize("ending", [".jsonl.zst", ".csv.bz2", ".json.zip", ".txt.xz"])
+@pytest.mark.parametrize("named", ["folder", "pattern", "file"])
+def test_rows_that_are_packed_in_another_way_are_not_passed_over(ending, named, tmp_path):
+    rows = [json.dumps({"prompt": p, "completion": "c"}) for p in "pq"]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    packed = tmp_path / f"b{ending}"
+    packed.write_bytes(b"packed")
+    (tmp_path / "model.zip").write_bytes(b"nothing of ours")
+    name = {"folder": tmp_path, "pattern": tmp_path / "*", "file": packed}[named]
+    with pytest.raises(UserError, match=r"cannot be read as packed: unpack, or pack with gzip"):
+        load_dataset(DataSpec(name=str(name)))
+    packed.unlink()
+    if named != "file":
+        assert len(load_dataset(DataSpec(name=str(name), eval_share=0.5)).train) == 1

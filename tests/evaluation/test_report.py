@@ -68,6 +68,14 @@ def test_a_table_of_scores():
     assert line == "PPL           25.5  of English text; 20.0 before training"
 
 
+def test_long_names_of_ones_own_scores_leave_the_columns_aligned() -> None:
+    own = {"share_of_valid_json": 0.5, "x": 12.0}
+    lines = scores_table(SCORES, {"BLEU": [0.4, 0.6]}, 30, nll=1.25, own=own).splitlines()[:-1]
+    ends = {line.split("  ")[0]: len(line[:28].rstrip()) for line in lines}
+    assert set(ends.values()) == {28} and len(ends) == len(lines)
+    assert "share_of_valid_json      0.5" in lines
+
+
 def test_of_the_official_scores_any_text_has_rouge_l() -> None:
     lines = scores_table(SCORES, {"BLEU": [0.4, 0.6]}, 30, has_official=False, nll=1.25)
     assert [line.split()[0] for line in lines.splitlines()] == ["score", "ROUGE-L", "NLL", "exact,"]

@@ -20,6 +20,7 @@ SPLIT_WORDS = {
 
 
 _MAGIC = set("*?[")
+_OTHER_PACKINGS = (".zst", ".zip", ".bz2", ".xz", ".lz4", ".br")
 # Beside the rows that `datasets` saves
 _OF_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
@@ -32,23 +33,34 @@ def _is_of_datasets(name: str) -> bool:
 def data_files(name: str) -> list[Path]:
     """Return the files that a name stands for, in order; [] where it is no file, folder or pattern.
 
-    Raises UserError for a folder or a pattern without a file that can be read.
+    Raises UserError for a folder or a pattern without a file that can be read, and where rows are
+    packed in a way that is not read: the rest alone would be trained in silence.
     """
     path = Path(name).expanduser()
     if path.is_file():
+        _refuse_packed([path])
         return [path] if ending(path) else []
     if path.is_dir():
-        files = (p for p in path.rglob("*") if not _is_of_datasets(p.name))
-        inside = sorted(p for p in files if p.is_file() and ending(p))
-        found = [p for p in inside if not any(part.startswith(".") for part in _inner(p, path))]
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not _is_of_datasets(p.name))
+        inside = [p for p in files if not any(part.startswith(".") for part in _inner(p, path))]
     elif _MAGIC & set(name):
-        matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-        found = [p for p in matches if p.is_file() and ending(p)]
+        inside = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     else:
         return [path] if ending(path) else []
+    _refuse_packed(inside)
+    found = [p for p in inside if ending(p)]
     if not found:
         raise UserError(f"{name} holds no file that can be read: {', '.join(READERS)}, or with .gz")
     return found
+
+
+def _refuse_packed(files: Sequence[Path]) -> None:
+    packed = [p for p in files if p.suffix.lower() in _OTHER_PACKINGS and ending(p.with_suffix(""))]
+    if packed:
+        more = f" and {len(packed) - 1} more files" if len(packed) > 1 else ""
+        raise UserError(
+            f"{packed[0]}{more} cannot be read as packed: unpack, or pack with gzip (.gz)"
+        )
 
 
 def split_files(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:

@@ -43,7 +43,8 @@ def scores_table(
     five ROUGE-L alone is shown where they are not for such data.
     """
     known = {**intervals, **(texts.text_intervals if texts else {})}
-    lines = [f"{'score':<9} {'value':>8}  {CONFIDENCE:.0%} interval"] if known else []
+    width = max([9, *map(len, own or {})])
+    lines = [f"{'score':<{width}} {'value':>8}  {CONFIDENCE:.0%} interval"] if known else []
     values = scores.by_name() if scores else {}
     if not has_official:
         values = {name: value for name, value in values.items() if name == "ROUGE_L"}
@@ -58,11 +59,11 @@ def scores_table(
         shown = "n/a" if value is None else scale.number(value)
         bounds = scale.interval(known[name]) if name in known else ""
         note = f"({notes[name]})" if name in notes else ""
-        lines.append(f"{scale.name:<9} {shown:>8}  {f'{bounds:<16} {note}'.strip()}".rstrip())
-    lines += [f"{name:<9} {value:>8.4g}" for name, value in (own or {}).items()]
+        lines.append(f"{scale.name:<{width}} {shown:>8}  {f'{bounds:<16} {note}'.strip()}".rstrip())
+    lines += [f"{name:<{width}} {value:>8.4g}" for name, value in (own or {}).items()]
     if english is not None:
         now, before = f"{english.perplexity:.1f}", f"{english.perplexity_before:.1f}"
-        lines.append(f"{'PPL':<9} {now:>8}  of English text; {before} before training")
+        lines.append(f"{'PPL':<{width}} {now:>8}  of English text; {before} before training")
     if not scores and not texts:
         return "\n".join([*lines, "documents have no prompts: no texts were generated"])
     of_100 = OF_100 if has_official else OF_100_ANY_TEXT

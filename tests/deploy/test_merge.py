@@ -241,6 +241,27 @@ def test_a_merge_that_is_wrong_fails_says_where_and_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 
+def test_an_adapter_that_rounding_would_take_away_is_not_merged_so(model_folder, tmp_path):
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.bfloat16)
+    model.save_pretrained(base)
+    AutoTokenizer.from_pretrained(model_folder("llama")).save_pretrained(base)
+    light = adapter_of(base, tmp_path / "a", size=0.0003)
+    with pytest.raises(RunFailedError, match=r"as far from base and adapter as the base is"):
+        merged_from(base, light, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    merged = merged_from(base, light, tmp_path / "m", dtype="float32")
+    assert merged.kl_nats_per_token < merged.adapter_kl_nats_per_token / 100
+
+
+def test_an_adapter_that_was_left_out_is_noticed_however_light(model_folder, tmp_path, monkeypatch):
+    adapter = adapter_of(model_folder("llama"), tmp_path / "a", size=0.05)
+    monkeypatch.setattr(MergedWeights, "merged", lambda _self, _name, weight: weight.float())
+    for dtype in ("float32", "bfloat16", "float16"):
+        with pytest.raises(RunFailedError, match="was not kept"):
+            merged_from(model_folder("llama"), adapter, tmp_path / "m", dtype=dtype)
+
+
 def test_the_base_is_found_by_what_the_adapter_says(model_folder, tmp_path):
     base = model_folder("llama")
     adapter = adapter_of(base, tmp_path / "run" / "adapter")

@@ -133,6 +133,17 @@ def measure_agreement(
     return total
 
 
+@torch.no_grad()
+def measure_effect(adapted: Any, texts: HeldTexts) -> Agreement:
+    """Compare a PeftModel with itself without its adapter, on the windows of held texts."""
+    total = Agreement(0, 0.0, 0.0, 0)
+    for window in texts.windows.split(1):
+        expected = adapted(input_ids=window).logits
+        with adapted.disable_adapter():
+            total += compare_logits(expected, adapted(input_ids=window).logits)
+    return total
+
+
 def n_comparisons(texts: HeldTexts) -> int:
     """Return how often `measure_agreement` says that it goes on."""
     return len(texts.windows) + len(texts.prompts)

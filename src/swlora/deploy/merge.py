@@ -19,7 +19,13 @@ import torch
 from swlora.adapters.merged_weights import MergedWeights
 from swlora.adapters.saved import adapter_folder, load_adapter, read_facts
 from swlora.config import ModelSpec
-from swlora.deploy.agreement import Agreement, held_texts, measure_agreement, n_comparisons
+from swlora.deploy.agreement import (
+    Agreement,
+    held_texts,
+    measure_agreement,
+    measure_effect,
+    n_comparisons,
+)
 from swlora.deploy.first_difference import first_difference
 from swlora.deploy.in_float32 import computed_in_float32
 from swlora.deploy.merge_base import (
@@ -47,6 +53,9 @@ from swlora.versions import package_versions
 REPORT = "swlora-merge.json"
 # Mean KL in nats a token: about ten times what rounding alone gave (docs/decisions.md).
 TOLERANCE_NATS = {"float32": 1e-7, "float16": 1e-4, "bfloat16": 2e-2}
+# KL of the merged model as a share of the KL that the adapter makes: a note, and a failure.
+LARGE_SHARE, MOST = 0.1, 0.5
+LEAST_EFFECT_NATS = 1e-6  # below it, float32 itself shows
 # |y - y'| / |y| of a module's output, beyond what rounding explains.
 MODULE_LIMIT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -78,6 +87,7 @@ class Merged:
     agreement: Agreement
     kl_nats_per_token: float
     share_of_equal_top_tokens: float
+    adapter_kl_nats_per_token: float
     tolerance_kl_nats_per_token: float
     notes: list[str]
     merge_s: float
@@ -122,7 +132,11 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
         write_rest(scratch, plan, base, widest, ends)
         merged_s = time.perf_counter()
         name = str(widest).removeprefix("torch.")
-        agreement = compare(scratch, base, folder, widest, progress)
+        agreement, effect = compare(scratch, base, folder, widest, progress)
+        effect_nats = effect.kl_nats_per_token
+        if felt := _note_on_rounding(agreement.kl_nats_per_token, effect_nats, name):
+            notes.append(felt)
+            progress.say(f"note: {felt}")
         report = Merged(
             output=request.output,
             base=named,
@@ -135,6 +149,7 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
             agreement=agreement,
             kl_nats_per_token=agreement.kl_nats_per_token,
             share_of_equal_top_tokens=agreement.share_of_equal_top_tokens,
+            adapter_kl_nats_per_token=effect_nats,
             tolerance_kl_nats_per_token=TOLERANCE_NATS[name],
             notes=notes,
             merge_s=merged_s - start_s,
@@ -150,10 +165,12 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
 
 def compare(
     scratch: Path, base: MergeBase, adapter: Path, dtype: torch.dtype, progress: Progress
-) -> Agreement:
-    """Compare what was written with base and adapter; RunFailedError beyond the tolerance.
+) -> tuple[Agreement, Agreement]:
+    """Compare what was written, and the base alone, with base and adapter.
 
-    Both are views of their files, and hold one block in float32 at a time.
+    Raises RunFailedError where what was written differs beyond the tolerance, or by more than half
+    of what the adapter does: rounding to a narrow dtype can take a light one away. Both models are
+    views of their files, and hold one block in float32 at a time.
     """
     reference, model = load_adapter(base.read_whole(), adapter), read_folder(scratch, dtype)
     texts = held_texts(base.loaded.tokenizer, base.loaded.context_tokens)
@@ -161,8 +178,16 @@ def compare(
     with computed_in_float32(reference), computed_in_float32(model):
         with progress.task("compare with base and adapter", n_comparisons(texts)) as task:
             found = measure_agreement(reference, model, texts, lambda: task.advance())
-        if found.kl_nats_per_token <= TOLERANCE_NATS[name]:
-            return found
+            effect = measure_effect(reference, texts)
+        kl, effect_nats = found.kl_nats_per_token, effect.kl_nats_per_token
+        if effect_nats > LEAST_EFFECT_NATS and TOLERANCE_NATS[name] >= kl > MOST * effect_nats:
+            raise RunFailedError(
+                f"the merged model is as far from base and adapter as the base is, and was not "
+                f"kept: in {name} rounding moves it by {kl:.2g} nats a token, the adapter by "
+                f"{effect_nats:.2g}; merge with --dtype float32"
+            )
+        if kl <= TOLERANCE_NATS[name]:
+            return found, effect
         first = first_difference(reference, model, texts.windows, MODULE_LIMIT[name])
     where = "no single module stands out"
     if first is not None:
@@ -170,6 +195,16 @@ def compare(
     raise RunFailedError(
         f"the merged model is not base and adapter, and was not kept: {found}, where at most "
         f"{TOLERANCE_NATS[name]:g} nats come from rounding to {name}; {where}"
+    )
+
+
+def _note_on_rounding(kl_nats: float, effect_nats: float, dtype: str) -> str | None:
+    """Say so where rounding moves the model by much of what the adapter does (nats a token)."""
+    if effect_nats <= LEAST_EFFECT_NATS or kl_nats <= LARGE_SHARE * effect_nats:
+        return None
+    return (
+        f"rounding to {dtype} is felt: it moves the model by {kl_nats:.2g} nats a token, the "
+        f"adapter by {effect_nats:.2g}; --dtype float32 rounds least"
     )
 
 

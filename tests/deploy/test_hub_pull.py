@@ -119,10 +119,11 @@ def test_what_fails_is_one_line_and_leaves_no_folder(
     assert not any((tmp_path / "new").glob("*")), "nothing half-written, under no name"
 
 
-def test_a_folder_that_exists_is_not_touched(mary, swlora, tmp_path):
+def test_a_folder_that_holds_something_is_not_touched(mary, swlora, tmp_path):
     (tmp_path / "out").mkdir()
-    assert "exists already" in swlora("pull", REPO, "--output", tmp_path / "out").mistake
-    assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    assert "is in use" in swlora("pull", REPO, "--output", tmp_path / "out").mistake
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     assert mary.requests == []
 
 

@@ -18,7 +18,6 @@ from swlora.adapters.methods import adapt
 from swlora.adapters.saved import WEIGHTS, load_adapter, save_adapter
 from swlora.config import ModelSpec, RunSpec
 from swlora.config.yaml_file import dump_yaml
-from swlora.deploy import merge as merging
 from swlora.deploy.merge import REPORT, Merged, MergeRequest, merge
 from swlora.errors import RunFailedError, UserError
 from swlora.models.anatomy import Anatomy
@@ -219,7 +218,7 @@ def test_a_full_disk_leaves_nothing(model_folder, tmp_path, monkeypatch):
 def test_a_disk_without_room_is_known_before(model_folder, tmp_path, monkeypatch):
     adapter = adapter_of(model_folder("llama"), tmp_path / "a")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(merging.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert "GB free" in refusal(model_folder("llama"), adapter, tmp_path / "m")
 
 

@@ -116,7 +116,7 @@ def test_mistakes_are_one_line_and_leave_no_folder(folder, swlora):
         "is for the architecture gpt2": ("--gguf-lora", "other.gguf"),
         "there is no file none.gguf": ("--gguf", "none.gguf"),
         "cannot be read as a GGUF language model": ("--gguf", "cut.gguf"),
-        "taken exists already": ("--output", "taken"),
+        "taken is in use": ("--output", "taken"),
         "has a context of 256 tokens": ("--num-ctx", 257),
         "leave --template out": ("--no-chat", "--template", "own.gotmpl"),
         "own.gotmpl cannot be read": ("--template", "own.gotmpl"),

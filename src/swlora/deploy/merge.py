@@ -5,11 +5,7 @@ and compared, in float32, with the base and the adapter as PEFT runs them: what 
 rounding to the output's dtype, or a mistake.
 """
 
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +38,9 @@ from swlora.deploy.merged_folder import (
     write_rest,
     write_weights,
 )
+from swlora.deploy.new_folder import check_new, new_folder
 from swlora.errors import RunFailedError, UserError
-from swlora.files import check_writable, replace_folder, write_json, write_text
+from swlora.files import write_json, write_text
 from swlora.memory import peak_memory_bytes
 from swlora.models.identity import BaseModel
 from swlora.progress import Progress
@@ -103,7 +100,7 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
     agree with base and adapter or cannot be written: then nothing is left at the output.
     """
     folder = adapter_folder(request.adapter)
-    check_output(request.output)
+    check_new(request.output)
     base = open_base(folder, request.model)
     progress.say(f"base: {base.loaded.source}")
     named, notes = base.identify(), []
@@ -123,7 +120,7 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
         notes.append("head and embedding, one weight in the base, are two: the adapter moved one")
     for note in notes:
         progress.say(f"note: {note}")
-    with _written_whole(request.output, plan.n_bytes) as scratch:
+    with new_folder(request.output, plan.n_bytes) as scratch:
         start_s = time.perf_counter()
         with progress.task("merge", sum(map(len, plan.shards))) as task:
             write_weights(scratch, plan, base, merging, dtype, lambda: task.advance())
@@ -206,39 +203,6 @@ def _note_on_rounding(kl_nats: float, effect_nats: float, dtype: str) -> str | N
         f"rounding to {dtype} is felt: it moves the model by {kl_nats:.2g} nats a token, the "
         f"adapter by {effect_nats:.2g}; --dtype float32 rounds least"
     )
-
-
-def check_output(folder: Path) -> None:
-    """Refuse an output folder that holds something, or cannot be made."""
-    check_writable(folder.parent, "--output")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is in use: it holds something already; choose another --output")
-
-
-@contextmanager
-def _written_whole(target: Path, n_bytes: int) -> Iterator[Path]:
-    """Yield a scratch folder beside `target`, which takes its place when the body succeeds.
-
-    Raises UserError where the disk has no room for `n_bytes`, RunFailedError where writing fails.
-    """
-    scratch: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < n_bytes:
-            raise UserError(
-                f"{target.parent} has {free / 1e9:.1f} GB free, and the merged weights need "
-                f"{n_bytes / 1e9:.1f}; choose another --output or --dtype"
-            )
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        yield scratch
-        scratch.chmod(0o755)
-        replace_folder(scratch, target)
-    except OSError as error:
-        raise RunFailedError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _adapter_facts(facts: dict[str, Any]) -> dict[str, Any]:

@@ -11,21 +11,27 @@ from swlora.files import check_writable, replace_folder
 
 
 def check_new(output: Path) -> None:
-    """Refuse a folder that exists, or that cannot be made."""
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another --output")
-    check_writable(output, "--output")
+    """Refuse a folder that holds something, or that cannot be made."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is in use: it holds something already; choose another --output")
+    check_writable(output.parent, "--output")
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path, n_bytes: int = 0) -> Iterator[Path]:
     """Yield a scratch folder beside `output` that takes its name when the body succeeds.
 
-    Raises RunFailedError where the disk is full or not writable; then there is no folder.
+    Raises UserError where the disk has no room for `n_bytes`, and RunFailedError where it is full
+    or not writable; then there is no folder.
     """
     scratch: Path | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(output.parent).free) < n_bytes:
+            raise UserError(
+                f"{output.parent} has {free / 1e9:.1f} GB free, and {n_bytes / 1e9:.1f} are "
+                "needed; choose another --output"
+            )
         scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
         yield scratch
         scratch.chmod(0o755)

@@ -51,6 +51,28 @@ def test_a_torn_line_is_dropped_wherever_it_was_torn(tmp_path):
         assert read_metrics(tmp_path) == rows
 
 
+def test_a_flipped_bit_costs_its_line_and_no_other(tmp_path):
+    run = start(tmp_path)
+    rows = [{"step": step, "loss": 2.5 / step, "note": "ü"} for step in (1, 2, 3)]
+    for row in rows:
+        run.append_metrics(row)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    first, second = whole.index(b"\n") + 1, whole.index(b"\n", whole.index(b"\n") + 1)
+    for place in range(first, second):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 7)
+        path.write_bytes(damaged)
+        # Harmless: "\\u00FC" is "\\u00fc", and another name for the checksum is one value more.
+        found = [{name: row[name] for name in rows[0]} for row in read_metrics(tmp_path)]
+        assert found in ([rows[0], rows[2]], rows), damaged
+
+
+def test_metrics_without_checksums_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n[1]\n{"step": 2}\n')
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2}]
+
+
 def test_metrics_on_a_full_disk(tmp_path, monkeypatch):
     run = start(tmp_path)
 

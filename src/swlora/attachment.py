@@ -47,7 +47,9 @@ def attach(job: Job, schedule: "Schedule", layers: list[int]) -> Attached:
     spec, loaded, n_steps = job.spec, job.loaded, schedule.n_steps
     with job.timed("attach"):
         resolved = spec.model_copy(update={"train": schedule.spec})
-        facts = training_facts(resolved, identify_base(loaded), job.dataset, layers)
+        base = identify_base(loaded)
+        job.run.record_source(base_weights_sample_sha256=base.weights_sample_sha256)
+        facts = training_facts(resolved, base, job.dataset, layers)
         adapted = adapt(loaded.model, spec.adapter, layers, seed=spec.seed, n_steps=n_steps)
     train_mode(adapted.model)
     n_trainable = sum(p.numel() for p in adapted.parameters.values())

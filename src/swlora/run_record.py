@@ -46,6 +46,9 @@ class RunRecord(Protocol):
     def metrics(self) -> list[dict[str, Any]]:
         """Return the reports of all steps."""
 
+    def sync(self) -> None:
+        """Have the reports where a power cut does not lose them."""
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Add to what came out, under names such as "train" and "eval"."""
 
@@ -85,6 +88,9 @@ class MemoryRecord:
     def truncate_metrics(self, after_step: int) -> None:
         """Drop the reports of steps after `after_step`."""
         self._metrics = [row for row in self._metrics if row["step"] <= after_step]
+
+    def sync(self) -> None:
+        """Do nothing: what is in memory is lost with the process."""
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the reports of all steps."""

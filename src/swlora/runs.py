@@ -10,9 +10,11 @@ it goes when the run is done.
 """
 
 import json
+import os
 import platform
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -28,6 +30,7 @@ from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
 DEFAULT_PARENT = Path("runs")
 METRICS = "metrics.jsonl"
+CHECKSUM = "crc32"  # the last value of a line
 MAX_METRICS_BYTES = 1 << 30  # of some million steps
 RESUMABLE = ("train", "train-eval")
 
@@ -127,13 +130,20 @@ class Run(WorkFolder):
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; RunFailedError where the disk is full."""
-        line = json.dumps(values, allow_nan=False)
+        line = _metrics_line(values)
         path = self.folder / METRICS
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
             raise RunFailedError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def sync(self) -> None:
+        """Have metrics.jsonl on the disk before a checkpoint says that its steps are done."""
+        path = self.folder / METRICS
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""
@@ -142,7 +152,7 @@ class Run(WorkFolder):
     def truncate_metrics(self, after_step: int) -> None:
         """Drop metric lines of steps after `after_step`, which a resumed run does again."""
         kept = [row for row in read_metrics(self.folder) if row["step"] <= after_step]
-        write_text(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self.folder / METRICS, "".join(_metrics_line(row) + "\n" for row in kept))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Add to result.json what came out of the run, under names such as "train" and "eval"."""
@@ -196,9 +206,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, empty before the first step; a torn last line, as a kill may leave it,
-    is dropped.
-    """
+    """Read metrics.jsonl, empty before the first step, without lines that are torn or damaged."""
     try:
         content, _ = read_bounded(folder / METRICS, MAX_METRICS_BYTES, follow_links=False)
     except UnreadableError:
@@ -207,17 +215,25 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """Return the reports in lines of metrics.jsonl, up to the first that is none."""
+    """Return the reports in lines of metrics.jsonl, without those that are torn or damaged."""
     rows = []
     for line in lines:
         try:
             row = parse_json(line)
         except UnreadableError:
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
+            continue
+        if isinstance(row, dict) and row.pop(CHECKSUM, None) in (None, _checksum(row)):
+            rows.append(row)  # older runs have no checksums
     return rows
+
+
+def _metrics_line(values: Mapping[str, Any]) -> str:
+    return json.dumps({**values, CHECKSUM: _checksum(values)}, allow_nan=False)
+
+
+def _checksum(values: Mapping[str, Any]) -> int:
+    """Return the crc32 of a report as JSON: its names, their order, and every digit."""
+    return zlib.crc32(json.dumps(values).encode())
 
 
 def _nothing_to_resume(folder: Path) -> str:

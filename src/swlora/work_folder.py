@@ -27,6 +27,7 @@ _OTHER_TOKENS = (
 )
 # What differs and what to do, beside beginning again
 _REMEDIES = {
+    "base_weights_sample_sha256": "put the weights that it began with back",
     "data_sha256": "its rows are others: put back the data",
     "train_tokens_sha256": _OTHER_TOKENS,
     "held_out_tokens_sha256": _OTHER_TOKENS,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import peft
 import pytest
+from safetensors.torch import load_file, save_file
 from tests.support.data_files import write_rows
 from tests.support.small_runs import ROWS
 from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
@@ -54,6 +55,19 @@ def test_a_resumed_run_gives_the_same_adapter(
     assert (facts["status"], facts["resumed"]) == ("done", 1)
     assert not (folder / "checkpoint").exists()
     assert [line["step"] for line in read_metrics(folder)] == list(range(1, 13))
+
+
+def test_a_run_does_not_go_on_with_other_weights(model_folder, rows, tmp_path):
+    folder = tmp_path / "run"
+    model = Path(shutil.copytree(model_folder("llama"), tmp_path / "model"))
+    with pytest.raises(KeyboardInterrupt):
+        run_in(folder, make_spec(model, rows), progress=StopsIn("train", 3))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"base_weights_sample_sha256 was .* put the weights") as no:
+        resume(folder)
+    assert len(str(no.value).splitlines()) == 1
 
 
 def test_a_run_does_not_go_on_with_other_data(model_folder, rows, tmp_path):

@@ -269,6 +269,45 @@ def test_metrics_of_steps_that_a_kill_undid_are_dropped(tmp_path):
     assert metrics_of(run) == metrics_of(whole)
 
 
+def test_reports_that_are_lost_are_said_to_be(tmp_path):
+    folder, said = tmp_path / "run", list[str]()
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(start(folder), spec(), interrupted_at(4, "SIGTERM"))
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(
+        b"".join([lines[0], lines[1].replace(b'"step": 2', b'"step": 3')])
+    )
+
+    class Heard(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    run, _ = Run.reopen(folder, "train")
+    parameters = fresh_parameters()
+    with run:
+        train(ToyStep(parameters), schedule(spec()), adapted(parameters), run, Heard())
+    assert "metrics.jsonl is damaged: the reports of 3 steps are lost" in said
+    assert [row["step"] for row in read_metrics(folder)] == [1, 5, 6]
+
+
+def test_reports_are_on_the_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    synced, done = list[str](), list[str]()
+    fsync, save = os.fsync, LoopState.save
+
+    def note_sync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_save(state: LoopState, folder: Path) -> None:
+        done.append(synced[-1])
+        save(state, folder)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(LoopState, "save", note_save)
+    run_loop(start(tmp_path / "run"), spec(checkpoint_every_s=1e-9))
+    assert done == ["metrics.jsonl"] * 7
+
+
 def test_the_second_signal_acts_at_once(tmp_path):
     def twice(n_calls: int) -> None:
         if n_calls == 2:

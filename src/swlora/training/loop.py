@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,6 +61,8 @@ def train(
     if folder and state.load(folder):
         progress.say(f"resuming after step {state.totals.step}")
     run.truncate_metrics(state.totals.step)
+    if n_lost := state.totals.step - len(run.metrics()):
+        progress.say(f"metrics.jsonl is damaged: the reports of {n_lost:,} steps are lost")
     if watch:
         watch.resume(state.held_out)
     saved_at_s = time.perf_counter()
@@ -78,7 +79,7 @@ def train(
                     error.sequence_ids = np.concatenate(groups).tolist()
                 if are_usable(adapted):  # raised before the weights changed: nothing is lost
                     state.set_random_state(random_state)
-                    _save(state, folder)
+                    _save(state, run)
                 raise
             if watch:
                 report |= watch.after_step(state.held_out, state.totals.step, n_steps)
@@ -86,20 +87,21 @@ def train(
             task.advance(1, _note(report, state.held_out))
             stopping = stop.is_set()  # asked once: the signal may come between two questions
             if stopping or time.perf_counter() - saved_at_s > spec.checkpoint_every_s:
-                _save(state, folder)
+                _save(state, run)
                 saved_at_s = time.perf_counter()
             if stopping:
                 stopped = f"stopped after step {state.totals.step} of {n_steps}"
                 how = f"; --resume --output {run.folder} continues" if folder else ""
                 raise KeyboardInterrupt(stopped + how)
-    _save(state, folder)
+    _save(state, run)
     return state
 
 
-def _save(state: LoopState, folder: Path | None) -> None:
-    """Write a checkpoint, where there is a place for it."""
-    if folder:
-        state.save(folder)
+def _save(state: LoopState, run: RunRecord) -> None:
+    """Write a checkpoint, where there is a place for it, after the reports of its steps."""
+    if run.checkpoint:
+        run.sync()
+        state.save(run.checkpoint)
 
 
 def reports(

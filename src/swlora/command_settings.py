@@ -45,4 +45,5 @@ SETTINGS = {
     "merge": TOKENIZER,
     "chat": (*MODEL, *CHAT, *SEED),
     "serve": (*MODEL, *SERVE),
+    "export": (*TOKENIZER, "model.threads"),
 }

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from swlora import caches
-from swlora.cli import chat, merge, share
+from swlora.cli import chat, export, merge, share
 from swlora.cli.command import CONFIG, JSON, OUTPUT, OUTPUT_IF_ASKED, RESUME, Invocation
 from swlora.cli.process import no_library_notes, sigterm_interrupts
 from swlora.cli.show import (
@@ -19,7 +19,7 @@ from swlora.cli.show import (
 from swlora.cli.verbs import Adapter, Metrics, app, named_metric, verb
 from swlora.command_settings import SETTINGS
 
-__all__ = ["app", "merge", "share"]
+__all__ = ["app", "export", "merge", "share"]
 
 
 @verb("identify", OUTPUT, CONFIG, JSON, settings=SETTINGS["identify"])

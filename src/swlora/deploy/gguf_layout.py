@@ -107,7 +107,7 @@ def head_dim(config: Any) -> int:
 _PAIRS: dict[str, Rows] = {"q_proj": _queries, "k_proj": _keys}
 GGUF_FAMILIES: dict[str, GgufFamily] = {
     "llama": GgufFamily("llama", _PAIRS),
-    "mistral": GgufFamily("llama", _PAIRS),
+    "mistral": GgufFamily("llama", _PAIRS, is_read_back=False),
     "mixtral": GgufFamily("llama", _PAIRS, is_read_back=False),
     "smollm3": GgufFamily("smollm3", _PAIRS, is_read_back=False),
     "olmo": GgufFamily("olmo", _PAIRS, is_read_back=False),

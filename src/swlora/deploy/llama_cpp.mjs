@@ -91,6 +91,9 @@ async function answerTo(request, said) {
     return answer;
 }
 
+const parent = process.ppid; // nobody is left to hear the answer once it has ended
+setInterval(() => process.ppid === parent || process.exit(1), 1000).unref();
+
 const said = [];
 let answer;
 try {

@@ -61,7 +61,7 @@ class Question:
     sequences: Sequence[Sequence[int]] = ()
     prompts: Sequence[Sequence[int]] = ()
     n_new_tokens: int = 0
-    threads: int = 0  # all cores
+    threads: int = 1  # more than are free wait for one another, on a busy machine without an end
 
     @property
     def context_tokens(self) -> int:

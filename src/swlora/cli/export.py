@@ -1,0 +1,114 @@
+"""`swlora export`: a model, or a LoRA alone, as a GGUF file for llama.cpp and its kin."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from swlora.cli.command import JSON, Invocation
+from swlora.cli.disk import size
+from swlora.cli.process import sigterm_interrupts
+from swlora.cli.verbs import verb
+from swlora.command_settings import SETTINGS
+from swlora.errors import UserError
+
+if TYPE_CHECKING:
+    from swlora.deploy.gguf_export import Exported
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+@verb("export", JSON, settings=SETTINGS["export"])
+def export(
+    invocation: Invocation,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", dir_okay=False, help="write the model to this file")
+    ] = None,
+    gguf_lora: Annotated[
+        Path | None,
+        typer.Option("--gguf-lora", dir_okay=False, help="write the adapter alone to this file"),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="with --gguf-lora: adapter or run folder")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="f32, f16, bf16 or q8_0 [default: f16; of an adapter, f32]"),
+    ] = None,
+    base_gguf: Annotated[
+        Path | None,
+        typer.Option("--base-gguf", help="with --gguf: take metadata and tokenizer from this file"),
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None,
+        typer.Option(
+            "--llama-cpp",
+            help="folder with node-llama-cpp, in which the file is run "
+            "[default: SWLORA_LLAMA_CPP, or a node_modules here or above]",
+        ),
+    ] = None,
+) -> None:
+    """Write a model or a LoRA as a GGUF file, and run it before it gets its name.
+
+    llama.cpp continues eight prompts, and must write what the model does; without one the file is
+    read back and logits are compared. What was found is in FILE.report.json. A file that computes
+    something else is not kept.
+
+    Example: `swlora export --gguf mine.gguf --model merged --type q8_0`
+
+    Example: `swlora export --gguf-lora mine-lora.gguf --model builtin --adapter runs/mine`
+    """
+    _check_flags(gguf, gguf_lora, adapter, kind, base_gguf)
+    from swlora.deploy import gguf_export
+
+    output = gguf or gguf_lora
+    assert output is not None
+    request = gguf_export.ExportRequest(
+        model=invocation.spec.model,
+        output=output,
+        adapter=adapter,
+        kind=kind,  # type: ignore[arg-type] # checked above
+        base_gguf=base_gguf,
+        llama_cpp=llama_cpp,
+    )
+    with sigterm_interrupts():
+        exported = gguf_export.export(request, invocation.progress)
+    _show(exported, output)
+    invocation.finish(exported)
+
+
+def _check_flags(
+    gguf: Path | None,
+    gguf_lora: Path | None,
+    adapter: Path | None,
+    kind: str | None,
+    base_gguf: Path | None,
+) -> None:
+    if (gguf is None) == (gguf_lora is None):
+        raise UserError("give either --gguf FILE for a model or --gguf-lora FILE for an adapter")
+    if gguf_lora is not None and adapter is None:
+        raise UserError("--gguf-lora needs the adapter: --adapter FOLDER")
+    if gguf is not None and adapter is not None:
+        raise UserError(
+            "--gguf writes a model; merge the adapter into it first (swlora merge), or write the "
+            "adapter alone with --gguf-lora"
+        )
+    if gguf_lora is not None and base_gguf is not None:
+        raise UserError("--base-gguf goes with --gguf")
+    if base_gguf is not None and not base_gguf.is_file():
+        raise UserError(f"--base-gguf: there is no file {base_gguf}")
+    if kind is not None and kind not in TYPES:
+        raise UserError(f"--type is {', '.join(TYPES[:-1])} or {TYPES[-1]}, not {kind!r}")
+
+
+def _show(exported: "Exported", output: Path) -> None:
+    check = exported.check
+    print(f"{output}: {exported.architecture}, {exported.type}, {size(exported.n_bytes)}")
+    print(f"checked by {check.by}:")
+    print(f"  {check.agreement}")
+    if check.largest_gap_nats:
+        print(
+            "  where continuations part, the model finds its own token likelier by "
+            f"{check.largest_gap_nats:.2g} nats at most"
+        )
+    print(f"report: {output.name}.report.json")

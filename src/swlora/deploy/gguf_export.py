@@ -1,0 +1,213 @@
+"""`swlora export`: a model or a LoRA as a GGUF file, checked before it gets its name."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from swlora.adapters.saved import CONFIG, adapter_folder, load_adapter
+from swlora.config import ModelSpec
+from swlora.deploy.gguf_check import (
+    Checked,
+    check_by_reading,
+    check_in_llama_cpp,
+    require,
+    round_like_file,
+)
+from swlora.deploy.gguf_hyperparameters import context_tokens
+from swlora.deploy.gguf_layout import GgufLayout, gguf_family
+from swlora.deploy.gguf_lora import lora_refusal, read_pairs, write_lora
+from swlora.deploy.gguf_types import TypeName
+from swlora.deploy.gguf_write import ModelParts, n_tensors, write_gguf
+from swlora.deploy.llama_cpp import INSTALL, LlamaCpp, Question, find_llama_cpp
+from swlora.errors import RunFailedError, UserError
+from swlora.files import atomic_path, check_writable, read_json, write_json
+from swlora.hub import cached_file
+from swlora.models.load import LoadedModel, load_model, load_skeleton
+from swlora.models.weight_source import open_weights
+from swlora.progress import Progress
+from swlora.result_json import as_json
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is exported, and to where; `adapter` makes it a LoRA alone.
+
+    `kind` None is f16 for a model and f32 for a LoRA. `base_gguf` gives its metadata.
+    """
+
+    model: ModelSpec
+    output: Path
+    adapter: Path | None = None
+    kind: TypeName | None = None
+    base_gguf: Path | None = None
+    llama_cpp: Path | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file: the model and adapter that it was made from, and what its check found."""
+
+    file: str
+    model: str
+    adapter: str | None
+    architecture: str
+    type: TypeName
+    n_bytes: int
+    metadata_from: str | None
+    check: Checked
+
+
+def export(request: ExportRequest, progress: Progress) -> Exported:
+    """Write a GGUF file and its report FILE.report.json; nothing is left where its check fails.
+
+    Raises UserError for what llama.cpp cannot hold, RunFailedError where the file computes
+    something else than the model, or cannot be written.
+    """
+    if request.output.suffix != ".gguf":
+        raise UserError(f"{request.output} is no name of a GGUF file; end it with .gguf")
+    check_writable(request.output.parent, "--gguf")
+    llama_cpp = find_llama_cpp(request.llama_cpp)
+    _check_before_loading(request, llama_cpp)
+    with progress.task("load the model"):
+        loaded = load_model(request.model, dtype="float32")
+    work = _export_model if request.adapter is None else _export_lora
+    exported = work(request, loaded, llama_cpp, progress)
+    write_json(request.output.with_name(f"{request.output.name}.report.json"), as_json(exported))
+    return exported
+
+
+def _check_before_loading(request: ExportRequest, llama_cpp: LlamaCpp | None) -> None:
+    """Refuse what is known to fail before anything large is read."""
+    family = gguf_family(load_skeleton(request.model).model.config.model_type)
+    if llama_cpp is None and (request.adapter is not None or not family.is_read_back):
+        what = f"the file of a {family.arch} model" if request.adapter is None else "a LoRA as GGUF"
+        raise UserError(
+            f"{what} can only be checked in llama.cpp, and none was found: `{INSTALL}`, "
+            "then --llama-cpp FOLDER"
+        )
+    if request.adapter is None:
+        return
+    if request.kind == "q8_0":
+        raise UserError("a LoRA is not written as q8_0: its rank is no multiple of 32; use f16")
+    folder = adapter_folder(request.adapter)
+    if reason := lora_refusal(read_json(folder / CONFIG)):
+        raise UserError(
+            f"llama.cpp cannot apply the adapter in {folder}: {reason}; merge it instead "
+            f"(swlora merge --adapter {request.adapter}), then swlora export --gguf"
+        )
+
+
+def _export_model(
+    request: ExportRequest, loaded: LoadedModel, llama_cpp: LlamaCpp | None, progress: Progress
+) -> Exported:
+    kind: TypeName = request.kind or "f16"
+    path = _weights_path(loaded)
+    base = request.base_gguf or (path if path.suffix == ".gguf" else None)
+    layout, config = GgufLayout(loaded.model.config), loaded.model.config
+    parts = ModelParts(config, loaded.tokenizer, open_weights(path), _generation(path), base)
+    with _checked_file(request.output) as scratch:
+        with progress.task("write the file", n_tensors(parts)) as task:
+            write_gguf(parts, scratch, kind, _name(loaded), task)
+        with progress.task("check the file"):
+            round_like_file(loaded.model, layout, kind)
+            own = (loaded.model, loaded.tokenizer)
+            length = context_tokens(config)
+            if llama_cpp is None:
+                checked = check_by_reading(scratch, *own, length)
+            else:
+                checked = check_in_llama_cpp(llama_cpp, Question(scratch), *own, kind, length)
+        require(checked, str(request.output))
+    return _exported(request, loaded, layout, kind, checked, base)
+
+
+def _export_lora(
+    request: ExportRequest, loaded: LoadedModel, llama_cpp: LlamaCpp | None, progress: Progress
+) -> Exported:
+    """Write an adapter; it is checked on a float32 file of its base, which is removed again."""
+    assert request.adapter is not None and llama_cpp is not None
+    kind: TypeName = request.kind or "f32"
+    folder, path = adapter_folder(request.adapter), _weights_path(loaded)
+    layout, config = GgufLayout(loaded.model.config), loaded.model.config
+    base = path if path.suffix == ".gguf" else None
+    parts = ModelParts(config, loaded.tokenizer, open_weights(path), _generation(path), base)
+    adapted = load_adapter(loaded.model, folder)
+    with _checked_file(request.output) as scratch, _scratch_beside(request.output) as beside:
+        write_lora(layout, read_pairs(adapted), scratch, kind, folder.resolve().name)
+        with progress.task("write the base for the check", n_tensors(parts)) as task:
+            write_gguf(parts, beside / "base.gguf", "f32", _name(loaded), task)
+        with progress.task("check the file"):
+            question = Question(beside / "base.gguf", scratch)
+            own = (adapted, loaded.tokenizer)
+            checked = check_in_llama_cpp(llama_cpp, question, *own, kind, context_tokens(config))
+        checked = replace(checked, by=f"{checked.by}, on the base in float32")
+        require(checked, str(request.output))
+    return _exported(request, loaded, layout, kind, checked, None)
+
+
+def _exported(
+    request: ExportRequest,
+    loaded: LoadedModel,
+    layout: GgufLayout,
+    kind: TypeName,
+    checked: Checked,
+    base: Path | None,
+) -> Exported:
+    return Exported(
+        file=request.output.name,
+        model=_name(loaded),
+        adapter=request.adapter.resolve().name if request.adapter else None,
+        architecture=layout.family.arch,
+        type=kind,
+        n_bytes=request.output.stat().st_size,
+        metadata_from=base.name if base else None,
+        check=checked,
+    )
+
+
+@contextmanager
+def _checked_file(output: Path) -> Iterator[Path]:
+    """Yield a scratch path that ends in .gguf; it becomes `output` where the body succeeds."""
+    with atomic_path(output) as final, _scratch_beside(output) as beside:
+        scratch = beside / "scratch.gguf"
+        yield scratch
+        scratch.replace(final)
+
+
+@contextmanager
+def _scratch_beside(output: Path) -> Iterator[Path]:
+    """Yield a folder on the same disk, removed afterwards; a full disk is said in one line."""
+    folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
+    try:
+        yield folder
+    except OSError as error:
+        raise RunFailedError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _weights_path(loaded: LoadedModel) -> Path:
+    """Return the folder or .gguf file that a model was loaded from."""
+    path = Path(loaded.name)
+    if path.exists():
+        return path
+    config = cached_file(loaded.name, "config.json", loaded.revision)
+    if config is None:
+        raise UserError(f"the files of {loaded.name} are not in the Hub's cache")
+    return Path(config).parent
+
+
+def _generation(path: Path) -> Any:
+    from transformers import GenerationConfig
+
+    if not (path / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(path)
+
+
+def _name(loaded: LoadedModel) -> str:
+    path = Path(loaded.name)
+    return path.resolve().name if path.exists() else loaded.name

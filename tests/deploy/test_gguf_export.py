@@ -105,8 +105,19 @@ def test_metadata_of_a_base_file_is_copied_and_tensors_are_the_models(tmp_path: 
     changed = {key for key in base if base[key].contents() != made[key].contents()}
     assert changed == {"general.file_type"}
     # a .gguf file is its own base
-    again = export(tmp_path, "again.gguf", model=str(tmp_path / "x.gguf"), kind="f16")
-    assert again.metadata_from == "x.gguf"
+    x = str(tmp_path / "x.gguf")
+    assert export(tmp_path, "again.gguf", model=x, kind="f16").metadata_from == "x.gguf"
+    with pytest.raises(UserError, match="is what the export reads"):
+        export(tmp_path, "x.gguf", model=x)
+
+
+def test_weights_that_lie_quantised_in_a_file_are_dequantised_for_the_check(tmp_path: Path) -> None:
+    require_llama_cpp()
+    save_tiny("llama", tmp_path / "model", hidden_size=64, intermediate_size=96)
+    export(tmp_path, "q.gguf", kind="q8_0")
+    spec = ModelSpec(name=str(tmp_path / "q.gguf"), device="cpu", frozen="gguf")
+    request = ExportRequest(spec, tmp_path / "x.gguf", kind="f32")
+    assert gguf_export.export(request, Silent()).check.agreement.kl_nats_per_token < 1e-6
 
 
 def test_a_base_file_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.saved import CONFIG, adapter_folder, load_adapter
+from swlora.adapters.saved import CONFIG, adapter_folder, with_adapter
 from swlora.config import ModelSpec
 from swlora.deploy.gguf_check import (
     Checked,
@@ -73,15 +73,24 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
     llama_cpp = find_llama_cpp(request.llama_cpp)
     _check_before_loading(request, llama_cpp)
     with progress.task("load the model"):
-        loaded = load_model(request.model, dtype="float32")
+        loaded = load_model(_dequantised(request.model), dtype="float32")
     work = _export_model if request.adapter is None else _export_lora
     exported = work(request, loaded, llama_cpp, progress)
     write_json(request.output.with_name(f"{request.output.name}.report.json"), as_json(exported))
     return exported
 
 
+def _dequantised(spec: ModelSpec) -> ModelSpec:
+    """Return a model of plain weights, which are rounded as the file is."""
+    is_gguf = spec.name.endswith(".gguf")
+    return spec.model_copy(update={"frozen": "dequantised"}) if is_gguf else spec
+
+
 def _check_before_loading(request: ExportRequest, llama_cpp: LlamaCpp | None) -> None:
     """Refuse what is known to fail before anything large is read."""
+    for source in filter(None, (Path(request.model.name), request.base_gguf)):
+        if source.exists() and request.output.exists() and source.samefile(request.output):
+            raise UserError(f"{request.output} is what the export reads; choose another name")
     family = gguf_family(load_skeleton(request.model).model.config.model_type)
     if llama_cpp is None and (request.adapter is not None or not family.is_read_back):
         what = f"the file of a {family.arch} model" if request.adapter is None else "a LoRA as GGUF"
@@ -134,7 +143,7 @@ def _export_lora(
     layout, config = GgufLayout(loaded.model.config), loaded.model.config
     base = path if path.suffix == ".gguf" else None
     parts = ModelParts(config, loaded.tokenizer, open_weights(path), _generation(path), base)
-    adapted = load_adapter(loaded.model, folder)
+    adapted = with_adapter(loaded, folder, progress.say).model
     with _checked_file(request.output) as scratch, _scratch_beside(request.output) as beside:
         write_lora(layout, read_pairs(adapted), scratch, kind, folder.resolve().name)
         with progress.task("write the base for the check", n_tensors(parts)) as task:

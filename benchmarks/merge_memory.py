@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
-        model = write_base(base, args.shard_gb)
+        model = write_model(base, SHAPE, args.shard_gb)
         write_adapter(adapter, model)
         report = merge(base, adapter, Path(scratch) / "merged", args.shard_gb)
     from swlora.files import write_json
@@ -54,12 +54,12 @@ def main() -> None:
     )
 
 
-def write_base(folder: Path, shard_gb: float) -> Any:
+def write_model(folder: Path, shape: dict[str, Any], shard_gb: float) -> Any:
     """Write a model of random bfloat16 numbers, a shard at a time; return it without content."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder.mkdir()
-    config = AutoConfig.for_model("llama", **SHAPE, dtype="bfloat16")
+    config = AutoConfig.for_model("llama", **shape, dtype="bfloat16")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]

@@ -13,7 +13,13 @@ from swlora.config import RunSpec, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/decisions.md", "examples/starter.yaml")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/decisions.md",
+    "docs/deploy.md",
+    "examples/starter.yaml",
+)
 
 
 def test_there_are_examples() -> None:

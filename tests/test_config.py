@@ -125,7 +125,7 @@ specs = st.fixed_dictionaries(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(tree=specs)
 def test_what_is_written_is_read_back_equal(tree, tmp_path):
     spec = RunSpec.model_validate(tree)
@@ -372,7 +372,15 @@ def test_a_configuration_out_of_all_proportion_is_one_line(text, reason, tmp_pat
     assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 400
 
 
-def test_a_pipe_is_no_configuration(tmp_path):
-    os.mkfifo(tmp_path / "c.yaml")
-    with pytest.raises(UserError, match="it is no regular file"):
+def test_merge_keys_are_refused_before_they_are_copied(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &a {rank: 2}\nadapter: {<<: *a}\n")
+    with pytest.raises(UserError, match=r"c\.yaml, line 2.*merge keys \(<<\) are not read"):
         load_spec(tmp_path / "c.yaml", {})
+
+
+def test_a_configuration_may_come_through_a_pipe():
+    readable, writable = os.pipe()
+    os.write(writable, b"seed: 5")
+    os.close(writable)
+    assert load_spec(Path(f"/dev/fd/{readable}"), {}).seed == 5
+    os.close(readable)

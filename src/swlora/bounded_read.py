@@ -4,6 +4,7 @@ JSON is taken as it is written here: every number finite and short, no value dee
 So whoever works on with it meets no infinity, no number that takes minutes, no endless recursion.
 """
 
+import errno
 import json
 import math
 import os
@@ -89,7 +90,9 @@ def _regular_file(path: Path, *, follow_links: bool) -> Iterator[BinaryIO]:
                 raise UnreadableError("it is no regular file")
             yield file
     except OSError as error:
-        raise UnreadableError(error.strerror or str(error)) from error
+        is_link = error.errno == errno.ELOOP and not follow_links
+        reason = "it is a link" if is_link else error.strerror or str(error)
+        raise UnreadableError(reason) from error
 
 
 def _integer(digits: str) -> int:

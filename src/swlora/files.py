@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.bounded_read import MAX_BYTES, UnreadableError, read_json_object
 from swlora.errors import RunFailedError, UserError
 
 
@@ -66,10 +66,10 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, text + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Return the JSON object in a file, no link to one, or UserError with the reason."""
     try:
-        return read_json_object(path, follow_links=False)
+        return read_json_object(path, max_bytes=max_bytes, follow_links=False)
     except UnreadableError as error:
         raise UserError(f"{path.parent} holds no readable {path.name}: {error}") from error
 

@@ -13,11 +13,13 @@ from swlora.config import load_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
 from swlora.job import Job
+from swlora.locks import lock_folder
 from swlora.pipeline import choose_layers
 from swlora.preparation import prepare_training
 from swlora.progress import Progress
 from swlora.run_record import MemoryRecord
 from swlora.runs import RESUMABLE, read_metrics, read_result, read_run
+from swlora.work_folder import other_source
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class _Reading(MemoryRecord):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._noted = folder
+        self.facts = read_run(folder) | {"resumed": 1}
+
+    def record_source(self, **facts: Any) -> None:
+        """Compare what is worked on with what the run began with; UserError where it differs."""
+        if difference := other_source(self.facts, facts):
+            raise UserError(f"the checkpoint in {self._noted} is of other work: {difference}")
 
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far: layers are not searched for again."""
@@ -50,13 +58,22 @@ def recover(run: Path, output: Path, progress: Progress) -> Recovered:
     """Make an adapter in `output` of the newest checkpoint of an unfinished training in `run`.
 
     Model and data are read as the run's configuration says. Raises UserError where there is no
-    checkpoint, `output` is in use, or the checkpoint is of another adapter than is configured.
+    checkpoint, `output` is in use, the run is at work, or data, tokens or weights are others than
+    those that it began with.
     """
+    _check(run, output)
+    held = lock_folder(run)  # where it is at work, its checkpoint changes
+    try:
+        return _recover(run, output, progress)
+    finally:
+        held.release()
+
+
+def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
     from swlora.adapters.card import last_losses
     from swlora.training.checkpoint import LoopState
     from swlora.training.loop import make_optimizer
 
-    _check(run, output)
     spec = load_spec(run / "config.yaml", {})
     job = Job(spec, _Reading(run), progress)
     prepared = prepare_training(job)

@@ -151,7 +151,7 @@ class Run(WorkFolder):
 
     def truncate_metrics(self, after_step: int) -> None:
         """Drop metric lines of steps after `after_step`, which a resumed run does again."""
-        kept = [row for row in read_metrics(self.folder) if row["step"] <= after_step]
+        kept = [row for row in read_metrics(self.folder, strict=True) if row["step"] <= after_step]
         write_text(self.folder / METRICS, "".join(_metrics_line(row) + "\n" for row in kept))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
@@ -205,12 +205,20 @@ def read_result(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, empty before the first step, without lines that are torn or damaged."""
+def read_metrics(folder: Path, *, strict: bool = False) -> list[dict[str, Any]]:
+    """Read metrics.jsonl, empty before the first step, without lines that are torn or damaged.
+
+    With `strict`, raises RunFailedError where the file is there and cannot be read whole.
+    """
+    path = folder / METRICS
     try:
-        content, _ = read_bounded(folder / METRICS, MAX_METRICS_BYTES, follow_links=False)
-    except UnreadableError:
+        content, is_whole = read_bounded(path, MAX_METRICS_BYTES, follow_links=False)
+    except UnreadableError as error:
+        if strict and os.path.lexists(path):
+            raise RunFailedError(f"{path} cannot be read: {error}") from error
         return []
+    if strict and not is_whole:
+        raise RunFailedError(f"{path} is longer than {MAX_METRICS_BYTES:,} bytes")
     return parse_metrics(content.splitlines())
 
 
@@ -222,9 +230,10 @@ def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
             row = parse_json(line)
         except UnreadableError:
             continue
-        if isinstance(row, dict) and row.pop(CHECKSUM, None) in (None, _checksum(row)):
-            rows.append(row)  # older runs have no checksums
-    return rows
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append((row.pop(CHECKSUM, None), row))
+    is_older = all(noted is None for noted, _ in rows)  # older runs have no checksums
+    return [row for noted, row in rows if is_older or noted == _checksum(row)]
 
 
 def _metrics_line(values: Mapping[str, Any]) -> str:

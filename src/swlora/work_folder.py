@@ -32,6 +32,7 @@ _REMEDIES = {
     "train_tokens_sha256": _OTHER_TOKENS,
     "held_out_tokens_sha256": _OTHER_TOKENS,
 }
+MAX_FACTS_BYTES = 4 << 20
 _TYPE_OF_ERROR = re.compile(r"^\w+(Error|Interrupt): ")
 
 
@@ -54,14 +55,10 @@ class WorkFolder(ABC):
 
     def record_source(self, **facts: Any) -> None:
         """Record what is worked on; UserError where it was something else when the work began."""
-        for name, now in facts.items():
-            before = self.facts.get(name, now)
-            if before != now:
-                remedy = f"{_REMEDIES[name]}, or " if name in _REMEDIES else ""
-                raise UserError(
-                    f"this {self.work} cannot go on: {name} was {_short(before)} and is now "
-                    f"{_short(now)}; {remedy}begin again in another --output"
-                )
+        if difference := other_source(self.facts, facts):
+            raise UserError(
+                f"this {self.work} cannot go on: {difference}, or begin again in another --output"
+            )
         self.record(**facts)
 
     def _save(self) -> None:
@@ -129,9 +126,18 @@ def _short(value: Any) -> str:
     return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
+def other_source(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Say in what the source of some work differs from what it was, and what to do; None if not."""
+    for name, value in now.items():
+        if (noted := before.get(name, value)) != value:
+            remedy = _REMEDIES.get(name, "put back what it was")
+            return f"{name} was {_short(noted)} and is now {_short(value)}; {remedy}"
+    return None
+
+
 def read_facts(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
     """Read the facts in a file; UserError where it cannot be read or lacks one that is needed."""
-    facts = read_json(path)
+    facts = read_json(path, max_bytes=MAX_FACTS_BYTES)
     if not facts.keys() >= set(needed):
         raise UserError(f"{path.parent} holds no readable {path.name}")
     return facts

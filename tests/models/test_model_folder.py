@@ -47,17 +47,24 @@ def test_an_index_names_safetensors_files_inside_the_folder_only(file_name, fold
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "a.txt"])
-@pytest.mark.parametrize("kind", ["pipe", "link to nothing"])
-def test_a_file_that_is_none_is_not_waited_for(name, kind, folder):
+def test_a_pipe_is_not_waited_for(name, folder):
     path = folder / name
     path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-        assert "is no regular file" in refusal(folder)
-    else:
-        path.symlink_to(folder / "nothing")
-        assert "cannot be read: No such file" in refusal(folder)
+    os.mkfifo(path)
+    assert f"{path} is no regular file" in refusal(folder)
     assert str(path) in refusal(folder, check_model)
+
+
+def test_links_of_other_programs_do_no_harm(folder):
+    (folder / ".#config.json").symlink_to("mary@laptop.1234")  # as an editor locks a file
+    assert load_model(ModelSpec(name=str(folder), dtype="float32")).model is not None
+
+
+def test_an_adapter_beside_the_model_is_not_put_on_in_silence(folder, make_model, tmp_path):
+    save_adapter(attach(make_model("llama"), AdapterSpec(rank=2), [1], seed=0), tmp_path / "a", {})
+    shutil.copy(tmp_path / "a" / CONFIG, folder)
+    shutil.copy(tmp_path / "a" / WEIGHTS, folder)
+    assert "holds a model and an adapter" in refusal(folder)
 
 
 @pytest.mark.parametrize("value", [0, -1, 10**9, 10**30, 1.5, "2", True, [2]])

@@ -1,14 +1,19 @@
 """The adapter of a training that did not end: the one that it would have saved at that step."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
-from tests.support.small_runs import same_weights
+from safetensors.torch import load_file, save_file
+from tests.support.data_files import write_rows
+from tests.support.small_runs import ROWS, same_weights
 from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
 
 from swlora.adapters.saved import read_facts
 from swlora.cli import main
 from swlora.errors import UserError
+from swlora.locks import lock_folder
 from swlora.progress import Silent
 from swlora.recovery import recover
 from swlora.runs import read_run
@@ -86,3 +91,33 @@ def test_what_holds_nothing_to_recover_is_refused(model_folder, rows, tmp_path):
     assert read_run(tmp_path / "early")["status"] == "cancelled"
     with pytest.raises(UserError, match="no step of it was kept"):
         recover(tmp_path / "early", tmp_path / "rescued", Silent())
+
+
+@pytest.mark.parametrize("what", ["rows", "weights"])
+def test_other_data_or_weights_are_not_taken_for_those_of_the_run(
+    what, model_folder, rows, tmp_path
+):
+    model = Path(shutil.copytree(model_folder("llama"), tmp_path / "model"))
+    spec, stopped = make_spec(model, rows, train__checkpoint_every_s=1e-9), tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        run_in(stopped, spec, "train", progress=StopsIn("train", 3))
+    if what == "rows":
+        write_rows(rows[0], [*ROWS[1:], ROWS[0]])
+    else:
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 1.5
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"is of other work: .*; .*put"):
+        recover(stopped, tmp_path / "rescued", Silent())
+    assert not (tmp_path / "rescued").exists()
+
+
+def test_a_run_that_is_at_work_is_left_to_it(model_folder, rows, tmp_path):
+    spec = make_spec(model_folder("llama"), rows, train__checkpoint_every_s=1e-9)
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        run_in(stopped, spec, "train", progress=StopsIn("train", 3))
+    held = lock_folder(stopped)
+    with pytest.raises(UserError, match="another process is at work"):
+        recover(stopped, tmp_path / "rescued", Silent())
+    held.release()

@@ -45,6 +45,14 @@ def wait_for_no_connection() -> None:
         time.sleep(0.01)
 
 
+def read_until(client: socket.socket, end: bytes) -> bytes:
+    """Return what the server sends up to `end`; all of it where the connection ends before."""
+    received = b""
+    while not received.endswith(end) and (part := client.recv(4096)):
+        received += part
+    return received
+
+
 HALF_SENT = {
     "nothing": b"",
     "half of the headers": b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: ",
@@ -93,6 +101,17 @@ def test_a_connection_that_is_kept_is_used_again(running):
             assert client.get(f"{running.url}/health").status_code == 200
             time.sleep(LIMIT_S * 1.2)
         assert client.post(f"{running.url}/api/restaurant", json={"fields": {}}).status_code < 500
+
+
+def test_a_client_that_offers_another_protocol_is_served_as_others_are(running):
+    """As curl --http2 and Java's client do; the server stays with HTTP/1.1."""
+    client = connect(running)
+    head = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    client.sendall(head + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+    assert read_until(client, b'{"status":"ok"}').startswith(b"HTTP/1.1 200")
+    time.sleep(LIMIT_S * 1.5)
+    client.sendall(head + b"\r\n")
+    assert read_until(client, b'{"status":"ok"}').startswith(b"HTTP/1.1 200")
 
 
 def test_who_does_not_read_is_closed(running):

@@ -26,9 +26,9 @@ def check_tensors(model: Any, weights: Path) -> None:
         for key in file.keys():  # noqa: SIM118 - this object has no __iter__
             if _ADAPTER.search(key):
                 continue
-            own = _own_tensor(model, key)
-            brought = file.get_tensor(key)
-            if own is None or not torch.equal(brought.to(own), own):
+            own, shape = _own_tensor(model, key), tuple(file.get_slice(key).get_shape())
+            is_own = own is not None and shape == tuple(own.shape)
+            if not is_own or not torch.equal(file.get_tensor(key).to(own), own):
                 raise UserError(
                     "this adapter brings other numbers for the model's own tensors "
                     f"({key.removeprefix('base_model.model.')[:80]}); PEFT saves those of the "

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from swlora.bounded_read import MAX_DEPTH, UnreadableError, items, read_bounded
+from swlora.bounded_read import MAX_DEPTH, items
 from swlora.errors import UserError
 
 MAX_BYTES = 4 << 20
@@ -17,10 +17,11 @@ MAX_VALUES = 100_000
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, without its empty sections; UserError otherwise."""
     try:
-        content, is_whole = read_bounded(path, MAX_BYTES)
-    except UnreadableError as error:
-        raise UserError(f"cannot read the configuration {path}: {error}") from error
-    if not is_whole:
+        with path.open("rb") as file:  # which may be a pipe: a person named it
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
         raise UserError(f"{path} is longer than {MAX_BYTES:,} bytes: it is no configuration")
     try:
         tree = parse_yaml(content) or {}
@@ -37,13 +38,24 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if value is not None}
 
 
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader without merge keys, which copy what they merge: a short text, a large tree."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse `<<`, which nothing written here uses."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, "merge keys (<<) are not read", node.start_mark
+            )
+
+
 def parse_yaml(content: str | bytes) -> Any:
     """Return what a YAML text holds; yaml.YAMLError or ValueError where it is none, or too large.
 
     Aliases are counted as if they were written out, so that a short text is no large tree.
     """
     try:
-        tree = yaml.safe_load(content)
+        tree = yaml.load(content, _Loader)
     except RecursionError:
         raise ValueError(f"it is deeper than {MAX_DEPTH} levels") from None
     level, n_values = [tree], 0

@@ -55,7 +55,13 @@ def data_files(name: str) -> list[Path]:
 
 
 def _refuse_packed(files: Sequence[Path]) -> None:
-    packed = [p for p in files if p.suffix.lower() in _OTHER_PACKINGS and ending(p.with_suffix(""))]
+    packed = [
+        p
+        for p in files
+        if p.suffix.lower() in _OTHER_PACKINGS
+        and ending(p.with_suffix(""))
+        and p.with_suffix("") not in files  # unpacked already
+    ]
     if packed:
         more = f" and {len(packed) - 1} more files" if len(packed) > 1 else ""
         raise UserError(

@@ -1,6 +1,6 @@
 """Whether numbers are numbers: a model with a NaN in it makes every loss one, whatever the rate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,11 +8,14 @@ from torch import Tensor
 from swlora.errors import UserError
 from swlora.models.quantised_weight import QuantisedWeight
 
+PART_NUMBERS = 1 << 22
+
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Return how many numbers of each named tensor are NaN or infinite, where some are.
 
-    The sum shows it in one pass without a copy; only where it is not finite is every number asked.
+    Sums show it, of a part at a time, which is copied to float32; only where one is not finite is
+    every number asked.
     """
     found = dict[str, int]()
     for name, tensor in tensors:
@@ -21,11 +24,22 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         if isinstance(tensor, QuantisedWeight):
             if n := tensor.matrix.n_not_finite():
                 found[name] = n
-        elif not torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
+        elif not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in _parts(tensor)):
             n = int((~torch.isfinite(tensor.detach())).sum())
             if n:
                 found[name] = n
     return found
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Return a tensor as views of about PART_NUMBERS numbers, or of one row each."""
+    plain = tensor.detach()
+    if plain.dim() == 0:
+        return [plain]
+    parts: Sequence[Tensor] = plain.split(
+        max(1, PART_NUMBERS * len(plain) // max(1, plain.numel()))
+    )
+    return parts
 
 
 def check_finite(model: torch.nn.Module, source: str) -> None:

@@ -18,7 +18,7 @@ from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.finite import check_finite
 from swlora.models.gguf_header import read_gguf_table
-from swlora.models.model_folder import check_model_folder, check_regular_files
+from swlora.models.model_folder import check_counts, check_model_folder, check_regular_files
 from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.threads import fix_threads
 
@@ -198,6 +198,8 @@ def _load_config(name: str, revision: str | None) -> Any:
 
     if Path(name).is_dir():
         check_model_folder(Path(name), weights=False)
+    elif cached := cached_file(name, "config.json", revision):
+        check_counts(Path(cached))
     where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
         with quiet_libraries():

@@ -33,17 +33,25 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
     """
     check_regular_files(folder)
     check_counts(folder / CONFIG)
+    if weights and (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{folder} holds a model and an adapter, which would be put on in silence: merge it, "
+            "or give the adapter a folder of its own"
+        )
     if weights:
         weight_files(folder)
 
 
 def check_regular_files(folder: Path) -> None:
-    """Raise UserError for a pipe, a device or a link to nothing among the files of a folder."""
+    """Raise UserError for a pipe or a device among the files of a folder, on which one waits.
+
+    A link to nothing is left to whoever wants to read it.
+    """
     for path in sorted(folder.iterdir()):
         try:
             mode = path.stat().st_mode
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        except OSError:
+            continue
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise UserError(f"{path} is no regular file, so {folder} is not loaded")
 

@@ -17,7 +17,8 @@ log = logging.getLogger("swlora.web")
 REQUEST_S = 20.0  # from the first byte awaited to the last of the body
 UNREAD_S = 60.0  # with an answer that the client does not take
 MAX_PER_ADDRESS = 250
-COMPLETE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)  # states of a client that has sent its request
+# States of a client that has sent its request; the last of one that offers another protocol, too
+COMPLETE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.MIGHT_SWITCH_PROTOCOL)  # type: ignore[attr-defined]
 
 
 class BoundedProtocol(H11Protocol):

@@ -19,9 +19,9 @@ from typing import Any
 
 from swlora.adapters.reach import switch_refusal
 from swlora.adapters.saved import FACTS, WEIGHTS
-from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.bounded_read import UnreadableError, read_bounded, read_json_object
 from swlora.errors import UserError
-from swlora.runs import Run, read_metrics, read_run
+from swlora.runs import METRICS, Run, parse_metrics, read_run
 from swlora.study.folder import StudyFolder, read_study
 
 log = logging.getLogger("swlora.web")
@@ -36,6 +36,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 MAX_ADAPTER_JSON_BYTES = 4 << 20
 MAX_SEPARATOR_CHARACTERS = 100
 MAX_METRIC_ROWS = 20_000  # of one answer
+MAX_METRICS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,13 @@ def without_folders(text: str) -> str:
 
 def run_metrics(entry: RunEntry, since: int) -> dict[str, Any]:
     """Return the lines of metrics.jsonl from number `since` on, and the number of the next."""
-    rows = read_metrics(entry.folder)[since:][:MAX_METRIC_ROWS]
-    return {"rows": rows, "next": since + len(rows)}
+    try:
+        path = entry.folder / METRICS
+        content, _ = read_bounded(path, MAX_METRICS_BYTES, follow_links=False)
+    except UnreadableError:
+        return {"rows": [], "next": since}
+    lines = content.splitlines()[since:][:MAX_METRIC_ROWS]
+    return {"rows": parse_metrics(lines), "next": since + len(lines)}
 
 
 def run_result(entry: RunEntry) -> dict[str, Any]:

@@ -170,12 +170,12 @@ class ModelHost:
     def _add(self, entry: AdapterEntry, inner_name: str) -> None:
         """Load an adapter; UserError where it does not fit. The model is whole in either case."""
         try:
+            config = served_config(self._model, entry.folder)  # by the header alone: first
+            check_tensors(self._model, entry.folder / WEIGHTS)
             if name := changed_file(entry.folder):
                 raise UserError(f"its {name} is damaged, or was changed since it was saved")
             warn_of_other_base(entry.folder, self._source, self._sample, log.warning)
-            check_tensors(self._model, entry.folder / WEIGHTS)
             with quiet_peft():
-                config = served_config(self._model, entry.folder)
                 if self._peft_model is None:
                     self._peft_model = PeftModelForCausalLM(self._model, config, inner_name).eval()
                 else:

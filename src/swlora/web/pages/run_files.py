@@ -16,12 +16,12 @@ from swlora.adapters.saved import WEIGHTS
 from swlora.bounded_read import UnreadableError, read_bounded
 from swlora.config.yaml_file import parse_yaml
 from swlora.runs import METRICS, parse_metrics
+from swlora.web.folders import MAX_METRICS_BYTES
 
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_PREDICTIONS_BYTES = 512 * 1024  # of the beginning of the file
 MAX_PREDICTIONS = 10
 MAX_CHARACTERS = 2000  # of one cell
-MAX_METRICS_BYTES = 256 << 20
 MAX_STEPS = 5_000  # read of a long training: a picture has fewer points
 PROMPT_COLUMNS = ("prompt", "mr")
 

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from swlora.memory import KERNELS_KEPT, keep_few_kernels
+from swlora import memory
+from swlora.memory import KERNELS_KEPT, available_bytes, keep_few_kernels
 
 PROGRAM = """
 import resource, sys
@@ -108,3 +110,25 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     keep_few_kernels()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
     assert os.environ["LRU_CACHE_CAPACITY"] == str(KERNELS_KEPT)
+
+
+def test_what_is_free_in_a_container(tmp_path: Path) -> None:
+    on_the_machine = available_bytes(tmp_path)
+    assert on_the_machine > 0
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert available_bytes(tmp_path) == 300
+    (tmp_path / "memory.max").write_text("600\n")
+    assert available_bytes(tmp_path) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) > 300
+
+
+def test_the_limit_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_copies_bytes", None)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 4_000_000)
+    assert memory.copies_limit_bytes() == 3_000_000
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1)
+    assert memory.copies_limit_bytes() == 3_000_000, "what copies hold is not free any more"
+    memory.limit_copies(0.5)
+    assert memory.copies_limit_bytes() == 500_000_000

@@ -71,8 +71,12 @@ class Job:
         return identification.check(self.loaded_in_float32(), self.spec.identify)
 
     def _load(self, dtype: str | None) -> LoadedModel:
+        spec = self.spec.model
+        if dtype is not None and spec.frozen is None and spec.name.endswith(".gguf"):
+            # A search for super weights sets single ones to zero.
+            spec = spec.model_copy(update={"frozen": "dequantised"})
         with self.timed("load_model"), self.progress.task("load the model"):
-            loaded = load_model(self.spec.model, dtype=dtype)
+            loaded = load_model(spec, dtype=dtype)
         self.progress.say(f"model: {loaded.source}")
         name = settled_model(self.spec.model).name
         self.run.record_source(model=name, model_revision=loaded.revision)

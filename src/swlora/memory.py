@@ -1,4 +1,5 @@
-"""The process's memory: kept instead of handed back after every tensor, few kernels, and its peak.
+"""The process's memory: kept instead of handed back after every tensor, few kernels, its peak, and
+what copies of weights may take of it.
 
 glibc maps and unmaps allocations of a few megabytes anew each time; a training step makes
 thousands of them, and the page faults can cost more than the arithmetic. Two settings of its
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _MADV_DONTNEED = 4  # from sys/mman.h of Linux
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _KEEP_BYTES = 1 << 30
+COPIES_SHARE = 0.75
+_copies_bytes: int | None = None
 KERNELS_KEPT = 64  # a step needs about 25
 _KERNEL_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -75,6 +78,39 @@ def _mapped_files() -> list[tuple[int, int]]:
     fields = [line.split(maxsplit=5) for line in lines]
     spans = [field[0].split("-") for field in fields if len(field) == 6 and field[4] != "0"]
     return [(int(low, 16), int(high, 16)) for low, high in spans]
+
+
+def limit_copies(n_gb: float) -> None:
+    """Let all copies of weights in the process take so many GB together (--memory-gb)."""
+    global _copies_bytes
+    _copies_bytes = int(n_gb * 1e9)
+
+
+def copies_limit_bytes() -> int:
+    """Return what copies of weights may take together: as limited, or COPIES_SHARE of what is free
+    when this is first asked.
+    """
+    global _copies_bytes
+    if _copies_bytes is None:
+        _copies_bytes = int(COPIES_SHARE * available_bytes())
+    return _copies_bytes
+
+
+def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return what programs can still take: of the machine, or of the container where that is less.
+
+    `cgroup` is where Linux says what the container may take and does (cgroup v2).
+    """
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+        left = int(limit) - used  # "max": no limit
+    except (OSError, ValueError):
+        return available
+    return max(0, min(available, left))
 
 
 def peak_memory_bytes(device_type: str) -> int:

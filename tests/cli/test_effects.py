@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from swlora.cli import effects
 from swlora.cli.effects import check_effects
 from swlora.config import load_spec
+from swlora.errors import UserError
 
 NO_SEARCH = "looks for no super weight (super and super+removal do); leave out"
 FIRST = "adapts the first layer, below which there are no states; leave out --cache-gb"
@@ -68,6 +70,18 @@ def test_training(verb, arguments, mistake, swlora):
             for verb in (["eval"], ["train-eval"], ["generate", "--prompt", "x"])
         ),
         (["chat", "--temperature", 0, "--top-p", 0.5], GREEDY),
+        (
+            ["identify", "--memory-gb", 1],
+            "identify makes no copies of weights; leave out --memory-gb",
+        ),
+        (
+            ["train", "--model", "a.gguf", "--frozen", "gguf", "--memory-gb", 1],
+            "a.gguf stays as it lies in its file, without copies of weights; leave out --memory-gb",
+        ),
+        (
+            ["eval", "--device", "cuda", "--memory-gb", 1],
+            "--device cuda makes no copies of weights; leave out --memory-gb",
+        ),
         (["generate", "--prompt", "x", "--eval-batch-size", 2], None),
     ],
 )
@@ -89,6 +103,9 @@ def test_other_verbs(arguments, mistake, swlora):
         ("identify", {"identify.windows": 1, "model.dtype": "float32"}),
         ("generate", {"decode.temperature": 0.5, "decode.top_p": 0.5}),
         ("chat", {"decode.top_p": 0.5}),
+        ("generate", {"model.memory_gb": 0, "model.name": "a.gguf", "model.frozen": "gguf"}),
+        ("train", {"model.memory_gb": 1, "model.name": "a.gguf", "model.frozen": "dequantised"}),
+        ("train", {"model.memory_gb": 1}),
         ("train", {"adapter.layers": "all", "train.cache_gb": 0}),
         ("train", {"adapter.layers": "first:2", "train.cache_gb": 0}),
         ("train", {"adapter.layers": "2", "train.engine": "plain", "train.cache_gb": 0}),
@@ -109,3 +126,13 @@ def test_a_file_may_hold_what_a_command_leaves_alone(tmp_path):
     check_effects("train", load_spec(path, {"seed": 1}), ["seed"])
     with_flag = load_spec(path, {"adapter.layers": "last:1"})
     check_effects("train", with_flag, ["adapter.layers"])
+
+
+def test_a_large_gguf_file_makes_no_copies(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(bytes(100))
+    given = {"model.name": str(path), "model.memory_gb": 1}
+    check_effects("train", load_spec(None, given), given)
+    monkeypatch.setattr(effects, "KEPT_ABOVE_BYTES", 99)
+    with pytest.raises(UserError, match=r"stays as it lies in its file.* leave out --memory-gb"):
+        check_effects("train", load_spec(None, given), given)

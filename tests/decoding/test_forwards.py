@@ -12,6 +12,7 @@ from tests.support.adapters import adapter_spec, attach, move
 from tests.support.models import MakeModel
 from torch import Tensor, nn
 
+from swlora import memory
 from swlora.adapters.methods import METHODS, adapt
 from swlora.config import AdapterSpec
 from swlora.decoding import forwards
@@ -170,7 +171,7 @@ def test_copies_stay_within_the_limit(
     head_bytes = model.lm_head.weight.nbytes
     gc.collect()
     limit = packed_weight.held_bytes() + head_bytes + 100
-    monkeypatch.setattr(packed_weight, "LIMIT_BYTES", limit)
+    monkeypatch.setattr(memory, "_copies_bytes", limit)
     with counted(monkeypatch) as widths:
         found = fast_logits(model)
     assert widths == [264]

@@ -58,6 +58,19 @@ def test_a_linear_map_and_its_gradient(matrix, counted):
     assert torch.equal(d_x, d_expected)
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_in_inference_mode(matrix, is_transposed):
+    weight = nn.Parameter(QuantisedWeight(matrix, DTYPE, is_transposed=is_transposed), False)
+    dense = weight.detach().dense()
+    with torch.inference_mode():
+        assert torch.equal(weight.detach().dense(), dense)
+        assert torch.equal(weight.t().dense(), dense.t())
+        assert torch.equal(weight.float().dense().to(DTYPE), dense)
+        x = torch.randn(3, dense.shape[1], dtype=DTYPE)
+        assert torch.equal(F.linear(x, weight), F.linear(x, dense))
+    assert torch.equal(weight.detach().dense(), dense)
+
+
 def test_nothing_dense_is_saved_for_the_backward_pass(matrix, counted):
     weight = QuantisedWeight(matrix, DTYPE)
     kept = []

@@ -25,6 +25,7 @@ from swlora.adapters.site import Site
 from swlora.config import AdapterSpec
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, weight_out_in
+from swlora.models.quantised_weight import is_quantised
 
 __all__ = [
     "METHODS",
@@ -48,13 +49,15 @@ class Method:
 
     `config` makes PEFT's configuration, `adapted` what the training does besides descending,
     `first_rank` the rank it starts with, or None for a method that has none. `linear_only` methods
-    know nn.Linear and not GPT-2's Conv1D.
+    know nn.Linear and not GPT-2's Conv1D; those with `changes_weights` train or replace the model's
+    own weights, or parts of them.
     """
 
     config: Callable[[AdapterSpec, Site], Any]
     adapted: type[Adapted] = Adapted
     first_rank: Callable[[AdapterSpec], int] | None = lambda spec: spec.rank
     linear_only: bool = False
+    changes_weights: bool = False
 
 
 def adapt(
@@ -109,6 +112,11 @@ def problems_of_fit(spec: AdapterSpec, anatomy: Anatomy, layers: Sequence[int]) 
     if method.linear_only and others:
         problems.append(
             f"{spec.method} works on nn.Linear only, and this model has {', '.join(sorted(others))}"
+        )
+    if method.changes_weights and any(map(is_quantised, modules.values())):
+        problems.append(
+            f"{spec.method} changes the model's own weights, and they stay as they lie in the "
+            ".gguf file; give --frozen dequantised"
         )
     if method.first_rank is not None:
         rank = method.first_rank(spec)
@@ -208,8 +216,8 @@ METHODS: dict[str, Method] = {
     "lora+": Method(_lora, LoraPlus),
     "dora": Method(partial(_lora, use_dora=True)),
     "adalora": Method(adalora.config, adalora.AdaLora, first_rank=adalora.first_rank),
-    "pissa": Method(_lora, Pissa),
+    "pissa": Method(_lora, Pissa, changes_weights=True),
     "rslora": Method(partial(_lora, use_rslora=True)),
-    "full": Method(full.config, full.Full, first_rank=None),
-    "supertuning": Method(_supertuning, first_rank=None, linear_only=True),
+    "full": Method(full.config, full.Full, first_rank=None, changes_weights=True),
+    "supertuning": Method(_supertuning, first_rank=None, linear_only=True, changes_weights=True),
 }

@@ -6,8 +6,10 @@ A configuration file may hold settings that a command leaves alone, since one fi
 """
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 from swlora.config import OPTIONAL_SETTINGS, RunSpec, settings_of
+from swlora.config.model import KEPT_ABOVE_BYTES, ModelSpec
 from swlora.errors import UserError
 from swlora.settings import flag_name, setting_names
 
@@ -69,6 +71,26 @@ def _measured_in_float32(command: str, spec: RunSpec) -> str | None:
     return None
 
 
+def _stays_as_it_lies(model: ModelSpec) -> bool:
+    """Say whether a model stays in its .gguf file: that was asked for, or the file is large."""
+    if model.frozen is not None or not model.name.endswith(".gguf"):
+        return model.frozen == "gguf"
+    path = Path(model.name).expanduser()
+    return path.is_file() and path.stat().st_size > KEPT_ABOVE_BYTES
+
+
+def _no_copies(command: str, spec: RunSpec) -> str | None:
+    model = spec.model
+    if model.memory_gb == 0:
+        return None
+    if command == "identify":
+        return "identify makes no copies of weights"
+    if _stays_as_it_lies(model):
+        return f"{model.name} stays as it lies in its file, without copies of weights"
+    on_other = model.device not in ("auto", "cpu")
+    return f"--device {model.device} makes no copies of weights" if on_other else None
+
+
 def _of_another_method(setting: str) -> Reason:
     def reason(_command: str, spec: RunSpec) -> str | None:
         method = spec.adapter.method
@@ -82,6 +104,7 @@ def _of_another_method(setting: str) -> Reason:
 
 _REASONS: dict[str, Reason] = {
     "model.dtype": _measured_in_float32,
+    "model.memory_gb": _no_copies,
     "data.eval_split": _no_held_out_loss,
     "data.eval_prompts": _no_held_out_loss,
     "train.row_tokens": _padded,

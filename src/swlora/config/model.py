@@ -18,6 +18,9 @@ def checked_device(value: str) -> str:
     return value
 
 
+KEPT_ABOVE_BYTES = 1_000_000_000  # the size above which a .gguf file stays as it lies
+
+
 class ModelSpec(Spec):
     """Which language model, and how it is held in memory."""
 
@@ -40,6 +43,12 @@ class ModelSpec(Spec):
     )
     device: Annotated[str, AfterValidator(checked_device)] = Field(
         default="auto", description="auto, cpu, cuda, cuda:N or mps"
+    )
+    memory_gb: float | None = Field(
+        default=None,
+        ge=0,
+        description="memory for copies of weights in the kernels' layout, which make products "
+        "faster; 0: none [default: three quarters of what is free]",
     )
     threads: int | None = Field(
         default=None,

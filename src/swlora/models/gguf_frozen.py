@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from swlora.config.model import KEPT_ABOVE_BYTES
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
 from swlora.models.anatomy import family_of
@@ -22,8 +23,6 @@ from swlora.models.gguf_weights import GgufWeights
 from swlora.models.precision import cast_parameters
 from swlora.models.quantised_weight import QuantisedWeight
 
-GB = 1_000_000_000
-KEPT_ABOVE_BYTES = GB  # where nobody said how
 FAMILIES = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
 )

@@ -31,7 +31,8 @@ class QuantisedWeight(Tensor):
         """Make the weight; it has no storage of its own."""
         n_out, n_in = matrix.shape
         shape, strides = ((n_in, n_out), (1, n_in)) if is_transposed else ((n_out, n_in), (n_in, 1))
-        weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype)
+        with torch.inference_mode(False):  # autograd gives what detach returns a version
+            weight = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype)
         weight.matrix, weight.is_transposed = matrix, is_transposed
         return weight  # type: ignore[no-any-return]
 
@@ -48,6 +49,9 @@ class QuantisedWeight(Tensor):
             result = _ON_BLOCKS[func](args[0], *args[1:], **kwargs)
             if result is not NotImplemented:
                 return result
+        parts = func.decompose(*args, **kwargs)  # inference mode leaves that to us
+        if parts is not NotImplemented:
+            return parts
         _refuse_aliases(func, args, kwargs)
         return func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
 

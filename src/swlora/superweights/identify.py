@@ -15,6 +15,7 @@ from swlora.data.known_tokens import check_prompts
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, n_embeddings
 from swlora.models.load import LoadedModel
+from swlora.models.quantised_weight import has_quantised
 from swlora.progress import Progress, Silent
 from swlora.superweights import ablate, known, proof, search
 from swlora.superweights.detect import prompt_tokens, trace
@@ -90,6 +91,11 @@ def check(loaded: LoadedModel, spec: IdentifySpec) -> Tensor:
 
     Returns the windows of text, token ids (n, window_tokens). Raises UserError.
     """
+    if has_quantised(loaded.model):
+        raise UserError(
+            "a search for super weights sets single weights to zero, and they stay as they lie in "
+            "the .gguf file; give --frozen dequantised"
+        )
     if spec.window_tokens > loaded.context_tokens:
         raise UserError(
             f"--window-tokens {spec.window_tokens} exceeds the model's context of "

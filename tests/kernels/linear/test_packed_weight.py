@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from swlora import memory
 from swlora.kernels.linear import packed_weight as module
 from swlora.kernels.linear.backends import WITH_COPIES, PackedProducts, select_fast
 from swlora.kernels.linear.packed_weight import PackedWeight, held_bytes, linear
@@ -84,7 +85,7 @@ def test_what_the_kernels_take():
 def limit_to(n_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave room for so many bytes beside what is held already."""
     gc.collect()
-    monkeypatch.setattr(module, "LIMIT_BYTES", held_bytes() + n_bytes)
+    monkeypatch.setattr(memory, "_copies_bytes", held_bytes() + n_bytes)
 
 
 def test_the_limit_holds_for_all_copies_together(monkeypatch):

@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from swlora.memory import copies_limit_bytes
 from swlora.models.anatomy import weight_out_in
 
-LIMIT_BYTES = 2 << 30  # of all copies in the process; what does not fit runs from its own weights
 SAMPLE = 64  # numbers of a weight that are compared
 
 
@@ -72,13 +72,14 @@ _HELD: WeakValueDictionary[tuple[bool, tuple[int, ...]], PackedWeight] = WeakVal
 def packed_weight(modules: Sequence[nn.Module], *, transposed: bool = False) -> PackedWeight | None:
     """Return the copy of these modules' weights that everybody shares, checked.
 
-    None where a new one would exceed LIMIT_BYTES together with all that are held.
+    None where a new one would exceed the limit together with all that are held: what does not fit
+    is computed from the weights themselves.
     """
     key = transposed, tuple(map(id, modules))
     packed = _HELD.get(key)
     if packed is None:
         packed = PackedWeight(modules, transposed=transposed)
-        if held_bytes() + packed.n_bytes > LIMIT_BYTES:
+        if held_bytes() + packed.n_bytes > copies_limit_bytes():
             return None
         _HELD[key] = packed
     packed.check()

@@ -107,7 +107,7 @@ def test_metadata_of_a_base_file_is_copied_and_tensors_are_the_models(tmp_path: 
     # a .gguf file is its own base
     x = str(tmp_path / "x.gguf")
     assert export(tmp_path, "again.gguf", model=x, kind="f16").metadata_from == "x.gguf"
-    with pytest.raises(UserError, match="is what the export reads"):
+    with pytest.raises(UserError, match="exists already"):
         export(tmp_path, "x.gguf", model=x)
 
 

@@ -69,6 +69,8 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
     """
     if request.output.suffix != ".gguf":
         raise UserError(f"{request.output} is no name of a GGUF file; end it with .gguf")
+    if request.output.exists():
+        raise UserError(f"{request.output} exists already; choose another name, or remove it")
     check_writable(request.output.parent, "--gguf")
     llama_cpp = find_llama_cpp(request.llama_cpp)
     _check_before_loading(request, llama_cpp)
@@ -81,16 +83,14 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
 
 
 def _dequantised(spec: ModelSpec) -> ModelSpec:
-    """Return a model of plain weights, which are rounded as the file is."""
+    """Return a model of plain weights on the CPU, which are rounded as the file is."""
     is_gguf = spec.name.endswith(".gguf")
-    return spec.model_copy(update={"frozen": "dequantised"}) if is_gguf else spec
+    frozen = {"frozen": "dequantised"} if is_gguf else {}
+    return spec.model_copy(update={"device": "cpu", **frozen})
 
 
 def _check_before_loading(request: ExportRequest, llama_cpp: LlamaCpp | None) -> None:
     """Refuse what is known to fail before anything large is read."""
-    for source in filter(None, (Path(request.model.name), request.base_gguf)):
-        if source.exists() and request.output.exists() and source.samefile(request.output):
-            raise UserError(f"{request.output} is what the export reads; choose another name")
     family = gguf_family(load_skeleton(request.model).model.config.model_type)
     if llama_cpp is None and (request.adapter is not None or not family.is_read_back):
         what = f"the file of a {family.arch} model" if request.adapter is None else "a LoRA as GGUF"

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -125,8 +126,15 @@ def _node() -> Path | None:
 
 
 def _usual_places() -> Iterator[Path]:
+    """Yield the current folder and those above it, as far as nobody else writes in them."""
     here = Path.cwd()
     for folder in (here, *here.parents):
+        found = folder.stat()
+        is_open = os.name == "posix" and (
+            found.st_mode & stat.S_IWOTH or found.st_uid not in (0, os.getuid())
+        )
+        if is_open:
+            return  # what lies there or above may be another person's, and would be run
         yield folder
         yield folder / CACHED
 

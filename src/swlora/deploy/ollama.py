@@ -6,6 +6,7 @@ one in the file, with other words in places, or passes the prompt on as it is.
 
 import os
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ class Packaged:
     def commands(self) -> list[str]:
         """Return the commands that make the model and run it."""
         name = re.sub(r"[^a-z0-9._-]+", "-", self.folder.resolve().name.lower()).strip("-._")
-        return [f"ollama create {name} -f {self.folder / MODELFILE}", f"ollama run {name}"]
+        name = name or "tuned"
+        modelfile = shlex.quote(str(self.folder / MODELFILE))
+        return [f"ollama create {name} -f {modelfile}", f"ollama run {name}"]
 
 
 def package(
@@ -94,6 +97,9 @@ def package(
         if settings.system:
             raise UserError("--system: the model's chat template has no place for a system turn")
     limit = loaded.context_tokens
+    written = header.facts.get(f"{header.architecture}.context_length")
+    if isinstance(written, int) and written > 0:
+        limit = min(limit, written)  # less where llama.cpp computes without the model's window
     if settings.num_ctx is not None and settings.num_ctx > limit:
         raise UserError(f"--num-ctx: the model has a context of {limit:,} tokens")
     files = {path.name: path for path in (gguf, lora) if path}

@@ -5,7 +5,7 @@ from typing import Any
 
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
-from swlora.models.gguf_header import read_gguf_table
+from swlora.models.gguf_header import read_gguf_table, refuse_scaled_rope
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
@@ -13,7 +13,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    read_gguf_table(path)
+    refuse_scaled_rope(path, read_gguf_table(path))
     try:
         with quiet_libraries():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -39,7 +39,7 @@ def read_gguf_header(path: Path) -> tuple[Any, Any]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    read_gguf_table(path)
+    refuse_scaled_rope(path, read_gguf_table(path))
     try:
         with quiet_libraries():
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

@@ -65,6 +65,22 @@ def read_gguf_table(path: Path) -> GgufHeader:
         raise UserError(f"{path} cannot be read as a GGUF language model: {reason}") from error
 
 
+def refuse_scaled_rope(path: Path, header: GgufHeader) -> None:
+    """Raise UserError for a file whose rotary frequencies are scaled.
+
+    transformers' tables know the base frequency alone and would make another model of the file, in
+    silence (5.23: `rope.scaling.*` is read for gpt-oss only, the tensors of factors for none).
+    """
+    kind = header.facts.get(f"{header.architecture}.rope.scaling.type", "none")
+    tensors = [name for name in header.tensors if name.startswith(("rope_freqs", "rope_factors"))]
+    if kind != "none" or tensors:
+        what = f"{kind} scaling" if kind != "none" else tensors[0]
+        raise UserError(
+            f"{path} scales its rotary frequencies ({what}), which is not read from GGUF files: "
+            "give --model the safetensors model that it was made of"
+        )
+
+
 class _Reader:
     """Reads on from one place of the file to the next."""
 

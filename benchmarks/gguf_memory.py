@@ -1,11 +1,13 @@
-"""Training from a Q8_0 GGUF file as it lies: memory and rate beside dequantised weights and PEFT.
+"""Training from a GGUF file as it lies: memory and rate beside dequantised weights and PEFT.
 
-python -m benchmarks.gguf_memory --json F [--shapes 0.36B,1.1B] [--tokens 512] [--steps 3]
+python -m benchmarks.gguf_memory --json F [--shapes 0.36B,1.1B] [--types q8_0,q4_k]
+    [--arms gguf,dequantised,peft] [--tokens 512] [--steps 3]
 
 Models of random numbers, LoRA of rank 4 on every projection of every layer, one row of `--tokens`
-tokens a step. Each arm is a process of its own with one epoch of its own rows; its peak is VmHWM,
-in which the pages of a mapped file count. The rate leaves out the first step. PEFT is a plain loop:
-bfloat16 weights, its own forward, fused AdamW.
+tokens a step. Each arm is a process of its own with one epoch of its own rows. `peak_bytes` is
+VmHWM, in which the pages of a mapped file count, `private_bytes` the most that was the process's
+own. The rate leaves out the first step. PEFT is a plain loop: bfloat16 weights, its own forward,
+fused AdamW. A Q4_K file has random blocks, and Q6_K for the embedding, as llama.cpp writes it.
 """
 
 import argparse
@@ -38,8 +40,7 @@ SHAPES = {
         **{"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": True},
     },
 }
-OURS = ("gguf", "dequantised")
-ARMS = (*OURS, "peft")
+ARMS = ("gguf", "dequantised", "peft")
 VOCABULARY, CONTEXT_TOKENS = 49152, 4096  # the tokenizer is that of the embedded model
 
 
@@ -47,6 +48,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and rate of training from a GGUF file.")
     parser.add_argument("--json", type=Path, help="where the results go")
     parser.add_argument("--shapes", default="0.36B,1.1B")
+    parser.add_argument("--types", default="q8_0,q4_k")
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--scratch", type=Path, help="folder with some 6 GB free")
@@ -64,7 +67,7 @@ def main() -> None:
 
         about = {"benchmark": "GGUF memory", "machine": runner.machine()}
         about |= {"tokens": args.tokens, "steps": args.steps}
-        shapes = {shape: {**arms, "ratios": ratios(arms)} for shape, arms in found.items()}
+        shapes = {shape: {**of, "ratios": ratios(of)} for shape, of in found.items()}
         write_json(args.json, {**about, "shapes": shapes})
 
 
@@ -75,10 +78,15 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
         sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT_TOKENS}
         write_model(folder, SHAPES[shape] | sizes, 2.0)
         write_file(folder, file)
-        found: dict[str, Any] = {"file_bytes": file.stat().st_size}
-        for arm in ARMS:
-            model = folder if arm == "peft" else file
-            command = [sys.executable, "-m", "benchmarks.gguf_memory", "--arm", arm]
+        files = {"q8_0": file, "q4_k": file.with_name("base.Q4_K.gguf")}
+        types, arms = args.types.split(","), args.arms.split(",")
+        if "q4_k" in types:
+            write_q4_k(file, files["q4_k"])
+        models = {f"{arm} {kind}": files[kind] for arm in arms if arm != "peft" for kind in types}
+        models |= {"peft": folder} if "peft" in arms else {}
+        found: dict[str, Any] = {kind: {"file_bytes": files[kind].stat().st_size} for kind in types}
+        for arm, model in models.items():
+            command = [sys.executable, "-m", "benchmarks.gguf_memory", "--arm", arm.split()[0]]
             command += ["--model", str(model), "--tokens", str(args.tokens)]
             command += ["--steps", str(args.steps), "--scratch", scratch]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -88,14 +96,51 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
-    gguf, dense, peft = (found[arm] for arm in ARMS)
-    return {
-        "peak : peft's": gguf["peak_bytes"] / peft["peak_bytes"],
-        "peak : size of the file": gguf["peak_bytes"] / found["file_bytes"],
-        "peak : that of dequantised weights": gguf["peak_bytes"] / dense["peak_bytes"],
-        "rate : that of dequantised weights": dense["step_s"] / gguf["step_s"],
-        "rate : peft's": peft["step_s"] / gguf["step_s"],
-    }
+    """Return what training from each type of file takes, over that of the other arms that ran."""
+    result = {}
+    for kind in (name.removeprefix("gguf ") for name in found if name.startswith("gguf ")):
+        kept, size = found[f"gguf {kind}"], found[kind]["file_bytes"]
+        for what in ("peak", "private"):
+            result[f"{kind}: {what} : size of the file"] = kept[f"{what}_bytes"] / size
+        for other in (f"dequantised {kind}", "peft"):
+            if other not in found:
+                continue
+            for what in ("peak", "private"):
+                ratio = kept[f"{what}_bytes"] / found[other][f"{what}_bytes"]
+                result[f"{kind}: {what} : that of {other}"] = ratio
+            result[f"{kind}: rate : that of {other}"] = found[other]["step_s"] / kept["step_s"]
+    return result
+
+
+def write_q4_k(source: Path, target: Path) -> None:
+    """Write a Q8_0 file anew with random Q4_K blocks, and Q6_K ones for the embedding."""
+    import gguf
+    import numpy as np
+
+    reader, kinds = gguf.GGUFReader(source), gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0], *field.types[1:2])
+    rng = np.random.default_rng(0)
+    for tensor in reader.tensors:
+        if tensor.tensor_type != kinds.Q8_0:
+            writer.add_tensor(tensor.name, tensor.data)
+            continue
+        kind = kinds.Q6_K if tensor.name == "token_embd.weight" else kinds.Q4_K
+        n_values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        n_in, n_out = (int(n) for n in tensor.shape)
+        blocks = rng.integers(0, 256, (n_out * n_in // n_values, n_bytes), dtype=np.uint8)
+        d = np.float16(1e-4 if kind == kinds.Q4_K else 2e-5)
+        scales = [d, np.float16(7.5 * d)] if kind == kinds.Q4_K else [d]
+        raw = np.array(scales, dtype=np.float16).view(np.uint8)
+        start = 0 if kind == kinds.Q4_K else n_bytes - 2
+        blocks[:, start : start + len(raw)] = raw
+        writer.add_tensor(tensor.name, blocks.reshape(n_out, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_file(folder: Path, target: Path) -> None:
@@ -113,8 +158,13 @@ def write_file(folder: Path, target: Path) -> None:
 
 
 def run_arm(args: argparse.Namespace) -> dict[str, Any]:
+    private = measure.PrivatePeak()
     step_s = run_peft(args) if args.arm == "peft" else run_ours(args)
-    return {"step_s": median(step_s[1:]), "peak_bytes": measure.status_bytes("VmHWM")}
+    return {
+        "step_s": median(step_s[1:]),
+        "peak_bytes": measure.status_bytes("VmHWM"),
+        "private_bytes": private.stop(),
+    }
 
 
 def run_ours(args: argparse.Namespace) -> list[float]:
@@ -133,7 +183,7 @@ def run_ours(args: argparse.Namespace) -> list[float]:
             token_ids = tokenizer("".join(words[k] for k in picked)).input_ids
             text = tokenizer.decode(token_ids[: args.tokens - 4])
             file.write(json.dumps({"prompt": "Words:", "completion": text}) + "\n")
-    output = args.scratch / f"run-{args.arm}"
+    output = args.scratch / f"run-{args.arm}-{args.model.stem}"
     swlora.train(
         model=str(args.model),
         frozen=args.arm,

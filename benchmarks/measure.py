@@ -10,6 +10,7 @@ adapters, norms and the optimizer are left out: work, but not counted as necessa
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,29 @@ class Memory:
             "train_peak_bytes": train_peak_bytes,
             "peak_bytes": max(self.load_peak_bytes, train_peak_bytes),
         }
+
+
+class PrivatePeak:
+    """The most memory of this process's own (RssAnon), looked at fifty times a second.
+
+    The pages of a mapped file are left out: the system takes them back when it needs them.
+    """
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """Return the peak so far, in bytes, and look no more."""
+        self._done.set()
+        self._thread.join()
+        return self.n_bytes
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            self.n_bytes = max(self.n_bytes, status_bytes("RssAnon"))
 
 
 def status_bytes(field: str) -> int:

@@ -68,7 +68,7 @@ $(PACKAGE): pyproject.toml requirements.lock | $(BIN)/python
 
 # Without npm, or where it fails, the tests in llama.cpp are skipped and say so
 $(LLAMA_CPP):
-	@if command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 20)'; then \
+	@if command -v npm >/dev/null && node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)'; then \
 	  npm install --prefix .cache/llama-cpp --no-save --no-audit --no-fund --loglevel=error \
 	    --omit=optional --ignore-scripts node-llama-cpp@$(LLAMA_CPP_VERSION) \
 	    @node-llama-cpp/$(LLAMA_CPP_PLATFORM)@$(LLAMA_CPP_VERSION) && touch $@ || \

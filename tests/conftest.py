@@ -99,6 +99,15 @@ def fresh_cache(own_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 @pytest.fixture
+def small_fixed_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept states are computed in groups of a few sequences, so that small data have several."""
+    from swlora.data import fixed_groups
+
+    monkeypatch.setattr(fixed_groups, "GROUP_NODES", 20)
+    monkeypatch.setattr(fixed_groups, "MAX_REPEATED_SHARE", 1)
+
+
+@pytest.fixture
 def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
     """Java takes ten seconds to say what tests of the scores say anyway."""
     from swlora.evaluation import scores

@@ -204,4 +204,4 @@ def test_the_prefix_cache_is_closed_when_training_ends_and_when_it_fails(
         train_in(tmp_path / "stopped", spec)
     assert len(opened) == 2
     assert all(cache._data is None for cache in opened)
-    assert opened[0].n_computed_trees > 0 and opened[1].n_read_trees > 0
+    assert opened[0].n_computed_groups > 0 and opened[1].n_read_trees > 0

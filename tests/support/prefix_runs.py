@@ -15,7 +15,8 @@ from tests.support.models import MakeModel
 
 from swlora.adapters.methods import train_mode, trainable_parameters
 from swlora.config import AdapterSpec, TrainSpec
-from swlora.data.steps import plan_steps
+from swlora.data.fixed_groups import fixed_groups
+from swlora.data.steps import StepOrder, plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.step import TreeStep, make_step
@@ -35,20 +36,24 @@ def make_sequences(seed: int = 0) -> TokenSequences:
     return TokenSequences.from_lists(pairs)
 
 
-def adapted(make_model: MakeModel) -> Any:
+def adapted(
+    make_model: MakeModel, family: str = "llama", dtype: torch.dtype = torch.float32
+) -> Any:
     spec = AdapterSpec(targets=["all-linear"], rank=2, alpha=4)
-    model = make_model("llama")
+    model = make_model(family).to(dtype)
     peft_model = attach(model, spec, [1, 2], seed=1)
     train_mode(peft_model)
     return peft_model
 
 
-def steps_of(sequences: TokenSequences, epoch: int) -> list[list[np.ndarray]]:
+def steps_of(
+    sequences: TokenSequences, epoch: int, order: StepOrder = "prompts"
+) -> list[list[np.ndarray]]:
     return plan_steps(
         sequences,
         sequences_per_step=6,
         max_tokens_per_tree=30,
-        order="prompts",
+        order=order,
         seed=0,
         epoch=epoch,
     )
@@ -58,9 +63,17 @@ class Run:
     """A training run with or without the cache, `limit_gb` 0, and what it said."""
 
     def __init__(
-        self, make_model: MakeModel, sequences: TokenSequences, *, limit_gb: float = 1.0
+        self,
+        make_model: MakeModel,
+        sequences: TokenSequences,
+        *,
+        limit_gb: float = 1.0,
+        family: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        order: StepOrder = "prompts",
     ) -> None:
-        self.peft_model = adapted(make_model)
+        self.peft_model = adapted(make_model, family, dtype)
+        self.order = order
         self.said: list[str] = []
         self.sequences, self.losses = sequences, []
         spec = TrainSpec(cache_gb=limit_gb)
@@ -75,7 +88,7 @@ class Run:
         return self.step.prefix_source
 
     def epoch(self, number: int = 0) -> "Run":
-        for groups in steps_of(self.sequences, number):
+        for groups in steps_of(self.sequences, number, self.order):
             loss = self.step(groups)
             for parameter in self.parameters.values():
                 assert parameter.grad is not None
@@ -90,12 +103,17 @@ class Run:
         return self
 
     def counts(self) -> tuple[int, int]:
-        """Trees read and trees computed."""
-        return self.cache.n_read_trees, self.cache.n_computed_trees
+        """Trees of which every state was there, and fixed groups computed."""
+        return self.cache.n_read_trees, self.cache.n_computed_groups
 
 
-def n_trees(sequences: TokenSequences) -> int:
-    return sum(len(groups) for groups in steps_of(sequences, 0))
+def n_trees(sequences: TokenSequences, *epochs: int, order: StepOrder = "prompts") -> int:
+    """Trees of epoch 0, or of those named."""
+    return sum(len(groups) for e in epochs or (0,) for groups in steps_of(sequences, e, order))
+
+
+def n_fixed_groups(sequences: TokenSequences) -> int:
+    return len(fixed_groups(sequences).n_shared)
 
 
 def assert_same_adapters(a: Run, b: Run) -> None:

@@ -3,8 +3,7 @@
 Trained weights, what else the method keeps, optimizer moments, the random generator, the held-out
 losses and the position in the data; learning rate and data order are pure functions of (seed,
 step), so they need no state. A run that resumes here does the same arithmetic as one that never
-stopped; after a kill, steps that are done again may read states from the prefix cache in the
-rounding of another row, and in float32 another number of threads sums in another order.
+stopped, after a kill too; only in float32 another number of threads sums in another order.
 """
 
 from dataclasses import dataclass, field

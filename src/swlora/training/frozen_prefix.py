@@ -2,11 +2,12 @@
 
 They depend on the tokens up to a node and on frozen weights only, so they are constants: kept by
 node of the data set's trie, (n_nodes, D) in the model's dtype, under a folder named by a hash of
-everything that they depend on. The first epoch writes, later epochs and later runs read; a tree is
-read only where all of its nodes are there. Beside every state lies its checksum, 0 for none yet:
-what a disk or a crash changed is noticed when it is read, and computed again. Plain reads and
-writes instead of a mapping, so that a full disk is an error that can be caught and the pages do not
-count as the process's memory.
+everything that they depend on. A tree that needs a state that is not there yet has the whole fixed
+group of sequences computed that owns it (data/fixed_groups.py), never itself: so a state has the
+same bits whichever step, epoch or run asks first, and a run does not depend on what others left.
+Beside every state lies its checksum, 0 for none yet: what a disk or a crash changed is noticed when
+it is read, and computed again. Plain reads and writes instead of a mapping, so that a full disk is
+an error that can be caught and the pages do not count as the process's memory.
 """
 
 import hashlib
@@ -23,7 +24,13 @@ import torch
 from torch import Tensor
 
 from swlora.caches import ABOUT, LOCK, PREFIX, about, disk_bytes, remove
-from swlora.data.prefix_tree import PrefixTree, count_nodes, number_nodes
+from swlora.data.fixed_groups import (
+    GROUP_NODES,
+    MAX_REPEATED_SHARE,
+    MAX_TREE_NODES,
+    fixed_groups,
+)
+from swlora.data.prefix_tree import PrefixTree, build_tree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError, UserError
 from swlora.files import read_json, write_json
@@ -32,9 +39,10 @@ from swlora.kernels.tree_walk import TreeWalk
 from swlora.locks import lock
 from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
+from swlora.versions import package_versions
 
 GIB = 1 << 30
-FORMAT = 2
+FORMAT = 3
 CHECKSUM = np.dtype(np.uint32)
 
 
@@ -45,9 +53,10 @@ def n_cache_bytes(base_model: Any, sequences: TokenSequences) -> int:
 
 
 class PrefixCache:
-    """Reads what `walk.prefix` would compute from a file; after a failure it computes to the end.
+    """Reads states at the cut from a file, and computes those that are not there by fixed groups.
 
-    `say` gets a line when the cache is used, or cannot be.
+    After a failure of the disk it computes every tree by itself, to the end. `say` gets a line when
+    the cache is used, or cannot be.
     """
 
     def __init__(
@@ -58,7 +67,7 @@ class PrefixCache:
         limit_gb: float,
         say: Callable[[str], None],
     ) -> None:
-        self._walk = walk
+        self._walk, self._sequences = walk, sequences
         self._say = say
         self._n_nodes = count_nodes(sequences)
         name = Path(walk.base_model.config._name_or_path or "a model").name
@@ -69,7 +78,7 @@ class PrefixCache:
         self._state_bytes = self._width * parameter.element_size()
         self._data: int | None = None
         self._opened = ExitStack()  # the lock and the files
-        self.n_read_trees = self.n_computed_trees = self.n_damaged_trees = 0
+        self.n_read_trees = self.n_computed_groups = self.n_damaged_trees = 0
         n_bytes, limit_bytes = n_cache_bytes(walk.base_model, sequences), int(limit_gb * GIB)
         if n_bytes > limit_bytes:
             say(
@@ -78,6 +87,7 @@ class PrefixCache:
             )
             return
         self._numbers = number_nodes(sequences)
+        self._groups = fixed_groups(sequences)
         try:
             self._open(content_key(walk, sequences), limit_bytes - n_bytes)
         except (OSError, RunFailedError) as error:
@@ -87,18 +97,35 @@ class PrefixCache:
         """Return the hidden state at the cut, (1, T, D), of the T nodes of a tree."""
         if self._data is None:
             return self._walk.prefix(layout)
-        nodes = self._numbers[tree.node_source]
         try:
-            if self._checksums[nodes].all() and (states := self._read(nodes)) is not None:
-                self.n_read_trees += 1
-                return states.to(layout.token_ids.device)[None]
-            hidden = self._walk.prefix(layout)
-            self.n_computed_trees += 1
-            self._write(nodes, hidden[0])
+            states = self._kept(self._numbers[tree.node_source])
         except OSError as error:
             self._give_up(error)
             return self._walk.prefix(layout)
-        return hidden
+        return states.to(layout.token_ids.device)[None]
+
+    def _kept(self, nodes: np.ndarray) -> Tensor:
+        """Return the states of nodes (T,), (T, D), from the file; compute what is not there."""
+        missing = nodes[self._checksums[nodes] == 0]
+        self._compute(missing)
+        states, damaged = self._read(nodes)
+        if len(damaged):
+            self._note_damage()
+            self._compute(damaged)
+            states, damaged = self._read(nodes)
+            if len(damaged):
+                raise OSError("the prefix cache does not give back what was written")
+        self.n_read_trees += not len(missing)
+        return states
+
+    def _compute(self, nodes: np.ndarray) -> None:
+        """Compute and keep the states of all groups that own any of the nodes."""
+        groups = self._groups
+        for group in groups.owners(nodes).tolist():
+            tree = build_tree(self._sequences, groups.sequence_ids(group))
+            hidden = self._walk.prefix(TreeLayout(tree, self._walk.base_model.device))
+            self._write(int(groups.first_node[group]), hidden[0, groups.n_shared[group] :])
+            self.n_computed_groups += 1
 
     def close(self) -> None:
         """Let go of the files; the cache stays for later runs."""
@@ -138,8 +165,8 @@ class PrefixCache:
         self._opened.callback(os.close, descriptor)
         return descriptor
 
-    def _read(self, nodes: np.ndarray) -> Tensor | None:
-        """Return the states of nodes (T,), (T, D); None where some are not those that were kept."""
+    def _read(self, nodes: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Return the states of nodes (T,), (T, D), and those nodes whose states are damaged."""
         states = torch.empty(len(nodes), self._width, dtype=self._dtype)
         view = states.view(torch.uint8).numpy().data.cast("B")
         assert self._data is not None
@@ -148,30 +175,30 @@ class PrefixCache:
             if os.preadv(self._data, [target], first * self._state_bytes) != len(target):
                 raise OSError("the prefix cache is shorter than its header says")
         found = self._checksums_of(view)
+        damaged = []
         for k in np.flatnonzero(found != self._checksums[nodes]):
-            # Another process may have written the state since, rounded as in another tree.
+            # Another process, of other threads, may have written the state since.
             place = int(nodes[k]) * CHECKSUM.itemsize
-            if os.pread(self._sums, CHECKSUM.itemsize, place) != found[k].tobytes():
-                self._note_damage()
-                return None
-            self._checksums[nodes[k]] = found[k]
-        return states
+            if os.pread(self._sums, CHECKSUM.itemsize, place) == found[k].tobytes():
+                self._checksums[nodes[k]] = found[k]
+            else:
+                damaged.append(nodes[k])
+        return states, np.array(damaged, dtype=np.int64)
 
     def _checksums_of(self, states: memoryview) -> np.ndarray:
         size = self._state_bytes
         sums = [zlib.crc32(states[at : at + size]) or 1 for at in range(0, len(states), size)]
         return np.array(sums, CHECKSUM)
 
-    def _write(self, nodes: np.ndarray, hidden: Tensor) -> None:
+    def _write(self, first: int, hidden: Tensor) -> None:
+        """Keep states (T, D) of the nodes from number `first` on."""
         states = hidden.detach().to("cpu", self._dtype).contiguous()
         view = states.view(torch.uint8).numpy().data.cast("B")
         assert self._data is not None
-        for first, start, stop in _stretches(nodes):
-            source = view[start * self._state_bytes : stop * self._state_bytes]
-            _write_all(self._data, source, first * self._state_bytes)
-            sums = self._checksums_of(source)
-            _write_all(self._sums, memoryview(sums.tobytes()), first * CHECKSUM.itemsize)
-            self._checksums[first : first + stop - start] = sums
+        _write_all(self._data, view, first * self._state_bytes)
+        sums = self._checksums_of(view)
+        _write_all(self._sums, memoryview(sums.tobytes()), first * CHECKSUM.itemsize)
+        self._checksums[first : first + len(sums)] = sums
 
     def _note_damage(self) -> None:
         if not self.n_damaged_trees:
@@ -185,10 +212,16 @@ class PrefixCache:
 
 
 def content_key(walk: TreeWalk, sequences: TokenSequences) -> str:
-    """Hash everything the states at the cut depend on: tokens, frozen weights, cut, dtype."""
+    """Hash everything the states at the cut depend on: tokens, frozen weights, cut, dtype.
+
+    Also what decides their last bits: how groups are cut, the packages and the kind of device.
+    """
     digest = hashlib.sha256()
-    config = config_values(walk.base_model.config)
-    facts = [FORMAT, walk.cut, config, *walk.rotary.limits_tokens]
+    model = walk.base_model
+    rounding = [GROUP_NODES, MAX_TREE_NODES, MAX_REPEATED_SHARE, package_versions()]
+    limits_tokens = walk.rotary.limits_tokens
+    facts = [FORMAT, walk.cut, config_values(model.config), *limits_tokens, rounding]
+    facts.append(model.device.type)
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     digest.update(np.ascontiguousarray(sequences.tokens).data)
     digest.update(np.ascontiguousarray(sequences.offsets).data)

@@ -57,6 +57,26 @@ def write_gguf(
     writer.close()
 
 
+def change_metadata(path: Path, changes: dict[str, str | None]) -> None:
+    """Write a file of float32 tensors anew with other texts in it; None leaves one out."""
+    reader = gguf.GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path.with_suffix(".new"), architecture)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", *changes):
+            writer.add_key_value(name, field.contents(), field.types[0], *field.types[1:2])
+    for name, value in changes.items():
+        if value is not None:
+            writer.add_string(name, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".new").replace(path)
+
+
 def random_blocks(kind: Any, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Return valid blocks of any type with random content: rows of bytes."""
     n_values, n_bytes = gguf.GGML_QUANT_SIZES[kind]

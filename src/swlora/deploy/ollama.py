@@ -16,9 +16,10 @@ from swlora.config import ModelSpec
 from swlora.deploy.go_template import GoTemplate, translate
 from swlora.deploy.hub_files import MERGE_REPORT
 from swlora.deploy.new_folder import check_new, new_folder
+from swlora.deploy.ollama_files import adds_bos, check_same_model, has_other_template, read_files
 from swlora.errors import UserError
 from swlora.files import read_json, write_text
-from swlora.models.gguf_header import GgufHeader, read_gguf_table
+from swlora.models.gguf_header import GgufHeader
 
 MODELFILE = "Modelfile"
 PLAIN_TEMPLATE = "{{ .Prompt }}"
@@ -73,29 +74,21 @@ def package(
     read, and no weights. Raises UserError for files that are no such GGUF, and for a chat template
     that cannot be translated exactly.
     """
+    from swlora.data.chat_end import end_of_turn_tokens
     from swlora.models.load import load_skeleton
 
     check_new(output)
-    header = _check(gguf, lora)
+    header = read_files(gguf, lora)
     loaded = load_skeleton(model)
-    tokenizer, notes = loaded.tokenizer, list[str]()
+    ends = set(loaded.end_token_ids) | end_of_turn_tokens(loaded.tokenizer)
+    check_same_model(gguf, header, loaded, ends)
     is_chat = settings.is_chat
     if is_chat is None:
-        is_chat = bool(tokenizer.chat_template) and _was_trained_on_chats(Path(model.name))
-    if settings.template is not None:
-        template = GoTemplate(_read(settings.template), has_system=True, trims=False)
-        notes.append(f"the template is {settings.template.name}, as it is: it was not compared")
-    elif is_chat:
-        template = _translated(tokenizer, _adds_bos(header))
-    else:
-        template = GoTemplate(PLAIN_TEMPLATE, has_system=False, trims=False)
-        notes.append("prompts are passed on as they are, for a model that continues text")
-    if template.trims:
-        notes.append("the model's own template strips white space around a turn; Ollama's does not")
-    if is_chat and not template.has_system:
-        notes.append("the model's template has no system turn: Ollama will leave one out")
-        if settings.system:
-            raise UserError("--system: the model's chat template has no place for a system turn")
+        is_chat = bool(loaded.tokenizer.chat_template) and _was_trained_on_chats(Path(model.name))
+    template, notes = _template(loaded.tokenizer, header, settings, is_chat=is_chat)
+    stops, unwritten = _stops(loaded.tokenizer, ends if is_chat else set(loaded.end_token_ids))
+    if unwritten:
+        notes.append(f"no Modelfile can hold {', '.join(map(repr, unwritten))} as a stop")
     limit = loaded.context_tokens
     written = header.facts.get(f"{header.architecture}.context_length")
     if isinstance(written, int) and written > 0:
@@ -108,7 +101,7 @@ def package(
         files={},
         is_chat=is_chat,
         template=template.text,
-        stops=_stops(loaded, is_chat=is_chat),
+        stops=stops,
         num_ctx=settings.num_ctx or min(limit, MOST_CONTEXT_TOKENS),
         notes=notes,
     )
@@ -118,32 +111,6 @@ def package(
             packaged.files[name] = _put(path, scratch / name)
         write_text(scratch / MODELFILE, text)
     return packaged
-
-
-def _check(gguf: Path, lora: Path | None) -> GgufHeader:
-    header = _header(gguf)
-    if header.facts.get("general.type") == "adapter":
-        raise UserError(f"{gguf} is an adapter: give it as --gguf-lora, and its base as --gguf")
-    if lora is not None:
-        adapter = _header(lora)
-        if adapter.facts.get("general.type") != "adapter":
-            raise UserError(f"{lora} is no adapter; `swlora export --gguf-lora` makes one")
-        if adapter.architecture != header.architecture:
-            raise UserError(
-                f"{lora} is for the architecture {adapter.architecture}, and {gguf} is "
-                f"{header.architecture}"
-            )
-        if lora.name == gguf.name:
-            raise UserError(f"both files are called {gguf.name}; rename one")
-    return header
-
-
-def _header(path: Path) -> GgufHeader:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*\.gguf", path.name):
-        raise UserError(f"{path.name!r}: Ollama's files are letters, digits and .gguf; rename it")
-    return read_gguf_table(path)
 
 
 def _read(path: Path) -> str:
@@ -156,7 +123,39 @@ def _read(path: Path) -> str:
     return text
 
 
-def _translated(tokenizer: Any, adds_bos: bool) -> GoTemplate:
+def _template(
+    tokenizer: Any, header: GgufHeader, settings: Settings, *, is_chat: bool
+) -> tuple[GoTemplate, list[str]]:
+    """Return the template, and what a person should know of it."""
+    bos, has_bos = str(tokenizer.bos_token or ""), adds_bos(header)
+    if settings.template is not None:
+        own = GoTemplate(_read(settings.template), has_system=True, trims=False)
+        return own, [f"the template is {settings.template.name}, as it is: it was not compared"]
+    if is_chat:
+        template, writes_bos = _translated(tokenizer, bos, has_bos)
+        notes = []
+        if has_other_template(header, tokenizer):
+            notes.append("the file's own chat template is another one: the model's was taken")
+        if template.trims:
+            notes.append("the model's template strips white space around a turn; Ollama's does not")
+        if not template.has_system:
+            notes.append("the model's template has no system turn: Ollama will leave one out")
+            if settings.system:
+                raise UserError("--system: the model's chat template has no place for one")
+    else:
+        writes_bos = tokenizer.bos_token_id in tokenizer("x").input_ids[:1]
+        first = bos if writes_bos and not has_bos else ""
+        template = GoTemplate(first + PLAIN_TEMPLATE, has_system=False, trims=False)
+        notes = ["prompts are passed on as they are, for a model that continues text"]
+    if has_bos and not writes_bos:
+        notes.append(
+            f"the file has llama.cpp put BOS ({bos or 'its own'}) first; the model has none"
+        )
+    return template, notes
+
+
+def _translated(tokenizer: Any, bos: str, has_bos: bool) -> tuple[GoTemplate, bool]:
+    """Return the chat template for Ollama, and whether the model's own begins with BOS."""
     from swlora.data.chat import ChatTemplate
 
     if ChatTemplate(tokenizer).writes_date:
@@ -170,7 +169,9 @@ def _translated(tokenizer: Any, adds_bos: bool) -> GoTemplate:
             tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=answer)
         )
 
-    return translate(write, tokenizer.bos_token or "" if adds_bos else "")
+    template = translate(write, bos if has_bos else "")
+    text = write([{"role": "user", "content": "x"}], True)
+    return template, bool(bos) and text.startswith(bos)
 
 
 def _was_trained_on_chats(model: Path) -> bool:
@@ -180,22 +181,18 @@ def _was_trained_on_chats(model: Path) -> bool:
     return bool(adapter.get("is_chat", True)) if isinstance(adapter, dict) else True
 
 
-def _adds_bos(header: GgufHeader) -> bool:
-    """Say whether llama.cpp puts BOS before what a template writes."""
-    noted = header.facts.get("tokenizer.ggml.add_bos_token")
-    if noted is None:
-        return header.facts.get("tokenizer.ggml.model") == "llama"  # SentencePiece: it does
-    return bool(noted)
+def _stops(tokenizer: Any, token_ids: set[int]) -> tuple[list[str], list[str]]:
+    """Return the texts of tokens that end an answer, and those that no Modelfile can hold."""
+    texts = [str(tokenizer.decode([i], skip_special_tokens=False)) for i in sorted(token_ids)]
+    stops = list(dict.fromkeys(text for text in texts if text))
+    good = [text for text in stops if _is_writable(text)]
+    return good, [text for text in stops if text not in good]
 
 
-def _stops(loaded: Any, *, is_chat: bool) -> list[str]:
-    from swlora.data.chat_end import end_of_turn_tokens
-
-    ids = set(loaded.end_token_ids)
-    if is_chat and loaded.tokenizer.chat_template:
-        ids |= end_of_turn_tokens(loaded.tokenizer)
-    texts = [str(loaded.tokenizer.convert_ids_to_tokens(i)) for i in sorted(ids)]
-    return [text for text in texts if text.isprintable() and '"' not in text]
+def _is_writable(text: str) -> bool:
+    """Say whether Ollama reads a text as it is: it drops what is not printable."""
+    is_kept = all(c.isprintable() or c in "\n\t" for c in text) and "\ufffd" not in text
+    return is_kept and '"' not in text
 
 
 def _modelfile(packaged: Packaged, gguf: str, lora: str | None, settings: Settings) -> str:

@@ -1,10 +1,9 @@
 """Models over the blocks of their .gguf file compute what the dequantised ones do, bit for bit."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from tests.support.gguf_files import SIZES, write_gguf
+from tests.support.mapped import mapped_file
 from torch import nn
 
 from swlora.config import ModelSpec
@@ -70,18 +69,6 @@ def test_every_family(family, written):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_type(kind, dtype, written):
     check_same(written("llama", kind, tie_word_embeddings=kind == "Q8_0"), dtype)
-
-
-def mapped_file(address):
-    """Return the file that is mapped at an address of this process; None where none is."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("mapped files are listed by Linux alone")
-    for line in maps.read_text().splitlines():
-        start, end = (int(edge, 16) for edge in line.split()[0].split("-"))
-        if start <= address < end:
-            return Path(line.split(maxsplit=5)[5])
-    return None
 
 
 def test_a_file_in_the_wanted_dtype_is_used_where_it_lies(written):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.support.mapped import mapped_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from swlora.config import DEFAULT_MODEL, ModelSpec
@@ -335,3 +336,11 @@ def test_a_model_in_the_hubs_cache_needs_no_hub(model_folder, make_model, tmp_pa
     assert loaded.tokenizer("hi").input_ids == list(b"hi")
     own = load_model(spec(model_folder("gpt2"), tokenizer="some/model"))
     assert own.tokenizer("hi").input_ids == list(b"hi")
+
+
+def test_a_model_in_the_wanted_dtype_is_used_where_it_lies(copy_of):
+    folder = copy_of("llama")
+    for dtype, is_mapped in (("float32", True), ("bfloat16", False)):
+        model = load_model(spec(folder, dtype=dtype)).model
+        files = {mapped_file(p.data_ptr()) for p in model.parameters()}
+        assert files == {folder / "model.safetensors" if is_mapped else None}

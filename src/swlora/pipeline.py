@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swlora.attachment import attach, run_steps
+from swlora.files import sha256_of
 from swlora.job import Job
 from swlora.layer_policy import VerifiedLayers
 from swlora.loss_sum import LossSum
@@ -241,7 +242,7 @@ def evaluate_adapter(
     job: Job, adapter: Path | None, metric: "UserMetric | None" = None
 ) -> "Evaluated":
     """Evaluate the adapter in a folder (a run folder will do), or the base model for None."""
-    from swlora.adapters.saved import adapter_folder, with_adapter
+    from swlora.adapters.saved import WEIGHTS, adapter_folder, with_adapter
 
     folder = adapter_folder(adapter) if adapter else None
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
@@ -249,7 +250,7 @@ def evaluate_adapter(
     untouched = measure_untouched_english(job)
     loaded = job.loaded
     if folder:
-        job.run.record(adapter=str(adapter))
+        job.run.record(adapter=str(adapter), adapter_sha256=sha256_of(folder / WEIGHTS))
         loaded = with_adapter(loaded, folder, job.progress.say)
     job.begin()
     return evaluate(job, loaded.model, prepared, untouched, metric)

@@ -3,14 +3,22 @@
 import json
 import re
 import shlex
+import shutil
 
+import gguf
 import pytest
 import typer
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from swlora.cli.app import app
 from swlora.config import RunSpec, load_spec
+from swlora.deploy.hub_files import Contents
 from swlora.deploy.run_notes import command_of
+from swlora.deploy.scored import check_scored
+from swlora.errors import UserError
 from swlora.files import write_json
 
 REPO = ("--repo", "mary/mine")
@@ -40,7 +48,9 @@ def test_a_runs_card_has_its_command_timings_and_scores(small, swlora, tmp_path)
     assert ModelCard(card).data.library_name == "peft"
 
 
-def test_scores_may_come_from_another_run_and_are_not_those_of_best(small, swlora, adapter):
+def test_scores_may_come_from_another_run_and_are_not_those_of_best(
+    small, swlora, adapter, make_model, tmp_path
+):
     assert (
         "no scores: give --scores"
         in swlora("push", "--adapter", adapter, *REPO, "--dry-run", "--scores", adapter).mistake
@@ -51,6 +61,105 @@ def test_scores_may_come_from_another_run_and_are_not_those_of_best(small, swlor
     pushed = swlora("push", "--adapter", adapter, *REPO, "--dry-run", "--scores", "scored")
     assert "## Scores" in pushed.out
     assert "## Scores" not in swlora("push", "--adapter", adapter, *REPO, "--dry-run").out
+    copied = tmp_path / "copied"
+    adapter.rename(copied)  # it is known by its weights, wherever it lies
+    again = swlora("push", "--adapter", copied, *REPO, "--dry-run", "--scores", "scored")
+    assert "## Scores" in again.out
+
+
+def test_scores_of_another_adapter_or_model_are_refused(small, swlora, adapter, merged, tmp_path):
+    flags = (*small[2:6], "--eval-prompts", 2, "--max-new-tokens", 4)
+    assert swlora("eval", *small[:2], *flags, "--output", "base").code == 0
+    assert swlora("eval", "--model", merged, *flags, "--output", "of-merged").code == 0
+    scored = swlora("eval", *small[:2], *flags, "--adapter", adapter, "--output", "of-adapter")
+    assert scored.code == 0
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({k: v + 1 for k, v in tensors.items()}, other / "adapter_model.safetensors")
+    (other / "swlora.json").unlink()
+    for which, run, said in (
+        (("--adapter", other), "of-adapter", f"holds scores of the adapter {adapter}, not of"),
+        (("--adapter", adapter), "base", "without an adapter, not of"),
+        (("--model", merged), "base", "without an adapter, not of"),
+        (("--model", merged), "of-adapter", f"run swlora eval with --model {merged}"),
+    ):
+        assert said in swlora("push", *which, *REPO, "--dry-run", "--scores", run).mistake
+    done = swlora("push", "--model", merged, *REPO, "--dry-run", "--scores", "of-merged")
+    assert "## Scores" in done.out
+    facts = json.loads((adapter / "swlora.json").read_text())
+    noted = {"method": facts["method"], "layers": facts["layers"]}
+    base = {"weights_sample_sha256": facts["base_weights_sample_sha256"]}
+    report = {"adapter": noted, "base": base}
+    contents = Contents("model", merged, {}, [], {}, [])
+    (merged / "swlora-merge.json").write_text(json.dumps(report))
+    check_scored(tmp_path / "of-adapter", contents)  # it was merged from that adapter
+    report["base"] = {"weights_sample_sha256": "0" * 64}
+    (merged / "swlora-merge.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="not of"):
+        check_scored(tmp_path / "of-adapter", contents)
+
+
+@pytest.fixture
+def plain(make_model, tmp_path):
+    """An adapter as PEFT alone saves it, of a model that was read from the Hub's cache."""
+    model = make_model("llama")
+    place = tmp_path / "hub/models--mary--tiny/snapshots/0a1b2c"
+    model.save_pretrained(place)
+    model = AutoModelForCausalLM.from_pretrained(place)
+    folder = tmp_path / "plain"
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(folder)
+    assert str(place) in (folder / "README.md").read_text()
+    assert str(place) in (folder / "adapter_config.json").read_text()
+    return folder
+
+
+def test_pefts_own_template_gives_way_to_a_card_and_no_path_goes(stand_in, swlora, plain, tmp_path):
+    done = swlora("push", "--adapter", plain, *REPO, "--license", "mit")
+    assert done.code == 0, done.err
+    assert "README.md was a template that nobody filled in: swlora's card takes" in done.out
+    assert "adapter_config.json goes with mary/tiny in place of its folder here" in done.out
+    there = stand_in.repositories["mary/mine"].files("main")[1]
+    assert all(str(tmp_path).encode() not in content for content in there.values())
+    config = json.loads(there["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("mary/tiny", "0a1b2c")
+    card = ModelCard(there["README.md"].decode())
+    assert (card.data.base_model, card.data.license) == ("mary/tiny", "mit")
+    assert "More Information Needed" not in card.text
+    assert "adapter for mary/tiny" in card.text
+
+
+def test_a_template_that_was_filled_in_is_a_persons(swlora, plain):
+    text = (plain / "README.md").read_text()
+    for old, new in (("[More Information Needed]", "Mine."), ("---\n", "---\nlicense: mit\n")):
+        (plain / "README.md").write_text(text.replace(old, new, 1))
+        done = swlora("push", "--adapter", plain, *REPO, "--dry-run")
+        assert "the card README.md is yours, as it is" in done.out
+        assert "README.md goes with mary/tiny in place of its folder here" in done.out
+    (plain / "README.md").write_text(f"{text}\nMade in /home/mary/lora.\n")
+    mistake = swlora("push", "--adapter", plain, *REPO, "--dry-run").mistake
+    assert "names a folder of this machine, /home/mary/lora" in mistake
+
+
+def test_an_adapter_that_names_a_folder_as_its_base_is_refused(stand_in, swlora, plain):
+    config = json.loads((plain / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/data/models/tiny"
+    (plain / "adapter_config.json").write_text(json.dumps(config))
+    mistake = swlora("push", "--adapter", plain, *REPO).mistake
+    assert "adapter_config.json names a folder of this machine" in mistake
+    assert "write the base model's name on the Hub there" in mistake
+    assert stand_in.requests == []
+
+
+def test_a_gguf_file_that_names_a_folder_is_refused(swlora, merged):
+    writer = gguf.GGUFWriter(merged / "tuned.gguf", "llama")
+    writer.add_string("general.source.path", "/data/models/tiny")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    mistake = swlora("push", "--model", merged, *REPO, "--dry-run").mistake
+    assert "tuned.gguf names a folder of this machine in its metadata" in mistake
 
 
 @pytest.mark.parametrize(
@@ -89,7 +198,8 @@ def test_a_merged_models_card_has_its_report(merged, swlora):
     report = {"base": base, "adapter": {"method": "lora", "layers": [2]}, "dtype": "bfloat16"}
     report |= {"agreement": agreement, "n_changed_weights": 7, "notes": ["A note."]}
     write_json(merged / "swlora-merge.json", report | {"merge_s": 1.0, "compare_s": 2.0})
-    write_json(merged / "tuned.gguf.report.json", {"llama_cpp": "v0.4.0", "path": str(merged)})
+    told = {"llama_cpp": "v0.4.0", "path": str(merged), "notes": [f"checked in {merged}"]}
+    write_json(merged / "tuned.gguf.report.json", told)
     pushed = swlora("push", "--model", merged, *REPO, "--dry-run")
     assert pushed.code == 0, pushed.err
     assert "left out: tuned.gguf.report.json" in pushed.out  # it names a folder of this machine

@@ -159,8 +159,10 @@ def facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
     """Yield what an adapter is and was trained on, as lines of a list."""
     if facts.get("base_model"):
         at = f" at {facts['base_revision']}" if facts.get("base_revision") else ""
-        yield f"- Base model: {facts['base_model']}{at}, read from {facts['base_read_from']}"
-        yield f"- Sample of its weights: sha256 {facts['base_weights_sample_sha256']}"
+        read = f", read from {facts['base_read_from']}" if "base_read_from" in facts else ""
+        yield f"- Base model: {facts['base_model']}{at}{read}"
+        if sample := facts.get("base_weights_sample_sha256"):
+            yield f"- Sample of its weights: sha256 {sample}"
     if settings := facts.get("settings"):
         shown = ", ".join(f"{n.replace('_', ' ')} {value:g}" for n, value in settings.items())
         saved = config.get("r")

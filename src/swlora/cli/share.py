@@ -162,6 +162,8 @@ def _show_plan(plan: "PushPlan") -> None:
     print(f"{plan.kind} in {plan.folder}, for {plan.repo}")
     _show_sizes(plan.n_bytes)
     _show_left_out(plan.left_out)
+    for change in plan.changes:
+        print(f"note: {escaped(change)}")
 
 
 def _show_sizes(n_bytes: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from swlora.hub import hub_reachable, offline_variable
 from swlora.library_noise import quiet_libraries
 
 LOG_IN = "`hf auth login` logs in"
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_repo_name(repo: str) -> None:
@@ -27,7 +27,7 @@ def check_repo_name(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"{repo!r} is no name of a repository: {error}") from error
-    if not _REPO.fullmatch(repo):
+    if not REPO.fullmatch(repo):
         raise UserError(f"{repo!r} is no name of a repository; give OWNER/NAME, as in mary/my-lora")
 
 

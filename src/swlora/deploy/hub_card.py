@@ -1,5 +1,6 @@
 """The card of what is published: what it is and comes from, how it was made, what it scored."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,13 @@ from typing import Any
 
 from swlora.adapters.card import card_text, is_untouched, model_card
 from swlora.adapters.saved import CONFIG, read_facts
-from swlora.deploy.hub_files import CARD, MERGE_REPORT, Kind
+from swlora.deploy.hub_access import REPO
+from swlora.deploy.hub_files import CARD, MERGE_REPORT, Contents
+from swlora.deploy.hub_places import BASE, is_place, places_in, published_text
 from swlora.deploy.merged_card import USAGE, merged_card
+from swlora.deploy.peft_card import is_blank_template
 from swlora.deploy.run_notes import read_result, score_sections, training_sections
+from swlora.deploy.scored import check_scored
 from swlora.errors import UserError, brief
 from swlora.files import read_json
 
@@ -22,38 +27,61 @@ class CardSources:
     licence: str | None = None
 
 
-def card_for(
-    kind: Kind, folder: Path, asked: Path | None, sources: CardSources
-) -> tuple[str, bool]:
-    """Return the text of README.md, and whether it is swlora's to write.
+@dataclass(frozen=True)
+class Card:
+    """README.md as it is published; `is_ours` says whether it is swlora's to write.
 
-    A card that a person wrote or changed is kept as it is, and checked. `asked` may be the run
-    folder that an adapter lies in: its command, timings and scores are told.
+    `changes` say what is other in it than in the folder's.
     """
+
+    text: str
+    is_ours: bool
+    changes: list[str]
+
+
+def card_for(contents: Contents, asked: Path | None, sources: CardSources) -> Card:
+    """Return the card of a folder's contents.
+
+    A card that a person wrote or changed is kept as it is, and checked; PEFT's template that nobody
+    filled in is replaced. `asked` may be the run folder that an adapter lies in: its command,
+    timings and scores are told.
+    """
+    folder = contents.folder
     path = folder / CARD
     kept = path.read_text(encoding="utf-8") if path.is_file() else None
-    if kept is not None and not is_untouched(kept):
+    is_template = kept is not None and is_blank_template(kept)
+    if kept is not None and not is_template and not is_untouched(kept):
         if sources.licence or sources.scores:
             raise UserError(
                 f"{path} was changed by hand and is published as it is: write licence and scores "
                 "there yourself, or remove it to have a new one"
             )
         _check(kept, path)
-        return kept, False
+        text, changes = published_text(path)
+        return Card(text or kept, False, changes)
     run = _run_folder(asked) if asked else None
     scored = run if run and folder.resolve() == (run / "adapter").resolve() else None  # not best/
-    more = [*(training_sections(run) if run else ()), *_scores(scored, sources)]
-    if kind == "adapter":
-        text = model_card(
-            read_facts(folder),
-            read_json(folder / CONFIG),
-            [*more, *_exports(folder)],
-            sources.licence,
-        )
+    more = [*(training_sections(run) if run else ()), *_scores(scored, contents, sources)]
+    more += _exports(contents)
+    if contents.kind == "adapter":
+        config = json.loads(contents.replaced.get(CONFIG) or (folder / CONFIG).read_text("utf-8"))
+        text = model_card(_facts(folder, config), config, more, sources.licence)
     else:
-        text = _model_card(folder, [*more, *_exports(folder)], sources.licence)
+        text = _model_card(folder, more, sources.licence)
     _check(text, path)
-    return text, True
+    for place in places_in(text):
+        raise UserError(f"the card would name a folder of this machine, {place}; write it yourself")
+    template = f"{CARD} was a template that nobody filled in: swlora's card takes its place"
+    return Card(text, True, [template] if is_template else [])
+
+
+def _facts(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what training noted; of an adapter from elsewhere, what its configuration says."""
+    facts, base = read_facts(folder), config.get(BASE)
+    if "base_model" in facts or not base:
+        return facts
+    found = {"base_model": base, "base_revision": config.get("revision")}
+    return facts | found | {"base_on_hub": REPO.fullmatch(str(base)) is not None}
 
 
 def _run_folder(path: Path) -> Path | None:
@@ -61,10 +89,11 @@ def _run_folder(path: Path) -> Path | None:
     return next((f for f in (path, path.parent) if (f / "run.json").is_file()), None)
 
 
-def _scores(run: Path | None, sources: CardSources) -> Iterator[str]:
+def _scores(run: Path | None, contents: Contents, sources: CardSources) -> Iterator[str]:
     if sources.scores is not None:
         if "eval" not in read_result(sources.scores):
             raise UserError(f"{sources.scores} holds no scores: give --scores a run of swlora eval")
+        check_scored(sources.scores, contents)
         yield from score_sections(sources.scores)
     elif run is not None:
         yield from score_sections(run)
@@ -94,9 +123,9 @@ def _model_card(folder: Path, more: list[str], licence: str | None) -> str:
         raise UserError(f"{path} is no merge report: {brief(error)}") from error
 
 
-def _exports(folder: Path) -> Iterator[str]:
+def _exports(contents: Contents) -> Iterator[str]:
     """Yield a section on each GGUF file that has a report beside it."""
-    for path in sorted(folder.glob("*.gguf")):
+    for path in sorted(contents.folder.glob("*.gguf")):
         report = path.with_name(path.name + ".report.json")
         if report.is_file():
             yield f"## {path.name}"
@@ -122,4 +151,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = " ".join(str(value).split())
-    return Path(text).name if text.startswith(("/", "~")) else text[:300]
+    for place in [text] if is_place(text) else places_in(text):
+        text = text.replace(place, Path(place).name)
+    return text[:300]

@@ -14,6 +14,7 @@ from typing import Literal
 from safetensors import safe_open
 
 from swlora.adapters.saved import CONFIG, FACTS, WEIGHTS, adapter_folder
+from swlora.deploy.hub_places import is_place, published_text
 from swlora.errors import UserError, brief
 from swlora.models.gguf_header import read_gguf_table
 from swlora.models.model_folder import CONFIG as MODEL_CONFIG
@@ -44,12 +45,17 @@ READABLE = re.compile(
 
 @dataclass(frozen=True)
 class Contents:
-    """What of a folder goes to the Hub, without the card: names and sizes, and what stays."""
+    """What of a folder goes to the Hub, without the card: names and sizes, and what stays.
+
+    `replaced` are the texts that go in place of files, and `changes` say what is other in them.
+    """
 
     kind: Kind
     folder: Path
     n_bytes: dict[str, int]
     left_out: list[str]
+    replaced: dict[str, str]
+    changes: list[str]
 
 
 def adapter_contents(path: Path) -> Contents:
@@ -79,34 +85,42 @@ def model_contents(folder: Path) -> Contents:
 
 
 def _contents(kind: Kind, folder: Path, weights: Sequence[str]) -> Contents:
-    taken: dict[str, int] = {}
-    left_out: list[str] = []
+    contents = Contents(kind, folder, {}, [], {}, [])
     wanted = {*OF_KIND[kind], *weights}
     for path in sorted(folder.iterdir()):
         is_ours = path.name in wanted or BESIDE.fullmatch(path.name)
         if path.name == CARD:
             continue
-        if not path.is_file() or not is_ours:
-            left_out.append(path.name + ("/" if path.is_dir() else ""))
-        elif _names_places(path):
-            if not path.name.endswith(".report.json"):
-                raise UserError(f"{path} names a folder of this machine; take that out of it first")
-            left_out.append(path.name)
-        else:
-            taken[path.name] = path.stat().st_size
-    for name in taken:
+        if path.is_file() and is_ours and _is_fit(path, contents):
+            continue
+        contents.left_out.append(path.name + ("/" if path.is_dir() else ""))
+    for name in contents.n_bytes:
         if name.endswith(".gguf"):
-            read_gguf_table(folder / name)
-    return Contents(kind, folder, taken, left_out)
+            _check_gguf(folder / name)
+    return contents
 
 
-def _names_places(path: Path) -> bool:
-    """Say whether a small file of text holds the path of the user's home or of its own folder."""
-    if path.suffix not in (".json", ".jinja", ".txt", ".md") or path.name == "tokenizer.json":
-        return False
-    text = path.read_text(encoding="utf-8", errors="replace")
-    places = {Path.home(), path.parent.resolve()}
-    return any(f"{place}/" in text or f'"{place}"' in text for place in places if place.parts[1:])
+def _is_fit(path: Path, contents: Contents) -> bool:
+    """Add a file to what is published; False for a report that names folders of this machine."""
+    try:
+        text, changes = published_text(path)
+    except UserError:
+        if path.name.endswith(".report.json"):
+            return False
+        raise
+    contents.n_bytes[path.name] = path.stat().st_size if text is None else len(text.encode())
+    if text is not None:
+        contents.replaced[path.name] = text
+        contents.changes.extend(changes)
+    return True
+
+
+def _check_gguf(path: Path) -> None:
+    for key, value in read_gguf_table(path).facts.items():
+        if is_place(value) and not key.startswith("tokenizer."):
+            raise UserError(
+                f"{path} names a folder of this machine in its metadata ({key}: {value})"
+            )
 
 
 def git_sha1_of(path: Path) -> str:

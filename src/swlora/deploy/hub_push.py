@@ -16,8 +16,10 @@ from swlora.result_json import NO_KEY
 class PushPlan:
     """What would be published, and where; `n_bytes` are the sizes of the files by name.
 
-    `left_out` are names in the folder that stay on this machine. `card` is the text of README.md;
-    `writes_card` says whether it is swlora's own, to be written into the folder first.
+    `left_out` are names in the folder that stay on this machine. `changes` say which files are
+    published otherwise than they lie there, without paths of this machine; `replaced` are their
+    texts. `card` is the text of README.md; `writes_card` says whether it is swlora's own, to be
+    written into the folder first.
     """
 
     repo: str
@@ -25,8 +27,10 @@ class PushPlan:
     folder: Path
     n_bytes: dict[str, int]
     left_out: list[str]
+    changes: list[str]
     writes_card: bool
     card: str = field(metadata=NO_KEY)
+    replaced: dict[str, str] = field(metadata=NO_KEY)
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,18 @@ def plan_push(
     if (adapter is None) == (model is None):
         raise UserError("give --adapter DIR or --model DIR, and only one of them")
     contents = adapter_contents(adapter) if adapter else model_contents(model or Path())
-    card, is_ours = card_for(contents.kind, contents.folder, adapter, sources)
-    sizes = {CARD: len(card.encode()), **contents.n_bytes}
-    return PushPlan(repo, contents.kind, contents.folder, sizes, contents.left_out, is_ours, card)
+    card = card_for(contents, adapter, sources)
+    return PushPlan(
+        repo,
+        contents.kind,
+        contents.folder,
+        n_bytes={CARD: len(card.text.encode()), **contents.n_bytes},
+        left_out=contents.left_out,
+        changes=[*card.changes, *contents.changes],
+        writes_card=card.is_ours,
+        card=card.text,
+        replaced={**contents.replaced, CARD: card.text},
+    )
 
 
 def push(
@@ -84,8 +97,13 @@ def push(
         with progress.task(f"publish {len(plan.n_bytes)} files as {plan.repo}"):
             done = api.create_commit(
                 plan.repo,
-                [CommitOperationAdd(name, plan.folder / name) for name in plan.n_bytes],
+                [CommitOperationAdd(name, _content(plan, name)) for name in plan.n_bytes],
                 commit_message=message or f"The {plan.kind}, published with swlora",
                 revision=branch,
             )
     return Pushed(plan, is_private, branch, done.oid, f"{api.endpoint}/{plan.repo}")
+
+
+def _content(plan: PushPlan, name: str) -> Path | bytes:
+    text = plan.replaced.get(name)
+    return plan.folder / name if text is None else text.encode()

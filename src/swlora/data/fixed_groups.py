@@ -11,7 +11,7 @@ import numpy as np
 
 from swlora.data.token_sequences import Ints, TokenSequences
 
-GROUP_NODES = 512  # products of fewer rows are slower; of more, a first step computes for others
+GROUP_NODES = 1024  # products of fewer rows are slower; more, and a first step computes too much
 MAX_TREE_NODES = 4096  # of a group, where a single sequence is no longer; bounds memory
 MAX_REPEATED_SHARE = 1 / 16  # of a group's own nodes, computed before in another group
 

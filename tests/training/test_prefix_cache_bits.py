@@ -19,11 +19,13 @@ from tests.support.prefix_runs import (
     steps_of,
 )
 
+from swlora.config import ModelSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.steps import StepOrder
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
+from swlora.models.load import load_model
 from swlora.training.frozen_prefix import PrefixCache
 
 pytestmark = pytest.mark.usefixtures("fresh_cache", "small_fixed_groups")
@@ -133,3 +135,34 @@ def test_damaged_states_are_computed_to_the_same_bits(
         assert_same_adapters(cold, run)
         assert run.cache.n_computed_groups == 1 and n_trees(sequences) > 3
         assert states.read_bytes() == whole
+
+
+@pytest.mark.slow
+@DTYPES
+def test_states_of_the_embedded_model_whoever_asks(builtin_dir: Path, dtype: torch.dtype) -> None:
+    """At real widths, where bf16 does not round the trees' differences away as in tiny models."""
+    model = load_model(ModelSpec(name=str(builtin_dir), device="cpu", dtype="float32")).model
+    walk, sequences = TreeWalk(model.to(dtype), 26), long_sequences()
+    ids = np.arange(len(sequences))
+    everything = build_tree(sequences, ids)
+    layout = TreeLayout(everything, torch.device("cpu"))
+    found = []
+    for folder, parts in (("alone", 12), ("together", 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SWLORA_CACHE", str(Path(os.environ["SWLORA_CACHE"]) / folder))
+            cache = PrefixCache(walk, sequences, limit_gb=1, say=print)
+        for part in np.array_split(ids, parts):
+            tree = build_tree(sequences, part)
+            cache(tree, TreeLayout(tree, torch.device("cpu")))
+        found.append(cache(everything, layout))
+        cache.close()
+    assert torch.equal(*found)
+
+
+def long_sequences() -> TokenSequences:
+    """Four prompts of 40 tokens with six completions of 30 each."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(100, 9000, 40).tolist() for _ in range(4)]
+    return TokenSequences.from_lists(
+        [(prompt, rng.integers(100, 9000, 30).tolist()) for prompt in prompts for _ in range(6)]
+    )

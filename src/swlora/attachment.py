@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swlora.disk_space import check_space, on_one_disk, total_bytes
 from swlora.errors import DivergedError
 from swlora.job import Job
 from swlora.layer_policy import layer_ranges
 from swlora.models.identity import identify_base
+from swlora.paths import cache_dir
 from swlora.preparation import PreparedTraining
 
 if TYPE_CHECKING:
@@ -69,8 +71,12 @@ def run_steps(
     from swlora.training.loop import train as run_loop
     from swlora.training.step import make_step
 
+    n_steps, keeps_best = prepared.schedule.n_steps, bool(watch and watch.best_folder)
     with job.timed("prepare"):
-        ready = make_step(adapted.model, prepared.sequences, job.spec.train, job.progress.say)
+        kept_bytes = check_disk(job, adapted, n_steps=n_steps, keeps_best=keeps_best)
+        ready = make_step(
+            adapted.model, prepared.sequences, job.spec.train, job.progress.say, kept_bytes
+        )
     with closing(ready) as step:
         torch.manual_seed(job.spec.seed)  # dropout
         try:
@@ -80,6 +86,22 @@ def run_steps(
             rows = _rows(job, error.sequence_ids)
             where = f" (rows of that step: {rows})" if rows else ""
             raise DivergedError(f"{error}{where}") from None
+
+
+def check_disk(job: Job, adapted: "Adapted", *, n_steps: int, keeps_best: bool) -> int:
+    """Raise UserError where the run folder's disk has no room for what a training writes.
+
+    Returns the bytes that it takes of the disk on which the cache lies.
+    """
+    from swlora.training.disk_needs import training_needs
+
+    folder, checkpoint = job.run.folder, job.run.checkpoint
+    if folder is None or checkpoint is None:
+        return 0
+    tokenizer = job.loaded.tokenizer
+    needs = training_needs(adapted, tokenizer, checkpoint, n_steps=n_steps, keeps_best=keeps_best)
+    check_space(folder, needs, f"free some, then --resume --output {folder}")
+    return total_bytes(needs) if on_one_disk(folder, cache_dir()) else 0
 
 
 def _rows(job: Job, sequence_ids: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,23 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RunFailedError, match=r"cannot write \S+x\.gguf: No space left on device"):
         export(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.usefixtures("no_llama_cpp")
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_a_disk_without_room_is_known_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    """The bytes that are foreseen are those of the file's tensors."""
+    save_tiny("llama", tmp_path / "model", hidden_size=64, intermediate_size=96)
+    export(tmp_path, kind=kind)
+    n_bytes = sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors)
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(n_bytes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    export(tmp_path, "just.gguf", kind=kind)
+    usage = usage._replace(free=int(n_bytes) - 1)
+    with pytest.raises(UserError, match=f"tensors of the type {kind}\\), and its disk has"):
+        export(tmp_path, "not.gguf", kind=kind)
 
 
 def test_metadata_of_a_base_file_is_copied_and_tensors_are_the_models(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_a_disk_without_room_is_known_before(model_folder, tmp_path, monkeypatch
     adapter = adapter_of(model_folder("llama"), tmp_path / "a")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert "GB free" in refusal(model_folder("llama"), adapter, tmp_path / "m")
+    assert "its disk has 1.0 KB free" in refusal(model_folder("llama"), adapter, tmp_path / "m")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,8 +10,9 @@ import typer
 
 from swlora import caches
 from swlora.caches import Entry
-from swlora.cli.disk import ago, size
+from swlora.cli.disk import ago
 from swlora.cli.show import show_table
+from swlora.disk_space import size
 from swlora.errors import UserError
 from swlora.paths import cache_dir
 

@@ -1,19 +1,12 @@
-"""How sizes and ages look, and what a run has left on the disk."""
+"""How ages look, and what a run has left on the disk."""
 
 import sys
 from pathlib import Path
 
 from swlora import caches
+from swlora.disk_space import size
 
 WORTH_SAYING_BYTES = 16_000_000
-
-
-def size(n_bytes: int) -> str:
-    """Write a number of bytes as a person does."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
-        if n_bytes >= unit:
-            return f"{n_bytes / unit:.{0 if n_bytes >= 10 * unit else 1}f} {name}"
-    return f"{n_bytes} bytes"
 
 
 def ago(seconds: float) -> str:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from swlora.cli.command import CONFIG, JSON, Invocation
-from swlora.cli.disk import size
 from swlora.cli.process import sigterm_interrupts
 from swlora.cli.verbs import verb
 from swlora.command_settings import SETTINGS
+from swlora.disk_space import size
 
 if TYPE_CHECKING:
     from swlora.deploy.merge import Merged

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swlora.cli.command import JSON, Invocation
-from swlora.cli.disk import size
 from swlora.cli.process import sigterm_interrupts
 from swlora.cli.verbs import verb
+from swlora.disk_space import size
 from swlora.errors import UserError
 from swlora.printable import escaped
 

@@ -37,7 +37,9 @@ class TrainSpec(Spec):
     )
     row_tokens: int = Field(default=4096, ge=64, description="tokens that are run at once")
     cache_gb: float = Field(
-        default=8.0, ge=0, description="disk for states below the lowest adapted layer; 0: none"
+        default=8.0,
+        ge=0,
+        description="disk, where it is free, for states below the lowest adapted layer; 0: none",
     )
     checkpoint_every_s: float = Field(
         default=300.0, gt=0, description="seconds between checkpoints"

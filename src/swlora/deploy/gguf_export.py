@@ -21,8 +21,9 @@ from swlora.deploy.gguf_hyperparameters import context_tokens
 from swlora.deploy.gguf_layout import GgufLayout, gguf_family
 from swlora.deploy.gguf_lora import lora_refusal, read_pairs, write_lora
 from swlora.deploy.gguf_types import TypeName
-from swlora.deploy.gguf_write import ModelParts, n_tensors, write_gguf
+from swlora.deploy.gguf_write import ModelParts, n_tensors, tensor_bytes, write_gguf
 from swlora.deploy.llama_cpp import INSTALL, LlamaCpp, Question, find_llama_cpp
+from swlora.disk_space import Need, check_space
 from swlora.errors import RunFailedError, UserError
 from swlora.files import atomic_path, check_writable, read_json, write_json
 from swlora.hub import cached_file
@@ -30,6 +31,8 @@ from swlora.models.load import LoadedModel, load_model, load_skeleton
 from swlora.models.weight_source import open_weights
 from swlora.progress import Progress
 from swlora.result_json import as_json
+
+OTHER_DISK = "write it to another disk"
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ def _export_model(
     base = request.base_gguf or (path if path.suffix == ".gguf" else None)
     layout, config = GgufLayout(loaded.model.config), loaded.model.config
     parts = ModelParts(config, loaded.tokenizer, open_weights(path), _generation(path), base)
+    need = Need(f"tensors of the type {kind}", tensor_bytes(parts, kind))
+    check_space(request.output.parent, [need], OTHER_DISK)
     with _checked_file(request.output) as scratch:
         with progress.task("write the file", n_tensors(parts)) as task:
             write_gguf(parts, scratch, kind, _name(loaded), task)
@@ -143,6 +148,8 @@ def _export_lora(
     layout, config = GgufLayout(loaded.model.config), loaded.model.config
     base = path if path.suffix == ".gguf" else None
     parts = ModelParts(config, loaded.tokenizer, open_weights(path), _generation(path), base)
+    need = Need("the base in float32, on which the LoRA is checked", tensor_bytes(parts, "f32"))
+    check_space(request.output.parent, [need], OTHER_DISK)
     adapted = with_adapter(loaded, folder, progress.say).model
     with _checked_file(request.output) as scratch, _scratch_beside(request.output) as beside:
         write_lora(layout, read_pairs(adapted), scratch, kind, folder.resolve().name)

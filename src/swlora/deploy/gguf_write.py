@@ -1,5 +1,6 @@
 """A model as a GGUF file, written tensor by tensor: complete, or not there."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,12 @@ def n_tensors(parts: ModelParts) -> int:
     return len(list(_pieces(GgufLayout(parts.config), parts.weights)))
 
 
+def tensor_bytes(parts: ModelParts, kind: TypeName) -> int:
+    """Return the bytes that all tensors of the file take together."""
+    pieces = _pieces(GgufLayout(parts.config), parts.weights)
+    return sum(_n_bytes(p.shape, tensor_type(p.name, p.shape, kind)) for p in pieces)
+
+
 def _pieces(layout: GgufLayout, weights: WeightSource) -> Iterator[_Piece]:
     """Yield the file's tensors in the order of the model's; experts are stacked to one."""
     sources: dict[str, list[tuple[str, Place]]] = {}
@@ -116,13 +123,16 @@ def _put_together(piece: _Piece, weights: WeightSource) -> Tensor:
 def _announce(writer: Any, name: str, shape: tuple[int, ...], kind: TypeName) -> None:
     import gguf
 
+    dtype = torch.empty(0).numpy().dtype  # not looked at beside the type
     raw = gguf.GGMLQuantizationType[kind.upper()]
-    block, n_bytes = gguf.GGML_QUANT_SIZES[raw]
-    size = n_bytes
-    for side in shape:
-        size *= side
-    dtype = torch.empty(0).numpy().dtype  # not looked at beside `raw`
-    writer.add_tensor_info(name, shape, dtype, size // block, raw)
+    writer.add_tensor_info(name, shape, dtype, _n_bytes(shape, kind), raw)
+
+
+def _n_bytes(shape: tuple[int, ...], kind: TypeName) -> int:
+    import gguf
+
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]]
+    return int(math.prod(shape)) * int(block_bytes) // int(block)
 
 
 def _write_metadata(writer: Any, parts: ModelParts, name: str) -> None:

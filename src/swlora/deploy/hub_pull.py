@@ -12,6 +12,7 @@ from typing import Any
 from swlora.deploy.hub_access import check_reachable, check_repo_name, hub_errors
 from swlora.deploy.hub_files import PULLED, READABLE, git_sha1_of, kind_of
 from swlora.deploy.new_folder import check_new, new_folder
+from swlora.disk_space import Need, check_space
 from swlora.errors import RunFailedError, UserError
 from swlora.files import sha256_of, write_json
 from swlora.progress import Progress
@@ -74,11 +75,7 @@ def _check_size(repo: str, n_bytes: int, max_gb: float, output: Path) -> None:
         raise UserError(
             f"{repo} has {n_bytes / GB:.1f} GB to take, more than --max-gb {max_gb:g}; give more"
         )
-    place = next(path for path in output.absolute().parents if path.exists())
-    if n_bytes > (free := shutil.disk_usage(place).free):
-        raise UserError(
-            f"{repo} has {n_bytes / GB:.1f} GB to take, and {place} has {free / GB:.1f} GB free"
-        )
+    check_space(output, [Need(f"files of {repo}", n_bytes)], "choose another --output")
 
 
 def _download(pulled: Pulled, files: dict[str, Any], scratch: Path, progress: Progress) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from swlora.disk_space import Need, check_space
 from swlora.errors import RunFailedError, UserError
 from swlora.files import check_writable, replace_folder
 
@@ -27,11 +28,7 @@ def new_folder(output: Path, n_bytes: int = 0) -> Iterator[Path]:
     scratch: Path | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(output.parent).free) < n_bytes:
-            raise UserError(
-                f"{output.parent} has {free / 1e9:.1f} GB free, and {n_bytes / 1e9:.1f} are "
-                "needed; choose another --output"
-            )
+        check_space(output, [Need("files", n_bytes)], "choose another --output")
         scratch = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
         yield scratch
         scratch.chmod(0o755)

@@ -32,6 +32,7 @@ from swlora.data.fixed_groups import (
 )
 from swlora.data.prefix_tree import PrefixTree, build_tree, count_nodes, number_nodes
 from swlora.data.token_sequences import TokenSequences
+from swlora.disk_space import free_bytes, size
 from swlora.errors import RunFailedError, UserError
 from swlora.files import read_json, write_json
 from swlora.kernels.tree_layout import TreeLayout
@@ -55,8 +56,9 @@ def n_cache_bytes(base_model: Any, sequences: TokenSequences) -> int:
 class PrefixCache:
     """Reads states at the cut from a file, and computes those that are not there by fixed groups.
 
-    After a failure of the disk it computes every tree by itself, to the end. `say` gets a line when
-    the cache is used, or cannot be.
+    It is there where `limit_gb` and the disk, of which `kept_bytes` are for others, have room for
+    all of it. After a failure of the disk it computes every tree by itself, to the end. `say` gets
+    a line when the cache is used, or cannot be.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PrefixCache:
         *,
         limit_gb: float,
         say: Callable[[str], None],
+        kept_bytes: int = 0,
     ) -> None:
         self._walk, self._sequences = walk, sequences
         self._say = say
@@ -88,8 +91,18 @@ class PrefixCache:
             return
         self._numbers = number_nodes(sequences)
         self._groups = fixed_groups(sequences)
+        folder = cache_dir() / PREFIX / content_key(walk, sequences)
         try:
-            self._open(content_key(walk, sequences), limit_bytes - n_bytes)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _make_room(folder, limit_bytes - n_bytes)
+            missing = n_bytes - (disk_bytes(folder) if folder.is_dir() else 0)
+            if missing > (free := max(0, free_bytes(folder) - kept_bytes)):
+                say(
+                    f"no prefix cache: it needs {size(missing)} more in {cache_dir()}, whose disk "
+                    f"has {size(free)} to spare"
+                )
+                return
+            self._open(folder)
         except (OSError, RunFailedError) as error:
             self._give_up(error)
 
@@ -132,11 +145,7 @@ class PrefixCache:
         self._data = None
         self._opened.close()
 
-    def _open(self, key: str, others_bytes: int) -> None:
-        root = cache_dir() / PREFIX
-        folder = root / key
-        root.mkdir(parents=True, exist_ok=True)
-        _make_room(root, folder, others_bytes)
+    def _open(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         in_use = lock(folder / LOCK, alone=False, wait=True, make=True)  # not to be evicted
         assert in_use  # it waited
@@ -252,9 +261,9 @@ def _header(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _make_room(root: Path, keep: Path, allowed_bytes: int) -> None:
+def _make_room(keep: Path, allowed_bytes: int) -> None:
     """Remove the least recently used caches until the others fit; those in use stay."""
-    others = [folder for folder in root.iterdir() if folder.is_dir() and folder != keep]
+    others = [folder for folder in keep.parent.iterdir() if folder.is_dir() and folder != keep]
     others.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
     total_bytes = 0
     for folder in others:

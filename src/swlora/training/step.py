@@ -31,12 +31,16 @@ PrefixSource = Callable[[PrefixTree, TreeLayout], Tensor]
 
 
 def make_step(
-    peft_model: Any, sequences: TokenSequences, spec: TrainSpec, say: Callable[[str], None]
+    peft_model: Any,
+    sequences: TokenSequences,
+    spec: TrainSpec,
+    say: Callable[[str], None],
+    kept_bytes: int = 0,
 ) -> "TreeStep | PlainStep":
     """Return the step function that `spec.engine` names; `auto` is tree wherever it works.
 
-    The caller closes it. Raises UserError where trees are asked for and the family cannot run
-    them.
+    The caller closes it. A prefix cache leaves `kept_bytes` of its disk free. Raises UserError
+    where trees are asked for and the family cannot run them.
     """
     step = TreeStep(peft_model, sequences, label_smoothing=spec.label_smoothing, say=say)
     family = step.walk.anatomy.family
@@ -46,7 +50,9 @@ def make_step(
     if spec.engine == "plain" or not family.has_attention_interface:
         return PlainStep(peft_model, sequences, label_smoothing=spec.label_smoothing)
     if spec.cache_gb and step.walk.cut > 0 and _one_side(step, sequences, say):
-        step.prefix_source = PrefixCache(step.walk, sequences, limit_gb=spec.cache_gb, say=say)
+        step.prefix_source = PrefixCache(
+            step.walk, sequences, limit_gb=spec.cache_gb, kept_bytes=kept_bytes, say=say
+        )
     return step
 
 

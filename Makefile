@@ -1,5 +1,6 @@
 # make demo   set up, then find super weights, train and evaluate on the embedded model
 # make test   set up, then lint, type-check and run every test
+# make faults kill, cut and damage trainings for half an hour: docs/results/faults.json
 # make lock   renew requirements.lock from the newest versions that pyproject.toml allows
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ LLAMA_CPP_PLATFORM = $(shell node -p '({darwin: {arm64: "mac-arm64-metal", x64: 
 # A process for every core, each of which computes with one thread (tests/conftest.py)
 PARALLEL := --numprocesses auto --maxprocesses 4
 
-.PHONY: help demo test lint lock clean
+.PHONY: help demo test lint faults lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +38,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+faults: $(TOOLS)
+	$(BIN)/python -m benchmarks.faults --json docs/results/faults.json
 
 lock:
 	rm -rf .cache/lock

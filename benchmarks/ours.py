@@ -19,10 +19,11 @@ from swlora.data.encode import encode_examples
 from swlora.data.examples import Example
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
+from swlora.metrics_file import read_metrics
 from swlora.models.anatomy import Anatomy
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Silent
-from swlora.runs import Run, read_metrics
+from swlora.runs import Run
 
 
 class StepClock(Silent):

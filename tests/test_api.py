@@ -21,8 +21,9 @@ from swlora.cli import main
 from swlora.command_settings import SETTINGS
 from swlora.errors import UserError
 from swlora.evaluation.user_metrics import MetricError
+from swlora.metrics_file import read_metrics
 from swlora.result_json import as_json
-from swlora.runs import read_metrics, read_run
+from swlora.runs import read_run
 from swlora.study import compare as study
 
 NOT_IN_MEMORY = ("adapter", "adapter_bytes", "loss_figure", "best_adapter", "predictions")

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from swlora import files
 from swlora.config import RunSpec
 from swlora.errors import RunFailedError
-from swlora.runs import Run, read_metrics
-from swlora.snapshots import load_snapshot, save_snapshot
+from swlora.metrics_file import read_metrics
+from swlora.runs import Run
+from swlora.snapshots import Snapshot, load_snapshot, save_snapshot
 
 
 def start(folder: Path) -> Run:
@@ -94,31 +95,92 @@ TENSORS = {
 VALUES = {"step": 3, "elapsed_s": 0.1 + 0.2, "none": None}
 
 
-def same(found, tensors=TENSORS, values=VALUES) -> bool:
+FIRST = Snapshot(1, TENSORS, VALUES)
+
+
+def other(number: int) -> Snapshot:
+    return Snapshot(number, {"a": torch.full((1,), float(number))}, {"step": number})
+
+
+def loaded(folder: Path) -> Snapshot | None:
+    """The snapshot of a folder, of which there is nothing to say."""
+    said: list[str] = []
+    found = load_snapshot(folder, said.append)
+    assert said == []
+    return found
+
+
+def same(found: Snapshot | None, expected: Snapshot = FIRST) -> bool:
+    assert found is not None
+    names = expected.tensors.keys()
     return (
-        found[0].keys() == tensors.keys()
-        and all(
-            torch.equal(found[0][n], t) and found[0][n].dtype == t.dtype for n, t in tensors.items()
-        )
-        and found[1] == values
+        (found.number, found.values) == (expected.number, expected.values)
+        and found.tensors.keys() == names
+        and all(torch.equal(found.tensors[n], expected.tensors[n]) for n in names)
+        and all(found.tensors[n].dtype == expected.tensors[n].dtype for n in names)
     )
 
 
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def files_of(*numbers: int) -> list[str]:
+    return [f"state-{n}.{end}" for n in numbers for end in ("json", "safetensors")]
+
+
 def test_a_snapshot_comes_back_and_is_replaced(tmp_path):
-    assert load_snapshot(tmp_path / "c") is None
-    save_snapshot(tmp_path / "c", TENSORS, VALUES)
-    assert same(load_snapshot(tmp_path / "c"))
-    other = {"a": torch.zeros(1)}
-    save_snapshot(tmp_path / "c", other, {"step": 4})
-    assert same(load_snapshot(tmp_path / "c"), other, {"step": 4})
-    assert len(list((tmp_path / "c").iterdir())) == 2
+    folder = tmp_path / "c"
+    assert loaded(folder) is None
+    save_snapshot(folder, FIRST)
+    assert same(loaded(folder))
+    save_snapshot(folder, other(2))
+    assert same(loaded(folder), other(2))
+    assert files_in(folder) == files_of(2)
+
+
+def test_as_many_are_kept_as_were_asked_for(tmp_path):
+    for number in range(1, 6):
+        save_snapshot(tmp_path, other(number), keep=3)
+    assert files_in(tmp_path) == files_of(3, 4, 5)
+    (tmp_path / "notes.txt").write_text("mine")
+    save_snapshot(tmp_path, other(6), keep=1)
+    assert files_in(tmp_path) == ["notes.txt", *files_of(6)]
+
+
+@pytest.mark.parametrize("damage", ["data", "data gone", "manifest", "manifest gone"])
+def test_the_one_before_a_damaged_one_is_taken_and_the_reason_said(damage, tmp_path):
+    for number in (1, 2):
+        save_snapshot(tmp_path, other(number), keep=2)
+    path = tmp_path / f"state-2.{'json' if 'manifest' in damage else 'safetensors'}"
+    if "gone" in damage:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3])
+    said: list[str] = []
+    assert same(load_snapshot(tmp_path, said.append), other(1))
+    if damage == "manifest gone":  # it was never complete
+        assert said == []
+    else:
+        assert len(said) == 1 and "state-2" in said[0] and "an older one is taken" in said[0]
+    save_snapshot(tmp_path, other(2), keep=2)  # done again; the damaged one is no more
+    assert files_in(tmp_path) == files_of(1, 2)
+    assert same(loaded(tmp_path), other(2))
+
+
+def test_a_snapshot_of_an_older_version_is_loaded(tmp_path):
+    save_snapshot(tmp_path, other(4))
+    (tmp_path / "state-4.json").rename(tmp_path / "manifest.json")
+    assert same(loaded(tmp_path), other(4))
+    save_snapshot(tmp_path, other(5), keep=2)
+    assert same(loaded(tmp_path), other(5))
+    assert files_in(tmp_path) == ["state-4.safetensors", *files_of(5)]
 
 
 @pytest.mark.parametrize("kill_at", ["data", "manifest", "removal"])
 def test_a_kill_while_saving_leaves_a_whole_snapshot(kill_at, tmp_path, monkeypatch):
     folder = tmp_path / "c"
-    save_snapshot(folder, TENSORS, VALUES)
-    other = {"a": torch.zeros(1)}
+    save_snapshot(folder, FIRST)
     replaced: list[Path] = []
     replace = Path.replace
 
@@ -138,33 +200,32 @@ def test_a_kill_while_saving_leaves_a_whole_snapshot(kill_at, tmp_path, monkeypa
         patch.setattr(Path, "replace", dying_replace)
         if kill_at == "removal":
             patch.setattr(Path, "unlink", dying_unlink)
-        save_snapshot(folder, other, {"step": 4})
-    found = load_snapshot(folder)
-    assert same(found, other, {"step": 4}) if kill_at == "removal" else same(found)
-    save_snapshot(folder, other, {"step": 5})
-    assert same(load_snapshot(folder), other, {"step": 5})
-    assert len(list(folder.iterdir())) == 2
+        save_snapshot(folder, other(2))
+    assert same(loaded(folder), other(2) if kill_at == "removal" else FIRST)
+    save_snapshot(folder, other(3))
+    assert same(loaded(folder), other(3))
+    assert files_in(folder) == files_of(3)
 
 
 @pytest.mark.parametrize(
     "error", [SafetensorError("I/O error: No space left"), OSError(28, "No space")]
 )
 def test_a_full_disk_keeps_the_old_snapshot(error, tmp_path, monkeypatch):
-    save_snapshot(tmp_path, TENSORS, VALUES)
+    save_snapshot(tmp_path, FIRST)
 
     def full(*_: object) -> None:
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(RunFailedError, match="No space") as failed:
         patch.setattr("safetensors.torch.save_file", full)
-        save_snapshot(tmp_path, {"a": torch.zeros(1)}, {})
+        save_snapshot(tmp_path, other(2))
     assert len(str(failed.value).splitlines()) == 1
-    assert same(load_snapshot(tmp_path))
-    assert len(list(tmp_path.iterdir())) == 2
+    assert same(loaded(tmp_path))
+    assert files_in(tmp_path) == files_of(1)
 
 
 def test_every_flipped_bit_and_every_cut_of_the_data_is_seen(tmp_path):
-    save_snapshot(tmp_path, TENSORS, VALUES)
+    save_snapshot(tmp_path, FIRST)
     (path,) = tmp_path.glob("*.safetensors")
     whole = path.read_bytes()
     for k in range(0, len(whole), len(whole) // 20):
@@ -173,15 +234,15 @@ def test_every_flipped_bit_and_every_cut_of_the_data_is_seen(tmp_path):
         for damaged in (bytes(flipped), whole[:k]):
             path.write_bytes(damaged)
             with pytest.raises(RunFailedError, match="is damaged"):
-                load_snapshot(tmp_path)
+                loaded(tmp_path)
     path.unlink()
     with pytest.raises(RunFailedError, match="is damaged"):
-        load_snapshot(tmp_path)
+        loaded(tmp_path)
 
 
 def test_a_flipped_bit_of_the_manifest_never_changes_what_is_loaded(tmp_path):
-    save_snapshot(tmp_path, TENSORS, VALUES)
-    path = tmp_path / "manifest.json"
+    save_snapshot(tmp_path, FIRST)
+    path = tmp_path / "state-1.json"
     whole = path.read_bytes()
     n_seen = 0
     for k in range(len(whole)):
@@ -190,7 +251,7 @@ def test_a_flipped_bit_of_the_manifest_never_changes_what_is_loaded(tmp_path):
             flipped[k] ^= 1 << bit
             path.write_bytes(flipped)
             try:
-                assert same(load_snapshot(tmp_path))  # white space, or a letter of JSON's own
+                assert same(loaded(tmp_path))  # white space, or a letter of JSON's own
             except RunFailedError:
                 n_seen += 1
     assert n_seen > 7 * len(whole)

@@ -10,10 +10,12 @@ import torch
 
 from swlora.config import AdapterSpec, RunSpec, load_spec
 from swlora.errors import DivergedError, RunFailedError, UserError
-from swlora.runs import Run, default_folder, read_run
-from swlora.snapshots import load_snapshot, save_snapshot
+from swlora.run_place import default_folder
+from swlora.runs import Run, read_run
+from swlora.snapshots import Snapshot, has_snapshot, save_snapshot
 from swlora.work_folder import Failure, failure_of
 
+SNAPSHOT = Snapshot(1, {"x": torch.ones(2)}, {})
 SPEC = RunSpec(adapter=AdapterSpec(rank=7), seed=5)
 
 
@@ -109,13 +111,13 @@ def test_a_resumed_run_may_end_better(tmp_path):
 def test_only_a_finished_run_drops_its_checkpoint(tmp_path):
     for error in (KeyboardInterrupt(), RunFailedError("x")):
         run = start(tmp_path / type(error).__name__)
-        save_snapshot(run.checkpoint, {"x": torch.ones(2)}, {})
+        save_snapshot(run.checkpoint, SNAPSHOT)
         with pytest.raises(type(error)), run:
             raise error
-        assert load_snapshot(run.checkpoint) is not None
+        assert has_snapshot(run.checkpoint)
     run = start(tmp_path / "done")
     with run:
-        save_snapshot(run.checkpoint, {"x": torch.ones(2)}, {})
+        save_snapshot(run.checkpoint, SNAPSHOT)
     assert not run.checkpoint.exists()
 
 
@@ -137,10 +139,10 @@ def test_a_run_that_came_too_late_spares_the_checkpoint_of_the_other(tmp_path):
     late = Run.prepare(tmp_path / "run", RunSpec(), "generate")
     first = Run.create(tmp_path / "run", RunSpec(), "train")
     with first:
-        save_snapshot(first.checkpoint, {"x": torch.ones(2)}, {})
+        save_snapshot(first.checkpoint, SNAPSHOT)
         with pytest.raises(UserError, match="another process is at work"), late:
             pass
-        assert load_snapshot(first.checkpoint) is not None
+        assert has_snapshot(first.checkpoint)
 
 
 def test_a_run_that_cannot_start_is_not_in_use(tmp_path):
@@ -162,6 +164,22 @@ def test_a_resumed_run_must_work_on_the_same(tmp_path):
     with pytest.raises(UserError, match="cannot go on: data_sha256 was aa and is now bb"):
         run.record_source(data_sha256="bb")
     assert read_run(tmp_path)["data_sha256"] == "aa"
+
+
+def test_what_a_run_goes_on_from_is_read_under_its_lock(tmp_path):
+    """A process that ends between a reading and the lock would have its facts written over."""
+    ended(tmp_path, KeyboardInterrupt())
+    run, _ = Run.reopen(tmp_path, "train")
+    with pytest.raises(UserError, match="another process is at work in"):
+        Run.reopen(tmp_path, "train")
+    with run:
+        pass
+    with pytest.raises(UserError, match="is done"):
+        Run.reopen(tmp_path, "train")
+    (tmp_path / "run.json").write_text("{")
+    for _ in range(2):  # what cannot be read is not locked for good
+        with pytest.raises(UserError, match=r"no readable run\.json"):
+            Run.reopen(tmp_path, "train")
 
 
 # When a folder is made
@@ -316,9 +334,8 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
         before = (tmp_path / "run" / "run.json").read_bytes()
-        run, _ = Run.reopen(tmp_path / "run", "train")
-        with pytest.raises(UserError, match="another process is at work in"), run:
-            pass
+        with pytest.raises(UserError, match="another process is at work in"):
+            Run.reopen(tmp_path / "run", "train")
         assert (tmp_path / "run" / "run.json").read_bytes() == before
         other.kill()
     run, _ = Run.reopen(tmp_path / "run", "train")

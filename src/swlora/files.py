@@ -1,6 +1,7 @@
-"""Files that are either complete or absent: written beside the target, flushed, renamed over it.
+"""Files that are either complete or absent: written beside the target, synced, renamed over it.
 
-JSON is strict: a NaN or an infinity is refused here rather than by the reader.
+What a killed process leaves beside a target has a name of its own, by which `remove_scratch` knows
+it. JSON is strict: a NaN or an infinity is refused here rather than by the reader.
 """
 
 import hashlib
@@ -16,6 +17,8 @@ from typing import Any
 from swlora.bounded_read import MAX_BYTES, UnreadableError, read_json_object
 from swlora.errors import RunFailedError, UserError
 
+_SCRATCH_END = ".partial"  # of hidden names: what is not complete yet
+
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -25,21 +28,62 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     scratch: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+        make_folder(target.parent)
+        handle, name = tempfile.mkstemp(_SCRATCH_END, f".{target.name}-", target.parent)
         os.close(handle)
         scratch = Path(name)
         yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
         scratch.chmod(0o644)
+        sync_path(scratch)
         scratch.replace(target)
-        _sync_folder(target.parent)
+        sync_path(target.parent)
     except OSError as error:
         raise RunFailedError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
+
+
+def sync_path(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, where a power cut does not lose them."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path, *, exist_ok: bool = True) -> None:
+    """Make a folder, and those above it that are missing, so that a power cut leaves them.
+
+    Raises OSError; FileExistsError where it is there and, by `exist_ok`, must not be.
+    """
+    missing = [path for path in folder.parents if not path.exists()]
+    for path in (*reversed(missing), folder):
+        is_new = not path.exists()
+        path.mkdir(exist_ok=exist_ok or path != folder)
+        if is_new:
+            sync_path(path.parent)
+
+
+def is_scratch(name: str) -> bool:
+    """Say whether a file or folder of this name is one that is not complete yet."""
+    return name.startswith(".") and name.endswith(_SCRATCH_END)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what killed processes left half-written in `folder`, where nobody writes now."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if not is_scratch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path, flag: str) -> None:
@@ -80,21 +124,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def scratch_folder(target: Path) -> Path:
+    """Return where the content of the folder `target` is put together, for `replace_folder`."""
+    return target.with_name(f".{target.name}{_SCRATCH_END}")
+
+
 def replace_folder(scratch: Path, target: Path) -> None:
     """Put the complete folder `scratch` into the place of the folder `target`.
 
     A kill at any moment leaves one of the two, for `restore_folder` to put right. Raises OSError.
     """
     restore_folder(target)
-    for path in scratch.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    for path in sorted(scratch.rglob("*"), reverse=True):  # files before the folders they are in
+        if path.is_dir() or path.is_file():
+            sync_path(path)
+    sync_path(scratch)
     previous = _previous(target)
     if target.exists():
         target.replace(previous)
     scratch.replace(target)
-    _sync_folder(target.parent)
+    sync_path(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -109,13 +158,3 @@ def restore_folder(target: Path) -> None:
 
 def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name}-previous")
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,11 @@ class Lock:
             os.close(self._descriptor)
             self._descriptor = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether something is locked."""
+        return self._descriptor is not None
+
     def is_of(self, path: Path) -> bool:
         """Say whether what was locked still lies at `path`, and nothing else took its place."""
         try:
@@ -70,7 +75,10 @@ def lock(path: Path, *, alone: bool, wait: bool = False, make: bool = False) -> 
 
 def lock_folder(folder: Path) -> Lock:
     """Lock a folder for the work of this process alone; UserError where another is at work."""
-    held = lock(folder, alone=True)
-    if held is None:
-        raise UserError(f"another process is at work in {folder}")
-    return held
+    while True:
+        held = lock(folder, alone=True)
+        if held is None:
+            raise UserError(f"another process is at work in {folder}")
+        if held.is_of(folder):
+            return held
+        held.release()  # another folder took its place meanwhile

@@ -14,11 +14,14 @@ from swlora.errors import UserError
 from swlora.files import check_writable
 from swlora.job import Job
 from swlora.locks import lock_folder
+from swlora.metrics_file import read_metrics
 from swlora.pipeline import choose_layers
 from swlora.preparation import prepare_training
 from swlora.progress import Progress
+from swlora.run_place import RESUMABLE
 from swlora.run_record import MemoryRecord
-from swlora.runs import RESUMABLE, read_metrics, read_result, read_run
+from swlora.runs import read_result, read_run
+from swlora.snapshots import has_snapshot
 from swlora.work_folder import other_source
 
 
@@ -80,7 +83,7 @@ def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
     attached = attach(job, prepared.schedule, choose_layers(job))
     adapted = attached.adapted
     state = LoopState(adapted, make_optimizer(adapted, prepared.schedule.spec))
-    if not state.load(run / "checkpoint"):
+    if not state.load(run / "checkpoint", progress.say):
         raise UserError(f"{run} holds no complete checkpoint: no step of it was kept")
     adapted.finish()
     step = state.totals.step
@@ -96,7 +99,7 @@ def _check(run: Path, output: Path) -> None:
     facts = read_run(run)
     if facts["command"] not in RESUMABLE:
         raise UserError(f"{run} is a run of {facts['command']}, which trains no adapter")
-    if not (run / "checkpoint" / "manifest.json").exists():
+    if not has_snapshot(run / "checkpoint"):
         done = run / "adapter"
         if done.is_dir():
             raise UserError(f"the training in {run} came to its end: its adapter is {done}")

@@ -28,6 +28,9 @@ class RunRecord(Protocol):
     def begin(self, spec: RunSpec | None = None) -> None:
         """Note that the work begins, with the settings that it has."""
 
+    def keep_place(self) -> bool:
+        """Have a folder to write in, made again where it was removed; say whether it was."""
+
     def record(self, **facts: Any) -> None:
         """Add facts."""
 
@@ -70,6 +73,10 @@ class MemoryRecord:
 
     def begin(self, spec: RunSpec | None = None) -> None:
         """Do nothing: there is no folder to make."""
+
+    def keep_place(self) -> bool:
+        """Do nothing: there is no folder to remove."""
+        return False
 
     def record(self, **facts: Any) -> None:
         """Keep facts."""

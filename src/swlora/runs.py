@@ -5,34 +5,48 @@
     checkpoint/     the newest complete snapshot      adapter/        a standard PEFT adapter
 
 Status is running, done, failed (with the reason) or cancelled. Every file but metrics.jsonl is
-replaced atomically. A snapshot counts only when its manifest, written last, matches its bytes;
-it goes when the run is done.
+replaced atomically. A run has begun when it has both run.json and, written after it, config.yaml.
+A snapshot counts only when its manifest, written last, matches its bytes; it goes when the disk
+says that the run is done. Whoever opens a run puts right what a kill left.
 """
 
-import json
 import os
 import platform
 import shutil
 import time
-import zlib
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from swlora.bounded_read import UnreadableError, parse_json, read_bounded
 from swlora.config import RunSpec, dump_yaml, load_spec
 from swlora.errors import RunFailedError, UserError
-from swlora.files import check_writable, read_json, write_json, write_text
+from swlora.files import (
+    check_writable,
+    read_json,
+    remove_scratch,
+    restore_folder,
+    sync_path,
+    write_json,
+    write_text,
+)
+from swlora.locks import lock_folder
+from swlora.metrics_file import append_metrics, read_metrics, sync_metrics, truncate_metrics
 from swlora.result_json import as_json
+from swlora.run_place import (
+    CONFIG,
+    DEFAULT_PARENT,
+    NEEDED,
+    RESUMABLE,
+    RUN,
+    check_free,
+    default_folder,
+    made_default_folder,
+    make_run_folder,
+)
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
-DEFAULT_PARENT = Path("runs")
-METRICS = "metrics.jsonl"
-CHECKSUM = "crc32"  # the last value of a line
-MAX_METRICS_BYTES = 1 << 30  # of some million steps
-RESUMABLE = ("train", "train-eval")
+ADAPTERS = ("adapter", "best")
 
 
 class Run(WorkFolder):
@@ -44,7 +58,7 @@ class Run(WorkFolder):
     """
 
     work: ClassVar[str] = "run"
-    file_name: ClassVar[str] = "run.json"
+    file_name: ClassVar[str] = RUN
     status_after_error: ClassVar[Status] = "failed"
 
     def __init__(self, folder: Path, facts: dict[str, Any], spec: RunSpec) -> None:
@@ -63,7 +77,7 @@ class Run(WorkFolder):
         """
         check_writable(folder or DEFAULT_PARENT, "--output")
         if folder is not None:
-            _check_free(folder)
+            check_free(folder)
         facts = {
             "status": "running",
             "command": command,
@@ -91,31 +105,92 @@ class Run(WorkFolder):
         if self.has_begun:
             return
         if self._is_named:
-            _make(self.folder, exist_ok=True)
+            make_run_folder(self.folder, exist_ok=True)
         else:
-            self.folder = _made_default_folder(self.facts["command"])
+            self.folder = made_default_folder(self.facts["command"])
         if self._is_entered:
             self._take()
-        _check_free(self.folder)
-        write_text(self.folder / "config.yaml", dump_yaml(spec or self._spec))
+        check_free(self.folder)
+        self._tidy()
+        if (self.folder / CONFIG).exists():  # of a run that came to nothing: not of this one
+            (self.folder / CONFIG).unlink()
+            sync_path(self.folder)
+        self._spec = spec or self._spec
         self.has_begun = True
-        self._save()
+        self._write_start()
+
+    def _write_start(self) -> None:
+        super()._save()
+        write_text(self.folder / CONFIG, dump_yaml(self._spec))
+
+    def keep_place(self) -> bool:
+        """Make the folder again where somebody removed or emptied it; say whether that was so.
+
+        Raises RunFailedError where another one lies in its place, in which nothing is written.
+        """
+        if not self.has_begun:
+            return False
+        is_there = self._lock.is_of(self.folder)
+        if is_there and (self.folder / CONFIG).exists():
+            return False
+        if not is_there:
+            if os.path.lexists(self.folder):
+                raise RunFailedError(
+                    f"{self.folder} was replaced while the run was at work in it: nothing is "
+                    "written into what lies there now"
+                )
+            make_run_folder(self.folder, exist_ok=False)
+            self._lock.release()
+            self._take()
+        self.facts["folder_made_again"] = True
+        self._write_start()
+        return True
 
     @classmethod
     def reopen(cls, folder: Path, command: str) -> tuple[Self, RunSpec]:
-        """Open an unfinished run of `command` to continue it; UserError where there is none."""
-        if not (folder / "run.json").exists():
+        """Lock an unfinished run of `command`, to be entered and continued.
+
+        Raises UserError where there is none, or another process is at work in it.
+        """
+        if not (folder / cls.file_name).exists():
             raise UserError(f"{folder} holds no run to resume")
+        held = lock_folder(folder)
+        try:
+            run, spec = cls._read_back(folder, command)
+        except BaseException:
+            held.release()
+            raise
+        run._lock = held
+        return run, spec
+
+    @classmethod
+    def _read_back(cls, folder: Path, command: str) -> tuple[Self, RunSpec]:
+        """Read the run in a locked folder, after putting right what a kill left there."""
         facts = read_run(folder)
+        run = cls(folder, facts, RunSpec())
+        run.has_begun = True
+        run._tidy()
         if facts["status"] == "done":
             raise UserError(_nothing_to_resume(folder))
         if facts["command"] != command:
             raise UserError(f"{folder} holds a run of {facts['command']}, not of {command}")
-        spec = load_spec(folder / "config.yaml", {})
+        if not (folder / CONFIG).exists():
+            raise UserError(
+                f"the run in {folder} was stopped before it began; start it again, with its "
+                "settings and without --resume"
+            )
+        run._spec = load_spec(folder / CONFIG, {})
         facts |= {"status": "running", "resumed": facts.get("resumed", 0) + 1}
-        run = cls(folder, facts, spec)
-        run.has_begun = True
-        return run, spec
+        return run, run._spec
+
+    def _tidy(self) -> None:
+        """Remove what a kill left half-written, or half-removed after the end of the run."""
+        remove_scratch(self.folder)
+        remove_scratch(self.checkpoint)
+        for name in ADAPTERS:
+            restore_folder(self.folder / name)
+        if self.facts["status"] == "done":
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
 
     @property
     def checkpoint(self) -> Path:
@@ -130,20 +205,12 @@ class Run(WorkFolder):
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; RunFailedError where the disk is full."""
-        line = _metrics_line(values)
-        path = self.folder / METRICS
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise RunFailedError(f"cannot write {path}: {error.strerror or error}") from error
+        self.keep_place()
+        append_metrics(self.folder, values)
 
     def sync(self) -> None:
         """Have metrics.jsonl on the disk before a checkpoint says that its steps are done."""
-        path = self.folder / METRICS
-        if path.exists():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        sync_metrics(self.folder)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl."""
@@ -151,11 +218,11 @@ class Run(WorkFolder):
 
     def truncate_metrics(self, after_step: int) -> None:
         """Drop metric lines of steps after `after_step`, which a resumed run does again."""
-        kept = [row for row in read_metrics(self.folder, strict=True) if row["step"] <= after_step]
-        write_text(self.folder / METRICS, "".join(_metrics_line(row) + "\n" for row in kept))
+        truncate_metrics(self.folder, after_step)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Add to result.json what came out of the run, under names such as "train" and "eval"."""
+        self.keep_place()
         write_json(self.folder / "result.json", {**self.read_result(), **as_json(result)})
 
     def read_result(self) -> dict[str, Any]:
@@ -163,15 +230,17 @@ class Run(WorkFolder):
         return read_result(self.folder)
 
     def _save(self) -> None:
-        if self.has_begun:
+        if self.has_begun and not self.keep_place():
             super()._save()
 
     def __enter__(self) -> Self:
         self._is_entered = True
         if self.has_begun:
-            self._take()
+            is_new = not self._lock.is_held
+            if is_new:
+                self._take()
             try:
-                if read_run(self.folder)["status"] == "done":  # since this process read of it
+                if is_new and read_run(self.folder)["status"] == "done":  # by another process
                     raise UserError(_nothing_to_resume(self.folder))
                 self._record_start()
             except BaseException:
@@ -184,9 +253,26 @@ class Run(WorkFolder):
             self._note_error(error)
         else:
             self.begin()  # which fails where another run has taken the folder
+            self._check_whole()
             self.facts["status"] = "done"
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
         self.add_timing("total", time.perf_counter() - self._start_s)
+        if error is None:  # the disk says so: what is needed to go on may go
+            self._tidy()
+
+    def _check_whole(self) -> None:
+        """Refuse to call a training done whose adapter somebody removed after it was saved."""
+        self.keep_place()
+        is_training = self.facts["command"] in RESUMABLE
+        if is_training and self.facts.get("folder_made_again") and not self._has_adapter():
+            error = RunFailedError(
+                f"{self.folder} was removed while the run was at work, and with it the adapter "
+                "that had been saved there: train again"
+            )
+            self._end(error)
+            raise error
+
+    def _has_adapter(self) -> bool:
+        return (self.folder / ADAPTERS[0]).is_dir()
 
 
 def started_s(facts: Mapping[str, Any]) -> float:
@@ -196,7 +282,7 @@ def started_s(facts: Mapping[str, Any]) -> float:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Read run.json; UserError where the folder is no run."""
-    return read_facts(folder / Run.file_name, ("status", "command"))
+    return read_facts(folder / RUN, NEEDED)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -205,95 +291,5 @@ def read_result(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def read_metrics(folder: Path, *, strict: bool = False) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, empty before the first step, without lines that are torn or damaged.
-
-    With `strict`, raises RunFailedError where the file is there and cannot be read whole.
-    """
-    path = folder / METRICS
-    try:
-        content, is_whole = read_bounded(path, MAX_METRICS_BYTES, follow_links=False)
-    except UnreadableError as error:
-        if strict and os.path.lexists(path):
-            raise RunFailedError(f"{path} cannot be read: {error}") from error
-        return []
-    if strict and not is_whole:
-        raise RunFailedError(f"{path} is longer than {MAX_METRICS_BYTES:,} bytes")
-    return parse_metrics(content.splitlines())
-
-
-def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    """Return the reports in lines of metrics.jsonl, without those that are torn or damaged."""
-    rows = []
-    for line in lines:
-        try:
-            row = parse_json(line)
-        except UnreadableError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append((row.pop(CHECKSUM, None), row))
-    is_older = all(noted is None for noted, _ in rows)  # older runs have no checksums
-    return [row for noted, row in rows if is_older or noted == _checksum(row)]
-
-
-def _metrics_line(values: Mapping[str, Any]) -> str:
-    return json.dumps({**values, CHECKSUM: _checksum(values)}, allow_nan=False)
-
-
-def _checksum(values: Mapping[str, Any]) -> int:
-    """Return the crc32 of a report as JSON: its names, their order, and every digit."""
-    return zlib.crc32(json.dumps(values).encode())
-
-
 def _nothing_to_resume(folder: Path) -> str:
     return f"the run in {folder} is done; there is nothing to resume"
-
-
-def _check_free(folder: Path) -> None:
-    """Refuse a folder with a run, unless that run came to nothing and left nothing."""
-    if not (folder / "run.json").exists():
-        if (folder / "config.yaml").exists():
-            raise UserError(
-                f"{folder} holds a config.yaml of something else; choose another --output"
-            )
-        return
-    facts = read_run(folder)
-    left = {path.name for path in folder.iterdir()} - {"run.json", "config.yaml"}
-    if facts["status"] in ("failed", "cancelled") and not left:
-        return
-    can_resume = facts["status"] != "done" and facts["command"] in RESUMABLE
-    raise UserError(
-        f"{folder} already holds a run ({facts['status']}); choose another --output"
-        + (" or continue it with --resume" if can_resume else "")
-    )
-
-
-def default_folder(command: str) -> Path:
-    """Return a fresh folder name under runs/ for a command that was given no --output."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = DEFAULT_PARENT / f"{command}-{stamp}"
-    suffix = 1
-    while folder.exists():
-        suffix += 1
-        folder = DEFAULT_PARENT / f"{command}-{stamp}-{suffix}"
-    return folder
-
-
-def _made_default_folder(command: str) -> Path:
-    """Make and return a default folder that no other process has taken."""
-    while True:
-        folder = default_folder(command)
-        with suppress(FileExistsError):
-            _make(folder, exist_ok=False)
-            return folder
-
-
-def _make(folder: Path, *, exist_ok: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=exist_ok)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"cannot make {folder}: {error.strerror}; choose another --output"
-        ) from error

@@ -1,63 +1,118 @@
 """Snapshots of a training, in a folder of their own: a kill at any moment leaves a whole one.
 
-The bytes go to a file with a name of its own, then the manifest (name, sha256) is renamed into
-place, then the previous file is removed. A snapshot counts only when its manifest matches its
-bytes.
+    state-7.safetensors   the bytes, complete before      state-7.json   {file, sha256}
+
+A snapshot counts only when its bytes have the sha256 in its JSON file, the manifest. The newest
+that counts is taken, and the ones before it go only when a newer one is complete.
 """
 
 import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swlora.errors import RunFailedError
+from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.errors import RunFailedError, UserError
 from swlora.files import atomic_path, sha256_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+OLD_MANIFEST = "manifest.json"  # of older versions, which kept one snapshot
+_NAME = re.compile(r"state-(\d+)\.(?:json|safetensors)")
 
-def save_snapshot(folder: Path, tensors: dict[str, "Tensor"], values: dict[str, Any]) -> None:
-    """Replace the snapshot in `folder` by `tensors` and JSON `values`; the old one stays until
-    the new one is complete.
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The tensors and JSON values of a training; snapshots of a run are numbered from 1."""
+
+    number: int
+    tensors: dict[str, "Tensor"]
+    values: dict[str, Any]
+
+
+def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 1) -> None:
+    """Write a snapshot, then remove all others but the `keep` - 1 with the numbers before its own.
 
     Raises RunFailedError where the disk is full.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    numbers = [int(path.stem.partition("-")[2]) for path in folder.glob("state-*.safetensors")]
-    data_path = folder / f"state-{max(numbers, default=0) + 1}.safetensors"
-    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"values": json.dumps(values, allow_nan=False)}
+    data_path = folder / f"state-{snapshot.number}.safetensors"
+    contents = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()
+    }
+    metadata = {"values": json.dumps(snapshot.values, allow_nan=False)}
     with atomic_path(data_path) as scratch:
         try:
             save_file(contents, scratch, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-    write_json(folder / "manifest.json", {"file": data_path.name, "sha256": sha256_of(data_path)})
-    for stale in folder.glob("state-*.safetensors"):
-        if stale != data_path:
-            stale.unlink()
+    manifest = {"file": data_path.name, "sha256": sha256_of(data_path)}
+    write_json(data_path.with_suffix(".json"), manifest)
+    (folder / OLD_MANIFEST).unlink(missing_ok=True)
+    kept = range(snapshot.number - keep + 1, snapshot.number + 1)
+    for path in sorted(folder.iterdir()):  # a manifest before its bytes
+        if _number(path) not in (None, *kept):
+            path.unlink()
 
 
-def load_snapshot(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]] | None:
-    """Return (tensors, values) of the snapshot in `folder`, or None where none was completed.
+def load_snapshot(folder: Path, say: Callable[[str], None]) -> Snapshot | None:
+    """Return the newest whole snapshot in `folder`, None where none was completed.
 
-    Raises RunFailedError where its bytes are not those that were saved.
+    `say` is told why a newer one was left out. Raises RunFailedError where all are damaged.
     """
     from safetensors import safe_open
 
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
+    left_out: list[str] = []
+    for manifest in _manifests(folder):
+        try:
+            path = _whole(manifest)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        for reason in left_out:
+            say(f"{reason}; an older one is taken")
+        with safe_open(path, "pt") as file:
+            values = json.loads(file.metadata()["values"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return Snapshot(_number(path) or 0, tensors, values)
+    if left_out:
+        raise RunFailedError(f"{'; '.join(left_out)}; start again in another --output")
+    return None
+
+
+def has_snapshot(folder: Path) -> bool:
+    """Say whether a snapshot was completed in `folder`, whatever became of its bytes since."""
+    return any(_manifests(folder))
+
+
+def _manifests(folder: Path) -> Iterator[Path]:
+    """Yield the manifests in a folder, the newest first."""
+    found = [path for path in folder.glob("state-*.json") if _number(path) is not None]
+    yield from sorted(found, key=lambda path: _number(path) or 0, reverse=True)
+    if (old := folder / OLD_MANIFEST).exists():
+        yield old
+
+
+def _whole(manifest: Path) -> Path:
+    """Return the file of bytes that a manifest is of; UserError where it is not as it was saved."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        path = folder / manifest["file"]
-        whole = path.is_file() and sha256_of(path) == manifest["sha256"]
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise RunFailedError(f"the checkpoint {path} is damaged; start again in another --output")
-    with safe_open(path, "pt") as file:
-        values = json.loads(file.metadata()["values"])
-        return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
+        facts = read_json_object(manifest, follow_links=False)
+    except UnreadableError as error:
+        raise UserError(f"the checkpoint {manifest} is damaged: {error}") from error
+    path = manifest.parent / str(facts.get("file"))
+    if not _NAME.fullmatch(path.name) or path.parent != manifest.parent or not path.is_file():
+        raise UserError(f"the checkpoint {manifest} is damaged: its {path.name} is not there")
+    if sha256_of(path) != facts.get("sha256"):
+        raise UserError(f"the checkpoint {path} is damaged: it is not as it was saved")
+    return path
+
+
+def _number(path: Path) -> int | None:
+    """Return the number of a snapshot by the name of one of its files; None for other files."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None

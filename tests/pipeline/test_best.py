@@ -18,10 +18,11 @@ from swlora.config import RunSpec, load_spec
 from swlora.evaluation.held_out import Measurements, planned_measurements
 from swlora.evaluation.loss import dataset_loss
 from swlora.job import Job
+from swlora.metrics_file import read_metrics
 from swlora.models.load import load_model
 from swlora.progress import Silent
 from swlora.result_json import as_json
-from swlora.runs import Run, read_metrics
+from swlora.runs import Run
 from swlora.training.trained import Trained
 from swlora.web.folders import RunFolders
 

@@ -16,10 +16,11 @@ from swlora.config import RunSpec
 from swlora.errors import UserError
 from swlora.evaluation.loss import dataset_loss
 from swlora.job import Job
+from swlora.metrics_file import read_metrics
 from swlora.models.load import load_model
 from swlora.progress import Silent
 from swlora.result_json import as_json
-from swlora.runs import Run, read_metrics
+from swlora.runs import Run
 from swlora.training.frozen_prefix import PrefixCache
 
 pytestmark = pytest.mark.usefixtures("no_drawings")

@@ -14,7 +14,8 @@ from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_ad
 from swlora.config import RunSpec
 from swlora.data import truncate
 from swlora.errors import RunFailedError, UserError
-from swlora.runs import read_metrics, read_run
+from swlora.metrics_file import read_metrics
+from swlora.runs import read_run
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 

@@ -25,8 +25,9 @@ from swlora.errors import DataError, UserError
 from swlora.evaluation.english import english_loss
 from swlora.evaluation.segments import Segments
 from swlora.job import Job
+from swlora.metrics_file import read_metrics
 from swlora.progress import Silent
-from swlora.runs import Run, read_metrics, read_run
+from swlora.runs import Run, read_run
 
 
 @pytest.mark.parametrize("layers", ["all", "last:1"])

@@ -50,7 +50,7 @@ print(f"working in {place}", flush=True)
 if act.get("hang") and resume == "False":
     signal.signal(signal.SIGTERM, stopped)
     (run / "checkpoint").mkdir()
-    write("checkpoint/manifest.json", {})
+    write("checkpoint/state-1.json", {})
     write("hanging", True)
     time.sleep(60)
 if act.get("die"):

@@ -20,8 +20,9 @@ from swlora.adapters.methods import METHODS, adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.loss_sum import LossSum
+from swlora.metrics_file import read_metrics
 from swlora.progress import Silent
-from swlora.runs import Run, read_metrics
+from swlora.runs import Run
 from swlora.training.loop import train
 from swlora.training.plain import pad
 from swlora.training.schedule import Schedule

@@ -19,8 +19,9 @@ from swlora.errors import DivergedError, RunFailedError
 from swlora.files import replace_folder
 from swlora.locks import Lock
 from swlora.loss_sum import LossSum
+from swlora.metrics_file import read_metrics
 from swlora.progress import Silent
-from swlora.runs import Run, read_metrics, read_run
+from swlora.runs import Run, read_run
 from swlora.training.checkpoint import LoopState
 from swlora.training.loop import train
 from swlora.training.schedule import Schedule
@@ -171,7 +172,7 @@ def test_a_kill_between_any_two_operations_on_files_loses_nothing(
             break
         except Killed:
             pass
-        if (folder / "run.json").exists():
+        if (folder / "config.yaml").exists():  # else it has not begun
             if read_run(folder)["status"] != "done":
                 state = training(folder, patience=2, every=1, resumed=True)
                 assert state.held_out == expected.held_out, n

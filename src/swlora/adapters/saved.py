@@ -22,7 +22,14 @@ from swlora.adapters.methods import quiet_peft
 from swlora.adapters.reach import HARMLESS_STARTS, refusal
 from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import RunFailedError, UserError
-from swlora.files import replace_folder, sha256_of, write_json, write_text
+from swlora.files import (
+    make_folder,
+    replace_folder,
+    scratch_folder,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from swlora.models.finite import not_finite
 from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel
@@ -45,8 +52,9 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
     """
     from safetensors import SafetensorError
 
-    scratch = folder.with_name(f".{folder.name}-saving")
+    scratch = scratch_folder(folder)
     try:
+        make_folder(folder.parent)
         shutil.rmtree(scratch, ignore_errors=True)
         with quiet_peft():
             model.save_pretrained(str(scratch), save_embedding_layers=False)

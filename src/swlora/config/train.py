@@ -5,9 +5,11 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from swlora.config.fields import Spec
+from swlora.config.save_every import SaveEvery, parse_save_every
 from swlora.settings import flag_name
 
 DEFAULT_BATCH_SIZE = 32
+DEFAULT_SAVE_EVERY = "5min"
 
 
 class TrainSpec(Spec):
@@ -41,8 +43,15 @@ class TrainSpec(Spec):
         ge=0,
         description="disk, where it is free, for states below the lowest adapted layer; 0: none",
     )
-    checkpoint_every_s: float = Field(
-        default=300.0, gt=0, description="seconds between checkpoints"
+    save_every: str | None = Field(
+        default=None,
+        description="how often a checkpoint is written, such as 500steps or 30s [default: 5min]",
+    )
+    checkpoint_every_s: float | None = Field(
+        default=None, gt=0, description="the same as a number of seconds"
+    )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="how many are kept; a run goes on from the newest whole one"
     )
     eval_every_steps: int | None = Field(
         default=None,
@@ -62,6 +71,23 @@ class TrainSpec(Spec):
         description="stop when N measurements of the held-out loss in a row were no better; keep "
         "the best adapter",
     )
+
+    @property
+    def saving(self) -> SaveEvery:
+        """How often a checkpoint is written."""
+        if self.checkpoint_every_s is not None:
+            return SaveEvery(seconds=self.checkpoint_every_s)
+        return parse_save_every(self.save_every or DEFAULT_SAVE_EVERY)
+
+    @model_validator(mode="after")
+    def _one_says_how_often_to_save(self) -> Self:
+        if self.save_every is not None:
+            parse_save_every(self.save_every)
+            if self.checkpoint_every_s is not None:
+                raise ValueError(
+                    "--save-every and --checkpoint-every-s say the same; leave one of them out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _held_out_rows_are_measured(self) -> Self:

@@ -20,7 +20,8 @@ from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
 from swlora.evaluation.segments import Segments
 from swlora.files import read_json
-from swlora.runs import read_metrics, read_run
+from swlora.metrics_file import read_metrics
+from swlora.runs import read_run
 from swlora.settings import problem_lines
 from swlora.study.folder import fit_seconds, read_study
 from swlora.study.spec import StudySpec

@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.table import Table
 
 from swlora.bounded_read import UnreadableError, parse_json, read_tail
+from swlora.metrics_file import METRICS
 from swlora.progress import duration
-from swlora.runs import METRICS
 from swlora.study.plan import Task
 
 LINE_EVERY_S = 30.0

@@ -24,6 +24,7 @@ from swlora.locks import lock_folder
 from swlora.paths import cache_dir
 from swlora.progress import duration
 from swlora.runs import read_run
+from swlora.snapshots import has_snapshot
 from swlora.study.folder import StudyFolder, remove
 from swlora.study.live import Board, View
 from swlora.study.plan import Task
@@ -83,7 +84,7 @@ class Runner:
             return self._note(task, _outcome(facts, 0, folder), self._seconds(task))
         if folder.exists():
             _check_free(folder)
-        resume = task.phase == "runs" and (folder / "checkpoint" / "manifest.json").exists()
+        resume = task.phase == "runs" and has_snapshot(folder / "checkpoint")
         before_s = self._seconds(task) or 0.0 if resume else 0.0
         if resume:
             _check_same(folder, task)

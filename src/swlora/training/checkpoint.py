@@ -6,6 +6,8 @@ step), so they need no state. A run that resumes here does the same arithmetic a
 stopped, after a kill too; only in float32 another number of threads sums in another order.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from swlora.adapters.adapted import Adapted
+from swlora.config import TrainSpec
 from swlora.errors import RunFailedError
-from swlora.snapshots import load_snapshot, save_snapshot
+from swlora.run_record import RunRecord
+from swlora.snapshots import Snapshot, load_snapshot, save_snapshot
 from swlora.training.watch import HeldOutState
 
 
@@ -36,6 +40,8 @@ class LoopState:
     optimizer: torch.optim.Optimizer
     totals: Totals = field(default_factory=Totals)
     held_out: HeldOutState = field(default_factory=HeldOutState)
+    number: int = 0  # of the newest snapshot of it
+    saved_step: int | None = None
 
     def random_state(self) -> dict[str, Tensor]:
         """Return where the random generators stand."""
@@ -50,8 +56,8 @@ class LoopState:
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng_cuda"], self._device)
 
-    def save(self, folder: Path) -> None:
-        """Replace the snapshot in `folder` by this state."""
+    def save(self, folder: Path, keep: int = 1) -> None:
+        """Save this state in `folder`; the `keep` - 1 that were saved before it stay."""
         tensors = self.random_state()
         for name, tensor in self.adapted.state().items():
             tensors[f"method/{name}"] = tensor.detach().clone()
@@ -60,17 +66,19 @@ class LoopState:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).clone()
         values = {**vars(self.totals), "held_out": vars(self.held_out)}
-        save_snapshot(folder, tensors, values)
+        save_snapshot(folder, Snapshot(self.number + 1, tensors, values), keep)
+        self.number, self.saved_step = self.number + 1, self.totals.step
 
-    def load(self, folder: Path) -> bool:
-        """Fill this state from the snapshot in `folder`; False where there is none.
+    def load(self, folder: Path, say: Callable[[str], None]) -> bool:
+        """Fill this state from the newest whole snapshot in `folder`; False where there is none.
 
-        Raises RunFailedError where the snapshot holds other parameters.
+        `say` is told why a newer one was left out. Raises RunFailedError where the snapshot holds
+        other parameters, or where all are damaged.
         """
-        snapshot = load_snapshot(folder)
+        snapshot = load_snapshot(folder, say)
         if snapshot is None:
             return False
-        tensors, values = snapshot
+        tensors, values = snapshot.tensors, snapshot.values
         saved = {n.removeprefix("parameter/") for n in tensors if n.startswith("parameter/")}
         if saved != set(self.adapted.parameters):
             raise RunFailedError(f"the checkpoint in {folder} belongs to another adapter")
@@ -83,7 +91,13 @@ class LoopState:
         self.adapted.load_state(own)
         self.held_out = HeldOutState(**values.pop("held_out", {}))  # older ones have none
         self.totals = Totals(**values)
+        self.number, self.saved_step = snapshot.number, self.totals.step
         return True
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest snapshot is of the step that this state is of."""
+        return self.saved_step == self.totals.step
 
     @property
     def _device(self) -> torch.device:
@@ -98,3 +112,25 @@ class LoopState:
             key, _, owner = rest.partition("/")
             if kind == "optimizer" and owner == name:
                 state[key] = value.to(parameter.device, copy=True)
+
+
+class Checkpoints:
+    """Writes the state of a loop into its run, where there is a place for it."""
+
+    def __init__(self, state: LoopState, run: RunRecord, spec: TrainSpec) -> None:
+        self._state, self._run, self._spec = state, run, spec
+        self._saved_at_s = time.perf_counter()
+
+    def after_step(self, *, at_once: bool) -> None:
+        """Save where it is time to, or `at_once`."""
+        since_s = time.perf_counter() - self._saved_at_s
+        if at_once or self._spec.saving.is_due(self._state.totals.step, since_s):
+            self.save()
+
+    def save(self) -> None:
+        """Save the state, unless it is saved already, after the reports of its steps."""
+        folder = self._run.checkpoint
+        if folder and not self._state.is_saved:
+            self._run.sync()
+            self._state.save(folder, self._spec.keep_checkpoints)
+        self._saved_at_s = time.perf_counter()

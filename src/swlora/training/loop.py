@@ -26,7 +26,7 @@ from swlora.loss_sum import LossSum
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
 from swlora.threads import adapt_threads, adapted_threads
-from swlora.training.checkpoint import LoopState
+from swlora.training.checkpoint import Checkpoints, LoopState
 from swlora.training.schedule import Schedule, Step
 from swlora.training.watch import HeldOutState, Watch
 
@@ -58,14 +58,14 @@ def train(
     spec = schedule.spec
     accelerator, state = _begin(adapted, spec)
     folder, n_steps = run.checkpoint, schedule.n_steps
-    if folder and state.load(folder):
+    if folder and state.load(folder, progress.say):
         progress.say(f"resuming after step {state.totals.step}")
     run.truncate_metrics(state.totals.step)
     if n_lost := state.totals.step - len(run.metrics()):
         progress.say(f"metrics.jsonl is damaged: the reports of {n_lost:,} steps are lost")
     if watch:
         watch.resume(state.held_out)
-    saved_at_s = time.perf_counter()
+    checkpoints = Checkpoints(state, run, spec)
     with progress.task("train", n_steps) as task, _stop_requested() as stop:
         task.advance(state.totals.step)
         for groups in schedule.steps(state.totals.step):
@@ -79,29 +79,29 @@ def train(
                     error.sequence_ids = np.concatenate(groups).tolist()
                 if are_usable(adapted):  # raised before the weights changed: nothing is lost
                     state.set_random_state(random_state)
-                    _save(state, run)
+                    checkpoints.save()
                 raise
+            if was_removed := run.keep_place():
+                progress.say(_made_again(run))
             if watch:
                 report |= watch.after_step(state.held_out, state.totals.step, n_steps)
             run.append_metrics(report)
             task.advance(1, _note(report, state.held_out))
             stopping = stop.is_set()  # asked once: the signal may come between two questions
-            if stopping or time.perf_counter() - saved_at_s > spec.checkpoint_every_s:
-                _save(state, run)
-                saved_at_s = time.perf_counter()
+            checkpoints.after_step(at_once=stopping or was_removed)
             if stopping:
                 stopped = f"stopped after step {state.totals.step} of {n_steps}"
                 how = f"; --resume --output {run.folder} continues" if folder else ""
                 raise KeyboardInterrupt(stopped + how)
-    _save(state, run)
+    checkpoints.save()
     return state
 
 
-def _save(state: LoopState, run: RunRecord) -> None:
-    """Write a checkpoint, where there is a place for it, after the reports of its steps."""
-    if run.checkpoint:
-        run.sync()
-        state.save(run.checkpoint)
+def _made_again(run: RunRecord) -> str:
+    return (
+        f"{run.folder} was removed while the run was at work: it is made again, and goes on "
+        "without the reports and the best adapter so far"
+    )
 
 
 def reports(

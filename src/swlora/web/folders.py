@@ -21,7 +21,8 @@ from swlora.adapters.reach import switch_refusal
 from swlora.adapters.saved import FACTS, WEIGHTS
 from swlora.bounded_read import UnreadableError, read_bounded, read_json_object
 from swlora.errors import UserError
-from swlora.runs import METRICS, Run, parse_metrics, read_run
+from swlora.metrics_file import METRICS, parse_metrics
+from swlora.runs import Run, read_run
 from swlora.study.folder import StudyFolder, read_study
 
 log = logging.getLogger("swlora.web")

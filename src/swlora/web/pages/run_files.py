@@ -15,7 +15,7 @@ import yaml
 from swlora.adapters.saved import WEIGHTS
 from swlora.bounded_read import UnreadableError, read_bounded
 from swlora.config.yaml_file import parse_yaml
-from swlora.runs import METRICS, parse_metrics
+from swlora.metrics_file import METRICS, parse_metrics
 from swlora.web.folders import MAX_METRICS_BYTES
 
 MAX_CONFIG_BYTES = 64 * 1024

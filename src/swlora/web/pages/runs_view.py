@@ -12,8 +12,9 @@ from typing import Any
 
 from swlora.errors import UserError
 from swlora.evaluation.loss_curve import Point, smoothed
+from swlora.metrics_file import METRICS
 from swlora.progress import duration
-from swlora.runs import METRICS, Run, read_run
+from swlora.runs import Run, read_run
 from swlora.study.live import snapshot
 from swlora.web.folders import RunEntry, reading, run_figures, run_result
 from swlora.web.pages.charts import Chart, Series, finite, line_chart

@@ -1,0 +1,65 @@
+"""Where a run may begin: a folder that holds no other run, or a fresh one."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from swlora.errors import UserError
+from swlora.files import is_scratch, make_folder
+from swlora.work_folder import read_facts
+
+RUN = "run.json"
+CONFIG = "config.yaml"
+DEFAULT_PARENT = Path("runs")
+RESUMABLE = ("train", "train-eval")
+NEEDED = ("status", "command")  # in run.json
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder with a run, unless that run came to nothing and left nothing."""
+    if not (folder / RUN).exists():
+        if (folder / CONFIG).exists():
+            raise UserError(f"{folder} holds a {CONFIG} of something else; choose another --output")
+        return
+    facts = read_facts(folder / RUN, NEEDED)
+    names = {path.name for path in folder.iterdir() if not is_scratch(path.name)}
+    never_began = facts["status"] == "running" and CONFIG not in names
+    if names <= {RUN, CONFIG} and (never_began or facts["status"] in ("failed", "cancelled")):
+        return
+    can_resume = facts["status"] != "done" and facts["command"] in RESUMABLE
+    raise UserError(
+        f"{folder} already holds a run ({facts['status']}); choose another --output"
+        + (" or continue it with --resume" if can_resume else "")
+    )
+
+
+def default_folder(command: str) -> Path:
+    """Return a fresh folder name under runs/ for a command that was given no --output."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = DEFAULT_PARENT / f"{command}-{stamp}"
+    suffix = 1
+    while folder.exists():
+        suffix += 1
+        folder = DEFAULT_PARENT / f"{command}-{stamp}-{suffix}"
+    return folder
+
+
+def made_default_folder(command: str) -> Path:
+    """Make and return a default folder that no other process has taken."""
+    while True:
+        folder = default_folder(command)
+        with suppress(FileExistsError):
+            make_run_folder(folder, exist_ok=False)
+            return folder
+
+
+def make_run_folder(folder: Path, *, exist_ok: bool) -> None:
+    """Make a folder for a run; UserError where that cannot be done."""
+    try:
+        make_folder(folder, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot make {folder}: {error.strerror}; choose another --output"
+        ) from error

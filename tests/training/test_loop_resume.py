@@ -1,0 +1,286 @@
+"""The loop: stopped or killed and resumed, it is the loop that never stopped."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from tests.support.small_runs import Heard
+from tests.support.toy_loop import (
+    ToyStep,
+    adapted,
+    damage,
+    fresh_parameters,
+    interrupted_at,
+    metrics_of,
+    run_loop,
+    schedule,
+    spec,
+    start,
+)
+
+from swlora.config import RunSpec, load_spec
+from swlora.errors import RunFailedError
+from swlora.metrics_file import read_metrics
+from swlora.runs import Run, read_run
+from swlora.training.checkpoint import LoopState
+from swlora.training.loop import train
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "crash"])
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 6])
+def test_a_resumed_run_is_the_run_that_never_stopped(at, how, tmp_path):
+    """Bit for bit: parameters, metrics, the rows that are seen, and the random generator."""
+    train_spec = spec(checkpoint_every_s=1e-9, weight_decay=0.1)
+    torch.manual_seed(5)
+    whole = start(tmp_path / "whole")
+    expected, expected_step = run_loop(whole, train_spec)
+    expected_rng = torch.get_rng_state()
+
+    torch.manual_seed(5)
+    folder = tmp_path / "stopped"
+    n_done = at - 1 if how == "crash" else at  # a signal lets the step end
+    stopped: type[BaseException] = MemoryError if how == "crash" else KeyboardInterrupt
+    with pytest.raises(stopped) as error:
+        run_loop(start(folder), train_spec, interrupted_at(at, how))
+    status = json.loads((folder / "run.json").read_text())["status"]
+    if how != "crash":
+        assert str(error.value).startswith(f"stopped after step {at} of 6; --resume --output ")
+        assert status == "cancelled"
+    assert len(read_metrics(folder)) == n_done
+
+    torch.manual_seed(6 if n_done else 5)  # the checkpoint knows better
+    run, _ = Run.reopen(folder, "train")
+    parameters, step = run_loop(run, train_spec)
+    assert step.rows_seen == expected_step.rows_seen[n_done:]
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert metrics_of(run) == metrics_of(whole)
+    assert torch.equal(torch.get_rng_state(), expected_rng)
+    assert not run.checkpoint.exists()  # a finished run needs none
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_dropout_on_a_gpu_goes_on_where_it_stopped(tmp_path):
+    torch.manual_seed(5)
+    expected, _ = run_loop(start(tmp_path / "whole"), spec(), device="cuda")
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(start(tmp_path / "stopped"), spec(), interrupted_at(2, "SIGTERM"), "cuda")
+    torch.manual_seed(6)
+    run, _ = Run.reopen(tmp_path / "stopped", "train")
+    parameters, _ = run_loop(run, spec(), device="cuda")
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+
+
+def test_stopping_again_and_again(tmp_path):
+    train_spec = spec()
+    torch.manual_seed(5)
+    expected, _ = run_loop(start(tmp_path / "whole"), train_spec)
+    torch.manual_seed(5)
+    run = start(tmp_path / "stopped")
+    for _ in range(6):
+        with pytest.raises(KeyboardInterrupt):
+            run_loop(run, train_spec, interrupted_at(1, "SIGTERM"))
+        run, _ = Run.reopen(tmp_path / "stopped", "train")
+    parameters, step = run_loop(run, train_spec)
+    assert step.n_calls == 0
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert [row["step"] for row in read_metrics(run.folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_of_steps_that_a_kill_undid_are_dropped(tmp_path):
+    """Checkpoints are rarer than metrics: what came after the last one is done again."""
+    torch.manual_seed(5)
+    whole = start(tmp_path / "whole")
+    expected, _ = run_loop(whole, spec())
+    torch.manual_seed(5)
+    folder = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(start(folder), spec(), interrupted_at(2, "SIGTERM"))
+    run, _ = Run.reopen(folder, "train")
+    with pytest.raises(MemoryError):
+        run_loop(run, spec(), interrupted_at(3, "crash"))  # steps 3 and 4 are not checkpointed
+    assert len(read_metrics(folder)) == 4
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # as a kill in the middle of a write leaves it
+    run, _ = Run.reopen(folder, "train")
+    parameters, step = run_loop(run, spec())
+    assert step.n_calls == 4
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert metrics_of(run) == metrics_of(whole)
+
+
+def test_reports_that_are_lost_are_said_to_be(tmp_path):
+    folder, heard = tmp_path / "run", Heard()
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(start(folder), spec(), interrupted_at(4, "SIGTERM"))
+    lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_bytes(
+        b"".join([lines[0], lines[1].replace(b'"step": 2', b'"step": 3')])
+    )
+
+    run, _ = Run.reopen(folder, "train")
+    parameters = fresh_parameters()
+    with run:
+        train(ToyStep(parameters), schedule(spec()), adapted(parameters), run, heard)
+    assert "metrics.jsonl is damaged: the reports of 3 steps are lost" in heard.lines
+    assert [row["step"] for row in read_metrics(folder)] == [1, 5, 6]
+
+
+def test_reports_are_on_the_disk_before_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    synced, done = list[str](), list[str]()
+    fsync, save = os.fsync, LoopState.save
+
+    def note_sync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_save(state: LoopState, folder: Path, keep: int) -> None:
+        done.append(synced[-1])
+        save(state, folder, keep)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(LoopState, "save", note_save)
+    run_loop(start(tmp_path / "run"), spec(checkpoint_every_s=1e-9))
+    assert done == ["metrics.jsonl"] * 6
+
+
+def test_the_second_signal_acts_at_once(tmp_path):
+    def twice(n_calls: int) -> None:
+        if n_calls == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the second signal was held back")
+
+    run = start(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(run, spec(), twice)
+    assert len(read_metrics(run.folder)) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_handlers_are_put_back(number, tmp_path):
+    before = signal.getsignal(number)
+    run_loop(start(tmp_path / "done"), spec())
+    assert signal.getsignal(number) == before
+    with pytest.raises(MemoryError):
+        run_loop(start(tmp_path / "failed"), spec(), interrupted_at(2, "crash"))
+    assert signal.getsignal(number) == before
+
+
+def test_a_damaged_checkpoint_is_not_used(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(start(folder), spec(), interrupted_at(3, "SIGTERM"))
+    damage(folder / "checkpoint", 1)
+    run, _ = Run.reopen(folder, "train")
+    with pytest.raises(RunFailedError, match="is damaged"):
+        run_loop(run, spec())
+
+
+def test_the_checkpoint_before_a_damaged_one_gives_the_same_adapter(tmp_path):
+    every_step = spec(save_every="1step", keep_checkpoints=3)
+    torch.manual_seed(5)
+    expected, _ = run_loop(start(tmp_path / "whole"), every_step)
+    torch.manual_seed(5)
+    folder = tmp_path / "stopped"
+    with pytest.raises(MemoryError):
+        run_loop(start(folder), every_step, interrupted_at(5, "crash"))
+    names = [f"state-{n}.{end}" for n in (2, 3, 4) for end in ("json", "safetensors")]
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == names
+    damage(folder / "checkpoint", 4)
+    heard, parameters = Heard(), fresh_parameters()
+    step = ToyStep(parameters)
+    run, _ = Run.reopen(folder, "train")
+    with run:
+        train(step, schedule(every_step), adapted(parameters), run, heard)
+    assert step.n_calls == 3
+    assert any("state-4" in line and "an older one is taken" in line for line in heard.lines)
+    assert "resuming after step 3" in heard.lines
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("every", "saved"), [("2steps", [2, 4, 6]), ("1 step", [1, 2, 3, 4, 5, 6])]
+)
+def test_checkpoints_are_written_at_the_steps_that_were_asked_for(
+    every, saved, tmp_path, monkeypatch
+):
+    steps, save = list[int](), LoopState.save
+
+    def note_save(state: LoopState, folder: Path, keep: int) -> None:
+        assert keep == 2
+        steps.append(state.totals.step)
+        save(state, folder, keep)
+
+    monkeypatch.setattr(LoopState, "save", note_save)
+    run_loop(start(tmp_path / "run"), spec(save_every=every))
+    assert steps == saved  # the last one once
+
+
+# A folder that somebody takes away
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "moved"])
+def test_a_folder_that_is_taken_away_is_made_again(how, tmp_path):
+    torch.manual_seed(5)
+    expected, _ = run_loop(start(tmp_path / "whole"), spec())
+    folder = tmp_path / "run"
+
+    def take_away(n_calls: int) -> None:
+        if n_calls == 4 and how == "moved":
+            folder.rename(tmp_path / "elsewhere")
+        elif n_calls == 4:
+            for path in folder.iterdir():
+                path.unlink()
+            if how == "removed":
+                folder.rmdir()
+
+    torch.manual_seed(5)
+    heard, parameters, run = Heard(), fresh_parameters(), start(folder)
+    with run:
+        step = ToyStep(parameters, take_away)
+        train(step, schedule(spec()), adapted(parameters), run, heard)
+        (folder / "adapter").mkdir()
+        assert sorted(p.name for p in (folder / "checkpoint").iterdir()) == [
+            *("state-1.json", "state-1.safetensors", "state-2.json", "state-2.safetensors")
+        ]
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert [line for line in heard.lines if "made again" in line] == [
+        f"{folder} was removed while the run was at work: it is made again, and goes on without "
+        "the reports and the best adapter so far"
+    ]
+    assert [row["step"] for row in read_metrics(folder)] == [4, 5, 6]
+    facts = read_run(folder)
+    assert (facts["status"], facts["folder_made_again"]) == ("done", True)
+    assert load_spec(folder / "config.yaml", {}) == RunSpec()
+
+
+def test_nothing_is_written_into_a_folder_that_took_the_place_of_the_runs(tmp_path):
+    folder, old = tmp_path / "run", tmp_path / "old"
+
+    def replace(n_calls: int) -> None:
+        if n_calls == 4:
+            folder.rename(old)
+            folder.mkdir()
+            (folder / "run.json").write_text("mine")
+
+    with pytest.raises(RunFailedError, match="was replaced while the run was at work"):
+        run_loop(start(folder), spec(save_every="1step"), replace)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("run.json", "mine")]
+    run, _ = Run.reopen(old, "train")  # where it was moved to, it can go on
+    _, step = run_loop(run, spec())
+    assert step.n_calls == 3
+
+
+def test_a_training_whose_adapter_was_removed_is_not_done(tmp_path):
+    run = start(tmp_path / "run")
+    with pytest.raises(RunFailedError, match=r"was removed .* and with it the adapter"), run:
+        shutil.rmtree(run.folder)
+    facts = read_run(run.folder)
+    assert facts["status"] == "failed" and "with it the adapter" in facts["reason"]

@@ -15,7 +15,7 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.tree_attention import tree_attention
-from swlora.kernels.tree_layout import TreeLayout
+from swlora.kernels.tree_layout import FEW_KEYS, TreeLayout
 
 
 class Shape(NamedTuple):
@@ -165,6 +165,28 @@ def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
     found = run(tree, (q * 100, k * 100, v, d_out), 50, None, 0.3)
     assert all(bool(x.isfinite().all()) for x in found)
     assert float(found[0].detach().abs().max()) <= float(v.abs().max()) * 1.01  # an average of v
+
+
+def test_what_is_kept_for_backward_is_linear_in_the_nodes() -> None:
+    kept = {}
+    for n_nodes in (1000, 2000, 4000):
+        tree = build_tree(TokenSequences.from_lists([([3], [4] * n_nodes)]), np.array([0]))
+        q, k, v, _ = make_inputs(tree, Shape(2, 1, 4), torch.float32)
+        layout, n_bytes = TreeLayout(tree, q.device), 0
+
+        def count(x: Tensor) -> Tensor:
+            nonlocal n_bytes
+            n_bytes += x.numel() * x.element_size()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            tree_attention(layout, q.requires_grad_(), k, v, Scoring(0.3))
+        n_bytes += sum(mask.numel() * mask.element_size() for mask in layout._masks.values())
+        kept[n_nodes] = n_bytes
+    own = (2 + 1 + 1) * 4 * 4  # q, k and v of a node
+    few = 64 * FEW_KEYS * (2 + 1) * 4  # the first stretches of 64 nodes see few keys
+    for n_nodes, n_bytes in kept.items():
+        assert own * n_nodes <= n_bytes < own * n_nodes + 4 * few
 
 
 def test_a_batch_is_refused() -> None:

@@ -1,12 +1,15 @@
 """Nodes in chunks: what each sees, and that nothing is lost on the way there and back."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.trees import path_mask, random_tree
 
-from swlora.kernels.tree_layout import TreeLayout
+from swlora.data.prefix_tree import build_tree
+from swlora.data.token_sequences import TokenSequences
+from swlora.kernels.tree_layout import MOST_SCORES, NodeChunks, TreeLayout
 
 CPU = torch.device("cpu")
 
@@ -16,11 +19,17 @@ CPU = torch.device("cpu")
     n_nodes=st.integers(1, 400),
     bounds=st.tuples(st.floats(0, 1), st.floats(0, 1)),
     window=st.sampled_from([None, 1, 7]),
+    cut_window=st.booleans(),
     gather_cost=st.sampled_from([0, 16]),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_stretch_sees_the_paths_of_its_nodes(
-    seed: int, n_nodes: int, bounds: tuple[float, float], window: int | None, gather_cost: int
+    seed: int,
+    n_nodes: int,
+    bounds: tuple[float, float],
+    window: int | None,
+    cut_window: bool,
+    gather_cost: int,
 ) -> None:
     tree = random_tree(seed, n_nodes)
     n = len(tree.token_ids)
@@ -28,22 +37,52 @@ def test_a_stretch_sees_the_paths_of_its_nodes(
     end = max(end, start + 1) if start < n else n
     start = min(start, end - 1)
     layout = TreeLayout(tree, CPU)
-    chunks = layout.cut(start, end, gather_cost=gather_cost)
+    cut_for = window if cut_window else None
+    chunks = layout.cut(start, end, window=cut_for, gather_cost=gather_cost)
+    found = nodes_seen(layout, chunks, window)
+    assert torch.equal(found, path_mask(tree, window)[start:end].long())  # each key once
+
+
+def nodes_seen(layout: TreeLayout, chunks: NodeChunks, window: int | None) -> torch.Tensor:
+    """How often each query of the chunks sees each node of the tree."""
     visible = layout.visible(chunks, window)
-    found = torch.zeros(end - start, n, dtype=torch.int64)
+    found = torch.zeros(chunks.n_nodes, layout.n_nodes, dtype=torch.int64)
     for chunk, keys in enumerate(chunks.key_nodes):
         for i in range(
             chunk * chunks.chunk_nodes, min((chunk + 1) * chunks.chunk_nodes, len(found))
         ):
             seen = visible[chunk, i - chunk * chunks.chunk_nodes]
-            found[i] = torch.bincount(keys[seen], minlength=n)
-    assert torch.equal(found, path_mask(tree, window)[start:end].long())  # each key once
+            found[i] = torch.bincount(keys[seen], minlength=layout.n_nodes)
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("shape", ["path", "star", "random"])
+def test_parts_hold_every_node_once_and_few_scores(shape: str, window: int | None) -> None:
+    n = 3000
+    pairs = {
+        "path": [([1], [2] * n)],
+        "star": [([1] * 300, [k, *[2] * 30]) for k in range(90)],
+        "random": [([1] * (1 + k % 7 * 90), [k, *[2] * (k % 200)]) for k in range(40)],
+    }[shape]
+    tree = build_tree(TokenSequences.from_lists(pairs), np.arange(len(pairs)))
+    layout = TreeLayout(tree, CPU)
+    parts = layout.parts(window)
+    edges = [0, *(part.end for part in parts)]
+    assert [part.start for part in parts] == edges[:-1] and edges[-1] == layout.n_nodes
+    found = torch.cat([nodes_seen(layout, part, window) for part in parts])
+    visible = path_mask(tree, window)
+    assert torch.equal(found, visible.long())
+    n_scores = sum(part.n_scores for part in parts)
+    assert n_scores < 1.4 * int(visible.sum()) + 160 * layout.n_nodes
+    assert max(part.n_scores for part in parts) <= max(MOST_SCORES, 64 * (layout.n_nodes + 64))
 
 
 @pytest.mark.parametrize("n_nodes", [1, 63, 64, 65, 300])
 def test_queries_come_back_as_they_were(n_nodes: int) -> None:
     layout = TreeLayout(random_tree(n_nodes, n_nodes), CPU)
     x = torch.randn(1, 6, layout.n_nodes, 5)
-    split = layout.chunks.split_queries(x, 2)
-    assert split.shape == (2 * layout.chunks.n_chunks, 3 * layout.chunks.chunk_nodes, 5)
-    assert torch.equal(layout.chunks.merge_queries(split), x.transpose(1, 2))
+    chunks = layout.cut(0, layout.n_nodes)
+    split = chunks.split_queries(x, 2)
+    assert split.shape == (2 * chunks.n_chunks, 3 * chunks.chunk_nodes, 5)
+    assert torch.equal(chunks.merge_queries(split), x.transpose(1, 2))

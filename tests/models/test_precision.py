@@ -1,22 +1,47 @@
 """Devices and precisions: what is asked for is given, or refused where it is not there."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from swlora.errors import UserError
-from swlora.models import precision
 from swlora.models.precision import bfloat16_is_native, resolve_device, resolve_dtype
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_auto_is_bfloat16_where_it_is_fast(native, monkeypatch):
-    times = {torch.bfloat16: 1.0 if native else 40.0, torch.float32: 2.0}
-    monkeypatch.setattr(precision, "_product_s", lambda dtype: times[dtype])
-    bfloat16_is_native.cache_clear()
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True),
+        ({"architecture": "x86_64", "avx512_f": True, "bf16": True}, False),
+        ({"architecture": "arm64", "bf16": True}, sys.platform == "linux"),
+        ({"architecture": "arm64", "neon": True}, False),
+    ],
+)
+def test_auto_is_bfloat16_where_the_processor_has_it(flags, native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     assert bfloat16_is_native("cpu") is native
     assert resolve_dtype("auto", "cpu") == (torch.bfloat16 if native else torch.float32)
     assert resolve_dtype("auto", "mps") == torch.float32
-    bfloat16_is_native.cache_clear()
+
+
+def test_the_processor_is_asked_in_older_torch_too(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert not bfloat16_is_native("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert bfloat16_is_native("cpu")
+
+
+def test_this_processor_says_what_it_has():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or torch.cpu.get_capabilities()["architecture"] != "x86_64":
+        pytest.skip("no /proc/cpuinfo of an x86 processor")
+    flags = cpuinfo.read_text().split()
+    assert bfloat16_is_native("cpu") is ("avx512_bf16" in flags or "amx_bf16" in flags)
 
 
 def test_named_dtypes_are_taken_as_they_are():

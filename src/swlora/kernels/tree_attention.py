@@ -15,7 +15,7 @@ from torch import Tensor
 from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.tree_layout import NodeChunks, TreeLayout
-from swlora.kernels.wide import wide
+from swlora.kernels.wide import wide, wide_dtype
 from swlora.threads import adapt_threads
 
 
@@ -34,76 +34,119 @@ def tree_attention(
         raise RunFailedError("a prefix tree takes a batch of one")
     if query.is_cuda:
         return _flex(layout, query, key, value, scoring)
-    mask = layout.mask(scoring.window)
-    return _chunk_attention(query, key, value, mask, layout.chunks, scoring)
+    return _chunk_attention(query, key, value, layout, scoring)
 
 
 class _ChunkAttention(torch.autograd.Function):
-    """softmax(scale q k' + mask) v by chunks; grouped heads share a key without copies."""
+    """softmax(scale q k' + mask) v by parts of chunks; grouped heads share a key without copies.
+
+    The probabilities of parts with few scores are kept, others are made again in backward, so that
+    what is kept is linear in T.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor,
-        chunks: NodeChunks,
-        scoring: Scoring,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scoring: Scoring
     ) -> Tensor:
-        n_kv, softcap = key.shape[1], scoring.softcap
-        q = chunks.split_queries(query, n_kv) * scoring.scale  # (H_kv * S, G * Lq, h)
-        k, v = _split_keys(key, chunks), _split_keys(value, chunks)  # (H_kv * S, A + Lq, h)
-        scores = wide(torch.bmm(q, k.transpose(1, 2)))
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        by_head = scores.view(n_kv, chunks.n_chunks, -1, chunks.chunk_nodes, scores.shape[-1])
-        by_head += mask
-        p = torch.softmax(scores, dim=-1).to(query.dtype)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.chunks, ctx.scoring = chunks, scoring
-        return chunks.merge_queries(torch.bmm(p, v))
+        _, n_heads, n_nodes, head_dim = query.shape
+        out = query.new_empty(1, n_nodes, n_heads, head_dim)
+        kept = []
+        for chunks in layout.parts(scoring.window):
+            part = _Part(layout, chunks, scoring, query, key, value)
+            p = part.probabilities()
+            out[:, chunks.start : chunks.end] = chunks.merge_queries(torch.bmm(p, part.v))
+            kept.append(p if chunks.has_few_scores else None)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.layout, ctx.scoring = layout, scoring
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         adapt_threads()
-        q, k, v, p = ctx.saved_tensors
-        chunks: NodeChunks = ctx.chunks
+        query, key, value, *kept = ctx.saved_tensors
         scoring: Scoring = ctx.scoring
-        d_out = chunks.split_queries(grads[0].transpose(1, 2), k.shape[0] // chunks.n_chunks)
-        d_v = torch.bmm(p.transpose(1, 2), d_out)
-        d_p = torch.bmm(d_out, v.transpose(1, 2))
-        d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
-        if scoring.softcap is not None:
-            capped = wide(torch.bmm(q, k.transpose(1, 2))) / scoring.softcap
-            d_scores = d_scores * (1 - torch.tanh(capped) ** 2).to(p.dtype)
-        d_q = torch.bmm(d_scores, k).mul_(scoring.scale)
-        d_k = torch.bmm(d_scores.transpose(1, 2), q)
-        d_query = chunks.merge_queries(d_q).transpose(1, 2)
-        d_key, d_value = _merge_keys(d_k, chunks), _merge_keys(d_v, chunks)
-        return d_query, d_key, d_value, None, None, None
+        d_out = grads[0].transpose(1, 2)
+        d_query = torch.empty_like(query)
+        d_key, d_value = _zeros_by_node(key), _zeros_by_node(value)
+        for chunks, p in zip(ctx.layout.parts(scoring.window), kept, strict=True):
+            part = _Part(ctx.layout, chunks, scoring, query, key, value)
+            p = part.probabilities() if p is None else p
+            nodes = slice(chunks.start, chunks.end)
+            d_o = chunks.split_queries(d_out[:, :, nodes], key.shape[1])
+            _add_keys(d_value, torch.bmm(p.transpose(1, 2), d_o), chunks)
+            d_p = torch.bmm(d_o, part.v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+            if scoring.softcap is not None:
+                d_scores = d_scores * part.slope(scoring.softcap)
+            d_q = torch.bmm(d_scores, part.k).mul_(scoring.scale)
+            d_query[:, :, nodes] = chunks.merge_queries(d_q).transpose(1, 2)
+            _add_keys(d_key, torch.bmm(d_scores.transpose(1, 2), part.q), chunks)
+        d_key, d_value = (d.transpose(0, 1)[None].to(key.dtype) for d in (d_key, d_value))
+        return d_query, d_key, d_value, None, None
 
 
 _chunk_attention: Callable[..., Tensor] = _ChunkAttention.apply
 
 
-def _split_keys(x: Tensor, chunks: NodeChunks) -> Tensor:
+class _Part:
+    """S chunks of Lq nodes: q (H_kv * S, G * Lq, h), k and v (H_kv * S, A + Lq, h)."""
+
+    def __init__(
+        self,
+        layout: TreeLayout,
+        chunks: NodeChunks,
+        scoring: Scoring,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        self._layout, self._chunks, self._scoring = layout, chunks, scoring
+        own = query[:, :, chunks.start : chunks.end]
+        self.q = chunks.split_queries(own, key.shape[1]) * scoring.scale
+        self.k, self.v = _keys(key, chunks), _keys(value, chunks)
+
+    def probabilities(self) -> Tensor:
+        """Return the softmax of all scores, (H_kv * S, G * Lq, A + Lq)."""
+        softcap = self._scoring.softcap
+        scores = self._scores()
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        mask = self._layout.mask(self._chunks, self._scoring.window)  # (S, 1, Lq, A + Lq)
+        scores.view(-1, mask.shape[0], scores.shape[1] // mask.shape[2], *mask.shape[2:]).add_(mask)
+        return torch.softmax(scores, dim=-1).to(self.q.dtype)
+
+    def slope(self, softcap: float) -> Tensor:
+        """Return the derivative of the soft cap at every score."""
+        capped = torch.tanh(self._scores() / softcap)
+        return (1 - capped**2).to(self.q.dtype)
+
+    def _scores(self) -> Tensor:
+        return wide(torch.bmm(self.q, self.k.transpose(1, 2)))
+
+
+def _keys(x: Tensor, chunks: NodeChunks) -> Tensor:
     """(1, H_kv, T, h) -> (H_kv * S, A + Lq, h): every chunk's ancestors, then its own nodes."""
     x = x[0].transpose(0, 1)
-    both = torch.cat([x[chunks.ancestors], chunks.by_node(x)], dim=1)  # (S, A + Lq, H_kv, h)
+    own = chunks.by_node(x[chunks.start : chunks.end])
+    both = torch.cat([x[chunks.ancestors], own], dim=1)  # (S, A + Lq, H_kv, h)
     return both.permute(2, 0, 1, 3).reshape(-1, *chunks.key_nodes.shape[1:], x.shape[2])
 
 
-def _merge_keys(d: Tensor, chunks: NodeChunks) -> Tensor:
-    """Transpose of `_split_keys`: (H_kv * S, A + Lq, h) -> (1, H_kv, T, h), ancestors summed."""
-    head_dim = d.shape[-1]
-    d = d.view(-1, *chunks.key_nodes.shape, head_dim).permute(1, 2, 0, 3)  # (S, A + Lq, H_kv, h)
-    n_kv, n_ancestors = d.shape[2], chunks.n_ancestors
-    out = d[:, n_ancestors:].reshape(-1, n_kv, head_dim)[: chunks.n_nodes].contiguous()
+def _zeros_by_node(x: Tensor) -> Tensor:
+    """(1, H_kv, T, h) -> (T, H_kv, h) zeros, in which many chunks' gradients can be summed."""
+    _, n_kv, n_nodes, head_dim = x.shape
+    return x.new_zeros(n_nodes, n_kv, head_dim, dtype=wide_dtype(x.dtype))
+
+
+def _add_keys(total: Tensor, d: Tensor, chunks: NodeChunks) -> None:
+    """Transpose of `_keys`: add d (H_kv * S, A + Lq, h) to total (T, H_kv, h) in its dtype."""
+    d = d.view(-1, *chunks.key_nodes.shape, d.shape[-1]).permute(1, 2, 0, 3)  # (S, A + Lq, H_kv, h)
+    n_ancestors = chunks.n_ancestors
+    own = d[:, n_ancestors:].reshape(-1, *total.shape[1:])[: chunks.n_nodes]
+    total[chunks.start : chunks.end] += own
     if n_ancestors:
-        shared = d[:, :n_ancestors].reshape(-1, n_kv, head_dim)
-        out.index_add_(0, chunks.ancestors.flatten(), shared)
-    return out.transpose(0, 1)[None]
+        shared = d[:, :n_ancestors].reshape(-1, *total.shape[1:]).to(total.dtype)
+        total.index_add_(0, chunks.ancestors.flatten(), shared)
 
 
 def _flex(

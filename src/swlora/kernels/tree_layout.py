@@ -8,7 +8,6 @@ Lq x T.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,10 @@ from swlora.data.prefix_tree import PrefixTree
 from swlora.kernels.attention_interface import additive_mask
 
 CHUNK_NODES = (64, 128, 256, 512)
+# In scores of one head: what a key costs that is fetched for a chunk, and a stretch of chunks that
+# is computed on its own; and the most that a stretch has, where it can be halved.
+GATHER_SCORES, PART_SCORES, MOST_SCORES = 16, 8192, 1 << 16
+FEW_KEYS = 160  # seen by a node
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,16 @@ class NodeChunks:
         """The ancestors of every chunk, (S, A)."""
         return self.key_nodes[:, : self.n_ancestors]
 
+    @property
+    def n_scores(self) -> int:
+        """Scores of one head, the padding included."""
+        return self.key_nodes.numel() * self.chunk_nodes
+
+    @property
+    def has_few_scores(self) -> bool:
+        """Say whether what is made of the scores may be kept: it is linear in the nodes."""
+        return self.key_nodes.shape[1] <= FEW_KEYS
+
     def by_node(self, x: Tensor) -> Tensor:
         """Cut x (T, heads, h) into chunks (S, Lq, heads, h); the last is padded with zeros."""
         n_padded = self.n_chunks * self.chunk_nodes - self.n_nodes
@@ -91,7 +104,8 @@ class TreeLayout:
         self.depth = self.position_ids[0]
         self.sequence_tokens = tree.shortest_tokens, tree.longest_tokens
         self._tree = tree
-        self._masks: dict[int | None, Tensor] = {}
+        self._parts: dict[int | None, list[NodeChunks]] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._flex_masks: dict[int | None, Any] = {}
 
     @property
@@ -99,18 +113,39 @@ class TreeLayout:
         """Nodes of the tree, T."""
         return int(self.subtree_end.shape[0])
 
-    @cached_property
-    def chunks(self) -> NodeChunks:
-        """All nodes, in the chunks that need the fewest scores."""
-        return self.cut(0, self.n_nodes)
+    def parts(self, window: int | None) -> list[NodeChunks]:
+        """Return all nodes in stretches of chunks that need few scores, made once a window.
 
-    def cut(self, start: int, end: int, *, gather_cost: int = 0) -> NodeChunks:
+        Chunks of a stretch are padded to its longest list of ancestors, so a stretch is halved
+        where that saves more scores than `PART_SCORES`, or where it has more than `MOST_SCORES`.
+        """
+        if window not in self._parts:
+            self._parts[window] = self._halved(self.cut(0, self.n_nodes, window=window), window)
+        return self._parts[window]
+
+    def _halved(self, whole: NodeChunks, window: int | None) -> list[NodeChunks]:
+        start, end, size = whole.start, whole.end, CHUNK_NODES[0]
+        if end - start <= size or whole.n_scores <= PART_SCORES:
+            return [whole]
+        middle = start + size * ((end - start + size) // (2 * size))
+        halves = [
+            part
+            for edges in ((start, middle), (middle, end))
+            for part in self._halved(self.cut(*edges, window=window), window)
+        ]
+        n_scores = sum(part.n_scores + PART_SCORES for part in halves)
+        return halves if min(n_scores, MOST_SCORES) < whole.n_scores + PART_SCORES else [whole]
+
+    def cut(
+        self, start: int, end: int, *, window: int | None = None, gather_cost: int = GATHER_SCORES
+    ) -> NodeChunks:
         """Cut nodes `start` to `end` into the chunks that cost least.
 
-        Fetching a key for a chunk costs as much as `gather_cost` scores.
+        Fetching a key for a chunk costs as much as `gather_cost` scores. Ancestors that no node
+        sees within the window are left out.
         """
         sizes = sorted({min(n, end - start) for n in CHUNK_NODES})
-        options = [(size, _keys_of_chunks(self._tree, start, end, size)) for size in sizes]
+        options = [(size, _keys_of_chunks(self._tree, start, end, size, window)) for size in sizes]
         size, keys = min(options, key=lambda option: option[1].size * (option[0] + gather_cost))
         device = self.subtree_end.device
         return NodeChunks(
@@ -130,12 +165,18 @@ class TreeLayout:
         seen = _sees(queries, keys, self.subtree_end, self.depth, window)
         return seen & ~chunks.is_padding[:, None, :]
 
-    def mask(self, window: int | None) -> Tensor:
-        """Return the additive float32 mask of `chunks`, (S, 1, Lq, A + Lq), made once a window."""
-        if window not in self._masks:
-            visible = self.visible(self.chunks, window)
-            self._masks[window] = additive_mask(visible, torch.float32)[:, None]
-        return self._masks[window]
+    def mask(self, chunks: NodeChunks, window: int | None) -> Tensor:
+        """Return the additive float32 mask (S, 1, Lq, A + Lq) of a part of `parts(window)`.
+
+        Where there are few scores it is kept for the other layers.
+        """
+        kept = self._masks.get((chunks.start, window))
+        if kept is not None:
+            return kept
+        mask = additive_mask(self.visible(chunks, window), torch.float32)[:, None]
+        if chunks.has_few_scores:
+            self._masks[chunks.start, window] = mask
+        return mask
 
     def flex_mask(self, window: int | None) -> Any:
         """Return the block mask of flex_attention for all nodes, made once a window."""
@@ -161,10 +202,19 @@ def _sees(
     return seen if window is None else seen & (depth[query] - depth[key] < window)
 
 
-def _keys_of_chunks(tree: PrefixTree, start: int, end: int, chunk_nodes: int) -> NDArray[np.int64]:
-    """Return (S, A + Lq): the ancestors of each chunk's first node, then its own; -1 is padding."""
+def _keys_of_chunks(
+    tree: PrefixTree, start: int, end: int, chunk_nodes: int, window: int | None
+) -> NDArray[np.int64]:
+    """Return (S, A + Lq): the ancestors that a chunk sees, then its own nodes; -1 is padding."""
     starts = range(start, end, chunk_nodes)
-    paths = [np.flatnonzero(tree.subtree_end[:first] > first) for first in starts]
+    depth = tree.position_ids
+    paths = []
+    for first in starts:
+        path = np.flatnonzero(tree.subtree_end[:first] > first)  # by depth
+        if window is not None:
+            shallowest = int(depth[first : min(first + chunk_nodes, end)].min())
+            path = path[max(0, shallowest - window + 1) :]
+        paths.append(path)
     n_ancestors = max(len(path) for path in paths)
     keys = np.full((len(starts), n_ancestors + chunk_nodes), -1, dtype=np.int64)
     for chunk, (first, path) in enumerate(zip(starts, paths, strict=True)):

@@ -1,26 +1,32 @@
-"""Whether this machine multiplies bfloat16 matrices natively, decided by a timed product.
+"""Whether this machine multiplies bfloat16 matrices natively, decided by the processor's flags.
 
-CPUs without AVX512-BF16 or AMX emulate bfloat16 some forty times slower than float32; flags in
-/proc/cpuinfo differ between systems, a stopwatch does not.
+CPUs without such instructions emulate bfloat16 some forty times slower than float32. A stopwatch
+would be fooled by other programs: the same command would compute in another precision.
 """
 
-import time
-from functools import cache
+import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from swlora.errors import UserError
 
+# The instructions by which oneDNN multiplies bfloat16 matrices: x86; ARM, where Linux has oneDNN
+_X86_FLAGS = ("avx512_bf16", "amx_bf16")
+_ARM_FLAGS = ("bf16",) if sys.platform == "linux" else ()
 
-@cache
+
 def bfloat16_is_native(device_type: str = "cpu") -> bool:
-    """Say whether a bfloat16 matrix product on `device_type` beats the float32 one."""
+    """Say whether `device_type` has instructions for bfloat16 matrix products that torch uses."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    if device_type != "cpu":
+    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return _product_s(torch.bfloat16) < _product_s(torch.float32)
+    flags = _cpu_flags()
+    names = _X86_FLAGS if flags.get("architecture") == "x86_64" else _ARM_FLAGS
+    return any(flags.get(name, False) for name in names)
 
 
 def resolve_dtype(name: str, device_type: str) -> torch.dtype:
@@ -67,11 +73,12 @@ def _present(device: torch.device) -> torch.device:
     return device
 
 
-def _product_s(dtype: torch.dtype, n: int = 512, repeats: int = 5) -> float:
-    matrix = torch.ones(n, n, dtype=dtype)
-    best_s = float("inf")
-    for _ in range(repeats):
-        start_s = time.perf_counter()
-        matrix @ matrix
-        best_s = min(best_s, time.perf_counter() - start_s)
-    return best_s
+def _cpu_flags() -> Mapping[str, Any]:
+    """Return the processor's capabilities by name, and its "architecture"."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {  # torch 2.10
+        "architecture": "x86_64",
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }

@@ -1,5 +1,6 @@
 """LoRA as GGUF: llama.cpp with the file computes what PEFT does, whatever PEFT's fields say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from tests.support.gguf_models import save_tiny
 from tests.support.llama_cpp import require_llama_cpp
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swlora.config import ModelSpec
 from swlora.deploy import gguf_export
 from swlora.deploy.gguf_export import Exported, ExportRequest
+from swlora.deploy.gguf_lora import Pair, common_alpha
 from swlora.errors import RunFailedError, UserError
 from swlora.progress import Silent
+from swlora.superweights.ablate import text_windows
 
 ALL = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -34,10 +37,11 @@ EXPERTS = ("mixtral", "qwen3_moe", "olmoe")
 def adapter(model_type: str, folder: Path, **settings: Any) -> None:
     """Save a tiny model in folder/model and an adapter with weights of its own in folder/adapter.
 
-    B is large beside the model's weights, so that an adapter in the wrong order shows.
+    B, of the size `b`, is large beside the weights, so that an adapter in the wrong order shows.
     """
     save_tiny(model_type, folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    b = settings.pop("b", 0.3)
     known = ALL.get(model_type, ATTENTION if model_type in EXPERTS else LINEAR)
     kind = settings.pop("config_class", LoraConfig)
     sizes = {"init_r": 3, "target_r": 2, "total_step": 9} if kind is AdaLoraConfig else {"r": 3}
@@ -47,7 +51,8 @@ def adapter(model_type: str, folder: Path, **settings: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+            scale = b if "lora_B" in name else 0.3
+            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
     peft_model.save_pretrained(folder / "adapter")
 
 
@@ -85,7 +90,6 @@ def test_every_projection_of_every_family(model_type: str, tmp_path: Path) -> No
         ({"use_rslora": True, "lora_alpha": 5}, float(np.float32(5 * 3**0.5))),
         ({"rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1}, "lora_alpha": 5}, 5),
         ({"alpha_pattern": {"q_proj": 50.0, "layers.1.self_attn.k_proj": 0.5}}, 8),
-        ({"lora_alpha": 0}, 1),
         ({"config_class": AdaLoraConfig, "lora_alpha": 2}, None),
     ],
 )
@@ -145,3 +149,55 @@ def test_a_square_matrix_the_wrong_way_round_is_found_by_its_outputs(
     with pytest.raises(RunFailedError, match="computes something else from it"):
         export_lora(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": 0}, {"b": 0.0}])
+def test_an_adapter_that_does_nothing_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    """llama.cpp would compute the same from its file and from none."""
+    require_llama_cpp()
+    adapter("llama", tmp_path, **settings)
+    with pytest.raises(RunFailedError, match=r"moves its base by 0 nats a token.*was it trained"):
+        export_lora(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+def test_a_light_adapter_that_llama_cpp_ignores_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does is less than what arithmetic is granted, so that alone would pass."""
+    require_llama_cpp()
+    adapter("llama", tmp_path, b=1.3e-4)
+    effect = export_lora(tmp_path).check.adapter_kl_nats_per_token
+    assert effect is not None and 1e-6 < effect < 1e-5
+    report = json.loads((tmp_path / "x.gguf.report.json").read_text())
+    assert report["check"]["adapter_kl_nats_per_token"] == effect
+    for made in tmp_path.glob("x.gguf*"):
+        made.unlink()
+    read_pairs = gguf_export.read_pairs
+
+    def without(model: PeftModel) -> Any:
+        return {n: type(p)(p.a, 0 * p.b, p.scale) for n, p in read_pairs(model).items()}
+
+    monkeypatch.setattr(gguf_export, "read_pairs", without)
+    with pytest.raises(RunFailedError, match="it is not applied"):
+        export_lora(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+def test_the_effect_is_the_divergence_of_base_and_adapter(tmp_path: Path) -> None:
+    require_llama_cpp()
+    adapter("llama", tmp_path)
+    found = export_lora(tmp_path).check.adapter_kl_nats_per_token
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    windows = text_windows(AutoTokenizer.from_pretrained(tmp_path / "model"), None, 4, 128)
+    with torch.no_grad():
+        q = base(windows).logits.log_softmax(-1)
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        p = adapted(windows).logits.log_softmax(-1)
+    assert found == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+
+
+def test_the_alpha_of_a_file_is_never_0() -> None:
+    """A 0 would mean that llama.cpp applies no scale at all."""
+    pairs = {"m": Pair(torch.ones(3, 4), torch.ones(5, 3), 0.0)}
+    assert common_alpha(pairs) == 1.0

@@ -5,17 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.gguf_models import TEXTS, save_tiny
+from tests.support.gguf_models import TEXTS, export_tiny
 from tests.support.llama_cpp import require_llama_cpp
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from swlora.deploy.gguf_layout import GGUF_FAMILIES, gguf_family
-from swlora.deploy.gguf_types import TypeName, encoded
-from swlora.deploy.gguf_write import ModelParts, write_gguf
+from swlora.deploy.gguf_types import encoded
 from swlora.deploy.llama_cpp import Question, ask
 from swlora.errors import UnknownFamilyError, UserError
-from swlora.models.weight_source import open_weights
-from swlora.progress import Silent
 
 # llama.cpp has the GELU in a table of float16
 GELU = ("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "falcon")
@@ -33,21 +30,10 @@ LONG = {
     "long_factor": [2.0, 3.0, 4.0],
     "original_max_position_embeddings": 128,
 }
-
-
-def export(
-    model_type: str, folder: Path, kind: TypeName = "f32", **changes: Any
-) -> tuple[Any, list[int]]:
-    """Write folder/x.gguf of a tiny model; return the model and its tokens of TEXTS.
-
-    A family's own tokenizer cuts words in its own way, whatever the saved one did.
-    """
-    model = save_tiny(model_type, folder / "model", **changes)
-    config = AutoConfig.from_pretrained(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    parts = ModelParts(config, tokenizer, open_weights(folder / "model"), model.generation_config)
-    write_gguf(parts, folder / "x.gguf", kind, "tiny", Silent())
-    return model, tokenizer(TEXTS).input_ids
+GEMMA = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+}
 
 
 def rope(**parameters: Any) -> dict[str, Any]:
@@ -62,6 +48,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", rope(rope_type="linear", factor=2.0)),
     ("qwen2", rope(**YARN)),
     ("phi3", rope(**LONG, partial_rotary_factor=1.0)),
+    ("gemma3_text", {"rope_parameters": GEMMA}),
     ("gpt2", {"tie_word_embeddings": False}),
     ("gpt_neox", {"use_parallel_residual": False}),
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -74,7 +61,7 @@ def test_llama_cpp_computes_what_transformers_does(
     model_type: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     llama_cpp = require_llama_cpp()
-    model, whole = export(model_type, tmp_path, **changes)
+    model, whole = export_tiny(model_type, tmp_path, **changes)
     token_ids = whole[:40]
     asked = Question(tmp_path / "x.gguf", texts=[TEXTS], sequences=[token_ids], threads=1)
     answer = ask(llama_cpp, asked)
@@ -90,7 +77,7 @@ READ_BACK = [name for name, family in GGUF_FAMILIES.items() if family.is_read_ba
 
 @pytest.mark.parametrize("model_type", READ_BACK)
 def test_transformers_reads_the_same_weights_bit_for_bit(model_type: str, tmp_path: Path) -> None:
-    model, expected = export(model_type, tmp_path)
+    model, expected = export_tiny(model_type, tmp_path)
     back = AutoModelForCausalLM.from_pretrained(
         tmp_path,
         config=model.config,  # what it makes of the metadata leaves out much, such as head_dim
@@ -126,7 +113,7 @@ def test_what_llama_cpp_has_otherwise_is_refused(
     model_type: str, changes: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=expected):
-        export(model_type, tmp_path, **changes)
+        export_tiny(model_type, tmp_path, **changes)
 
 
 def test_a_family_that_llama_cpp_lacks_is_refused_by_name() -> None:

@@ -11,7 +11,6 @@ from swlora.config import ModelSpec
 from swlora.errors import UserError
 from swlora.models import builtin, load
 from swlora.models.anatomy import n_embeddings
-from swlora.models.gguf_header import GgufHeader, refuse_scaled_rope
 from swlora.models.load import load_model, load_skeleton
 
 TOKENS = torch.tensor([[72, 105, 33, 10, 200]])
@@ -64,20 +63,3 @@ def test_a_file_whose_header_is_none(tmp_path):
     with pytest.raises(UserError, match="cannot be read as a GGUF language model") as refused:
         load_skeleton(spec(tmp_path / "model.gguf"))
     assert len(str(refused.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("facts", "tensors", "named"),
-    [
-        ({"llama.rope.scaling.type": "linear"}, [], "linear scaling"),
-        ({"llama.rope.scaling.type": "none"}, ["rope_freqs.weight"], "rope_freqs.weight"),
-        ({}, ["rope_factors_long.weight"], "rope_factors_long.weight"),
-    ],
-)
-def test_a_file_whose_rotary_frequencies_are_scaled_is_refused(facts, tensors, named, tmp_path):
-    """transformers' tables leave the scaling out, and would make another model of it."""
-    header = GgufHeader("llama", dict.fromkeys(tensors), facts)
-    with pytest.raises(UserError, match=rf"scales its rotary frequencies \({named}\)"):
-        refuse_scaled_rope(tmp_path / "m.gguf", header)
-    plain = GgufHeader("llama", {}, {"llama.rope.scaling.type": "none"})
-    refuse_scaled_rope(tmp_path / "m.gguf", plain)

@@ -6,7 +6,17 @@ from typing import Any
 import torch
 from tests.conftest import CHAT_TEMPLATE, N_EMBEDDINGS, TINY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from swlora.deploy.gguf_types import TypeName
+from swlora.deploy.gguf_write import ModelParts, write_gguf
+from swlora.models.weight_source import open_weights
+from swlora.progress import Silent
 
 N_MERGES = N_EMBEDDINGS - 258
 TEXTS = "the then there 12 123 it's they're day  two\n\nlines héllo the then the then"
@@ -58,3 +68,18 @@ def save_tiny(model_type: str, folder: Path, **changes: Any) -> Any:
     model.save_pretrained(folder)
     bpe_tokenizer().save_pretrained(folder)
     return model
+
+
+def export_tiny(
+    model_type: str, folder: Path, kind: TypeName = "f32", **changes: Any
+) -> tuple[Any, list[int]]:
+    """Write folder/x.gguf of a tiny model; return the model and its tokens of TEXTS.
+
+    A family's own tokenizer cuts words in its own way, whatever the saved one did.
+    """
+    model = save_tiny(model_type, folder / "model", **changes)
+    config = AutoConfig.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    parts = ModelParts(config, tokenizer, open_weights(folder / "model"), model.generation_config)
+    write_gguf(parts, folder / "x.gguf", kind, "tiny", Silent())
+    return model, tokenizer(TEXTS).input_ids

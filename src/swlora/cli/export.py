@@ -51,8 +51,8 @@ def export(
     """Write a model or a LoRA as a GGUF file, and run it before it gets its name.
 
     llama.cpp continues eight prompts, and must write what the model does; without one the file is
-    read back and logits are compared. What was found is in FILE.report.json. A file that computes
-    something else is not kept.
+    read back, and settings, tokens and logits are compared. What was found is in FILE.report.json.
+    A file that computes something else is not kept.
 
     Example: `swlora export --gguf mine.gguf --model merged --type q8_0`
 
@@ -110,5 +110,13 @@ def _show(exported: "Exported", output: Path) -> None:
         print(
             "  where continuations part, the model finds its own token likelier by "
             f"{check.largest_gap_nats:.2g} nats at most"
+        )
+    if (effect_nats := check.adapter_kl_nats_per_token) is not None:
+        print(f"  the adapter moves its base by {effect_nats:.2g} nats a token")
+    if (rounding := check.rounding) is not None:
+        print(
+            f"what {exported.type} costs, its weights beside the model's own: KL "
+            f"{rounding.kl_nats_per_token:.2g} nats a token, "
+            f"{rounding.share_of_equal_top_tokens:.1%} of {rounding.n_tokens:,} top tokens equal"
         )
     print(f"report: {output.name}.report.json")

@@ -17,6 +17,9 @@ from swlora.superweights.ablate import text_windows
 N_WINDOWS, WINDOW_TOKENS = 4, 128
 N_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 16, 16
 PLACES_AT_ONCE = 32
+# What an adapter does, in KL nats a token, shows from here on; below it float32 itself does. What
+# is made of it may differ from it by at most this share of that.
+LEAST_EFFECT_NATS, MOST_OF_EFFECT = 1e-6, 0.5
 CHAT = "What is the capital of France?"
 
 

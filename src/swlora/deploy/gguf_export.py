@@ -10,19 +10,22 @@ from typing import Any
 
 from swlora.adapters.saved import CONFIG, adapter_folder, with_adapter
 from swlora.config import ModelSpec
+from swlora.deploy.agreement import held_texts
 from swlora.deploy.gguf_check import (
     Checked,
-    check_by_reading,
     check_in_llama_cpp,
+    check_metadata,
+    effect_of_adapter,
     require,
-    round_like_file,
+    round_and_compare,
 )
 from swlora.deploy.gguf_hyperparameters import context_tokens
 from swlora.deploy.gguf_layout import GgufLayout, gguf_family
 from swlora.deploy.gguf_lora import lora_refusal, read_pairs, write_lora
+from swlora.deploy.gguf_read_back import check_by_reading
 from swlora.deploy.gguf_types import TypeName
 from swlora.deploy.gguf_write import ModelParts, n_tensors, tensor_bytes, write_gguf
-from swlora.deploy.llama_cpp import INSTALL, LlamaCpp, Question, find_llama_cpp
+from swlora.deploy.llama_cpp import INSTALL, TESTED_VERSION, LlamaCpp, Question, find_llama_cpp
 from swlora.disk_space import Need, check_space
 from swlora.errors import RunFailedError, UserError
 from swlora.files import atomic_path, check_writable, read_json, write_json
@@ -76,6 +79,8 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
         raise UserError(f"{request.output} exists already; choose another name, or remove it")
     check_writable(request.output.parent, "--gguf")
     llama_cpp = find_llama_cpp(request.llama_cpp)
+    if llama_cpp is not None and llama_cpp.version != TESTED_VERSION:
+        progress.say(f"note: {llama_cpp.name} was found; swlora is tested with {TESTED_VERSION}")
     _check_before_loading(request, llama_cpp)
     with progress.task("load the model"):
         loaded = load_model(_dequantised(request.model), dtype="float32")
@@ -127,14 +132,19 @@ def _export_model(
         with progress.task("write the file", n_tensors(parts)) as task:
             write_gguf(parts, scratch, kind, _name(loaded), task)
         with progress.task("check the file"):
-            round_like_file(loaded.model, layout, kind)
-            own = (loaded.model, loaded.tokenizer)
+            own, name = (loaded.model, loaded.tokenizer), str(request.output)
+            if base is not None:
+                check_metadata(scratch, base, name)
             length = context_tokens(config)
+            windows = held_texts(loaded.tokenizer, length).windows
+            rounding = round_and_compare(loaded.model, layout, kind, windows)
             if llama_cpp is None:
-                checked = check_by_reading(scratch, *own, length)
+                checked = check_by_reading(scratch, *own, name)
             else:
-                checked = check_in_llama_cpp(llama_cpp, Question(scratch), *own, kind, length)
-        require(checked, str(request.output))
+                question = Question(scratch)
+                checked = check_in_llama_cpp(llama_cpp, question, *own, kind, length, name)
+        checked = replace(checked, rounding=rounding)
+        require(checked, name)
     return _exported(request, loaded, layout, kind, checked, base)
 
 
@@ -151,15 +161,18 @@ def _export_lora(
     need = Need("the base in float32, on which the LoRA is checked", tensor_bytes(parts, "f32"))
     check_space(request.output.parent, [need], OTHER_DISK)
     adapted = with_adapter(loaded, folder, progress.say).model
+    windows = held_texts(loaded.tokenizer, context_tokens(config)).windows
     with _checked_file(request.output) as scratch, _scratch_beside(request.output) as beside:
+        effect_nats = effect_of_adapter(adapted, windows)
         write_lora(layout, read_pairs(adapted), scratch, kind, folder.resolve().name)
         with progress.task("write the base for the check", n_tensors(parts)) as task:
             write_gguf(parts, beside / "base.gguf", "f32", _name(loaded), task)
         with progress.task("check the file"):
-            question = Question(beside / "base.gguf", scratch)
-            own = (adapted, loaded.tokenizer)
-            checked = check_in_llama_cpp(llama_cpp, question, *own, kind, context_tokens(config))
-        checked = replace(checked, by=f"{checked.by}, on the base in float32")
+            question, name = Question(beside / "base.gguf", scratch), str(request.output)
+            own, length = (adapted, loaded.tokenizer), context_tokens(config)
+            checked = check_in_llama_cpp(llama_cpp, question, *own, kind, length, name)
+        by = f"{checked.by}, on the base in float32"
+        checked = replace(checked, by=by, adapter_kl_nats_per_token=effect_nats)
         require(checked, str(request.output))
     return _exported(request, loaded, layout, kind, checked, None)
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swlora.deploy.gguf_layout import falcon_kv_heads, head_dim
+from swlora.deploy.gguf_layout import falcon_kv_heads
 from swlora.errors import UserError
+from swlora.models.gguf_config import gemma_query_scalar
+from swlora.models.gguf_rope import head_dim, llama3_factors, n_rotated, rope_of
 
 # llama.cpp has one of them, the tanh form, from a table in float16; they differ by up to 0.001
 GELU_NAMES = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -53,9 +55,9 @@ def context_tokens(config: Any) -> int:
 
 def extra_tensors(config: Any) -> dict[str, Tensor]:
     """Return tensors that no weight of the model is: factors of rotary frequencies, float32."""
-    parameters = _rope(config)
+    parameters = rope_of(config)
     if parameters["rope_type"] == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(config)}
+        return {"rope_freqs.weight": llama3_factors(config)}
     if parameters["rope_type"] == "longrope":
         return {
             f"rope_factors_{which}.weight": torch.tensor(parameters[f"{which}_factor"])
@@ -64,32 +66,16 @@ def extra_tensors(config: Any) -> dict[str, Tensor]:
     return {}
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    """Return the rotary settings of the layers that look at all of a text; the type if unset."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    parameters = parameters.get("full_attention", parameters)
-    return {"rope_type": "default", **parameters}
-
-
-def _rotated(config: Any) -> int:
-    return int(head_dim(config) * _rope(config).get("partial_rotary_factor", 1.0))
-
-
-def _llama3_factors(config: Any) -> Tensor:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    powers = torch.arange(0, _rotated(config), 2, dtype=torch.float32) / _rotated(config)
-    factors: Tensor = (1.0 / _rope(config)["rope_theta"] ** powers) / scaled.float()
-    return factors
-
-
 def _write_rope(writer: Any, config: Any) -> None:
     import gguf
 
-    parameters = _rope(config)
+    parameters = rope_of(config)
     kind = parameters["rope_type"]
-    writer.add_rope_dimension_count(_rotated(config))
+    if local := (config.rope_parameters or {}).get("sliding_attention"):
+        if local.get("rope_type", "default") != "default":
+            raise UserError("llama.cpp scales no rotary positions of layers with a window")
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+    writer.add_rope_dimension_count(n_rotated(config))
     writer.add_rope_freq_base(parameters["rope_theta"])
     if kind in ("default", "llama3", "dynamic"):  # dynamic: nothing up to the context's length
         return
@@ -197,12 +183,9 @@ def _check_windows(config: Any) -> None:
 
 def _check_scales(config: Any) -> None:
     """Refuse scales of attention that llama.cpp has not; it reads none from a file."""
-    scalar = getattr(config, "query_pre_attn_scalar", None)
-    largest = {"gemma2": 46, "gemma3_text": 62}.get(config.model_type)  # layers of the 27B models
-    if scalar is None or largest is None:
+    if config.model_type not in ("gemma2", "gemma3_text"):
         return
-    is_largest = config.num_hidden_layers == largest
-    needed = config.hidden_size / config.num_attention_heads if is_largest else head_dim(config)
+    scalar, needed = config.query_pre_attn_scalar, gemma_query_scalar(config)
     if scalar != needed:
         raise UserError(
             f"llama.cpp scales attention by {needed:g}, and query_pre_attn_scalar is {scalar:g}"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from swlora.errors import UnknownFamilyError, UserError
 from swlora.models.anatomy import family_of
+from swlora.models.gguf_rope import head_dim
 
 Rows = Callable[[Any], Tensor]  # of a configuration
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -96,12 +97,6 @@ def falcon_kv_heads(config: Any) -> int:
     if config.new_decoder_architecture:
         return int(config.num_kv_heads)
     return 1 if config.multi_query else int(config.num_attention_heads)
-
-
-def head_dim(config: Any) -> int:
-    """Return the size of an attention head."""
-    own = getattr(config, "head_dim", None)
-    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 _PAIRS: dict[str, Rows] = {"q_proj": _queries, "k_proj": _keys}

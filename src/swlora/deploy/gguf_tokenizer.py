@@ -67,6 +67,7 @@ def read_tokens(tokenizer: Any, n_embeddings: int) -> GgufTokens:
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"]]
     if not merges:
         raise UserError("the tokenizer has no merges, and llama.cpp reads none without")
+    _check_steps(facts)
     names = _names(tokenizer, n_embeddings)
     types = _types(tokenizer, names, facts["added_tokens"])
     if _is_sentencepiece(facts):
@@ -135,6 +136,55 @@ def _types(tokenizer: Any, names: Sequence[str], added: Sequence[dict[str, Any]]
     if unknown is not None and unknown < len(types) and names[unknown] in ("<unk>", "[UNK]"):
         types[unknown] = UNKNOWN
     return types
+
+
+def _check_steps(facts: dict[str, Any]) -> None:
+    """Refuse what is done to a text or its words that llama.cpp does not do.
+
+    NFC is let pass, though llama.cpp does not compose letters: texts have them composed, by far
+    most of them, and all files of Qwen's models are so.
+    """
+    is_spm = _is_sentencepiece(facts)
+    unknown = [
+        step["type"]
+        for step in _flat(facts["normalizer"], "normalizers")
+        if not (_is_space(step) if is_spm else step["type"] == "NFC")
+    ]
+    if is_spm:
+        steps = _flat(facts["pre_tokenizer"], "pretokenizers")
+        unknown += [step["type"] for step in steps if not _cuts_nothing(step)]
+    model = facts["model"]
+    own = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    unknown += [name for name in own if model.get(name)]
+    if unknown:
+        raise UserError(
+            f"the tokenizer has a step that llama.cpp has not ({', '.join(unknown)}): the file "
+            "would give other tokens, so none is written"
+        )
+
+
+def _flat(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+    """Return the single steps of a step, which may be a sequence of them under the key `parts`."""
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [single for part in step[parts] for single in _flat(part, parts)]
+    return [step]
+
+
+def _is_space(step: dict[str, Any]) -> bool:
+    """Say whether a normalizer only writes spaces as SentencePiece does."""
+    if step["type"] == "Prepend":
+        return bool(step["prepend"] == SPACE)
+    is_replace = step["type"] == "Replace" and step["pattern"] == {"String": " "}
+    return bool(is_replace and step["content"] == SPACE)
+
+
+def _cuts_nothing(step: dict[str, Any]) -> bool:
+    """Say whether a pre-tokenizer leaves a SentencePiece text whole: there are no spaces in it."""
+    if step["type"] == "Metaspace":
+        return bool(step["replacement"] == SPACE and not step.get("split", True))
+    return bool(step["type"] == "Split" and step["pattern"] == {"String": " "})
 
 
 def _is_sentencepiece(facts: dict[str, Any]) -> bool:

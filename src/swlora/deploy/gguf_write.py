@@ -20,7 +20,7 @@ from swlora.models.weight_source import WeightSource
 from swlora.progress import Task
 
 # Fields of a base file that are of its tensors, or that the writer adds itself
-_OWN_FIELDS = ("GGUF.", "general.architecture", "general.file_type", "split.")
+_OWN_FIELDS = ("GGUF.", "general.architecture", "general.file_type", "split.", "quantize.")
 QUANTIZATION_VERSION = 2
 
 
@@ -172,14 +172,26 @@ def _check_base(base: Path, arch: str, shapes: dict[str, tuple[int, ...]]) -> No
             )
 
 
-def _copy_metadata(writer: Any, base: Path) -> None:
-    """Add all that a base file says of its model and tokenizer to a writer."""
+def copied_fields(path: Path) -> dict[str, tuple[Any, Any, Any]]:
+    """Return what a file says of its model and tokenizer: (value, type, type of an array's items).
+
+    What it says of its own tensors, and how they were quantised, is left out, and so are empty
+    arrays, which `gguf` does not write.
+    """
     import gguf
 
-    for key, stored in gguf.GGUFReader(base).fields.items():
-        if not key.startswith(_OWN_FIELDS):
-            sub_type = stored.types[-1] if len(stored.types) > 1 else None
-            writer.add_key_value(key, stored.contents(), stored.types[0], sub_type)
+    found = {}
+    for key, stored in gguf.GGUFReader(path).fields.items():
+        sub_type = stored.types[-1] if len(stored.types) > 1 else None
+        is_empty = stored.types[0] == gguf.GGUFValueType.ARRAY and sub_type is None
+        if not key.startswith(_OWN_FIELDS) and not is_empty:
+            found[key] = (stored.contents(), stored.types[0], sub_type)
+    return found
+
+
+def _copy_metadata(writer: Any, base: Path) -> None:
+    for key, (value, kind, sub_type) in copied_fields(base).items():
+        writer.add_key_value(key, value, kind, sub_type)
 
 
 def _factors_of(base: Path) -> dict[str, Tensor]:

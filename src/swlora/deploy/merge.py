@@ -16,6 +16,8 @@ from swlora.adapters.merged_weights import MergedWeights
 from swlora.adapters.saved import adapter_folder, load_adapter, read_facts
 from swlora.config import ModelSpec
 from swlora.deploy.agreement import (
+    LEAST_EFFECT_NATS,
+    MOST_OF_EFFECT,
     Agreement,
     held_texts,
     measure_agreement,
@@ -50,9 +52,8 @@ from swlora.versions import package_versions
 REPORT = "swlora-merge.json"
 # Mean KL in nats a token: about ten times what rounding alone gave (docs/decisions.md).
 TOLERANCE_NATS = {"float32": 1e-7, "float16": 1e-4, "bfloat16": 2e-2}
-# KL of the merged model as a share of the KL that the adapter makes: a note, and a failure.
-LARGE_SHARE, MOST = 0.1, 0.5
-LEAST_EFFECT_NATS = 1e-6  # below it, float32 itself shows
+# KL of the merged model, as a share of the KL that the adapter makes, from which on it is noted
+LARGE_SHARE = 0.1
 # |y - y'| / |y| of a module's output, beyond what rounding explains.
 MODULE_LIMIT = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -177,7 +178,8 @@ def compare(
             found = measure_agreement(reference, model, texts, lambda: task.advance())
             effect = measure_effect(reference, texts)
         kl, effect_nats = found.kl_nats_per_token, effect.kl_nats_per_token
-        if effect_nats > LEAST_EFFECT_NATS and TOLERANCE_NATS[name] >= kl > MOST * effect_nats:
+        most = MOST_OF_EFFECT * effect_nats
+        if effect_nats > LEAST_EFFECT_NATS and TOLERANCE_NATS[name] >= kl > most:
             raise RunFailedError(
                 f"the merged model is as far from base and adapter as the base is, and was not "
                 f"kept: in {name} rounding moves it by {kl:.2g} nats a token, the adapter by "

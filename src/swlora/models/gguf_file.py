@@ -5,30 +5,33 @@ from typing import Any
 
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
-from swlora.models.gguf_header import read_gguf_table, refuse_scaled_rope
+from swlora.models.gguf_config import read_gguf_config
+from swlora.models.gguf_tokenizer import read_gguf_tokenizer
+from swlora.models.gguf_weights import GgufWeights
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
     """Return (model in float32, tokenizer) of a .gguf file; UserError where it is unreadable."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    refuse_scaled_rope(path, read_gguf_table(path))
+    config, tokenizer = read_gguf_header(path)
     try:
         with quiet_libraries():
             model, report = AutoModelForCausalLM.from_pretrained(
                 path.parent,
+                config=config,
                 gguf_file=path.name,
                 quantization_config=GgufConfig(dequantize=True),  # else it fetches a kernel
                 dtype=torch.float32,
                 local_files_only=True,
                 output_loading_info=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as error:
         raise _unreadable(path, error) from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them at random
         raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}")
+    GgufWeights(path, model).check_all_read()
     return model, tokenizer
 
 
@@ -37,13 +40,10 @@ def read_gguf_header(path: Path) -> tuple[Any, Any]:
 
     Raises UserError where it is unreadable.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    refuse_scaled_rope(path, read_gguf_table(path))
     try:
-        with quiet_libraries():
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            return config, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return read_gguf_config(path), read_gguf_tokenizer(path)
+    except UserError:
+        raise
     except Exception as error:
         raise _unreadable(path, error) from error
 

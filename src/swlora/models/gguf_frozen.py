@@ -67,6 +67,7 @@ def load_gguf_frozen(path: Path, dtype: torch.dtype) -> tuple[Any, Any, str]:
     with quiet_libraries(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # as from_pretrained
     weights = GgufWeights(path, model)
+    weights.check_all_read()
     kinds: Counter[str] = Counter()
     for name in weights.names:
         holder, _, part = name.rpartition(".")

@@ -50,6 +50,14 @@ class GgufHeader:
     tensors: Mapping[str, StoredTensor]
     facts: Mapping[str, Any]
 
+    def own_facts(self, group: str) -> dict[str, Any]:
+        """Return the texts and numbers of the architecture whose keys begin with `group`, by what
+        follows it: "rope." gives "freq_base" and others.
+        """
+        prefix = f"{self.architecture}.{group}"
+        found = {key: value for key, value in self.facts.items() if key.startswith(prefix)}
+        return {key.removeprefix(prefix): v for key, v in found.items() if v is not None}
+
 
 def read_gguf_table(path: Path) -> GgufHeader:
     """Read what a .gguf file says of itself, and hold it against the file.
@@ -63,22 +71,6 @@ def read_gguf_table(path: Path) -> GgufHeader:
     except (struct.error, ValueError, OverflowError, KeyError, OSError) as error:
         reason = f"what it says of itself is damaged ({error})" if str(error) else "it is damaged"
         raise UserError(f"{path} cannot be read as a GGUF language model: {reason}") from error
-
-
-def refuse_scaled_rope(path: Path, header: GgufHeader) -> None:
-    """Raise UserError for a file whose rotary frequencies are scaled.
-
-    transformers' tables know the base frequency alone and would make another model of the file, in
-    silence (5.23: `rope.scaling.*` is read for gpt-oss only, the tensors of factors for none).
-    """
-    kind = header.facts.get(f"{header.architecture}.rope.scaling.type", "none")
-    tensors = [name for name in header.tensors if name.startswith(("rope_freqs", "rope_factors"))]
-    if kind != "none" or tensors:
-        what = f"{kind} scaling" if kind != "none" else tensors[0]
-        raise UserError(
-            f"{path} scales its rotary frequencies ({what}), which is not read from GGUF files: "
-            "give --model the safetensors model that it was made of"
-        )
 
 
 class _Reader:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
+from swlora.models.gguf_config import read_gguf_config
 from swlora.models.gguf_header import StoredTensor, read_gguf_table
 
 
@@ -41,9 +42,25 @@ class GgufWeights:
         self._own_names: dict[str, str] = get_gguf_hf_weights_map(self.model, self._processor)
         self._stored: defaultdict[str, list[StoredTensor]] = defaultdict(list)
         for name, stored in header.tensors.items():
-            if name in self._own_names:
-                self._stored[self._own_names[name]].append(stored)
+            if (own_name := self._own_name(name)) is not None:
+                self._stored[own_name].append(stored)
+        self._unread = [n for n in header.tensors if self._own_name(n) is None]
         self._path = path
+
+    def _own_name(self, name: str) -> str | None:
+        """Return the model's name of a tensor of the file; stacks of experts have no `.weight`."""
+        return self._own_names.get(name, self._own_names.get(name.removesuffix(".weight")))
+
+    def check_all_read(self) -> None:
+        """Raise UserError where the file has a tensor that is none of the model's.
+
+        Factors of rotary frequencies are part of the configuration.
+        """
+        if unread := [name for name in self._unread if not name.startswith("rope_f")]:
+            raise UserError(
+                f"{self._path} has {len(unread)} tensors that no {self.model.config.model_type} "
+                f"model of transformers has, such as {unread[0]}; it would be another one without"
+            )
 
     @cached_property
     def names(self) -> Sequence[str]:
@@ -121,9 +138,8 @@ class GgufWeights:
 
 def skeleton(path: Path) -> Any:
     """Return the model that a .gguf file describes, without weights, on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with quiet_libraries():
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+    config = read_gguf_config(path)
+    with quiet_libraries(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)

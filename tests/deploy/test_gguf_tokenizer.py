@@ -1,0 +1,96 @@
+"""Tokenizers in GGUF files: what llama.cpp cannot do is refused, SentencePiece's works."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.gguf_models import bpe_tokenizer, tiny_model
+from tests.support.llama_cpp import require_llama_cpp
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from swlora.config import ModelSpec
+from swlora.deploy import gguf_export
+from swlora.deploy.gguf_export import ExportRequest
+from swlora.deploy.gguf_tokenizer import SPACE, read_tokens
+from swlora.errors import UserError
+from swlora.progress import Silent
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+TEXT = "it's the items don't they  the two spaces two café École the then there 12345 items"
+
+
+def sentencepiece_tokenizer(prefix: bool) -> PreTrainedTokenizerFast:
+    """Return BPE over whole texts with a byte for each character that is no token, as Llama 2's."""
+    steps: list[Any] = [normalizers.Prepend(SPACE)] if prefix else []
+    normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never")
+    trained.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=70, show_progress=False))
+    learned = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
+    vocab = {token: k for k, token in enumerate(["<unk>", "<s>", "</s>", *BYTES, *learned])}
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    settings = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    core = Tokenizer(models.BPE(vocab, merges, **settings))
+    core.normalizer = normalizer
+    core.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_tokenizer_cuts_the_same_in_llama_cpp(prefix: bool, tmp_path: Path) -> None:
+    require_llama_cpp()
+    tokenizer = sentencepiece_tokenizer(prefix)
+    assert len(tokenizer.tokenize(" the then")) < 5  # it merges
+    tiny_model("llama", vocab_size=len(tokenizer) + 3).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    spec = ModelSpec(name=str(tmp_path / "model"), device="cpu")
+    exported = gguf_export.export(ExportRequest(spec, tmp_path / "x.gguf"), Silent())
+    assert exported.check.tokens_equal and exported.check.node_llama_cpp
+    tokens = read_tokens(tokenizer, len(tokenizer) + 3)
+    assert (tokens.model, tokens.add_space_prefix) == ("llama", prefix)
+
+
+def changed(kind: str, part: str, step: Any) -> PreTrainedTokenizerFast:
+    tokenizer = bpe_tokenizer() if kind == "bytes" else sentencepiece_tokenizer(True)
+    setattr(tokenizer.backend_tokenizer, part, step)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "step", "named"),
+    [
+        ("bytes", "normalizer", normalizers.NFKC(), "NFKC"),
+        ("bytes", "normalizer", normalizers.Lowercase(), "Lowercase"),
+        ("bytes", "normalizer", normalizers.Replace("a", "b"), "Replace"),
+        ("bytes", "normalizer", normalizers.Prepend("x"), "Prepend"),
+        (
+            "bytes",
+            "normalizer",
+            normalizers.Sequence([normalizers.NFC(), normalizers.Strip()]),
+            r"\(Strip\)",
+        ),
+        ("spm", "normalizer", normalizers.Sequence([normalizers.NFC()]), "NFC"),
+        ("spm", "normalizer", normalizers.Replace(Regex(" +"), SPACE), "Replace"),
+        ("spm", "pre_tokenizer", pre_tokenizers.Metaspace(split=True), "Metaspace"),
+        ("spm", "pre_tokenizer", pre_tokenizers.Digits(), "Digits"),
+    ],
+)
+def test_a_step_that_llama_cpp_has_not_is_refused(
+    kind: str, part: str, step: Any, named: str
+) -> None:
+    with pytest.raises(UserError, match=f"a step that llama.cpp has not.*{named}"):
+        read_tokens(changed(kind, part, step), 400)
+
+
+def test_composed_letters_and_whole_words_of_sentencepiece_are_let_pass() -> None:
+    read_tokens(changed("bytes", "normalizer", normalizers.NFC()), 400)
+    whole = pre_tokenizers.Metaspace(split=False, prepend_scheme="never")
+    read_tokens(changed("spm", "pre_tokenizer", whole), 400)

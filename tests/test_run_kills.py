@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swlora.config import RunSpec, load_spec
+from swlora.config import AdapterSpec, RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.runs import Run, read_run
 from swlora.snapshots import Snapshot, has_snapshot, save_snapshot
@@ -68,7 +68,8 @@ def test_what_a_kill_left_half_written_goes_when_the_run_is_reopened(tmp_path):
 
 
 def test_the_disk_says_done_before_the_checkpoint_goes(tmp_path, monkeypatch):
-    run = start(tmp_path)
+    """As it does after `full`, whose checkpoints are too large to keep for more epochs."""
+    run = Run.create(tmp_path, RunSpec(adapter=AdapterSpec(method="full")), "train")
     save_snapshot(run.checkpoint, SNAPSHOT)
 
     def killed(*_: object, **__: object) -> None:

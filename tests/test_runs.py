@@ -108,17 +108,19 @@ def test_a_resumed_run_may_end_better(tmp_path):
     assert not facts.keys() & {"reason", "error"}
 
 
-def test_only_a_finished_run_drops_its_checkpoint(tmp_path):
+def test_only_a_finished_run_that_cannot_be_extended_drops_its_checkpoint(tmp_path):
     for error in (KeyboardInterrupt(), RunFailedError("x")):
         run = start(tmp_path / type(error).__name__)
         save_snapshot(run.checkpoint, SNAPSHOT)
         with pytest.raises(type(error)), run:
             raise error
         assert has_snapshot(run.checkpoint)
-    run = start(tmp_path / "done")
-    with run:
-        save_snapshot(run.checkpoint, SNAPSHOT)
-    assert not run.checkpoint.exists()
+    for method, is_kept in (("lora", True), ("full", False)):
+        spec = RunSpec(adapter=AdapterSpec(method=method))
+        run = Run.create(tmp_path / method, spec, "train")
+        with run:
+            save_snapshot(run.checkpoint, SNAPSHOT)
+        assert run.checkpoint.exists() == is_kept
 
 
 def test_results_come_part_by_part(tmp_path):

@@ -42,17 +42,21 @@ class Attached:
 
 
 def attach(job: Job, schedule: "Schedule", layers: list[int]) -> Attached:
-    """Put an untrained adapter into the model of a job."""
+    """Put an untrained adapter into the model of a job, or the one that it starts from."""
     from swlora.adapters.card import training_facts
     from swlora.adapters.methods import adapt, train_mode
+    from swlora.adapters.start import start_facts, start_from
 
     spec, loaded, n_steps = job.spec, job.loaded, schedule.n_steps
     with job.timed("attach"):
         resolved = spec.model_copy(update={"train": schedule.spec})
         base = identify_base(loaded)
         job.run.record_source(base_weights_sample_sha256=base.weights_sample_sha256)
-        facts = training_facts(resolved, base, job.dataset, layers)
-        adapted = adapt(loaded.model, spec.adapter, layers, seed=spec.seed, n_steps=n_steps)
+        facts = training_facts(resolved, base, job.dataset, layers) | start_facts(spec.adapter)
+        if spec.adapter.start is not None:
+            adapted = start_from(loaded.model, spec.adapter, seed=spec.seed)
+        else:
+            adapted = adapt(loaded.model, spec.adapter, layers, seed=spec.seed, n_steps=n_steps)
     train_mode(adapted.model)
     n_trainable = sum(p.numel() for p in adapted.parameters.values())
     job.progress.say(
@@ -71,6 +75,9 @@ def run_steps(
     from swlora.training.loop import train as run_loop
     from swlora.training.step import make_step
 
+    def rows_of(groups: Sequence[Any]) -> str:
+        return _rows(job, [int(i) for ids in groups for i in ids])
+
     n_steps, keeps_best = prepared.schedule.n_steps, bool(watch and watch.best_folder)
     with job.timed("prepare"):
         kept_bytes = check_disk(job, adapted, n_steps=n_steps, keeps_best=keeps_best)
@@ -81,7 +88,9 @@ def run_steps(
         torch.manual_seed(job.spec.seed)  # dropout
         try:
             with job.timed("train"):
-                return run_loop(step, prepared.schedule, adapted, job.run, job.progress, watch)
+                return run_loop(
+                    step, prepared.schedule, adapted, job.run, job.progress, watch, rows_of
+                )
         except DivergedError as error:
             rows = _rows(job, error.sequence_ids)
             where = f" (rows of that step: {rows})" if rows else ""

@@ -31,7 +31,18 @@ class Job:
     spec: RunSpec
     run: RunRecord
     progress: Progress
+    verify: bool = False  # the model's files, whole
     _encoded: dict[tuple[str, int | None], "Encoded"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take the model on which the adapter to start from was trained, where none is named."""
+        start, model = self.spec.adapter.start, self.spec.model
+        if start is not None and "name" not in model.model_fields_set:
+            from swlora.adapters.saved import adapter_folder
+            from swlora.deploy.merge_base import recorded_base
+
+            of_start = model.model_copy(update=recorded_base(adapter_folder(start)))
+            self.spec = self.spec.model_copy(update={"model": of_start})
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -81,7 +92,33 @@ class Job:
         name = settled_model(self.spec.model).name
         self.run.record_source(model=name, model_revision=loaded.revision)
         self.run.record(model_source=loaded.source)
+        if self.run.folder is not None:
+            self._record_weight_files(loaded)
         return loaded
+
+    def _record_weight_files(self, loaded: LoadedModel) -> None:
+        """Record sizes and dates of the model's files, and with `verify` what is in them.
+
+        They are hashed again where a run that goes on finds one that was written since.
+        """
+        from swlora.models.provenance import WHOLE, sizes_and_dates, weight_paths, whole_hashes
+
+        paths, facts = weight_paths(loaded), self.run.facts
+        now, before = sizes_and_dates(paths), facts.get("weight_files")
+        was_hashed = any(name.startswith(WHOLE) for name in facts)
+        was_written = before is not None and before != now
+        if was_written and not (was_hashed or self.verify):
+            self.progress.say(
+                "the model's files were written since this run began; a sample of their weights is "
+                "compared (--verify in the beginning has them compared whole)"
+            )
+        if self.verify or (was_hashed and was_written):
+            with self.timed("verify"), self.progress.task("hash the model's files"):
+                hashes = whole_hashes(paths)
+            self.run.record_source(**hashes)
+            if self.verify and facts.get("resumed") and not was_hashed:
+                self.progress.say("the model's files are hashed from here on, not since the start")
+        self.run.record(weight_files=now)
 
     @cached_property
     def dataset(self) -> Dataset:

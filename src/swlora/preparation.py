@@ -1,6 +1,6 @@
 """What is known of a job before its work begins: its sequences, its steps, that it can be done."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +10,9 @@ from swlora.data.summary import short_lines
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.errors import UserError
 from swlora.job import Job
+from swlora.models.provenance import tokenizer_sha256
 from swlora.preview import summarise
+from swlora.run_settings import specs_by_step
 
 if TYPE_CHECKING:
     from swlora.evaluation.held_out import Measurements
@@ -62,16 +64,8 @@ class PreparedEvaluation:
 
 def prepare_training(job: Job) -> PreparedTraining:
     """Load, encode and check what a training needs, then begin the run."""
-    from swlora.evaluation.held_out import planned_measurements
-    from swlora.training.schedule import Schedule, batch_note
-
-    spec, sequences = job.spec, job.encoded("train").sequences
-    schedule = Schedule.of(sequences, spec.train, spec.seed)
-    if note := batch_note(spec.train, len(sequences)):
-        job.progress.say(note)
-    planned = planned_measurements(
-        spec.train, n_steps=schedule.n_steps, n_sequences=schedule.n_sequences
-    )
+    sequences = job.encoded("train").sequences
+    schedule, planned = planned_schedule(job, sequences)
     held_out = encode_held_out(job, planned) if planned else None
     record_tokens(job, sequences, held_out)
     check_adapter(job, schedule.n_steps)
@@ -81,6 +75,43 @@ def prepare_training(job: Job) -> PreparedTraining:
         job.progress.say(line)
     job.run.write_result({"data": summary})
     return PreparedTraining(sequences, schedule, planned, held_out)
+
+
+def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Measurements | None]":
+    """Return the steps of a training, and what is measured while they run.
+
+    Of one that goes on with other settings the steps change from where it stands, and what is
+    measured stays: losses are compared with those before. UserError where no step is left.
+    """
+    from swlora.evaluation.held_out import planned_measurements
+    from swlora.training.changed_schedule import ChangedSchedule, Stretch
+    from swlora.training.checkpoint import steps_done
+    from swlora.training.schedule import Schedule, batch_note
+
+    spec = job.spec
+    n_done = steps_done(job.run.checkpoint) if job.run.facts.get("resumed") else 0
+    changes = job.run.changes_from(n_done)
+    stretches = [Stretch(step, own.train) for step, own in specs_by_step(spec, changes)]
+    first = Schedule.of(sequences, stretches[0].spec, spec.seed)
+    planned = planned_measurements(
+        stretches[0].spec, n_steps=first.n_steps, n_sequences=first.n_sequences
+    )
+    if len(stretches) == 1:
+        if note := batch_note(spec.train, len(sequences)):
+            job.progress.say(note)
+        schedule = first
+    else:
+        schedule = ChangedSchedule(sequences, stretches, spec.seed)
+    for change in changes:
+        job.progress.say(f"from step {change.step + 1} on: {change}")
+    if changes and changes[-1].extends and schedule.n_steps <= n_done:
+        raise UserError(
+            f"the training has done all its {schedule.n_steps} steps; give more --epochs (or "
+            "--max-steps) for it to go on"
+        )
+    if planned:
+        planned = replace(planned, patience=spec.train.early_stopping)
+    return schedule, planned
 
 
 def record_tokens(job: Job, sequences: TokenSequences, held_out: TokenSequences | None) -> None:
@@ -99,6 +130,7 @@ def record_tokens(job: Job, sequences: TokenSequences, held_out: TokenSequences 
     job.run.record_source(train_tokens_sha256=sequences.sha256())
     if held_out is not None:
         job.run.record_source(held_out_tokens_sha256=held_out.sha256())
+    job.run.record_source(tokenizer_sha256=tokenizer_sha256(job.loaded.tokenizer))
 
 
 def encode_held_out(job: Job, planned: "Measurements") -> TokenSequences | None:
@@ -125,6 +157,7 @@ def check_adapter(job: Job, n_steps: int) -> None:
     from swlora.models.anatomy import Anatomy
     from swlora.training import layer_choice
 
+    settle_start(job)
     spec, anatomy = job.spec, Anatomy(job.loaded.model)
     policy = spec.adapter.layers
     if job.will_identify:
@@ -134,6 +167,25 @@ def check_adapter(job: Job, n_steps: int) -> None:
     # The first layer stands for layers that are not found yet.
     layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
     check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
+
+
+def settle_start(job: Job) -> None:
+    """Give a job the settings of the adapter that it starts from; UserError where it cannot."""
+    from swlora.adapters.start import check_start_base, settled_start, start_facts
+    from swlora.models.anatomy import Anatomy
+    from swlora.models.identity import weights_sample_sha256
+
+    given, loaded = job.spec.adapter, job.loaded
+    if given.start is None:
+        return
+    settled = settled_start(given, Anatomy(loaded.model))
+    check_start_base(settled, loaded.source, weights_sample_sha256(loaded.model))
+    job.run.record_source(**start_facts(settled))
+    job.spec = job.spec.model_copy(update={"adapter": settled})
+    job.progress.say(
+        f"starts from the adapter in {given.start} ({settled.method}, layers {settled.layers}), "
+        "with a new optimizer and schedule"
+    )
 
 
 def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> PreparedEvaluation:

@@ -20,6 +20,7 @@ from swlora.preparation import prepare_training
 from swlora.progress import Progress
 from swlora.run_place import RESUMABLE
 from swlora.run_record import MemoryRecord
+from swlora.run_settings import Change, changes_of
 from swlora.runs import read_result, read_run
 from swlora.snapshots import has_snapshot
 from swlora.work_folder import other_source
@@ -48,6 +49,10 @@ class _Reading(MemoryRecord):
         """Compare what is worked on with what the run began with; UserError where it differs."""
         if difference := other_source(self.facts, facts):
             raise UserError(f"the checkpoint in {self._noted} is of other work: {difference}")
+
+    def changes_from(self, n_done: int) -> list[Change]:  # noqa: ARG002
+        """Return the changes of settings that the run noted."""
+        return changes_of(self.facts)
 
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far: layers are not searched for again."""
@@ -99,7 +104,7 @@ def _check(run: Path, output: Path) -> None:
     facts = read_run(run)
     if facts["command"] not in RESUMABLE:
         raise UserError(f"{run} is a run of {facts['command']}, which trains no adapter")
-    if not has_snapshot(run / "checkpoint"):
+    if facts["status"] == "done" or not has_snapshot(run / "checkpoint"):
         done = run / "adapter"
         if done.is_dir():
             raise UserError(f"the training in {run} came to its end: its adapter is {done}")

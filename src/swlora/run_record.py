@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from swlora.config import RunSpec
 from swlora.result_json import as_json
+from swlora.run_settings import Change
 
 
 class RunRecord(Protocol):
@@ -30,6 +31,9 @@ class RunRecord(Protocol):
 
     def keep_place(self) -> bool:
         """Have a folder to write in, made again where it was removed; say whether it was."""
+
+    def changes_from(self, n_done: int) -> list[Change]:
+        """Return the changes of settings so far, with those that hold from step `n_done` on."""
 
     def record(self, **facts: Any) -> None:
         """Add facts."""
@@ -77,6 +81,10 @@ class MemoryRecord:
     def keep_place(self) -> bool:
         """Do nothing: there is no folder to remove."""
         return False
+
+    def changes_from(self, n_done: int) -> list[Change]:  # noqa: ARG002
+        """Return none: there is nothing to go on from."""
+        return []
 
     def record(self, **facts: Any) -> None:
         """Keep facts."""

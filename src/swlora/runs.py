@@ -6,8 +6,8 @@
 
 Status is running, done, failed (with the reason) or cancelled. Every file but metrics.jsonl is
 replaced atomically. A run has begun when it has both run.json and, written after it, config.yaml.
-A snapshot counts only when its manifest, written last, matches its bytes; it goes when the disk
-says that the run is done. Whoever opens a run puts right what a kill left.
+A snapshot counts only when its manifest, written last, matches its bytes; those of a training that
+is done stay for more epochs, or go. Whoever opens a run puts right what a kill left.
 """
 
 import os
@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from swlora.config import RunSpec, dump_yaml, load_spec
+from swlora.config import RunSpec, dump_yaml
 from swlora.errors import RunFailedError, UserError
 from swlora.files import (
     check_writable,
@@ -33,6 +33,7 @@ from swlora.files import (
 from swlora.locks import lock_folder
 from swlora.metrics_file import append_metrics, read_metrics, sync_metrics, truncate_metrics
 from swlora.result_json import as_json
+from swlora.resumption import Resumption, Told, check_extendable
 from swlora.run_place import (
     CONFIG,
     DEFAULT_PARENT,
@@ -44,6 +45,7 @@ from swlora.run_place import (
     made_default_folder,
     make_run_folder,
 )
+from swlora.run_settings import Change, flat
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
 ADAPTERS = ("adapter", "best")
@@ -65,6 +67,7 @@ class Run(WorkFolder):
         super().__init__(folder, facts)
         self.has_begun = False
         self._spec = spec
+        self._resumption: Resumption | None = None  # where it goes on
         self._is_named = True  # by the user; else a fresh folder is taken when the run begins
         self._start_s = time.perf_counter()
         self._is_entered = False
@@ -103,6 +106,9 @@ class Run(WorkFolder):
         Does nothing where the run has begun. Raises UserError where another process was faster.
         """
         if self.has_begun:
+            if self._resumption:
+                self._spec = spec or self._spec
+                self._resumption.write(self._spec, self._save)
             return
         if self._is_named:
             make_run_folder(self.folder, exist_ok=True)
@@ -120,6 +126,7 @@ class Run(WorkFolder):
         self._write_start()
 
     def _write_start(self) -> None:
+        self.facts["settings"] = flat(self._spec)
         super()._save()
         write_text(self.folder / CONFIG, dump_yaml(self._spec))
 
@@ -147,16 +154,23 @@ class Run(WorkFolder):
         return True
 
     @classmethod
-    def reopen(cls, folder: Path, command: str) -> tuple[Self, RunSpec]:
-        """Lock an unfinished run of `command`, to be entered and continued.
+    def reopen(
+        cls,
+        folder: Path,
+        command: str,
+        flags: Mapping[str, Any] | None = None,
+        forced: Told | None = None,
+    ) -> tuple[Self, RunSpec]:
+        """Lock a run of `command`, to be entered and continued; one that is done, with `flags`.
 
-        Raises UserError where there is none, or another process is at work in it.
+        See `Resumption` for `flags` and `forced`. Raises UserError where there is no such run, or
+        another process is at work in it.
         """
         if not (folder / cls.file_name).exists():
             raise UserError(f"{folder} holds no run to resume")
         held = lock_folder(folder)
         try:
-            run, spec = cls._read_back(folder, command)
+            run, spec = cls._read_back(folder, command, dict(flags or {}), forced)
         except BaseException:
             held.release()
             raise
@@ -164,14 +178,18 @@ class Run(WorkFolder):
         return run, spec
 
     @classmethod
-    def _read_back(cls, folder: Path, command: str) -> tuple[Self, RunSpec]:
+    def _read_back(
+        cls, folder: Path, command: str, flags: dict[str, Any], forced: Told | None
+    ) -> tuple[Self, RunSpec]:
         """Read the run in a locked folder, after putting right what a kill left there."""
         facts = read_run(folder)
         run = cls(folder, facts, RunSpec())
         run.has_begun = True
         run._tidy()
         if facts["status"] == "done":
-            raise UserError(_nothing_to_resume(folder))
+            if not flags:
+                raise UserError(_nothing_to_resume(folder))
+            check_extendable(folder, read_result(folder), flags)
         if facts["command"] != command:
             raise UserError(f"{folder} holds a run of {facts['command']}, not of {command}")
         if not (folder / CONFIG).exists():
@@ -179,8 +197,8 @@ class Run(WorkFolder):
                 f"the run in {folder} was stopped before it began; start it again, with its "
                 "settings and without --resume"
             )
-        run._spec = load_spec(folder / CONFIG, {})
-        facts |= {"status": "running", "resumed": facts.get("resumed", 0) + 1}
+        run._resumption = Resumption(folder, facts, flags, forced)
+        run._spec = run._resumption.spec
         return run, run._spec
 
     def _tidy(self) -> None:
@@ -189,13 +207,30 @@ class Run(WorkFolder):
         remove_scratch(self.checkpoint)
         for name in ADAPTERS:
             restore_folder(self.folder / name)
-        if self.facts["status"] == "done":
+        if self.facts["status"] == "done" and not self._can_be_extended:
             shutil.rmtree(self.checkpoint, ignore_errors=True)
+
+    @property
+    def _can_be_extended(self) -> bool:
+        """Whether checkpoints stay, for more epochs; those of `full` are three models each."""
+        method = self.facts.get("settings", {}).get("adapter.method")
+        return self.facts["command"] in RESUMABLE and method != "full"
 
     @property
     def checkpoint(self) -> Path:
         """The folder of the snapshot."""
         return self.folder / "checkpoint"
+
+    def changes_from(self, n_done: int) -> list[Change]:
+        """Return the changes of settings so far, with those that hold from step `n_done` on."""
+        return self._resumption.changes_from(n_done) if self._resumption else []
+
+    def record_source(self, **facts: Any) -> None:
+        """Record what is worked on; UserError, or told, where it was something else before."""
+        if self._resumption and self._resumption.let_differ(facts):
+            self.record(**facts)
+        else:
+            super().record_source(**facts)
 
     def add_timing(self, name: str, seconds: float) -> None:
         """Add `seconds` to the named share of the run's time."""
@@ -230,6 +265,8 @@ class Run(WorkFolder):
         return read_result(self.folder)
 
     def _save(self) -> None:
+        if self._resumption and self._resumption.leaves_it_done:
+            return
         if self.has_begun and not self.keep_place():
             super()._save()
 
@@ -239,6 +276,8 @@ class Run(WorkFolder):
             is_new = not self._lock.is_held
             if is_new:
                 self._take()
+            if self._resumption and self._resumption.leaves_it_done:
+                return self  # until it is known that there is something to do
             try:
                 if is_new and read_run(self.folder)["status"] == "done":  # by another process
                     raise UserError(_nothing_to_resume(self.folder))
@@ -249,6 +288,8 @@ class Run(WorkFolder):
         return self
 
     def _end(self, error: BaseException | None) -> None:
+        if self._resumption and self._resumption.leaves_it_done:
+            return  # there was nothing to do
         if error is not None:
             self._note_error(error)
         else:
@@ -292,4 +333,4 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def _nothing_to_resume(folder: Path) -> str:
-    return f"the run in {folder} is done; there is nothing to resume"
+    return f"the run in {folder} is done; there is nothing to resume (more --epochs go on with it)"

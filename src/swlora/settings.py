@@ -14,6 +14,7 @@ FLAGS = {
     "model.name": "--model",
     "data.name": "--dataset",
     "data.eval_split": "--split",
+    "adapter.start": "--adapter",
     "decode.batch_size": "--eval-batch-size",
 }
 

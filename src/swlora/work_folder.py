@@ -28,6 +28,9 @@ _OTHER_TOKENS = (
 # What differs and what to do, beside beginning again
 _REMEDIES = {
     "base_weights_sample_sha256": "put the weights that it began with back",
+    "weights_sha256": "put the model's file back",
+    "tokenizer_sha256": "put back the tokenizer and the chat template in the model's folder",
+    "start_adapter_sha256": "put back the adapter that it started from",
     "data_sha256": "its rows are others: put back the data",
     "train_tokens_sha256": _OTHER_TOKENS,
     "held_out_tokens_sha256": _OTHER_TOKENS,
@@ -129,10 +132,20 @@ def _short(value: Any) -> str:
 def other_source(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Say in what the source of some work differs from what it was, and what to do; None if not."""
     for name, value in now.items():
-        if (noted := before.get(name, value)) != value:
-            remedy = _REMEDIES.get(name, "put back what it was")
-            return f"{name} was {_short(noted)} and is now {_short(value)}; {remedy}"
+        if difference := _difference(before, name, value):
+            return f"{difference}; {_REMEDIES.get(name.partition(' ')[0], 'put back what it was')}"
     return None
+
+
+def other_sources(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return all that differs, without what to do."""
+    return [said for name, value in now.items() if (said := _difference(before, name, value))]
+
+
+def _difference(before: Mapping[str, Any], name: str, value: Any) -> str | None:
+    if (noted := before.get(name, value)) == value:
+        return None
+    return f"{name} was {_short(noted)} and is now {_short(value)}"
 
 
 def read_facts(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:

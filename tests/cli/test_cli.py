@@ -284,7 +284,7 @@ def test_resume(swlora, small, monkeypatch):
     )
     monkeypatch.setattr(pipeline, "train", train)
     assert "or continue it with --resume" in swlora("train", "--output", "run").mistake
-    assert "leave out --rank" in swlora(*resumed, "--rank", 4).mistake
+    assert "keeps its --rank (it is 2); leave" in swlora(*resumed, "--rank", 5).mistake
     assert "leave out --config" in swlora(*resumed, "--config", "c.yaml").mistake
     mistake = swlora("train-eval", "--resume", "--output", "run").mistake
     assert mistake == "run holds a run of train, not of train-eval"

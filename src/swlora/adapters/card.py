@@ -42,6 +42,7 @@ POLICIES: dict[Kind, str] = {
     "random": "drawn at random, as a control",
     "list": "a list that was asked for",
 }
+START = "start_adapter_sha256"  # of what the training started from, where not from nothing
 SAMPLED_ROWS = 1000
 UNKNOWN_LICENCE = "unknown: fill in"
 DATA_LICENCES = {E2E_NAME: "CC BY-SA 4.0"}
@@ -170,11 +171,13 @@ def facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
         yield f"- Settings: {shown}" + (f" (saved as LoRA of rank {saved})" if grown else "")
     if facts.get("layers"):
         asked = ""
-        if "layer_policy" in facts:
+        if "layer_policy" in facts and START not in facts:
             policy = parse_policy(facts["layer_policy"])
             asked = f" (`--layers {policy}`: {POLICIES[policy.kind]})"
         yield f"- Layers: {', '.join(map(str, facts['layers']))}{asked}"
         yield f"- Modules: {', '.join(facts.get('targets', []))}"
+    if START in facts:
+        yield f"- Started from: an adapter whose weights have the sha256 {facts[START]}"
     if data := facts.get("data"):
         kind = "chats" if facts.get("is_chat") else "prompts with completions"
         yield f"- Data: {data['name']}, {data['rows']:,} rows ({kind}), sha256 {data['sha256']}"

@@ -11,7 +11,7 @@ Adapters from elsewhere, with PEFT's two files alone, are loaded too.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,36 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def load_adapter(model: Any, folder: Path) -> Any:
     """Wrap `model` with the saved adapter in `folder`, frozen; UserError where it does not fit."""
-    from peft import PeftModel
+    peft_model = _load(model, folder, {}, is_trainable=False)
+    if peft_model.peft_config[NAME].peft_type == "ADALORA":
+        _undo_rounding(peft_model, folder / WEIGHTS)
+    return peft_model.eval().requires_grad_(False)  # PEFT leaves some free on bfloat16 models
+
+
+def load_trainable(model: Any, folder: Path, changes: Mapping[str, Any]) -> Any:
+    """Wrap `model` with the saved adapter in `folder`, to be trained; `changes` are of its config.
+
+    Raises UserError where it does not fit.
+    """
+    return _load(model, folder, changes, is_trainable=True)
+
+
+def _load(model: Any, folder: Path, changes: Mapping[str, Any], *, is_trainable: bool) -> Any:
+    from peft import PeftConfig, PeftModel
 
     _check(folder)
     try:
         with quiet_peft():
-            peft_model = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+            config = PeftConfig.from_pretrained(str(folder))
+            for name, value in changes.items():
+                setattr(config, name, value)
+            peft_model = PeftModel.from_pretrained(
+                model,
+                str(folder),
+                is_trainable=is_trainable,
+                config=config,
+                use_safetensors=True,
+            )
             n_extra, n_missing = _unmatched(peft_model, folder / WEIGHTS)
     except Exception as error:  # PEFT, torch and safetensors raise many kinds
         detail = " ".join(str(error).split())[:300]
@@ -126,17 +150,16 @@ def load_adapter(model: Any, folder: Path) -> Any:
             f"the adapter in {folder} does not fit this model: {n_extra} of its tensors have no "
             f"place and {n_missing} are missing"
         )
-    if peft_model.peft_config[NAME].peft_type == "ADALORA":
-        _undo_rounding(peft_model, folder / WEIGHTS)
-    return peft_model.eval().requires_grad_(False)  # PEFT leaves some free on bfloat16 models
+    return peft_model
 
 
 def starts_from_the_weights(folder: Path) -> bool:
     """Say whether loading the adapter in `folder` may write into the model's own weights."""
-    return _config(folder).get("init_lora_weights", True) not in HARMLESS_STARTS
+    return read_config(folder).get("init_lora_weights", True) not in HARMLESS_STARTS
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what PEFT's configuration of the adapter in `folder` says; UserError without one."""
     try:
         return read_json_object(folder / CONFIG, max_bytes=MAX_JSON_BYTES)
     except UnreadableError as error:
@@ -191,7 +214,7 @@ def _check(folder: Path) -> None:
         raise UserError(f"{folder} is no adapter folder: it holds no {CONFIG}")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
-    if reason := refusal(_config(folder)):
+    if reason := refusal(read_config(folder)):
         raise UserError(f"the adapter in {folder} is not supported: {reason}")
     if name := changed_file(folder):
         raise UserError(

@@ -19,7 +19,6 @@ from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
 from swlora.result_json import as_json
-from swlora.settings import flag_name
 
 if TYPE_CHECKING:
     from swlora.job import Job
@@ -37,8 +36,27 @@ OUTPUT = {"output": _output("runs/COMMAND-TIME")}
 OUTPUT_IF_ASKED = {"output": _output("none")}
 RESUME = {
     "resume": Annotated[
-        bool, typer.Option("--resume", help="continue the unfinished run in --output")
-    ]
+        bool,
+        typer.Option(
+            "--resume",
+            help="continue the run in --output; with flags that change it from here on, such as "
+            "--learning-rate, or --epochs of one that is done",
+        ),
+    ],
+    "force_resume": Annotated[
+        bool,
+        typer.Option(
+            "--force-resume",
+            help="--resume, also where weights, data, tokenizer, settings or versions are others "
+            "than before; says which",
+        ),
+    ],
+    "verify": Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="hash the model's files whole, to compare them when the run goes on"
+        ),
+    ],
 }
 CONFIG = {
     "config": Annotated[
@@ -66,6 +84,8 @@ class Invocation:
     config: Path | None = None
     output: Path | None = None
     resume: bool = False
+    force_resume: bool = False
+    verify: bool = False
     json: Path | None = None
     _run: "Run | None" = None
 
@@ -99,8 +119,11 @@ class Invocation:
         """
         from swlora.runs import Run
 
-        if self.resume:
-            run, spec = Run.reopen(self._resumed_folder(), self.command)
+        if self.resume or self.force_resume:
+            flags = {name: self.flags[name] for name in self._given}
+            forced = self.progress.say if self.force_resume else None
+            run, spec = Run.reopen(self._resumed_folder(), self.command, flags, forced)
+            check_effects(self.command, spec, self._given)
         else:
             spec = self.spec
             run = Run.prepare(self.output, spec, self.command)
@@ -108,16 +131,16 @@ class Invocation:
             from swlora.job import Job
 
             self._run = run
-            yield Job(spec, run, self.progress)
+            yield Job(spec, run, self.progress, self.verify)
 
     def _resumed_folder(self) -> Path:
-        """Return --output; UserError where it is missing, or beside settings of its own."""
+        """Return --output; UserError where it is missing, or beside a configuration of its own."""
         if self.output is None:
             raise UserError("--resume needs the run's folder: --output DIR")
-        if self.config is not None or self._given:
+        if self.config is not None:
             raise UserError(
-                "--resume continues with the settings in the run's config.yaml; "
-                f"leave out {'--config' if self.config else flag_name(self._given[0])}"
+                "--resume continues with the settings in the run's config.yaml; leave out "
+                "--config, and give what shall change as flags"
             )
         return self.output
 

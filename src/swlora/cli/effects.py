@@ -40,7 +40,7 @@ def _no_search(command: str, spec: RunSpec) -> str | None:
 def _no_prefix_cache(_command: str, spec: RunSpec) -> str | None:
     if spec.train.cache_gb == 0:
         return None
-    if (policy := spec.adapter.layers).has_first_layer:
+    if (policy := spec.adapter.layers).has_first_layer and spec.adapter.is_settled:
         return f"--layers {policy} adapts the first layer, below which there are no states"
     return "--engine plain keeps no states" if spec.train.engine == "plain" else None
 
@@ -95,7 +95,7 @@ def _of_another_method(setting: str) -> Reason:
     def reason(_command: str, spec: RunSpec) -> str | None:
         method = spec.adapter.method
         is_without = setting == "dropout" and spec.adapter.dropout == 0
-        if is_without or setting in settings_of(method):
+        if is_without or setting in settings_of(method) or not spec.adapter.is_settled:
             return None
         return f"--method {method} has no such setting"
 

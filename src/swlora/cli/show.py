@@ -49,6 +49,8 @@ def show_training(trained: "Trained") -> None:
     n_steps, n_averaged = course.steps, course.final_loss_steps
     which = "last step" if n_averaged == 1 else f"mean of the last {n_averaged} of {n_steps} steps"
     print(f"loss: {course.final_loss:.3f} ({which})")
+    if course.skipped_steps:
+        print(f"skipped steps: {course.skipped_steps} (loss or gradient not finite)")
     if course.held_out is not None:
         _show_held_out(course.held_out, trained)
     print(f"adapter: {trained.adapter}")

@@ -1,5 +1,6 @@
 """The section `adapter`, and which methods have which of its settings."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -48,8 +49,21 @@ class AdapterSpec(Spec):
         "random:4:SEED, 2,11",
     )
 
+    start: Path | None = Field(
+        default=None,
+        description="adapter or run folder to start from: method, size and place are its own, the "
+        "model too where --model is not given [default: a new adapter]",
+    )
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether method and place are known: not before an adapter to start from was read."""
+        return self.start is None or {"method", "layers"} <= self.model_fields_set
+
     @model_validator(mode="after")
     def _takes_its_settings(self) -> Self:
+        if not self.is_settled:
+            return self
         given = {n for n, f in AdapterSpec.model_fields.items() if getattr(self, n) != f.default}
         ignored = sorted(given & (OPTIONAL_SETTINGS - settings_of(self.method)))
         if ignored:

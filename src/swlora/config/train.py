@@ -72,6 +72,17 @@ class TrainSpec(Spec):
         "the best adapter",
     )
 
+    on_nonfinite: str = Field(
+        default="stop",
+        pattern=r"^(stop|skip:[1-9]\d{0,8})$",
+        description="what to do where the loss of a step or its gradient is not finite: stop, or "
+        "skip:N, leave the weights as they are in N steps of the training at most",
+    )
+
+    @property
+    def skippable_steps(self) -> int:
+        """How many steps without a finite loss or gradient are passed over."""
+        return int(self.on_nonfinite.partition(":")[2] or 0)
     @property
     def saving(self) -> SaveEvery:
         """How often a checkpoint is written."""

@@ -131,6 +131,13 @@ class TokenSequences:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def subset(self, ids: Ints) -> "TokenSequences":
+        """Return the sequences with these numbers, in their order; copies of their tokens."""
+        lengths = self.lengths[ids]
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[ids] - offsets[:-1], lengths)
+        return type(self)(np.asarray(self.tokens)[places], offsets, self.weights[places])
+
     def length(self, i: int) -> int:
         """Return the number of tokens of sequence i."""
         return int(self.offsets[i + 1] - self.offsets[i])

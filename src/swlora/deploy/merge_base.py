@@ -98,7 +98,7 @@ def open_base(adapter: Path, spec: ModelSpec) -> MergeBase:
     The tokenizer is the adapter's own where it brings one. Raises UserError where there is none.
     """
     if "name" not in spec.model_fields_set:
-        spec = spec.model_copy(update=_recorded(adapter))
+        spec = spec.model_copy(update=recorded_base(adapter))
     if spec.tokenizer is None and (adapter / TOKENIZER_CONFIG).is_file():
         spec = spec.model_copy(update={"tokenizer": str(adapter)})
     loaded = load_skeleton(spec)
@@ -126,7 +126,7 @@ def check_base(adapter: Path, base: BaseModel, loaded: LoadedModel) -> str | Non
     return None
 
 
-def _recorded(adapter: Path) -> dict[str, Any]:
+def recorded_base(adapter: Path) -> dict[str, Any]:
     """Return name and revision of the model that an adapter's files name."""
     facts, config = read_facts(adapter), read_json(adapter / CONFIG)
     if facts.get("base_flag") == BUILTIN_MODEL:

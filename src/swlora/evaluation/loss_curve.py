@@ -31,8 +31,9 @@ def smoothed(points: Sequence[Point], share: float = 0.04) -> list[Point]:
 def final_loss(metrics: Sequence[dict[str, Any]]) -> tuple[float, int]:
     """Return (mean loss over the last tenth of the steps in nats a token, their number).
 
-    One step alone says little: its rows may be easy or hard.
+    One step alone says little: its rows may be easy or hard. Skipped ones have none.
     """
+    metrics = [m for m in metrics if "loss" in m]
     last = metrics[-max(1, round(FINAL_SHARE * len(metrics))) :]
     total = sum((LossSum(m["sum_nats"], m["n_tokens"]) for m in last), LossSum())
     return total.nats_per_token, len(last)
@@ -51,10 +52,11 @@ def course_of(
         planned_steps=schedule.n_steps,
         train_s=totals.elapsed_s,
         examples_per_s=totals.rows / totals.elapsed_s,
-        last_loss=metrics[-1]["loss"],
+        last_loss=next(m["loss"] for m in reversed(metrics) if "loss" in m),
         final_loss=loss,
         final_loss_steps=n_averaged,
         held_out=held_out.losses(),
+        skipped_steps=totals.skipped or None,
     )
 
 
@@ -66,7 +68,7 @@ def draw_loss(metrics: Sequence[dict[str, Any]], target: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panel = figure.subplots()
-    steps = [(m["rows"], m["loss"]) for m in metrics]
+    steps = [(m["rows"], m["loss"]) for m in metrics if "loss" in m]
     held_out = [(m["rows"], m["eval_nll"]) for m in metrics if "eval_nll" in m]
     panel.plot(*_columns(steps), alpha=0.3, linewidth=1, color="tab:blue", label="each step")
     panel.plot(*_columns(smoothed(steps)), color="tab:blue", label="smoothed")

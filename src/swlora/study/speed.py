@@ -91,5 +91,6 @@ def loss_curve(runs: Sequence[ArmRun], pace: Pace) -> LossCurve:
 
 
 def _smooth(metrics: Sequence[dict[str, Any]]) -> list[Point]:
+    metrics = [m for m in metrics if "loss" in m]  # not those of steps that were skipped
     course = smoothed([(m["elapsed_s"], m["loss"]) for m in metrics])
     return [Point(m["step"], *point) for m, point in zip(metrics, course, strict=True)]

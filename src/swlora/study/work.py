@@ -58,6 +58,8 @@ def train_and_measure(job: Job) -> None:
     values = {"nll": loss.nats_per_token, "sum_nats": loss.sum_nats, "n_tokens": loss.n_tokens}
     assert trained.adapter is not None
     shutil.rmtree(trained.adapter)  # of full training it is as large as the model
+    if job.run.checkpoint is not None:  # nobody goes on with it
+        shutil.rmtree(job.run.checkpoint, ignore_errors=True)
     job.run.write_result({"train": replace(trained, adapter=None), "heldout": values})
 
 

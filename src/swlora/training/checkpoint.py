@@ -30,6 +30,7 @@ class Totals:
     rows: int = 0
     tokens: float = 0  # by their weights
     elapsed_s: float = 0.0
+    skipped: int = 0  # steps among them that left the weights as they were
 
 
 @dataclass
@@ -134,3 +135,9 @@ class Checkpoints:
             self._run.sync()
             self._state.save(folder, self._spec.keep_checkpoints)
         self._saved_at_s = time.perf_counter()
+
+
+def steps_done(folder: Path | None) -> int:
+    """Return the steps that the newest whole snapshot has behind it; 0 where there is none."""
+    snapshot = load_snapshot(folder, lambda _: None) if folder else None
+    return int(snapshot.values["step"]) if snapshot else 0

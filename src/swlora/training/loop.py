@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from swlora.loss_sum import LossSum
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
 from swlora.threads import adapt_threads, adapted_threads
-from swlora.training.checkpoint import Checkpoints, LoopState
+from swlora.training.checkpoint import Checkpoints, LoopState, Totals
 from swlora.training.schedule import Schedule, Step
 from swlora.training.watch import HeldOutState, Watch
 
@@ -46,13 +46,15 @@ def train(
     run: RunRecord,
     progress: Progress,
     watch: Watch | None = None,
+    rows_of: Callable[[Step], str] = lambda _step: "",
 ) -> LoopState:
     """Train `adapted` for the steps of `schedule`, checkpointing into `run`; return the state.
 
     Continues from the run's checkpoint where there is one. SIGINT and SIGTERM end the loop after
     the current step with a checkpoint and KeyboardInterrupt. The last checkpoint is the final
     state; it goes when the run is done. `watch` measures held-out examples off the clock, keeps the
-    best adapter and may end the training early. Raises DivergedError before a non-finite loss or
+    best adapter and may end the training early; `rows_of` names the rows of a step that is skipped.
+    Raises DivergedError before a non-finite loss or
     gradient could reach the weights, or weights that cannot be used a checkpoint.
     """
     spec = schedule.spec
@@ -83,6 +85,8 @@ def train(
                 raise
             if was_removed := run.keep_place():
                 progress.say(_made_again(run))
+            if "skipped" in report:
+                progress.say(_skipped(report, schedule, rows_of(groups)))
             if watch:
                 report |= watch.after_step(state.held_out, state.totals.step, n_steps)
             run.append_metrics(report)
@@ -94,6 +98,8 @@ def train(
                 how = f"; --resume --output {run.folder} continues" if folder else ""
                 raise KeyboardInterrupt(stopped + how)
     checkpoints.save()
+    if state.totals.skipped == state.totals.step:
+        raise DivergedError("no step of the training had a finite loss and gradient")
     return state
 
 
@@ -101,6 +107,14 @@ def _made_again(run: RunRecord) -> str:
     return (
         f"{run.folder} was removed while the run was at work: it is made again, and goes on "
         "without the reports and the best adapter so far"
+    )
+
+
+def _skipped(report: dict[str, Any], schedule: Schedule, rows: str) -> str:
+    n_most = schedule.spec_at(report["step"] - 1).skippable_steps
+    return (
+        f"step {report['step']} is skipped, {report['skipped']} of {n_most} at most: its loss or "
+        "gradient is not finite" + (f" (rows of that step: {rows})" if rows else "")
     )
 
 
@@ -130,7 +144,8 @@ def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
 
 
 def _note(report: dict[str, Any], held_out: HeldOutState) -> str:
-    parts = [f"loss {report['loss']:.3f}", f"{report['examples_per_s']:.1f} examples/s"]
+    loss = f"loss {report['loss']:.3f}" if "loss" in report else "skipped"
+    parts = [loss, f"{report['examples_per_s']:.1f} examples/s"]
     if held_out.last is not None:
         parts.insert(1, f"held-out {held_out.last:.3f} (best {held_out.best:.3f})")
     return "  ".join(parts)
@@ -146,47 +161,66 @@ def _one_step(
     adapt_threads()
     start_s = time.perf_counter()
     totals, optimizer, adapted = state.totals, state.optimizer, state.adapted
-    rate = schedule.learning_rate(totals.step)
+    rate, spec = schedule.learning_rate(totals.step), schedule.spec_at(totals.step)
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+        group |= {"lr": rate * group["factor"], "weight_decay": spec.weight_decay}
     loss = step_function(groups)
     parameters = adapted.parameters.values()
     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / loss.n_tokens)
     penalty = adapted.penalty()
     if penalty is not None:
         torch.autograd.backward(penalty)
-    norm = float(accelerator.clip_grad_norm_(parameters, schedule.spec.max_grad_norm))
-    if not (math.isfinite(loss.sum_nats) and math.isfinite(norm)):
-        raise DivergedError(
-            f"the loss or its gradient is not finite at step {totals.step + 1}; the weights are "
-            "still those of the step before: start again with a lower --learning-rate"
-        )
-    optimizer.step()
-    adapted.after_step(totals.step + 1)
-    if not are_usable(adapted):
-        raise DivergedError(
-            f"step {totals.step + 1} made weights that are not finite, or too large to compute "
-            "with: start again with a lower --learning-rate"
-        )
+    norm = float(accelerator.clip_grad_norm_(parameters, spec.max_grad_norm))
+    is_finite = math.isfinite(loss.sum_nats) and math.isfinite(norm)
+    if is_finite:
+        _update(state)
+    elif totals.skipped < spec.skippable_steps:
+        totals.skipped += 1
+    else:
+        raise DivergedError(_not_finite(totals))
     optimizer.zero_grad(set_to_none=True)
     step_s = time.perf_counter() - start_s
-    n_sequences = sum(map(len, groups))
     totals.step += 1
-    totals.rows += n_sequences
+    totals.rows += sum(map(len, groups))
     totals.tokens += loss.n_tokens
     totals.elapsed_s += step_s
-    return {
-        "step": totals.step,
+    measured = {
         "loss": loss.nats_per_token,
         "sum_nats": loss.sum_nats,
         "n_tokens": loss.n_tokens,
+        "grad_norm": norm,
+    }
+    return {
+        "step": totals.step,
+        **(measured if is_finite else {"skipped": totals.skipped}),
         "rows": totals.rows,
         "learning_rate": rate,
-        "grad_norm": norm,
         "examples_per_s": totals.rows / totals.elapsed_s,
         "elapsed_s": totals.elapsed_s,
         "threads": torch.get_num_threads(),
     }
+
+
+def _update(state: LoopState) -> None:
+    """Change the weights by their gradients; DivergedError where they cannot be used then."""
+    n_done = state.totals.step + 1
+    state.optimizer.step()
+    state.adapted.after_step(n_done)
+    if not are_usable(state.adapted):
+        raise DivergedError(
+            f"step {n_done} made weights that are not finite, or too large to compute with: start "
+            "again, or go on from the last checkpoint (--resume), with a lower --learning-rate"
+        )
+
+
+def _not_finite(totals: Totals) -> str:
+    skipped = f", after {totals.skipped} that were skipped" if totals.skipped else ""
+    more = "a larger N in --on-nonfinite skip:N" if skipped else "--on-nonfinite skip:N"
+    return (
+        f"the loss or its gradient is not finite at step {totals.step + 1}{skipped}; the weights "
+        "are still those of the step before: start again, or go on from there (--resume), with a "
+        f"lower --learning-rate or {more}"
+    )
 
 
 def are_usable(adapted: Adapted) -> bool:

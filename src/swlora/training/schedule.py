@@ -78,6 +78,10 @@ class Schedule:
         """Return the rate of step `step` (0-based)."""
         return learning_rate(self.spec, step, self.n_steps)
 
+    def spec_at(self, step: int) -> TrainSpec:  # noqa: ARG002 - a changed one has several
+        """Return the settings of step `step` (0-based)."""
+        return self.spec
+
 
 def sequences_per_step(spec: TrainSpec, n_sequences: int) -> int:
     """Return the sequences per step: what was asked for, else 32, or fewer where data are few.
@@ -131,8 +135,8 @@ def step_plan(sequences: TokenSequences, spec: TrainSpec, seed: int) -> StepPlan
     return plan
 
 
-def learning_rate(spec: TrainSpec, step: int, n_steps: int) -> float:
-    """Return the rate of step `step` (0-based): linear warm-up, then the schedule down to 0."""
+def learning_rate(spec: TrainSpec, step: float, n_steps: float) -> float:
+    """Return the rate of step `step` (0-based, or between two): warm-up, then the schedule to 0."""
     n_warmup = round(spec.warmup_fraction * n_steps)
     if step < n_warmup:
         return spec.learning_rate * (step + 1) / n_warmup

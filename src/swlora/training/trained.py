@@ -13,7 +13,8 @@ class TrainingCourse:
     """How a training went; losses in nats a trained token.
 
     `rows` are those of the data set, counted once in every epoch. `final_loss` is the mean over the
-    last `final_loss_steps` steps. `held_out` is None where nothing was measured.
+    last `final_loss_steps` steps. `held_out` is None where nothing was measured,
+    `skipped_steps` where every step had a finite loss and gradient.
     """
 
     rows: int
@@ -26,6 +27,7 @@ class TrainingCourse:
     final_loss: float
     final_loss_steps: int
     held_out: HeldOutLosses | None = field(metadata=IF_ANY)
+    skipped_steps: int | None = field(default=None, metadata=IF_ANY)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def go_on(folder: Path, *, verify: bool = False, forced=None) -> list[str]:
     return heard.lines
 
 
+def sample_of(folder: Path) -> str:
+    spec = load_spec(folder / "config.yaml", {})
+    return weights_sample_sha256(load_model(spec.model).model)
+
+
 def change_one_number(model: Path) -> None:
     """Change a number that no sample of the weights holds."""
     tensors = load_file(model / "model.safetensors")
@@ -57,9 +62,9 @@ def test_a_number_beside_the_sample_is_noticed_where_the_files_were_hashed(stopp
     folder, model = stopped(verify=True)
     assert len(read_run(folder)[FACT]) == 64
     before = (model / "model.safetensors").read_bytes()
-    sample = weights_sample_sha256(load_model(load_spec(folder / "config.yaml", {}).model).model)
+    sample = sample_of(folder)
     change_one_number(model)
-    assert weights_sample_sha256(load_model(load_spec(folder / "config.yaml", {}).model).model) == sample
+    assert sample_of(folder) == sample
     with pytest.raises(UserError, match=rf"cannot go on: {FACT} was .*put the model's file back"):
         go_on(folder)  # its date says that it was written
     said: list[str] = []

@@ -83,6 +83,7 @@ class TrainSpec(Spec):
     def skippable_steps(self) -> int:
         """How many steps without a finite loss or gradient are passed over."""
         return int(self.on_nonfinite.partition(":")[2] or 0)
+
     @property
     def saving(self) -> SaveEvery:
         """How often a checkpoint is written."""

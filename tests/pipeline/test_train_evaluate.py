@@ -108,6 +108,7 @@ def test_the_run_folder_explains_itself(model_folder, rows, tmp_path):
     result = run_in(folder, spec)
     assert {path.name for path in folder.iterdir()} == {
         "adapter",
+        "checkpoint",  # from which more epochs go on
         "config.yaml",
         "loss.png",
         "metrics.jsonl",

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from swlora.errors import RunFailedError
-from swlora.files import atomic_path, write_json, write_text
+from swlora.files import (
+    atomic_path,
+    make_folder,
+    remove_scratch,
+    scratch_folder,
+    write_json,
+    write_text,
+)
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -77,3 +84,38 @@ def test_json_is_strict(tmp_path):
         with pytest.raises(RunFailedError, match=r"a\.json: a number in it is not finite"):
             write_json(target, {"x": [number]})
     assert json.loads(target.read_text(encoding="utf-8")) == value
+
+
+def test_what_a_kill_left_of_a_file_is_known_by_its_name(tmp_path):
+    """A process that is killed cleans nothing up: here it is what it wrote beside its targets."""
+    left = []
+    for name in ("a.txt", "b"):
+        with pytest.raises(ValueError), atomic_path(tmp_path / name) as scratch:
+            left.append(scratch.name)
+            raise ValueError
+    for name in left:
+        (tmp_path / name).write_text("half")
+    scratch_folder(tmp_path / "adapter").mkdir()
+    (scratch_folder(tmp_path / "adapter") / "weights").write_text("half")
+    (tmp_path / ".link.partial").symlink_to(tmp_path / "kept", target_is_directory=True)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / ".x.partial").write_text("")
+    for name in ("mine.partial", ".mine", "a.txt"):
+        (tmp_path / name).write_text("")
+    remove_scratch(tmp_path)
+    assert only(tmp_path) == [".mine", "a.txt", "kept", "mine.partial"]
+    assert only(tmp_path / "kept") == [".x.partial"]
+    remove_scratch(tmp_path / "missing")
+
+
+def test_every_folder_that_is_made_is_synced_in_the_one_that_holds_it(tmp_path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr("swlora.files.sync_path", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path, tmp_path / "a"]
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "a", exist_ok=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file")

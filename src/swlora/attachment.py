@@ -107,8 +107,14 @@ def check_disk(job: Job, adapted: "Adapted", *, n_steps: int, keeps_best: bool) 
     folder, checkpoint = job.run.folder, job.run.checkpoint
     if folder is None or checkpoint is None:
         return 0
-    tokenizer = job.loaded.tokenizer
-    needs = training_needs(adapted, tokenizer, checkpoint, n_steps=n_steps, keeps_best=keeps_best)
+    needs = training_needs(
+        adapted,
+        job.loaded.tokenizer,
+        checkpoint,
+        n_steps=n_steps,
+        n_checkpoints=job.spec.train.keep_checkpoints + 1,
+        keeps_best=keeps_best,
+    )
     check_space(folder, needs, f"free some, then --resume --output {folder}")
     return total_bytes(needs) if on_one_disk(folder, cache_dir()) else 0
 

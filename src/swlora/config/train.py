@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from swlora.config.fields import Spec
 from swlora.config.save_every import SaveEvery, parse_save_every
@@ -91,14 +91,19 @@ class TrainSpec(Spec):
             return SaveEvery(seconds=self.checkpoint_every_s)
         return parse_save_every(self.save_every or DEFAULT_SAVE_EVERY)
 
+    @field_validator("save_every")
+    @classmethod
+    def _says_how_often(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_save_every(text)
+        return text
+
     @model_validator(mode="after")
     def _one_says_how_often_to_save(self) -> Self:
-        if self.save_every is not None:
-            parse_save_every(self.save_every)
-            if self.checkpoint_every_s is not None:
-                raise ValueError(
-                    "--save-every and --checkpoint-every-s say the same; leave one of them out"
-                )
+        if self.save_every is not None and self.checkpoint_every_s is not None:
+            raise ValueError(
+                "--save-every and --checkpoint-every-s say the same; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,15 +7,22 @@ from swlora.adapters.adapted import Adapted
 from swlora.caches import disk_bytes
 from swlora.disk_space import Need
 
-CHECKPOINTS = 2  # a new one beside the one before it
 METRICS_LINE_BYTES = 400
 VOCABULARY_ENTRY_BYTES = 150  # of a token in tokenizer.json: 70 (GPT-2) to 130 (Gemma)
 
 
 def training_needs(
-    adapted: Adapted, tokenizer: Any, checkpoint: Path, *, n_steps: int, keeps_best: bool
+    adapted: Adapted,
+    tokenizer: Any,
+    checkpoint: Path,
+    *,
+    n_steps: int,
+    n_checkpoints: int,
+    keeps_best: bool,
 ) -> list[Need]:
     """Return what a training of `n_steps` will write at most; `keeps_best`: into best/ too.
+
+    `n_checkpoints` are there at once: those that are kept, and a new one until it is complete.
 
     A checkpoint has every trained weight three times, with AdamW's two moments; what lies in the
     folder `checkpoint` is there already. A saved adapter has it once, PiSSA's twice; best/ is
@@ -29,6 +36,6 @@ def training_needs(
     return [
         Need("adapter", saved),
         Need("best/", 2 * saved if keeps_best else 0),
-        Need("checkpoints", max(0, CHECKPOINTS * (3 * weights + state) - there)),
+        Need("checkpoints", max(0, n_checkpoints * (3 * weights + state) - there)),
         Need("metrics", METRICS_LINE_BYTES * n_steps),
     ]

@@ -3,12 +3,13 @@
     adapter_config.json, adapter_model.safetensors    PEFT's; the base model by a name of the Hub
     tokenizer*.json, chat_template.jinja              the tokenizer that it was trained with
     swlora.json                                       what training noted (swlora.adapters.card),
-                                                      and the sha256 of PEFT's two files
+                                                      and sha256s of that and of PEFT's files
     README.md                                         the same for people, as a model card
 
 Adapters from elsewhere, with PEFT's two files alone, are loaded too.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
         if tokenizer is not None:
             save_tokenizer(tokenizer, scratch)
         digests = {name: sha256_of(scratch / name) for name in (CONFIG, WEIGHTS)}
+        digests[FACTS] = _sha256_of_facts(facts)
         write_json(scratch / FACTS, facts | {DIGESTS: digests})
         write_text(scratch / "README.md", model_card(facts, config))  # in place of PEFT's template
         replace_folder(scratch, folder)
@@ -224,15 +226,23 @@ def _check(folder: Path) -> None:
 
 
 def changed_file(folder: Path) -> str | None:
-    """Return which of PEFT's files is not the one that was saved here; None where both are.
+    """Return which file is not as it was saved here: PEFT's two, or what is noted beside them.
 
-    Adapters from elsewhere note nothing of theirs.
+    None where all are. Adapters from elsewhere note nothing of theirs.
     """
     noted = _read_noted(folder).get(DIGESTS)
     for name, digest in noted.items() if isinstance(noted, dict) else ():
+        if name == FACTS and _sha256_of_facts(read_facts(folder)) != digest:
+            return FACTS
         if name in (CONFIG, WEIGHTS) and sha256_of(folder / name) != digest:
             return str(name)
     return None
+
+
+def _sha256_of_facts(facts: Facts) -> str:
+    """Return a hash of facts as they are read back, whatever the order and the white space."""
+    text = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_facts(folder: Path) -> Facts:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from swlora.adapters.saved import DIGESTS, FACTS
 from swlora.errors import UserError
 
 BASE = "base_model_name_or_path"
@@ -50,6 +51,8 @@ def published_text(path: Path) -> tuple[str | None, list[str]]:
             _check_tree(path, tree)
             if dropped or changes:
                 _add_revision(tree, text)
+                if path.name == FACTS and isinstance(tree.get(DIGESTS), dict):
+                    tree[DIGESTS].pop(FACTS, None)  # it is of what it was
                 return json.dumps(tree, indent=2, ensure_ascii=False) + "\n", [*changes, *dropped]
             return None, []
     for number, line in enumerate(named.splitlines(), start=1):

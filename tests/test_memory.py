@@ -130,5 +130,23 @@ def test_the_limit_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.copies_limit_bytes() == 3_000_000
     monkeypatch.setattr(memory, "available_bytes", lambda: 1)
     assert memory.copies_limit_bytes() == 3_000_000, "what copies hold is not free any more"
-    memory.limit_copies(0.5)
+    memory.limit_memory(0.5)
     assert memory.copies_limit_bytes() == 500_000_000
+
+
+def test_copies_get_what_steps_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_copies_bytes", None)
+    monkeypatch.setattr(memory, "_is_limited", False)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 4_000)
+    assert memory.steps_limit_bytes() == 3_000
+    assert memory.steps_limit_bytes(share=1) == 4_000
+    with memory.kept_for_steps(1_000):
+        assert memory.copies_limit_bytes() == 2_000
+        with memory.kept_for_steps(None):
+            assert memory.copies_limit_bytes() == 0
+        assert memory.copies_limit_bytes() == 2_000
+    assert memory.copies_limit_bytes() == 3_000
+    memory.limit_memory(0)
+    assert (memory.copies_limit_bytes(), memory.steps_limit_bytes()) == (0, 3_000)
+    memory.limit_memory(1e-6)
+    assert (memory.copies_limit_bytes(), memory.steps_limit_bytes()) == (1_000, 1_000)

@@ -10,6 +10,7 @@ from swlora.disk_space import check_space, on_one_disk, total_bytes
 from swlora.errors import DivergedError
 from swlora.job import Job
 from swlora.layer_policy import layer_ranges
+from swlora.memory import FREE_SHARE, kept_for_steps, steps_limit_bytes
 from swlora.models.identity import identify_base
 from swlora.paths import cache_dir
 from swlora.preparation import PreparedTraining
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from swlora.adapters.adapted import Adapted
     from swlora.adapters.card import Facts
     from swlora.training.checkpoint import LoopState
+    from swlora.training.plain import PlainStep
     from swlora.training.schedule import Schedule
+    from swlora.training.step import TreeStep
     from swlora.training.watch import Watch
 
 ROWS_NAMED = 5  # of a step that failed
@@ -85,9 +88,11 @@ def run_steps(
             adapted.model, prepared.sequences, job.spec.train, job.progress.say, kept_bytes
         )
     with closing(ready) as step:
+        with job.timed("prepare"):
+            step_bytes = fit_steps(job, prepared.schedule, step)
         torch.manual_seed(job.spec.seed)  # dropout
         try:
-            with job.timed("train"):
+            with job.timed("train"), kept_for_steps(step_bytes):
                 return run_loop(
                     step, prepared.schedule, adapted, job.run, job.progress, watch, rows_of
                 )
@@ -95,6 +100,25 @@ def run_steps(
             rows = _rows(job, error.sequence_ids)
             where = f" (rows of that step: {rows})" if rows else ""
             raise DivergedError(f"{error}{where}") from None
+
+
+def fit_steps(job: Job, schedule: "Schedule", step: "TreeStep | PlainStep") -> int:
+    """Let a step run trees that fit into memory; return the bytes that it takes.
+
+    A run that goes on has the trees with which it began, which decide its last bits. Padded
+    batches, and steps on a GPU, whose memory runs out without harm, are left alone.
+    """
+    from swlora.training.step import TreeStep
+    from swlora.training.step_memory import fit_into_memory
+
+    if not isinstance(step, TreeStep) or step.base_model.device.type != "cpu":
+        return 0
+    began_with = job.run.facts.get("tokens_at_once")
+    step.most_nodes = began_with if isinstance(began_with, int) else None
+    limit_bytes = steps_limit_bytes(share=1 if job.run.facts.get("resumed") else FREE_SHARE)
+    needed = fit_into_memory(step, schedule, limit_bytes, job.progress.say)
+    job.run.record(tokens_at_once=step.most_nodes)
+    return needed
 
 
 def check_disk(job: Job, adapted: "Adapted", *, n_steps: int, keeps_best: bool) -> int:

@@ -1,5 +1,5 @@
 """The process's memory: kept instead of handed back after every tensor, few kernels, its peak, and
-what copies of weights may take of it.
+what the steps of a training and copies of weights may take of it.
 
 glibc maps and unmaps allocations of a few megabytes anew each time; a training step makes
 thousands of them, and the page faults can cost more than the arithmetic. Two settings of its
@@ -14,8 +14,8 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 _MADV_DONTNEED = 4  # from sys/mman.h of Linux
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _KEEP_BYTES = 1 << 30
-COPIES_SHARE = 0.75
+FREE_SHARE = 0.75
 _copies_bytes: int | None = None
+_is_limited = False
+_steps_bytes: int | None = 0
 KERNELS_KEPT = 64  # a step needs about 25
 _KERNEL_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -80,20 +82,40 @@ def _mapped_files() -> list[tuple[int, int]]:
     return [(int(low, 16), int(high, 16)) for low, high in spans]
 
 
-def limit_copies(n_gb: float) -> None:
-    """Let all copies of weights in the process take so many GB together (--memory-gb)."""
-    global _copies_bytes
-    _copies_bytes = int(n_gb * 1e9)
+def limit_memory(n_gb: float) -> None:
+    """Let steps of a training, and copies of weights beside them, take so many GB (--memory-gb);
+    0: no copies, and steps as they are without a limit.
+    """
+    global _copies_bytes, _is_limited
+    _copies_bytes, _is_limited = int(n_gb * 1e9), n_gb > 0
+
+
+def steps_limit_bytes(*, share: float = FREE_SHARE) -> int:
+    """Return what a step may take: as limited, else a share of what is free now."""
+    if _is_limited and _copies_bytes is not None:
+        return _copies_bytes
+    return int(share * available_bytes())
 
 
 def copies_limit_bytes() -> int:
-    """Return what copies of weights may take together: as limited, or COPIES_SHARE of what is free
-    when this is first asked.
+    """Return what copies of weights may take together: as limited, or FREE_SHARE of what is free
+    when this is first asked, without what is kept for steps.
     """
     global _copies_bytes
     if _copies_bytes is None:
-        _copies_bytes = int(COPIES_SHARE * available_bytes())
-    return _copies_bytes
+        _copies_bytes = int(FREE_SHARE * available_bytes())
+    return 0 if _steps_bytes is None else max(0, _copies_bytes - _steps_bytes)
+
+
+@contextmanager
+def kept_for_steps(n_bytes: int | None) -> Iterator[None]:
+    """Keep memory for the steps that the body runs: copies take what is left, for None nothing."""
+    global _steps_bytes
+    before, _steps_bytes = _steps_bytes, n_bytes
+    try:
+        yield
+    finally:
+        _steps_bytes = before
 
 
 def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

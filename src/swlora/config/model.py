@@ -47,8 +47,9 @@ class ModelSpec(Spec):
     memory_gb: float | None = Field(
         default=None,
         ge=0,
-        description="memory for copies of weights in the kernels' layout, which make products "
-        "faster; 0: none [default: three quarters of what is free]",
+        description="memory beside the weights: for the steps of a training, which are run in "
+        "smaller parts where they need more, and for copies of weights, which make products "
+        "faster; 0: no copies [default: three quarters of what is free]",
     )
     threads: int | None = Field(
         default=None,

@@ -122,6 +122,11 @@ def _dealt(prompt: Ints, size: int, n_steps: int, rng: np.random.Generator) -> I
     return step
 
 
+def cut_group(sequences: TokenSequences, ids: Ints, most_nodes: int) -> list[Ints]:
+    """Cut a group of `plan_steps` into groups whose trees have `most_nodes` at most, as it does."""
+    return _cut_groups(sequences, ids, np.zeros(len(ids), np.int64), most_nodes)[0]
+
+
 def _cut_groups(sequences: TokenSequences, ids: Ints, step: Ints, budget: int) -> list[list[Ints]]:
     """Cut ids, sorted by step and within it by prompt and context, into the groups of every step.
 

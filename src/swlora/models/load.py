@@ -13,7 +13,7 @@ from swlora.config import BUILTIN_MODEL, ModelSpec
 from swlora.errors import UserError
 from swlora.hub import cached_file, hub_reachable
 from swlora.library_noise import quiet_libraries
-from swlora.memory import keep_few_kernels, keep_freed_memory, limit_copies
+from swlora.memory import keep_few_kernels, keep_freed_memory, limit_memory
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.finite import check_finite
@@ -78,7 +78,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     if spec.threads is not None:
         fix_threads(spec.threads)
     if spec.memory_gb is not None:
-        limit_copies(spec.memory_gb)
+        limit_memory(spec.memory_gb)
     device = resolve_device(spec.device)
     torch_dtype = resolve_dtype(dtype or spec.dtype, device.type)
     place = _find(spec)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from swlora.adapters.methods import adapted_layers, trainable_parameters
 from swlora.config import TrainSpec
 from swlora.data.prefix_tree import PrefixTree, build_tree
+from swlora.data.steps import cut_group
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError, UserError
 from swlora.kernels.forwards import fast_forwards, refresh
@@ -74,6 +75,7 @@ class TreeStep:
         walk = self.walk = TreeWalk(self.base_model, adapted_layers(peft_model)[0])
         self.prefix_source: PrefixSource = lambda _tree, layout: walk.prefix(layout)  # no cycle
         self._say = say
+        self.most_nodes: int | None = None  # of a tree: larger groups are cut
         self._n_parts = 1  # every group is run in so many parts, doubled when memory runs out
 
     def __call__(self, groups: Sequence[np.ndarray]) -> LossSum:
@@ -89,6 +91,8 @@ class TreeStep:
     def parts(self, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Cut groups into what is run: sequences that may run together, as many as memory holds."""
         rotary, lengths = self.walk.rotary, self.sequences.lengths
+        if (most := self.most_nodes) is not None:
+            groups = [part for ids in groups for part in cut_group(self.sequences, ids, most)]
         together = [part for ids in groups for part in rotary.sides(ids, lengths)]
         return [p for ids in together for p in np.array_split(ids, self._n_parts) if len(p)]
 

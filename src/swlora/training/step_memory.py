@@ -1,0 +1,128 @@
+"""The memory of a training step, foreseen: so many tokens are run at once that it fits.
+
+    peak bytes of a tree = a + b T        T: nodes of the tree
+
+Attention keeps no more than FEW_KEYS scores of a node. A rough b is enough where there is plenty of
+memory; else it is measured on a short sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from swlora.adapters.methods import trainable_parameters
+from swlora.data.prefix_tree import count_group_nodes
+from swlora.data.token_sequences import TokenSequences
+from swlora.kernels.head_loss import CHUNK_ROWS
+from swlora.kernels.tree_layout import FEW_KEYS
+from swlora.memory import kept_for_steps
+from swlora.training.live_bytes import LiveBytes
+from swlora.training.schedule import Schedule
+from swlora.training.step import TreeStep
+
+LEAST_NODES = 64  # that are run at once, as of --row-tokens
+MEASURED_NODES = 384
+RESIDENT = 1.4  # what a process held over what its tensors took: measured 1.2 to 1.42
+MARGIN = 1.5  # of the rough formula
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """a and b of the formula above, in bytes of tensors."""
+
+    constant: float
+    node: float
+
+    def peak_bytes(self, n_nodes: int) -> int:
+        """Return the resident bytes that a tree of so many nodes makes."""
+        return int(RESIDENT * (self.constant + self.node * n_nodes))
+
+
+def rough_memory(step: TreeStep) -> StepMemory:
+    """Return more than a step takes, from the model's sizes alone."""
+    config, width = step.base_model.config, int(step.base_model.config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * width)
+    inner *= int(getattr(config, "num_experts_per_tok", None) or 1)
+    values = MARGIN * (8 * width + 4 * inner)
+    logits = 4 * 4 * CHUNK_ROWS * int(config.vocab_size)
+    per_node = _value_bytes(step) * (_n_with_graph(step) + 1) * values
+    return StepMemory(logits, per_node + 2 * _scores_bytes(step))
+
+
+def measured_memory(step: TreeStep) -> StepMemory:
+    """Return what forward and backward of a short sequence took; the gradients are dropped.
+
+    Its nodes need not keep all scores that those of another tree do.
+    """
+    n_most = int(getattr(step.base_model.config, "max_position_embeddings", None) or 1 << 20)
+    n_nodes = max(1, min(MEASURED_NODES, n_most - 1))
+    return StepMemory(0.0, _measured_peak(step, n_nodes) / n_nodes + _scores_bytes(step))
+
+
+def _scores_bytes(step: TreeStep) -> float:
+    """Return the most bytes of scores that all blocks keep of a node."""
+    n_heads = int(step.base_model.config.num_attention_heads)
+    return _n_with_graph(step) * _value_bytes(step) * n_heads * FEW_KEYS
+
+
+def _n_with_graph(step: TreeStep) -> int:
+    """Return the number of blocks that keep something for the gradient."""
+    return step.walk.anatomy.n_layers - step.walk.cut
+
+
+def _value_bytes(step: TreeStep) -> int:
+    return int(step.base_model.dtype.itemsize)
+
+
+def _measured_peak(step: TreeStep, n_nodes: int) -> int:
+    """Return the most bytes of tensors while a sequence with so many nodes is run."""
+    sequence = TokenSequences.from_lists([([1], [1] * n_nodes)])
+    trial = TreeStep(step.peft_model, sequence, label_smoothing=step.label_smoothing)
+    parameters = trainable_parameters(step.peft_model).values()
+    live = LiveBytes()
+    with live:
+        trial([np.array([0])])
+    trial.close()
+    for parameter in parameters:
+        parameter.grad = None
+    return live.peak_bytes
+
+
+def fit_into_memory(
+    step: TreeStep, schedule: Schedule, limit_bytes: int, say: Callable[[str], None]
+) -> int:
+    """Let a step run smaller trees where its largest would exceed the limit; return what it takes.
+
+    The limit is for tensors, gradients and the optimizer's two moments. The gradients are the same.
+    Random generators move on. A sequence that does not fit by itself is said and run.
+    """
+    trained = trainable_parameters(step.peft_model).values()
+    room = max(0, limit_bytes - 3 * sum(p.nbytes for p in trained))
+    asked = _largest_tree(step, schedule)
+    if (needed := rough_memory(step).peak_bytes(asked)) <= room:
+        return needed
+    with kept_for_steps(None):  # no copies of weights for the trial
+        memory = measured_memory(step)
+    needed, largest = memory.peak_bytes(asked), asked
+    if needed > room:
+        step.most_nodes = max(LEAST_NODES, int(asked * room / needed))
+        largest = _largest_tree(step, schedule)
+        needed = memory.peak_bytes(largest)
+        say(
+            f"memory: a step over {asked:,} tokens at once would take "
+            f"{memory.peak_bytes(asked) / 1e9:.2f} GB of {room / 1e9:.2f}; at most "
+            f"{step.most_nodes:,} are run at once, with the same gradient"
+        )
+    if needed > room and largest > LEAST_NODES:
+        say(
+            f"memory: the longest sequence takes about {needed / 1e9:.2f} GB of {room / 1e9:.2f}: "
+            "the system may end this; --truncate makes it shorter"
+        )
+    return needed
+
+
+def _largest_tree(step: TreeStep, schedule: Schedule) -> int:
+    """Return the nodes of the largest tree of the first epoch."""
+    parts = [ids for groups in schedule.epoch(0) for ids in step.parts(groups)]
+    return int(count_group_nodes(step.sequences, parts).max())

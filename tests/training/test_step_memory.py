@@ -1,0 +1,131 @@
+"""The memory of steps is foreseen, and steps that would not fit are run in smaller trees."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.support.adapters import CASES, adapter_spec, attach, fill_b
+from tests.support.gradients import measure
+from tests.support.models import MakeModel
+from tests.training.test_step import adapted
+
+from swlora.adapters.methods import adapt, train_mode, trainable_parameters
+from swlora.config import TrainSpec
+from swlora.data.token_sequences import TokenSequences
+from swlora.training.live_bytes import LiveBytes
+from swlora.training.schedule import Schedule
+from swlora.training.step import TreeStep
+from swlora.training.step_memory import (
+    RESIDENT,
+    fit_into_memory,
+    measured_memory,
+    rough_memory,
+)
+
+ROOM = {"llama": {"max_position_embeddings": 2048}, "gpt2": {"n_positions": 2048}}
+
+
+def random_sequences(n: int, n_tokens: int) -> TokenSequences:
+    rng = np.random.default_rng(3)
+    ids = rng.integers(1, 200, (n, n_tokens)).tolist()
+    return TokenSequences.from_lists([(own[:2], own[2:]) for own in ids])
+
+
+def test_live_bytes_are_those_of_tensors_that_somebody_holds() -> None:
+    there = torch.ones(100, requires_grad=True)
+    with LiveBytes() as live:
+        first = there.detach() * 2  # 400 bytes
+        second = first[:50].view(5, 10)  # a view
+        third = first * second.sum()  # 4 bytes, and 400
+        del first, second
+        assert live.peak_bytes == 804
+        fourth = third + 1  # `first` is gone with its view
+        third.add_(1)
+        del third, fourth
+    assert live.peak_bytes == 804
+    with LiveBytes() as live:
+        loss = (there * there.exp()).sum()  # exp is kept for the gradient
+        assert live.peak_bytes == 804
+        torch.autograd.backward(loss)
+    assert live.peak_bytes >= 804 + 400
+
+
+def peaks(step: TreeStep, groups: list[Any]) -> int:
+    with LiveBytes() as live:
+        step(groups)
+    for parameter in trainable_parameters(step.peft_model).values():
+        parameter.grad = None
+    return live.peak_bytes
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (2,)])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_short_sequence_tells_of_a_longer_one_and_of_many(
+    make_model: MakeModel, model_type: str, layers: Any
+) -> None:
+    """The peak that is foreseen is about that of the tensors, for what is much larger."""
+    model = make_model(model_type, **ROOM[model_type])
+    peft_model = attach(model, adapter_spec("lora"), layers, seed=1)
+    train_mode(peft_model)
+    for n, n_tokens in ((1, 1200), (30, 60)):
+        sequences = random_sequences(n, n_tokens)
+        step = TreeStep(peft_model, sequences)
+        found = measured_memory(step)
+        n_nodes = int((sequences.lengths - 1).sum())
+        foreseen = found.peak_bytes(n_nodes) / RESIDENT
+        peak = peaks(step, [np.arange(n)])
+        assert 0.95 * peak < foreseen < 3 * peak
+
+
+@pytest.mark.parametrize(("method", "model_type"), CASES)
+def test_the_rough_formula_is_above_what_is_measured(
+    make_model: MakeModel, method: str, model_type: str
+) -> None:
+    sizes = {"n_embd": 96} if model_type == "gpt2" else {"hidden_size": 96}
+    model = make_model(model_type, **ROOM[model_type] | sizes)
+    peft_model = adapt(model, adapter_spec(method), [0, 1, 2], seed=1, n_steps=60).model
+    train_mode(peft_model)
+    sequences = random_sequences(20, 100)
+    step = TreeStep(peft_model, sequences)
+    n_nodes = int((sequences.lengths - 1).sum())
+    rough = rough_memory(step).peak_bytes(n_nodes) / RESIDENT
+    peak = peaks(step, [np.arange(20)])
+    assert peak < rough < 4 * peak
+
+
+def test_less_memory_makes_smaller_trees_and_the_same_gradient(make_model: MakeModel) -> None:
+    peft_model = adapted(make_model, layers=(0, 1, 2))
+    fill_b(peft_model)
+    sequences, said = random_sequences(24, 40), list[str]()
+    step = TreeStep(peft_model, sequences)
+    schedule = Schedule.of(sequences, TrainSpec(batch_size=12), seed=0)
+    parameters = trainable_parameters(peft_model)
+    assert fit_into_memory(step, schedule, 1 << 40, said.append) > 0
+    assert step.most_nodes is None and not said
+    own = 3 * sum(p.nbytes for p in parameters.values())
+    steps = schedule.epoch(0)
+    whole = [measure(step, parameters, groups) for groups in steps]
+    peak = RESIDENT * peaks(step, list(steps[0]))
+    assert fit_into_memory(step, schedule, own + int(peak / 2), said.append) <= peak / 2
+    assert len(said) == 1 and "tokens at once would take" in said[0]
+    assert all(p.grad is None for p in parameters.values())
+    for groups, expected in zip(steps, whole, strict=True):
+        parts = step.parts(groups)
+        assert len(parts) > len(groups) == 1
+        assert sorted(np.concatenate(parts)) == sorted(np.concatenate(groups))
+        assert RESIDENT * peaks(step, list(groups)) <= peak / 2 + own  # the gradients among it
+        found = measure(step, parameters, groups)
+        assert found[:2] == pytest.approx(expected[:2], rel=1e-6)
+        for name, gradient in expected.gradients.items():
+            torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequence_that_fits_nowhere_is_said(make_model: MakeModel) -> None:
+    peft_model = adapted(make_model)
+    sequences, said = random_sequences(3, 200), list[str]()
+    step = TreeStep(peft_model, sequences)
+    schedule = Schedule.of(sequences, TrainSpec(batch_size=3), seed=0)
+    fit_into_memory(step, schedule, 1, said.append)
+    assert step.most_nodes == 64
+    assert "the longest sequence takes about" in said[-1] and "--truncate" in said[-1]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.gguf_models import TEXTS, export_tiny
+from tests.support.gguf_models import GEMMA, LONG, TEXTS, YARN, export_tiny
 from tests.support.llama_cpp import require_llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -16,23 +16,12 @@ from swlora.errors import UnknownFamilyError, UserError
 
 # llama.cpp has the GELU in a table of float16
 GELU = ("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "falcon")
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}
-LONG = {
-    "rope_type": "longrope",
-    "short_factor": [1.0, 1.3, 2.0],
-    "long_factor": [2.0, 3.0, 4.0],
-    "original_max_position_embeddings": 128,
-}
-GEMMA = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
 }
 
 

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tests.support.gguf_models import export_tiny
+from tests.support.gguf_models import GEMMA, LONG, YARN, export_tiny
 from transformers import AutoConfig
 
 from swlora.errors import UserError
@@ -25,17 +25,6 @@ LLAMA_8, LLAMA_32 = (
     {**rope(5e5, **LLAMA3, factor=factor), "max_position_embeddings": 131072}
     for factor in (8.0, 32.0)
 )
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LONG = {
-    "rope_type": "longrope",
-    "short_factor": [1.0, 1.3, 2.0],
-    "long_factor": [2.0, 3.0, 4.0],
-    "original_max_position_embeddings": 128,
-}
-GEMMA = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
-}
 
 
 @pytest.mark.parametrize(

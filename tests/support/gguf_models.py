@@ -31,6 +31,18 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.7}},
     "qwen3_moe": {"norm_topk_prob": True, "mlp_only_layers": []},
 }
+# Scalings of rotary positions
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.3, 2.0],
+    "long_factor": [2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 128,
+}
+GEMMA = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+}
 
 
 def bpe_tokenizer() -> PreTrainedTokenizerFast:

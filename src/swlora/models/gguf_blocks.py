@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-CHUNK_VALUES = 1 << 18  # a mebibyte in float32: intermediate results stay in the cache
+CHUNK_VALUES = 1 << 20  # four mebibytes in float32: enough for two threads, and little memory
 PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 
 
@@ -58,7 +58,7 @@ class StoredMatrix:
         return out
 
     def _parts(self, n_rows: int) -> Iterator[slice]:
-        """Yield stretches of so many rows whose numbers stay in the cache."""
+        """Yield stretches of rows that hold about CHUNK_VALUES numbers."""
         step = max(1, CHUNK_VALUES // self.n_in)
         return (slice(start, start + step) for start in range(0, n_rows, step))
 

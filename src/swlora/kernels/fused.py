@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swlora.kernels.linear.frozen import is_frozen
+from swlora.kernels.recomputed import made_by
 from swlora.kernels.wide import wide
 from swlora.models.anatomy import SwigluMaps, rms_norm_epsilon, swiglu_maps
 
@@ -22,10 +23,9 @@ from swlora.models.anatomy import SwigluMaps, rms_norm_epsilon, swiglu_maps
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_wide = wide(x)
-        r = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True).add_(eps))
+        y, r = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (x_wide * r).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -36,17 +36,28 @@ class _RmsNorm(torch.autograd.Function):
         return scaled.sub_(normed * projection).mul_(r).to(x.dtype), None, None
 
 
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return y and r, (..., 1) float32."""
+    x_wide = wide(x)
+    r = torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True).add_(eps))
+    return (x_wide * r).to(x.dtype).mul_(weight), r
+
+
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         d_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)
         return d_gate, F.silu(gate).mul_(grads[0])
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
 
 
 _rms_norm: Callable[..., Tensor] = _RmsNorm.apply
@@ -60,7 +71,9 @@ class _FastRmsNorm:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight: Tensor = self._module.weight
         if torch.is_grad_enabled():
-            return _rms_norm(hidden_states, weight, self._eps)
+            y = _rms_norm(hidden_states, weight, self._eps)
+            x = hidden_states.detach()
+            return made_by(y, lambda: _normed(x, weight, self._eps)[0])
         normed = F.rms_norm(hidden_states, hidden_states.shape[-1:], None, self._eps)
         return normed.mul_(weight)  # rounded before and after, as in transformers
 
@@ -71,7 +84,10 @@ class _FastSwiglu:
 
     def __call__(self, x: Tensor) -> Tensor:
         maps = self._maps
-        return maps.down(_silu_mul(maps.gate(x), maps.up(x)))  # type: ignore[no-any-return]
+        gate, up = maps.gate(x), maps.up(x)
+        h = _silu_mul(gate, up)
+        gate, up = gate.detach(), up.detach()
+        return maps.down(made_by(h, lambda: _gated(gate, up)))  # type: ignore[no-any-return]
 
 
 class _ContiguousLinear:

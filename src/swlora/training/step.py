@@ -22,6 +22,7 @@ from swlora.kernels.forwards import fast_forwards, refresh
 from swlora.kernels.head_loss import Targets, head_loss
 from swlora.kernels.linear.frozen import FrozenLinear
 from swlora.kernels.patched_forwards import patched_forwards
+from swlora.kernels.recomputed import recomputing
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
@@ -103,7 +104,9 @@ class TreeStep:
             for ids in parts:
                 tree = build_tree(self.sequences, ids)
                 layout = TreeLayout(tree, self.base_model.device)
-                hidden = self.walk.suffix(layout, self.prefix_source(tree, layout))
+                entry = self.prefix_source(tree, layout)
+                with recomputing():
+                    hidden = self.walk.suffix(layout, entry)
                 loss = tree_nats(self.walk, tree, hidden, self.label_smoothing)
                 torch.autograd.backward(loss)
                 total += LossSum(float(loss.detach()), tree.n_target_tokens)

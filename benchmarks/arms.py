@@ -13,7 +13,8 @@ LORA_ALPHA = 32.0
 LEARNING_RATE = 2e-3
 POOL_ROWS = 1600  # the rows that all arms draw from: one mega-batch of a length-grouping Trainer
 
-Kind = Literal["original", "peft", "trl", "ours"]
+Kind = Literal["original", "peft", "trl", "unsloth", "ours"]
+Layout = Literal["padded", "packed", "padding-free", "flat"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,14 @@ class Arm:
     rows_quick: int  # 0: not part of a quick run
     rows_full: int
     layers: tuple[int, ...] | Literal["super"] | None = None
-    layout: Literal["padded", "packed", "padding-free"] = "padded"
+    layout: Layout = "padded"  # of peers, or "flat": our engine with nothing shared
     epochs: int = 1  # 2 where a cache makes later epochs cheaper
+    compiled: bool = False
 
     @property
     def is_peer(self) -> bool:
-        """Whether it competes for "best peer": PEFT + Trainer and TRL with all layers."""
-        return self.kind in ("peft", "trl") and self.layers is None
+        """Whether it competes for "best peer": another stack, with adapters in all layers."""
+        return self.kind in ("peft", "trl", "unsloth") and self.layers is None
 
     def rows(self, quick: bool) -> int:
         return self.rows_quick if quick else self.rows_full
@@ -62,6 +64,19 @@ _ARMS = (
 )
 ARMS: dict[str, Arm] = {arm.name: arm for arm in _ARMS}
 PACKED_ROW_TOKENS = 512
+
+# Those of the scenarios, whose rows a step depend on the scenario; all layers
+SCENARIO_ARMS: dict[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("ours", "ours", 0, 0, 0),
+        Arm("ours-flat", "ours", 0, 0, 0, layout="flat"),
+        Arm("peft", "peft", 0, 0, 0),
+        Arm("unsloth", "unsloth", 0, 0, 0),
+        Arm("trl", "trl", 0, 0, 0),
+        Arm("unsloth-compiled", "unsloth", 0, 0, 0, compiled=True),
+    )
+}
 
 
 def chosen(names: str | None, quick: bool) -> list[Arm]:

@@ -7,23 +7,26 @@ the cache of states below the lowest adapted layer, the second reads it.
 
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
-from benchmarks import measure
+from benchmarks import flat, measure
 from benchmarks.arms import LEARNING_RATE, LORA_ALPHA, LORA_RANK, Arm
 from swlora.config import AdapterSpec, ModelSpec, RunSpec, TrainSpec
 from swlora.data.encode import encode_examples
 from swlora.data.examples import Example
-from swlora.data.prefix_tree import build_tree
+from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.metrics_file import read_metrics
 from swlora.models.anatomy import Anatomy
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Silent
 from swlora.runs import Run
+from swlora.training import step as training_step
 
 
 class StepClock(Silent):
@@ -48,6 +51,16 @@ def run(
     clock: StepClock | None = None,
 ) -> dict[str, Any]:
     """Train an adapter on `rows` for the arm's epochs; return what was measured."""
+    return run_sequences(arm, model_folder, lambda loaded: encode(rows, separator, loaded), clock)
+
+
+def run_sequences(
+    arm: Arm,
+    model_folder: str,
+    sequences_of: Callable[[LoadedModel], TokenSequences],
+    clock: StepClock | None = None,
+) -> dict[str, Any]:
+    """Train an adapter on the sequences that `sequences_of` makes; return what was measured."""
     from swlora.adapters.methods import adapt, train_mode
     from swlora.training.schedule import Schedule, step_plan
     from swlora.training.step import make_step
@@ -58,7 +71,7 @@ def run(
     anatomy = Anatomy(loaded.model)
     layers = _layers(arm, model_folder, anatomy, watch)
     with watch("tokenise"):
-        sequences = encode(rows, separator, loaded)
+        sequences = sequences_of(loaded)
     spec = RunSpec(
         adapter=AdapterSpec(rank=LORA_RANK, alpha=LORA_ALPHA),
         train=TrainSpec(batch_size=arm.batch, epochs=arm.epochs, learning_rate=LEARNING_RATE),
@@ -69,13 +82,17 @@ def run(
     with watch("plan"):
         plan = step_plan(sequences, spec.train, spec.seed)
         plans = [plan(epoch) for epoch in range(arm.epochs)]
+    if arm.layout == "flat":
+        plans = [flat.steps(sequences, steps, spec.train.row_tokens) for steps in plans]
     gemm_before = measure.gemm_flops(loaded.model.dtype)
     memory = measure.Memory()
     with watch("make_step"):
         step = make_step(adapted.model, sequences, spec.train, clock.say)
 
     schedule = Schedule(spec.train, plans.__getitem__, len(plans[0]))
-    metrics, start_s = _train(step, schedule, adapted, spec, clock)
+    build = flat.tree if arm.layout == "flat" else build_tree
+    with patch.object(training_step, "build_tree", build):
+        metrics, start_s = _train(step, schedule, adapted, spec, clock)
     step.close()
     facts = {
         "layers": layers,
@@ -85,8 +102,9 @@ def run(
         "memory": memory.report(),
     }
     gemm = max(gemm_before, measure.gemm_flops(loaded.model.dtype))
-    epochs = _epochs(clock.ticks, plans, sequences, anatomy, layers[0], gemm)
-    per_row = {name: watch.seconds.pop(name) / len(rows) for name in ("tokenise", "plan")}
+    trees = [[[build(sequences, ids) for ids in step] for step in steps] for steps in plans]
+    epochs = _epochs(clock.ticks, trees, sequences, anatomy, layers[0], gemm)
+    per_row = {name: watch.seconds.pop(name) / len(sequences) for name in ("tokenise", "plan")}
     one_off = {**watch.seconds, "start": clock.ticks[0] - start_s, "warmup": epochs[0]["warmup_s"]}
     costs = {"one_off_s": one_off, "per_row_s": per_row}
     return {**facts, **costs, "gemm_flops": gemm, "epochs": epochs}
@@ -113,7 +131,7 @@ def _train(
 
 def _epochs(
     ticks: list[float],
-    plans: list[Any],
+    trees: list[list[list[PrefixTree]]],
     sequences: TokenSequences,
     anatomy: Anatomy,
     cut: int,
@@ -121,17 +139,16 @@ def _epochs(
 ) -> list[dict[str, Any]]:
     """Summarise each epoch: rates, the work it needed and the share of the machine's peak."""
     epochs, first = [], 0
-    for epoch, steps in enumerate(plans):
+    for epoch, steps in enumerate(trees):
         n_warmup = 1 if epoch == 0 else 0  # the first step of all
-        counts = [sum(len(ids) for ids in rows) for rows in steps]
-        trees = [[build_tree(sequences, ids) for ids in rows] for rows in steps]
-        nodes = [sum(len(row.token_ids) for row in step) for step in trees]
+        counts = [sum(tree.n_sequences for tree in step) for step in steps]
+        nodes = [sum(len(tree.token_ids) for tree in step) for step in steps]
         report = measure.rates(ticks[first : first + len(steps) + 1], counts, nodes, n_warmup)
         first += len(steps)
-        tree = [row for step in trees[n_warmup:] for row in step]
+        timed = [tree for step in steps[n_warmup:] for tree in step]
         n_nodes = sum(nodes[n_warmup:])
-        n_scored = sum(len(np.unique(row.target_position)) for row in tree)
-        ids = np.concatenate([row.sequence_ids for row in tree])
+        n_scored = sum(len(np.unique(tree.target_position)) for tree in timed)
+        ids = np.concatenate([tree.sequence_ids for tree in timed])
         flops = measure.necessary_flops(anatomy, cut, n_nodes, n_scored, prefix_read=epoch > 0)
         epochs.append(
             {

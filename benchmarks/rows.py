@@ -1,8 +1,8 @@
-"""The rows that the arms run: one pool of whole prompts, and length-grouped batches from it.
+"""The rows that the arms run: one pool of whole prompts.
 
 Arms that are slow run fewer rows than fast ones, so each gets rows that stand for the pool: a
 prefix of its prompts, which are in random order, where prompts matter; where lengths matter, every
-k-th of the batches that sorting the pool by length gives.
+k-th of the batches that sorting the pool by length gives (`length_groups`).
 """
 
 import os
@@ -45,19 +45,3 @@ def pool(examples: Sequence[Example], n_rows: int, seed: int = 0) -> list[Exampl
     if len(rows) < n_rows:
         raise SystemExit(f"{n_rows} rows are wanted and the data set has {len(rows)}")
     return rows[:n_rows]
-
-
-def length_grouped(lengths: Sequence[int], batch: int, n_steps: int) -> list[list[int]]:
-    """Return one warm-up batch and `n_steps` batches of row numbers, as length grouping makes them.
-
-    All rows are sorted by length and cut into batches, as `group_by_length` of the Trainer does
-    with a mega-batch (50 batches); evenly spaced ones are taken, so that they have the mean length
-    of all. The warm-up batch is the longest: memory then grows once and no later step is charged.
-    """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    n_batches = len(order) // batch
-    if n_steps > n_batches:
-        raise SystemExit(f"{n_steps} batches of {batch} rows do not fit into {len(order)} rows")
-    batches = order[: n_batches * batch].reshape(n_batches, batch)
-    ranks = ((np.arange(n_steps) + 0.5) * n_batches / n_steps).astype(int)
-    return [batches[0].tolist(), *batches[ranks].tolist()]

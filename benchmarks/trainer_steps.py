@@ -115,7 +115,20 @@ def sft_trainer(
         padding_free=arm.layout == "padding-free",
     )
     dataset = Dataset.from_list(rows)
-    return SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=dataset, processing_class=tokenizer
+    )
+    if "labels" in rows[0]:
+        _check_labels(trainer, PadRight(tokenizer.pad_token_id)(rows[: arm.batch]))
+    return trainer
+
+
+def _check_labels(trainer: Any, expected: dict[str, torch.Tensor]) -> None:
+    """Raise SystemExit where the first batch of the trainer is not what it was handed."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    for name in ("labels", "attention_mask"):
+        if not torch.equal(batch[name], expected[name]):
+            raise SystemExit(f"the trainer's {name} are not those of the rows that it was handed")
 
 
 def train(

@@ -15,11 +15,13 @@ from swlora.hub import cached_file, hub_reachable
 from swlora.library_noise import quiet_libraries
 from swlora.memory import keep_few_kernels, keep_freed_memory, limit_memory
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
+from swlora.models.declared_size import check_declared_size
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.finite import check_finite
 from swlora.models.gguf_header import read_gguf_table
 from swlora.models.model_folder import check_counts, check_model_folder, check_regular_files
 from swlora.models.precision import resolve_device, resolve_dtype
+from swlora.models.skeleton import make_skeleton
 from swlora.threads import fix_threads
 
 
@@ -106,9 +108,6 @@ def load_skeleton(spec: ModelSpec) -> LoadedModel:
 
     Raises what `load_model` raises, as far as weights are not concerned.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     place, tokenizer = _find(spec), None
     if place.model.endswith(".gguf"):
         from swlora.models.gguf_file import read_gguf_header
@@ -117,8 +116,7 @@ def load_skeleton(spec: ModelSpec) -> LoadedModel:
         family_of(config.model_type)
     else:
         config = _load_config(place.model, spec.revision)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    model = make_skeleton(config, place.model)
     tokenizer = _checked_tokenizer(model, tokenizer, place, spec)
     decoding = model.generation_config
     if not place.model.endswith(".gguf"):
@@ -200,14 +198,14 @@ def _load_config(name: str, revision: str | None) -> Any:
 
     if Path(name).is_dir():
         check_model_folder(Path(name), weights=False)
-    elif cached := cached_file(name, "config.json", revision):
-        check_counts(Path(cached))
     where = {"revision": revision, "local_files_only": _is_offline(name)}
     try:
         with quiet_libraries():
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
     except Exception as error:  # loaders raise the errors of many libraries
         raise UserError(f"the model {name} cannot be loaded: {_brief(error)}") from error
+    if not Path(name).is_dir() and (cached := cached_file(name, "config.json", revision)):
+        check_counts(Path(cached))
     family_of(config.model_type)
     return config
 
@@ -229,6 +227,7 @@ def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
     config = _load_config(name, revision)
     if Path(name).is_dir():
         check_model_folder(Path(name))
+        check_declared_size(Path(name))
     try:
         with quiet_libraries():
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -7,6 +7,7 @@ What transformers puts together from several tensors (experts) keeps the names o
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from swlora.errors import UnknownFamilyError, UserError
 from swlora.models.anatomy import family_of
+from swlora.models.skeleton import make_skeleton
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64_000_000
@@ -65,6 +67,7 @@ class SafetensorsWeights:
         self._files: dict[str, Any] = {}  # by the name of the tensor
         self._stored: dict[str, str] = {}  # what a file calls the tensor
         files, naming = weight_files(folder), _Naming(folder)
+        self.skeleton = naming.model  # what config.json describes; None for an unknown family
         with ExitStack() as opened:
             for file_name, expected in files.items():
                 self._open(file_name, expected, naming, opened)
@@ -79,6 +82,11 @@ class SafetensorsWeights:
         """Return a tensor as a view of its file, in its own dtype."""
         tensor: Tensor = self._files[name].get_tensor(self._stored[name])
         return tensor
+
+    @property
+    def n_numbers(self) -> int:
+        """The numbers in all tensors together."""
+        return sum(map(math.prod, self._shapes.values()))
 
     def stored_name(self, name: str) -> str:
         """Return what the file calls a tensor."""
@@ -152,31 +160,29 @@ class _Naming:
     """What transformers calls the tensors in the files of a model: it renames some as it loads."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = _skeleton(folder)
-        if self._model is not None:
-            self._known = self._model.state_dict()
-            self._changes = get_model_conversion_mapping(self._model)
+        self.model = _skeleton(folder)
+        if self.model is not None:
+            self._known = self.model.state_dict()
+            self._changes = get_model_conversion_mapping(self.model)
 
     def name(self, stored: str) -> str:
         """Return the name in the state dict; that of the file where several tensors make one."""
-        if self._model is None or stored in self._known:
+        if self.model is None or stored in self._known:
             return stored
         renamings = [c for c in self._changes if isinstance(c, WeightRenaming)]
         converters = [c for c in self._changes if isinstance(c, WeightConverter)]
-        prefix = self._model.base_model_prefix
+        prefix = self.model.base_model_prefix
         name, part_of = rename_source_key(stored, renamings, converters, prefix, self._known)
         return str(name) if part_of is None and name in self._known else stored
 
 
 def _skeleton(folder: Path) -> Any:
     """Return the model of a folder without content; None where its family is not known."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family_of(config.model_type)
     except (OSError, ValueError, UnknownFamilyError):
         return None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return make_skeleton(config, str(folder))

@@ -1,4 +1,4 @@
-"""What swlora survives: kills, power cuts, damaged files. One row for each promise.
+"""What swlora survives: kills, power cuts, damage, hostile input. One row for each promise.
 
 python -m benchmarks.faults --json F [--quick] [--rows kills,damage]
 
@@ -109,10 +109,92 @@ def damage(folder: Path, *, quick: bool) -> Row:
     )
 
 
+def hostile_inputs(folder: Path, *, quick: bool) -> Row:
+    """Give commands models, adapters, data, configurations and runs that cannot be."""
+    from tests.support import hostile_inputs as inputs
+
+    whole, place = inputs.prepare_inputs(folder), folder / "hostile"
+    place.mkdir()
+    tried = inputs.try_inputs(whole, place, every=12 if quick else 1)
+    return Row(
+        "a hostile model, adapter, data set, configuration or run: one line, < 5 s, < 1 GB",
+        sum(not one.wrong for one in tried),
+        len(tried),
+        [one.wrong for one in tried if one.wrong],
+        {
+            "most_seconds": round(max(one.seconds for one in tried), 2),
+            "most_bytes": max(one.peak_bytes for one in tried),
+            "timed": "in processes that have imported the libraries already",
+        },
+    )
+
+
+def hostile_folders(folder: Path, *, quick: bool) -> Row:
+    """Put folders that hold anything at all under --runs, and ask for every route."""
+    from tests.support.fault_trials import write_inputs
+    from tests.support.hostile_folders import KINDS, WHOLE, spoiled_folders, wrong_answers
+    from tests.support.servers import in_process
+
+    write_inputs(folder)
+    files = ("run.json", "adapter_config.json") if quick else tuple(WHOLE)
+    bad = spoiled_folders(folder / "runs", KINDS[::3] if quick else KINDS, files)
+    with in_process(folder / "model", folder / "runs") as (client, _):
+        answers = list(wrong_answers(client, bad))
+    failures = [wrong for wrong in answers if wrong]
+    return Row(
+        "beside hostile folders under --runs, every other route answers 200",
+        len(answers) - len(failures),
+        len(answers),
+        failures,
+        {"folders": len(bad)},
+    )
+
+
+def requests(folder: Path, *, quick: bool) -> Row:
+    """Ask a server for strange things, leave its answers unread, and send half of requests."""
+    from tests.support.fault_trials import write_inputs
+    from tests.support.strained_server import LONG, QUICK, strain
+
+    write_inputs(folder)
+    found = strain(folder / "model", folder / "runs", QUICK if quick else LONG)
+    return Row(
+        "strange requests, clients that leave and slow ones: no 5xx, no ticket left, memory < 3 %",
+        found.n - len(found.failures),
+        found.n,
+        found.failures,
+        found.more(),
+    )
+
+
+def steps(folder: Path, *, quick: bool) -> Row:
+    """Train many steps: memory, open files and threads stay what they were after a tenth."""
+    from tests.support.fault_trials import write_inputs
+    from tests.support.long_runs import MAX_GROWTH, held_in_training
+
+    n_steps = 200 if quick else 5_000
+    held = held_in_training(write_inputs(folder), folder, n_steps)
+    first, last = held[0], held[-1]
+    growth = last.memory_bytes / first.memory_bytes
+    failures = [f"memory grew to {growth:.3f} of what it was"] if growth >= MAX_GROWTH else []
+    failures += [f"{last.files} open files, {first.files} before"] * (last.files > first.files)
+    failures += [f"{last.threads} threads, {first.threads} before"] * (last.threads > first.threads)
+    return Row(
+        f"{n_steps:,} steps: memory grows by less than 3 %, files and threads not at all",
+        3 - len(failures),
+        3,
+        failures,
+        {"growth": round(growth, 4), "held": [asdict(one) for one in held]},
+    )
+
+
 ROWS: dict[str, Callable[..., Row]] = {
     "kills": kills,
     "kill_points": kill_points,
     "damage": damage,
+    "hostile_inputs": hostile_inputs,
+    "hostile_folders": hostile_folders,
+    "requests": requests,
+    "steps": steps,
 }
 
 

@@ -33,7 +33,7 @@ class Damage:
         return self.n_good + len(self.failures)
 
 
-class _Stops(Heard):
+class StopsEarly(Heard):
     """Ends a training after so many steps, with a checkpoint of each."""
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
@@ -51,7 +51,7 @@ def damage_all(
         train_in(folder / "whole", spec)
         expected = Outcome.of(folder / "whole")
         with suppress(KeyboardInterrupt):
-            train_in(folder / "stopped", spec, _Stops())
+            train_in(folder / "stopped", spec, StopsEarly())
     ways = [(folder / "stopped", _resumed(spec, expected, folder / "cache"))]
     ways.append((folder / "whole" / "adapter", _loaded(spec, folder / "whole" / "adapter")))
     ways.append((folder / "cache", _trained_from(spec, expected)))

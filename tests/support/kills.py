@@ -19,6 +19,7 @@ from tests.support.fault_trials import Outcome
 
 from swlora.cli import main
 from swlora.config import dump_yaml, load_spec
+from swlora.memory import peak_memory_bytes
 
 IMPORTED = (  # before the forks
     *("peft", "accelerate", "transformers.models.llama.modeling_llama", "sacrebleu", "psutil"),
@@ -59,6 +60,11 @@ class Process:
         self._process = context.Process(target=_call, args=(list(arguments), str(cache), str(log)))
         self._process.start()
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that it held, once it has ended by itself; 0 where it was killed."""
+        return int(said.read_text()) if (said := _peak(self._log)).exists() else 0
+
     def kill_after(self, delay_s: float) -> bool:
         """Kill it then; say whether it was still at work."""
         self._process.join(delay_s)
@@ -68,12 +74,12 @@ class Process:
         self._process.join()
         return True
 
-    def ends(self) -> tuple[int, str]:
+    def ends(self, deadline_s: float = DEADLINE_S) -> tuple[int, str]:
         """Wait for its end; return its exit code and what it wrote."""
-        self._process.join(DEADLINE_S)
+        self._process.join(deadline_s)
         if self._process.exitcode is None:
             self._process.kill()
-            raise TimeoutError(f"not done after {DEADLINE_S:.0f} s")
+            raise TimeoutError(f"not done after {deadline_s:.0f} s")
         return self._process.exitcode, self._log.read_text(encoding="utf-8")
 
 
@@ -84,7 +90,14 @@ def _call(arguments: list[str], cache: str, log: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
     torch.set_num_threads(1)
-    main(arguments)
+    try:
+        main(arguments)
+    finally:
+        _peak(Path(log)).write_text(str(peak_memory_bytes("cpu")))
+
+
+def _peak(log: Path) -> Path:
+    return log.with_suffix(".peak")
 
 
 def prepare_case(name: str, settings: Mapping[str, Any], folder: Path) -> Case:

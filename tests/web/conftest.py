@@ -1,17 +1,14 @@
 """A tiny model behind the web server: in the test's own loop, or on a loopback socket."""
 
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from starlette.testclient import TestClient
+from tests.support import servers
 from tests.support.adapters import attach, randomise
 from tests.support.data_files import write_rows
 from tests.support.fake_host import FakeHost
@@ -24,8 +21,7 @@ from swlora.models.load import LoadedModel, load_model
 from swlora.web.app import create_app
 from swlora.web.guard import Guard, Policy
 from swlora.web.scheduler import Scheduler
-from swlora.web.server import Server, listening_socket
-from swlora.web.service import Service, make_service
+from swlora.web.service import make_service
 from swlora.web.tickets import Limits
 
 BASE = "tiny"
@@ -129,49 +125,13 @@ def own_client(make, browse, own_runs, monkeypatch) -> Iterator[TestClient]:
 @pytest.fixture
 def until() -> Callable[..., float]:
     """A function that waits for a condition and returns how long that took."""
-    return _until
-
-
-def _until(condition: Callable[[], object], seconds: float = 20.0) -> float:
-    start_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start_s < seconds, "waited in vain"
-        time.sleep(0.005)
-    return time.monotonic() - start_s
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server on a loopback socket."""
-
-    url: str
-    service: Service
-    server: Server
-
-    def client(self) -> httpx2.Client:
-        """Return a client of its own connections."""
-        return httpx2.Client(base_url=self.url, timeout=60, trust_env=False)
+    return servers.until
 
 
 @pytest.fixture
-def run_server() -> Callable[..., AbstractContextManager[Running]]:
+def run_server() -> Callable[..., AbstractContextManager[servers.Running]]:
     """A context manager (service, policy=...) that serves from another thread."""
-    return _running
-
-
-@contextmanager
-def _running(service: Service, policy: Policy | None = None) -> Iterator[Running]:
-    listener = listening_socket("127.0.0.1", 0)
-    server = Server(service, policy or Policy())
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    _until(lambda: server.started)
-    try:
-        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, server)
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+    return servers.running_server
 
 
 # Schedulers whose host only counts

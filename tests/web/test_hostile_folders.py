@@ -1,70 +1,16 @@
 """Folders under --runs that hold anything at all: they are named, and every other route answers."""
 
 import json
-import os
 
 import pytest
+from tests.support.hostile_folders import KINDS, ROUTES, make_folder, spoiled_folders, wrong_answers
 
-from swlora.bounded_read import MAX_DEPTH
 from swlora.web.pages import runs_view
-
-DEEP = "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1)
-RUN = {"status": "done", "command": "train", "started_at": "2030-01-01T10:00:00Z"}
-STUDY = {"status": "done", "arms": {}, "runs": {}}
-ADAPTER = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
-WHOLE = {
-    "run.json": RUN,
-    "study.json": STUDY,
-    "adapter_config.json": ADAPTER,
-    "swlora.json": {"layers": [1], "separator": "\n"},
-    "result.json": {"train": {"last_loss": 1.0}},
-    "results.json": {"arms": []},
-    "metrics.jsonl": {"step": 1, "loss": 1.0},
-    "config.yaml": {"model": {"name": "tiny"}},
-    "predictions.csv": "mr,prediction\na,b\n",
-}
-TEXTS = {
-    "deep": DEEP,
-    "list": "[1, 2]",
-    "null": "null",
-    "infinite": '{"status": "done", "command": "train", "timings_s": {"total": 1e999}}',
-    "many digits": '{"r": ' + "9" * 5000 + "}",
-    "no text": b"\xff\xfe\x00",
-    "empty": "",
-}
-KINDS = [*TEXTS, "pipe", "folder", "link", "link to itself"]
-ROUTES = ["/", "/runs", "/runs?all=1", "/runs/good", "/studies/good", "/super-weights"]
-API = ["/api/models", "/api/runs", "/v1/models", "/health", "/ready", "/metrics"]
-ABOUT = ["/runs/{}", "/studies/{}", "/super-weights?run={}"]
-API_ABOUT = ["/api/run?name={}", "/api/run/metrics?name={}", "/api/run/figure?name={}&file=a.png"]
 
 
 @pytest.fixture
 def root(tmp_path):
     return tmp_path / "runs"
-
-
-def make_folder(folder):
-    """Write a folder with every file that is read."""
-    folder.mkdir(parents=True)
-    for name, value in WHOLE.items():
-        (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
-    (folder / "adapter_model.safetensors").write_bytes(b"")
-    return folder
-
-
-def spoil(path, kind, good):
-    """Put something else into the place of a file."""
-    path.unlink()
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind.startswith("link"):
-        path.symlink_to(path if "itself" in kind else good / path.name)
-    else:
-        text = TEXTS[kind]
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def check_routes(client, paths, statuses, *, pages):
@@ -75,19 +21,13 @@ def check_routes(client, paths, statuses, *, pages):
 
 
 def test_bad_folders_cost_nothing_but_themselves(make, browse, root):
-    good = make_folder(root / "good")
-    bad = {f"{file}-{kind}": (file, kind) for file in WHOLE for kind in KINDS}
-    for name, (file, kind) in bad.items():
-        spoil(make_folder(root / name) / file, kind, good)
+    bad = spoiled_folders(root)
     with browse(make(runs=root)) as client:
-        check_routes(client, ROUTES, {200}, pages=True)
-        check_routes(client, API, {200}, pages=False)
+        assert [wrong for wrong in wrong_answers(client, bad) if wrong] == []
         listed = client.get("/runs", headers={"accept": "text/html"}).text
         refused = client.get("/api/models").json()["not_served"]
         reasons = {adapter["name"]: adapter["reason"] for adapter in refused}
         for name, (file, kind) in bad.items():
-            check_routes(client, [path.format(name) for path in ABOUT], {200, 404}, pages=True)
-            check_routes(client, [path.format(name) for path in API_ABOUT], {200, 404}, pages=False)
             if file in ("run.json", "study.json") and kind != "folder":
                 page = f"/{'runs' if file == 'run.json' else 'studies'}/{name}"
                 check_routes(client, [page], {404}, pages=True)

@@ -158,6 +158,7 @@ def test_gzip_around_what_is_compressed_inside(name: str, tmp_path: Path) -> Non
 def test_a_long_record_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is never held whole; those behind it are read."""
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 300)
+    monkeypatch.setattr(records, "MAX_DOCUMENT_BYTES", 300)
     monkeypatch.setattr(json_records, "READ_BYTES", 64)
     rows = [{"text": "a"}, {"text": "b" * 900}, {"text": "c"}]
     contents = {"a.jsonl": jsonl(rows), "b.parquet": parquet(rows)}

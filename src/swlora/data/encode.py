@@ -180,7 +180,7 @@ def _encode(
             context_tokens=context_tokens,
         )
         for i, pieces in zip(texts, documents, strict=True):
-            found[i] = list(pieces)
+            found[i] = pieces
     pairs = [i for i, e in enumerate(examples) if not e.messages and not e.text]
     if pairs:
         encoded = _encode_pairs([examples[i] for i in pairs], separator, tokenizer)

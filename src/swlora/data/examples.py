@@ -21,6 +21,10 @@ from swlora.data import scratch
 
 ASSISTANT = "assistant"
 PromptKey = str | tuple[str, ...]  # a tuple is that of a chat
+# Of what is tokenised at once: half a million tokens, more than most models read. Tokenising takes
+# 200 to 600 times as much memory.
+MAX_TEXT_BYTES = 2 << 20
+_MAX_BYTES_PER_CHARACTER = 4  # in UTF-8
 _OBJECT_BYTES = 100  # of a string or a tuple, beyond its characters, as Python keeps it
 _WRITE_BYTES = 1 << 20
 
@@ -110,6 +114,23 @@ class Example:
         texts = [self.prompt, self.tools, self.text, *(m.extra for m in self.messages)]
         texts += [m.content for m in self.messages] or [self.completion]
         return sum(map(len, texts)) + _OBJECT_BYTES * (len(texts) + 1 + len(self.messages))
+
+
+def length_problem(example: Example) -> str | None:
+    """Say that an example is too long to be tokenised; None where it is not, and for a document."""
+    if example.text or example.n_bytes * _MAX_BYTES_PER_CHARACTER <= MAX_TEXT_BYTES:
+        return None
+    parts = [example.prompt, example.completion, example.tools]
+    if example.messages:
+        parts = [example.tools, *(m.content + m.extra for m in example.messages)]
+    return too_long_text(sum(len(part.encode()) for part in parts))
+
+
+def too_long_text(n_bytes: int) -> str | None:
+    """Say that so much text is too long to be tokenised at once; None where it is not."""
+    if n_bytes <= MAX_TEXT_BYTES:
+        return None
+    return f"it is too long ({n_bytes:,} bytes of text, and {MAX_TEXT_BYTES:,} is the most)"
 
 
 def make_example(prompt: object, completion: object) -> Example | str:

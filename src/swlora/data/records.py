@@ -25,7 +25,8 @@ from swlora.data.json_records import (
 )
 from swlora.errors import DataError, UserError
 
-MAX_RECORD_BYTES = 64 << 20  # of a record in its file; nobody trains on a longer one
+MAX_RECORD_BYTES = 16 << 20  # of a record in its file, whatever its columns are
+MAX_DOCUMENT_BYTES = 64 << 20  # of a file that is one text
 
 Reader = Callable[[Path], Iterator[Record]]
 
@@ -160,10 +161,10 @@ def _in_columns(read: Callable[[Path, int], Iterator[Record]]) -> Reader:
 def _document(path: Path) -> Iterator[Record]:
     """Read a file as one document."""
     with _opened(path) as file:
-        raw = file.read(MAX_RECORD_BYTES + 1)
-    if len(raw) > MAX_RECORD_BYTES:
+        raw = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(raw) > MAX_DOCUMENT_BYTES:
         raise DataError(
-            f"{path} is one document and longer than {MAX_RECORD_BYTES >> 20} MiB: split it, or "
+            f"{path} is one document and longer than {MAX_DOCUMENT_BYTES >> 20} MiB: split it, or "
             'write JSON Lines, each {"text": "..."}'
         )
     try:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from swlora.data.dataset import Counts, Dataset
-from swlora.data.examples import Example, keep
+from swlora.data.examples import Example, keep, length_problem
 from swlora.data.forms import Recogniser
 from swlora.data.json_records import Record
 from swlora.data.problems import count_problem
@@ -80,7 +80,8 @@ def collect_rows(
 
     def usable() -> Iterator[Example]:
         nonlocal first_problem
-        for where, number, row in rows:
+        for where, number, found in rows:
+            row = (isinstance(found, Example) and length_problem(found)) or found
             if isinstance(row, Example):
                 if skip_bad_rows or not bad:  # else the load ends in an error, with a count
                     yield replace(row, source=where, number=number)

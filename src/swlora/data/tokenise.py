@@ -5,6 +5,7 @@ they are given. A completion tokenised by itself would have it too, between prom
 where the text has none.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +18,8 @@ _ANCHORS = ("\n", "a", ".", "1")
 _FIRST_CHARACTERS = ("a", "T", "1", "(", "<", "é", "中")
 
 
+# A line break between words: tokens there are those of the two sides, for `splits_at_line_breaks`.
+_BETWEEN_LINES = re.compile(r"(?<=[\w.,;:!?])\n(?=\w)")
 CHARACTERS_AT_ONCE = 1 << 20  # what a tokenizer knows of a token takes 100 bytes
 Item = TypeVar("Item")
 
@@ -53,6 +56,24 @@ def some_at_a_time(
             part, n = [], 0
     if part:
         yield part
+
+
+def is_long(text: str) -> bool:
+    """Say that a text is tokenised by itself, in stretches."""
+    return len(text) > CHARACTERS_AT_ONCE
+
+
+def in_stretches(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Cut a long text into stretches whose tokens, one behind the other, are those of the text.
+
+    A stretch is about `CHARACTERS_AT_ONCE` long; longer where the text has no line break to cut at,
+    and whole for a tokenizer whose tokens may reach over one.
+    """
+    starts = [0]
+    if is_long(text) and _splits_at_line_breaks(tokenizer):
+        while found := _BETWEEN_LINES.search(text, starts[-1] + CHARACTERS_AT_ONCE):
+            starts.append(found.end())
+    return [text[begin:end] for begin, end in zip(starts, [*starts[1:], None], strict=True)]
 
 
 def following_ids(

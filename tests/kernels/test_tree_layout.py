@@ -70,6 +70,10 @@ def test_parts_hold_every_node_once_and_few_scores(shape: str, window: int | Non
     parts = layout.parts(window)
     edges = [0, *(part.end for part in parts)]
     assert [part.start for part in parts] == edges[:-1] and edges[-1] == layout.n_nodes
+    assert shape != "path" or window or all(part.stretch for part in parts)
+    for part in parts:
+        if part.stretch:
+            assert part.key_nodes.tolist() == [list(range(part.stretch.start, part.stretch.stop))]
     found = torch.cat([nodes_seen(layout, part, window) for part in parts])
     visible = path_mask(tree, window)
     assert torch.equal(found, visible.long())

@@ -126,6 +126,8 @@ class _Part:
 
 def _keys(x: Tensor, chunks: NodeChunks) -> Tensor:
     """(1, H_kv, T, h) -> (H_kv * S, A + Lq, h): every chunk's ancestors, then its own nodes."""
+    if chunks.stretch is not None:
+        return x[0, :, chunks.stretch]
     x = x[0].transpose(0, 1)
     own = chunks.by_node(x[chunks.start : chunks.end])
     both = torch.cat([x[chunks.ancestors], own], dim=1)  # (S, A + Lq, H_kv, h)
@@ -140,6 +142,9 @@ def _zeros_by_node(x: Tensor) -> Tensor:
 
 def _add_keys(total: Tensor, d: Tensor, chunks: NodeChunks) -> None:
     """Transpose of `_keys`: add d (H_kv * S, A + Lq, h) to total (T, H_kv, h) in its dtype."""
+    if chunks.stretch is not None:
+        total[chunks.stretch] += d.transpose(0, 1)
+        return
     d = d.view(-1, *chunks.key_nodes.shape, d.shape[-1]).permute(1, 2, 0, 3)  # (S, A + Lq, H_kv, h)
     n_ancestors = chunks.n_ancestors
     own = d[:, n_ancestors:].reshape(-1, *total.shape[1:])[: chunks.n_nodes]

@@ -31,7 +31,8 @@ class NodeChunks:
     """Nodes `start` to `end` in S chunks of Lq neighbours; chunk s sees A ancestors and itself.
 
     key_nodes: (S, A + Lq) int64, the nodes that a chunk sees at most, its ancestors first; 0 where
-    is_padding, (S, A + Lq) bool.
+    is_padding, (S, A + Lq) bool. `stretch` are these nodes where one chunk sees neighbours alone,
+    as on the only path of a tree: they need not be gathered.
     """
 
     start: int
@@ -39,6 +40,7 @@ class NodeChunks:
     n_ancestors: int
     key_nodes: Tensor
     is_padding: Tensor
+    stretch: slice | None
 
     @property
     def n_chunks(self) -> int:
@@ -154,6 +156,7 @@ class TreeLayout:
             n_ancestors=keys.shape[1] - size,
             key_nodes=torch.from_numpy(keys.clip(min=0)).to(device),
             is_padding=torch.from_numpy(keys < 0).to(device),
+            stretch=_stretch(keys),
         )
 
     def visible(self, chunks: NodeChunks, window: int | None) -> Tensor:
@@ -222,3 +225,10 @@ def _keys_of_chunks(
         keys[chunk, : len(path)] = path
         keys[chunk, n_ancestors : n_ancestors + len(own)] = own
     return keys
+
+
+def _stretch(keys: NDArray[np.int64]) -> slice | None:
+    """Return the nodes of the only row of `keys` where they are neighbours."""
+    first = int(keys[0, 0])
+    is_one = len(keys) == 1 and first >= 0 and bool((np.diff(keys[0]) == 1).all())
+    return slice(first, first + keys.shape[1]) if is_one else None

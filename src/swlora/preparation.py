@@ -105,9 +105,12 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     for change in changes:
         job.progress.say(f"from step {change.step + 1} on: {change}")
     if changes and changes[-1].extends and schedule.n_steps <= n_done:
+        asked = f"--epochs {spec.train.epochs}"
+        if spec.train.max_steps is not None:
+            asked += f" and --max-steps {spec.train.max_steps}"
         raise UserError(
-            f"the training has done all its {schedule.n_steps} steps; give more --epochs (or "
-            "--max-steps) for it to go on"
+            f"the training has done all {n_done} steps that {asked} allow; larger numbers there go "
+            "on with it"
         )
     if planned:
         planned = replace(planned, patience=spec.train.early_stopping)
@@ -178,14 +181,21 @@ def settle_start(job: Job) -> None:
     given, loaded = job.spec.adapter, job.loaded
     if given.start is None:
         return
+    goes_on = bool(job.run.facts.get("resumed"))
+    if goes_on and not given.start.is_dir():
+        raise UserError(
+            f"the adapter that this training started from is not in {given.start} any more; put it "
+            "back, or give its new place beside --resume: --adapter DIR"
+        )
     settled = settled_start(given, Anatomy(loaded.model))
     check_start_base(settled, loaded.source, weights_sample_sha256(loaded.model))
     job.run.record_source(**start_facts(settled))
     job.spec = job.spec.model_copy(update={"adapter": settled})
-    job.progress.say(
-        f"starts from the adapter in {given.start} ({settled.method}, layers {settled.layers}), "
-        "with a new optimizer and schedule"
-    )
+    if not goes_on:
+        job.progress.say(
+            f"starts from the adapter in {given.start} ({settled.method}, layers "
+            f"{settled.layers}), with a new optimizer and schedule"
+        )
 
 
 def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> PreparedEvaluation:

@@ -5,6 +5,7 @@ between the writing of the two, which is put right.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from swlora.config import RunSpec, dump_yaml, load_spec
 from swlora.errors import UserError
 from swlora.files import write_text
 from swlora.run_settings import (
+    OF_THE_CHECKPOINT,
     Change,
     Values,
     as_spec,
@@ -64,6 +66,8 @@ class Resumption:
         """Return the changes of settings so far, with those that hold from step `n_done` on."""
         self._changes = changes_of(self._facts)
         if self._new:
+            # Steps after `n_done` are done anew, where a damaged checkpoint was left out.
+            self._changes = [replace(c, step=min(c.step, n_done)) for c in self._changes]
             self._changes.append(Change(n_done, self._new, self._extends))
         return self._changes
 
@@ -71,11 +75,15 @@ class Resumption:
         """Have the settings `spec` in the run's files; `save` writes run.json from the facts."""
         original = self._folder / ORIGINAL_CONFIG
         if self._new and not original.exists():
-            write_text(original, (self._folder / CONFIG).read_text(encoding="utf-8"))
+            began_with = flat(spec)
+            for change in reversed(self._changes):
+                began_with = change.undone(began_with)
+            write_text(original, dump_yaml(as_spec(began_with)))
         self._facts["settings"] = flat(spec)
         if self._changes:
             self._facts["changes"] = [change.as_json() for change in self._changes]
         self._facts["status"] = "running"
+        self._extends = False
         save()
         if self._new:
             write_text(self._folder / CONFIG, dump_yaml(spec))
@@ -118,6 +126,11 @@ class Resumption:
                 raise UserError(
                     f"{said}; put that back, or give what shall change as flags beside --resume"
                 )
+            if others := OF_THE_CHECKPOINT & set(edited):
+                raise UserError(
+                    f"{said}; its checkpoint holds no such adapter, so put back "
+                    f"{', '.join(sorted(others))}"
+                )
             self._let_through(said)
         spec = load_spec(path, flags)
         found = differences(before, flat(spec))
@@ -129,8 +142,8 @@ def check_extendable(folder: Path, result: Mapping[str, Any], flags: Values) -> 
     """Raise UserError where a run that is done cannot be trained on, by its result.json."""
     if not any((folder / "checkpoint").glob("state-*.safetensors")):
         raise UserError(
-            f"the run in {folder} is done and holds no checkpoint any more, as the runs of older "
-            f"versions; `swlora train --adapter {folder}` starts a new run from its adapter"
+            f"the run in {folder} is done and holds no checkpoint (older versions kept none, nor "
+            f"does --method full); `swlora train --adapter {folder}` starts a new run from its adapter"
         )
     trained = result.get("train", {})
     ended_early = trained.get("steps", 0) < trained.get("planned_steps", 0)

@@ -21,10 +21,13 @@ CHANGEABLE = frozenset(
         *("train.epochs", "train.max_steps", "train.batch_size", "train.order", "train.row_tokens"),
         *("train.learning_rate", "train.schedule", "train.warmup_fraction", "train.weight_decay"),
         *("train.max_grad_norm", "train.early_stopping", "train.on_nonfinite"),
-        "train.cache_gb",
+        *("train.cache_gb", "adapter.start"),
         *("train.save_every", "train.checkpoint_every_s", "train.keep_checkpoints"),
         *("model.threads", "model.memory_gb"),
     }
+)
+OF_THE_CHECKPOINT = frozenset(  # other values make weights that it does not hold
+    f"adapter.{name}" for name in ("method", "rank", "targets", "layers", "sparsity")
 )
 NUMBER_OF_STEPS = frozenset({"train.epochs", "train.max_steps", "train.batch_size"})
 Values = dict[str, Any]
@@ -108,8 +111,9 @@ def changes_of(facts: Mapping[str, Any]) -> list[Change]:
 def check_changeable(spec: RunSpec, found: Mapping[str, tuple[Any, Any]]) -> None:
     """Raise UserError, by name, for flags that a run which goes on cannot follow."""
     fixed = [n for n in found if n not in CHANGEABLE and not n.startswith("decode.")]
-    if "train.early_stopping" in found and found["train.early_stopping"][0] is None:
-        fixed.append("train.early_stopping")  # what is measured, and kept, is settled by then
+    # What is measured, and kept, is settled by then; a start may have been moved to another place.
+    settled = ("train.early_stopping", "adapter.start")
+    fixed += [name for name in settled if name in found and found[name][0] is None]
     if fixed:
         flags = ", ".join(f"{flag_name(name)} (it is {found[name][0]})" for name in fixed)
         raise UserError(

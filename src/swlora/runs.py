@@ -198,6 +198,8 @@ class Run(WorkFolder):
                 "settings and without --resume"
             )
         run._resumption = Resumption(folder, facts, flags, forced)
+        if facts["status"] == "done" and not run._resumption.leaves_it_done:  # flags as it had them
+            raise UserError(_nothing_to_resume(folder))
         run._spec = run._resumption.spec
         return run, run._spec
 

@@ -1,13 +1,16 @@
 """Runs that go on with other settings, and runs that are done and go on all the same."""
 
 import json
+import re
 
 import pytest
 from tests.support.small_runs import Heard
 from tests.support.whole_jobs import StopsIn, make_spec, run_in, same_adapters, work
 
+from swlora import resumption
 from swlora.config import load_spec
 from swlora.errors import UserError
+from swlora.files import write_text
 from swlora.job import Job
 from swlora.metrics_file import read_metrics
 from swlora.progress import Silent
@@ -72,13 +75,81 @@ def test_a_run_that_is_done_stays_so_where_nothing_is_left(model_folder, rows, t
     folder = tmp_path / "run"
     run_in(folder, make_spec(model_folder("llama"), rows, train__max_steps=3), "train")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match=r"has done all its 3 steps; give more --epochs"):
+    with pytest.raises(UserError, match="has done all 3 steps that --epochs 3 and --max-steps 3 allow; "):
         go_on(folder, {"train.learning_rate": 0.1})
     with pytest.raises(UserError, match="there is nothing to resume"):
         go_on(folder, {})
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    with pytest.raises(UserError, match="--epochs 9 and --max-steps 3 allow"):
+        go_on(folder, {"train.epochs": 9})
+    with pytest.raises(UserError, match="there is nothing to resume"):
+        go_on(folder, {"train.max_steps": 3})  # as it was
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     go_on(folder, {"train.max_steps": 4})
     assert len(read_metrics(folder)) == 4
+
+
+def test_a_longer_run_that_is_killed_before_its_configuration_is_written_goes_on(
+    model_folder, rows, tmp_path, monkeypatch
+):
+    """run.json is written first, so that config.yaml is not taken for one that somebody edited."""
+    folder = tmp_path / "run"
+    run_in(folder, make_spec(model_folder("llama"), rows, train__max_steps=3), "train")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path, text):
+        if path.name == "config.yaml":
+            raise Killed
+        write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumption, "write_text", killed)
+        patch.setattr(Run, "_end", lambda _run, _error: None)  # nor does a killed one say how
+        with pytest.raises(Killed):
+            go_on(folder, {"train.max_steps": 5})
+    assert read_run(folder)["changes"][0]["settings"] == {"train.max_steps": [3, 5]}
+    go_on(folder, {})
+    assert len(read_metrics(folder)) == 5
+    assert load_spec(folder / "config.yaml", {}).train.max_steps == 5
+    assert load_spec(folder / "config.original.yaml", {}).train.max_steps == 3
+
+
+def test_a_change_holds_for_all_steps_behind_an_older_checkpoint(model_folder, rows, tmp_path):
+    """Where the newest one is damaged, an earlier change of a later step shall not undo it."""
+    folder = tmp_path / "run"
+    stopped(folder, make_spec(model_folder("llama"), rows, **SAVED, **STEADY))  # after 4 steps
+    with pytest.raises(KeyboardInterrupt):
+        go_on(folder, {"train.weight_decay": 0.1}, progress=StopsIn("train", 1))
+    newest = folder / "checkpoint" / "state-4.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    heard = Heard()
+    go_on(folder, {"train.learning_rate": 0.005}, progress=heard)
+    assert "resuming after step 3" in heard.lines
+    rates = [m["learning_rate"] for m in read_metrics(folder)]
+    assert rates == [0.02] * 3 + [0.005] * 9
+    assert [change["step"] for change in read_run(folder)["changes"]] == [3, 3]
+
+
+def test_how_often_to_save_is_changed_whatever_said_it_before(model_folder, rows, tmp_path):
+    folder = tmp_path / "run"
+    stopped(folder, make_spec(model_folder("llama"), rows, **SAVED))
+    go_on(folder, {"train.save_every": "100steps"})
+    spec = load_spec(folder / "config.yaml", {}).train
+    assert (spec.save_every, spec.checkpoint_every_s) == ("100steps", None)
+
+
+@pytest.mark.parametrize("name, value", [("rank", "8"), ("method", "dora"), ("layers", "last:1")])
+def test_no_force_puts_another_adapter_on_a_checkpoint(name, value, model_folder, rows, tmp_path):
+    folder = tmp_path / "run"
+    stopped(folder, make_spec(model_folder("llama"), rows, **SAVED))
+    path, whole = folder / "config.yaml", (folder / "config.yaml").read_text()
+    path.write_text(re.sub(rf"(?m)^  {name}: .*$", f"  {name}: {value}", whole, count=1))
+    with pytest.raises(UserError, match=rf"no such adapter, so put back adapter\.{name}"):
+        go_on(folder, {}, forced=lambda _: None)
+    path.write_text(whole)
+    go_on(folder, {})  # nothing of it was noted
 
 
 def test_what_cannot_be_changed_is_refused_by_name(model_folder, rows, tmp_path):
@@ -104,7 +175,7 @@ def test_full_training_keeps_no_checkpoint_and_says_where_to_go_on(model_folder,
     folder = tmp_path / "run"
     run_in(folder, make_spec(model_folder("llama"), rows, method="full"), "train")
     assert not (folder / "checkpoint").exists()
-    with pytest.raises(UserError, match=r"no checkpoint any more.*`swlora train --adapter "):
+    with pytest.raises(UserError, match=r"nor does --method full.*`swlora train --adapter "):
         go_on(folder, {"train.epochs": 5})
 
 

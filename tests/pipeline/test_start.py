@@ -71,8 +71,22 @@ def test_a_stopped_one_goes_on_and_not_from_another_adapter(model_folder, rows, 
         resume(folder)
     weights.write_bytes(content)
     (first / "adapter" / "swlora.json").write_bytes(noted)
-    resume(folder)
+    first.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"is not in .*first any more; .* --adapter DIR"):
+        resume(folder)
+    run, moved = Run.reopen(folder, "train", {"adapter.start": tmp_path / "moved"})
+    heard = Heard()
+    with run:
+        pipeline.train(Job(moved, run, heard))
+    assert any("adapter.start was" in line for line in heard.lines)
+    assert not any("new optimizer" in line for line in heard.lines)
     assert same_adapters(folder, tmp_path / "whole")
+
+
+def test_a_run_that_started_from_nothing_takes_no_adapter_later(model_folder, rows, tmp_path):
+    first = first_run(model_folder, rows, tmp_path)
+    with pytest.raises(UserError, match="keeps its --adapter"):
+        Run.reopen(first, "train", {"adapter.start": first})
 
 
 def test_its_model_is_that_of_the_adapter_where_none_is_named(model_folder, rows, tmp_path):

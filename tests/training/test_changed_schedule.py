@@ -120,3 +120,10 @@ def test_of_changes_at_one_step_the_last_counts(sequences):
 def test_a_limit_of_steps_is_that_of_all_steps(sequences):
     assert changed(sequences, (4, {"max_steps": 8})).n_steps == 8
     assert len(list(changed(sequences, (4, {"max_steps": 8})).steps(4))) == 4
+
+
+def test_an_epoch_is_shown_as_it_is_planned_from_now_on(sequences):
+    """By which the memory of a step is foreseen."""
+    larger = FIRST.model_copy(update={"batch_size": 12})
+    found = changed(sequences, (4, {"batch_size": 12})).epoch(0)
+    assert as_lists(found) == as_lists(Schedule.of(sequences, larger, 3).epoch(0))

@@ -187,9 +187,11 @@ def test_a_checkpoint_of_other_parameters_is_not_used(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_loop(start(folder), spec(), interrupted_at(3, "SIGTERM"))
     run, _ = Run.reopen(folder, "train")
-    parameters = {"c": nn.Parameter(torch.zeros(2))}
-    with pytest.raises(RunFailedError, match="belongs to another adapter"):
-        train(ToyStep(parameters), schedule(spec()), adapted(parameters), run, Silent())
+    others = {"c": nn.Parameter(torch.zeros(2))}
+    larger = {n: nn.Parameter(torch.zeros(9, *p.shape)) for n, p in fresh_parameters().items()}
+    for parameters in (others, larger):
+        with pytest.raises(RunFailedError, match="belongs to another adapter"):
+            train(ToyStep(parameters), schedule(spec()), adapted(parameters), run, Silent())
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):

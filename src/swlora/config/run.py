@@ -12,7 +12,7 @@ from swlora.config.fields import Spec
 from swlora.config.identify import IdentifySpec
 from swlora.config.model import ModelSpec
 from swlora.config.serve import ServeSpec
-from swlora.config.train import TrainSpec
+from swlora.config.train import SAY_THE_SAME, TrainSpec
 from swlora.config.yaml_file import read_mapping, set_dotted
 from swlora.errors import UserError
 from swlora.settings import explain
@@ -45,6 +45,10 @@ def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:
     flags = [dotted for dotted, value in overrides.items() if value is not None]
     for dotted in flags:
         set_dotted(tree, dotted, overrides[dotted])
+    for pair in SAY_THE_SAME.items():
+        for ours, other in (pair, pair[::-1]):
+            if ours in flags and other not in flags:  # the file's is replaced
+                set_dotted(tree, other, None)
     try:
         return RunSpec.model_validate(tree)
     except ValidationError as error:

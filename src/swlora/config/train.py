@@ -10,6 +10,7 @@ from swlora.settings import flag_name
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_SAVE_EVERY = "5min"
+SAY_THE_SAME = {"train.save_every": "train.checkpoint_every_s"}  # one of the two at most
 
 
 class TrainSpec(Spec):

@@ -68,7 +68,7 @@ class ChangedSchedule(Schedule):
         self._n_before, self._epoch, self._n_seen = 0, 0, 0  # steps; epochs; sequences
         self._left: _Planned | None = None  # of an epoch that a change falls into
         stretches = _with_sizes(stretches, len(sequences))
-        self.first_spec, self.spec = stretches[0].spec, stretches[-1].spec
+        self.spec = stretches[-1].spec
         ends = [stretch.first for stretch in stretches[1:]]
         for number, stretch in enumerate(stretches):
             before = stretches[number - 1].spec if number else stretch.spec
@@ -88,8 +88,8 @@ class ChangedSchedule(Schedule):
                 yield from planned[max(0, n_done - part.first) :]
 
     def epoch(self, number: int) -> list[list[np.ndarray]]:
-        """Return all steps of an epoch (0-based), as the settings of the beginning plan it."""
-        return step_plan(self._sequences, self.first_spec, self._seed)(number)
+        """Return all steps of an epoch (0-based), as the settings that hold from now on plan it."""
+        return step_plan(self._sequences, self.spec, self._seed)(number)
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of step `step` (0-based)."""

@@ -80,16 +80,16 @@ class LoopState:
         if snapshot is None:
             return False
         tensors, values = snapshot.tensors, snapshot.values
-        saved = {n.removeprefix("parameter/") for n in tensors if n.startswith("parameter/")}
-        if saved != set(self.adapted.parameters):
+        own = {f"parameter/{name}": p.shape for name, p in self.adapted.parameters.items()}
+        if own != {n: t.shape for n, t in tensors.items() if n.startswith("parameter/")}:
             raise RunFailedError(f"the checkpoint in {folder} belongs to another adapter")
         self.set_random_state(tensors)
         with torch.no_grad():
             for name, parameter in self.adapted.parameters.items():
                 parameter.copy_(tensors[f"parameter/{name}"])
                 self._load_optimizer_state(name, parameter, tensors)
-        own = {n.removeprefix("method/"): t for n, t in tensors.items() if n.startswith("method/")}
-        self.adapted.load_state(own)
+        kept = {n.removeprefix("method/"): t for n, t in tensors.items() if n.startswith("method/")}
+        self.adapted.load_state(kept)
         self.held_out = HeldOutState(**values.pop("held_out", {}))  # older ones have none
         self.totals = Totals(**values)
         self.number, self.saved_step = snapshot.number, self.totals.step

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.attachment import attach
-from swlora.config import load_spec
+from swlora.config import load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
 from swlora.job import Job
@@ -82,7 +82,7 @@ def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
     from swlora.training.checkpoint import LoopState
     from swlora.training.loop import make_optimizer
 
-    spec = load_spec(run / "config.yaml", {})
+    spec = load_recorded_spec(run / "config.yaml", {})
     job = Job(spec, _Reading(run), progress)
     prepared = prepare_training(job)
     attached = attach(job, prepared.schedule, choose_layers(job))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from swlora.config import RunSpec, dump_yaml, load_spec
+from swlora.config import RunSpec, dump_yaml, load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import write_text
 from swlora.run_settings import (
@@ -113,7 +113,7 @@ class Resumption:
     def _settings(self, flags: Values) -> tuple[RunSpec, dict[str, tuple[Any, Any]]]:
         """Return the settings from here on, and (was, is) of those that are new."""
         path = self._folder / CONFIG
-        written, noted = load_spec(path, {}), self._facts.get("settings")
+        written, noted = load_recorded_spec(path, {}), self._facts.get("settings")
         before: Values = noted or flat(written)  # older runs have noted none
         edited = differences(before, flat(written))
         changes = changes_of(self._facts)
@@ -132,7 +132,7 @@ class Resumption:
                     f"{', '.join(sorted(others))}"
                 )
             self._let_through(said)
-        spec = load_spec(path, flags)
+        spec = load_recorded_spec(path, flags)
         found = differences(before, flat(spec))
         check_changeable(spec, {name: pair for name, pair in found.items() if name in flags})
         return spec, found

@@ -223,3 +223,13 @@ def test_an_adapter_that_holds_what_is_no_number_is_not_saved(make_model, tmp_pa
     with pytest.raises(RunFailedError, match=r"not finite, 1 in .*down_proj.lora_B.weight"):
         save_adapter(model, tmp_path / "adapter", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_another_tool_that_holds_what_is_no_number(saved, make_model):
+    (saved / "swlora.json").unlink()  # and with it the hashes
+    weights = load_file(saved / "adapter_model.safetensors")
+    name = sorted(weights)[0]
+    weights[name][0, :2] = torch.tensor([torch.nan, torch.inf])
+    save_file(weights, saved / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"it holds numbers that are not finite, 2 in base_model"):
+        load_adapter(make_model("llama"), saved)

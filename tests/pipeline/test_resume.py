@@ -1,6 +1,7 @@
 """Stop and resume: the same adapter as if nothing had happened, of the same data."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from swlora.config import RunSpec
 from swlora.data import truncate
 from swlora.errors import RunFailedError, UserError
 from swlora.metrics_file import read_metrics
-from swlora.runs import read_run
+from swlora.progress import Silent
+from swlora.recovery import recover
+from swlora.runs import Run, read_run
 from swlora.training.checkpoint import steps_done
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
@@ -166,3 +169,14 @@ def test_a_full_disk_when_the_adapter_is_saved_costs_no_training(
         run_in(folder, make_spec(model_folder("llama"), rows))
     monkeypatch.setattr("swlora.training.loop._one_step", full)  # must not be needed again
     assert resume(folder)["train"]["steps"] == 12
+
+
+def test_a_pipe_in_the_place_of_the_settings_is_not_waited_for(model_folder, rows, tmp_path):
+    every_step = {"train__save_every": "1step"}
+    stopped(tmp_path / "run", make_spec(model_folder("llama"), rows, **every_step))
+    (tmp_path / "run/config.yaml").unlink()
+    os.mkfifo(tmp_path / "run/config.yaml")
+    with pytest.raises(UserError, match=r"config\.yaml: it is no regular file"):
+        Run.reopen(tmp_path / "run", "train-eval")
+    with pytest.raises(UserError, match=r"config\.yaml: it is no regular file"):
+        recover(tmp_path / "run", tmp_path / "rescued", Silent())

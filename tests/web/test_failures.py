@@ -118,6 +118,17 @@ def test_what_is_not_served_has_a_reason(own_client, own_runs, served_folder, se
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_holds_what_is_no_number_is_refused(own_client, own_runs, served_folder):
+    save_plain(served_folder, own_runs / "other", target_modules=["q_proj"])
+    weights = own_runs / "other" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors[sorted(tensors)[0]][0, 0] = torch.nan
+    save_file(tensors, weights)
+    refused = ask(own_client, "other").json()["error"]["message"]
+    assert "it holds numbers that are not finite, 1 in base_model" in refused
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_adapter_that_brings_other_embeddings_is_refused(
     own_client, own_runs, served_folder, loaded
 ):

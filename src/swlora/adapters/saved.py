@@ -76,14 +76,20 @@ def save_adapter(model: Any, folder: Path, facts: Facts, tokenizer: Any = None) 
 
 
 def _check_finite(weights: Path) -> None:
+    """Raise RunFailedError where a file of weights holds a number that is not finite."""
+    if said := what_is_not_finite(weights):
+        raise RunFailedError(
+            f"the adapter is not saved: it {said}; train again with a lower --learning-rate"
+        )
+
+
+def what_is_not_finite(weights: Path) -> str:
+    """Say how many numbers of a file's first such tensor are not finite; "" where all are."""
     from safetensors.torch import load_file
 
-    if found := not_finite(load_file(weights).items()):
-        name, n = next(iter(found.items()))
-        raise RunFailedError(
-            f"the adapter is not saved: it holds numbers that are not finite, {n:,} in {name}; "
-            "train again with a lower --learning-rate"
-        )
+    for name, n in not_finite(load_file(weights).items()).items():
+        return f"holds numbers that are not finite, {n:,} in {name}"
+    return ""
 
 
 def _portable_config(path: Path, facts: Facts) -> dict[str, Any]:
@@ -147,6 +153,8 @@ def _load(model: Any, folder: Path, changes: Mapping[str, Any], *, is_trainable:
     except Exception as error:  # PEFT, torch and safetensors raise many kinds
         detail = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter in {folder} does not fit this model: {detail}") from error
+    if said := what_is_not_finite(folder / WEIGHTS):
+        raise UserError(f"the adapter in {folder} is not loaded: it {said}")
     if n_extra or n_missing:
         raise UserError(
             f"the adapter in {folder} does not fit this model: {n_extra} of its tensors have no "

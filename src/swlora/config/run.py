@@ -53,3 +53,12 @@ def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:
         return RunSpec.model_validate(tree)
     except ValidationError as error:
         raise UserError(explain(error, RunSpec, path, flags)) from error
+
+
+def load_recorded_spec(path: Path, overrides: dict[str, Any]) -> RunSpec:
+    """Build it from the config.yaml that a run left, never waiting for a pipe in its place; see
+    `load_spec`.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read the configuration {path}: it is no regular file")
+    return load_spec(path, overrides)

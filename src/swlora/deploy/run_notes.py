@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.command_settings import SETTINGS
-from swlora.config import RunSpec, load_spec
+from swlora.config import RunSpec, load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import read_json
 from swlora.result_json import from_json
@@ -18,7 +18,7 @@ def training_sections(run: Path) -> Iterator[str]:
     """Yield sections of a card on the training in a run folder; no path is in them."""
     facts, result = read_run(run), read_result(run)
     yield "## How it was trained"
-    yield f"```\n{command_of(load_spec(run / 'config.yaml', {}), facts['command'])}\n```"
+    yield f"```\n{command_of(load_recorded_spec(run / 'config.yaml', {}), facts['command'])}\n```"
     yield _timings(facts, result)
     if found := result.get("identify"):
         yield from _super_weights(found)
@@ -36,7 +36,7 @@ def score_sections(run: Path) -> Iterator[str]:
         evaluated = from_json(Evaluated, scored, partial=True)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run / 'result.json'} holds no readable scores: {error}") from error
-    data = _plain(str(load_spec(run / "config.yaml", {}).data.name))
+    data = _plain(str(load_recorded_spec(run / "config.yaml", {}).data.name))
     yield "## Scores"
     yield (
         f"On the {evaluated.split} split of {data}: {evaluated.n_prompts:,} prompts, "

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.caches import ENGLISH, PREFIX
-from swlora.config import dump_yaml, load_spec
+from swlora.config import dump_yaml, load_recorded_spec
 from swlora.errors import DivergedError, UserError
 from swlora.locks import lock_folder
 from swlora.paths import cache_dir
@@ -223,7 +223,7 @@ def _last_line(log: Path) -> str:
 
 def _check_same(folder: Path, task: Task) -> None:
     """Refuse a folder whose run had other settings than the task."""
-    if load_spec(folder / "config.yaml", {}) != task.spec:
+    if load_recorded_spec(folder / "config.yaml", {}) != task.spec:
         raise UserError(
             f"{folder} holds a run with other settings than the study now asks for; remove the "
             "folder, or choose another --output"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.own_tensors import check_tensors
-from swlora.adapters.saved import WEIGHTS, changed_file, warn_of_other_base
+from swlora.adapters.saved import WEIGHTS, changed_file, warn_of_other_base, what_is_not_finite
 from swlora.adapters.served_config import served_config
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.forwards import decode_forwards
@@ -174,6 +174,8 @@ class ModelHost:
             check_tensors(self._model, entry.folder / WEIGHTS)
             if name := changed_file(entry.folder):
                 raise UserError(f"its {name} is damaged, or was changed since it was saved")
+            if said := what_is_not_finite(entry.folder / WEIGHTS):
+                raise UserError(f"it {said}")
             warn_of_other_base(entry.folder, self._source, self._sample, log.warning)
             with quiet_peft():
                 if self._peft_model is None:

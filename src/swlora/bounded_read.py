@@ -31,14 +31,14 @@ def read_bounded(path: Path, max_bytes: int, *, follow_links: bool = True) -> tu
 
     A pipe or a device is never waited for.
     """
-    with _regular_file(path, follow_links=follow_links) as file:
+    with regular_file(path, follow_links=follow_links) as file:
         content = file.read(max_bytes + 1)
     return content[:max_bytes], len(content) <= max_bytes
 
 
 def read_tail(path: Path, max_bytes: int) -> bytes:
     """Return the last `max_bytes` of a regular file that is no link; UnreadableError."""
-    with _regular_file(path, follow_links=False) as file:
+    with regular_file(path, follow_links=False) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
         return file.read(max_bytes)
 
@@ -81,7 +81,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 @contextmanager
-def _regular_file(path: Path, *, follow_links: bool) -> Iterator[BinaryIO]:
+def regular_file(path: Path, *, follow_links: bool) -> Iterator[BinaryIO]:
+    """Open a regular file to be read; UnreadableError, also for what goes wrong while it is."""
     no_links = 0 if follow_links else getattr(os, "O_NOFOLLOW", 0)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | no_links)

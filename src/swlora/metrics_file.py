@@ -14,6 +14,7 @@ from swlora.files import write_text
 METRICS = "metrics.jsonl"
 CHECKSUM = "crc32"  # the last value of a line
 MAX_METRICS_BYTES = 1 << 30  # of some million steps
+NotedReport = tuple[Any, dict[str, Any]]  # its checksum as noted, None in older runs
 
 
 def append_metrics(folder: Path, values: Mapping[str, Any]) -> None:
@@ -60,16 +61,31 @@ def read_metrics(folder: Path, *, strict: bool = False) -> list[dict[str, Any]]:
 
 def parse_metrics(lines: Iterable[bytes]) -> list[dict[str, Any]]:
     """Return the reports in lines of metrics.jsonl, without those that are torn or damaged."""
-    rows = []
-    for line in lines:
-        try:
-            row = parse_json(line)
-        except UnreadableError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append((row.pop(CHECKSUM, None), row))
-    is_older = all(noted is None for noted, _ in rows)  # older runs have no checksums
-    return [row for noted, row in rows if is_older or noted == _checksum(row)]
+    return whole_reports(noted for line in lines if (noted := parse_line(line)))
+
+
+def parse_line(line: bytes) -> NotedReport | None:
+    """Return the report in a line, and the checksum noted with it; None where it is torn."""
+    try:
+        row = parse_json(line)
+    except UnreadableError:
+        return None
+    if isinstance(row, dict) and isinstance(row.get("step"), int):
+        return row.pop(CHECKSUM, None), row
+    return None
+
+
+def whole_reports(
+    found: Iterable[NotedReport], *, has_checksums: bool | None = None
+) -> list[dict[str, Any]]:
+    """Return the reports that are as they were written.
+
+    `has_checksums` says whether the file has some, as all but older runs have; None: as these say.
+    """
+    rows = list(found)
+    if has_checksums is None:
+        has_checksums = any(noted is not None for noted, _ in rows)
+    return [row for noted, row in rows if not has_checksums or noted == _checksum(row)]
 
 
 def _metrics_line(values: Mapping[str, Any]) -> str:

@@ -19,11 +19,12 @@ from typing import Any
 
 from swlora.adapters.reach import switch_refusal
 from swlora.adapters.saved import FACTS, WEIGHTS
-from swlora.bounded_read import UnreadableError, read_bounded, read_json_object
+from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import UserError
-from swlora.metrics_file import METRICS, parse_metrics
 from swlora.runs import Run, read_run
 from swlora.study.folder import StudyFolder, read_study
+from swlora.web.growing_metrics import MetricsFiles
+from swlora.web.known_files import KnownFiles
 
 log = logging.getLogger("swlora.web")
 RUN, STUDY = Run.file_name, StudyFolder.file_name
@@ -37,7 +38,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 MAX_ADAPTER_JSON_BYTES = 4 << 20
 MAX_SEPARATOR_CHARACTERS = 100
 MAX_METRIC_ROWS = 20_000  # of one answer
-MAX_METRICS_BYTES = 256 << 20
+METRICS_FILES = MetricsFiles()
+_KNOWN = KnownFiles()
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,10 @@ class RunFolders:
             adapters, not_served = dict[str, AdapterEntry](), dict[str, str]()
             unreadable = dict[str, str]()
             for name, folder, files in _walk(self._root):
-                for found, file_name, read in ((runs, RUN, read_run), (studies, STUDY, read_study)):
+                for found, file_name, read in (
+                    (runs, RUN, known_run),
+                    (studies, STUDY, known_study),
+                ):
                     if file_name in files:
                         with _noted(name, unreadable):
                             read(folder)
@@ -188,10 +193,16 @@ def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        return read_json_object(folder / name, max_bytes=MAX_ADAPTER_JSON_BYTES, follow_links=False)
-    except UnreadableError as error:
-        raise UserError(f"its {name} cannot be read: {error}") from error
+    path = folder / name
+
+    def read() -> dict[str, Any]:
+        try:
+            return read_json_object(path, max_bytes=MAX_ADAPTER_JSON_BYTES, follow_links=False)
+        except UnreadableError as error:
+            raise UserError(f"its {name} cannot be read: {error}") from error
+
+    found: dict[str, Any] = _KNOWN.read(path, read)
+    return found
 
 
 def _format(separator: str, is_chat: Any) -> str:
@@ -230,7 +241,7 @@ def _noted(name: str, reasons: dict[str, str]) -> Iterator[None]:
 
 def run_summary(entry: RunEntry) -> dict[str, Any]:
     """Return name, status and times of a run; UserError where run.json is gone or torn."""
-    facts = read_run(entry.folder)
+    facts = known_run(entry.folder)
     names = ("status", "command", "seed", "started_at", "reason", "timings_s")
     summary = {"name": entry.name, **{name: facts.get(name) for name in names}}
     reason = summary["reason"]
@@ -244,13 +255,20 @@ def without_folders(text: str) -> str:
 
 def run_metrics(entry: RunEntry, since: int) -> dict[str, Any]:
     """Return the lines of metrics.jsonl from number `since` on, and the number of the next."""
-    try:
-        path = entry.folder / METRICS
-        content, _ = read_bounded(path, MAX_METRICS_BYTES, follow_links=False)
-    except UnreadableError:
-        return {"rows": [], "next": since}
-    lines = content.splitlines()[since:][:MAX_METRIC_ROWS]
-    return {"rows": parse_metrics(lines), "next": since + len(lines)}
+    rows, following = METRICS_FILES.of(entry.folder).part(since, MAX_METRIC_ROWS)
+    return {"rows": rows, "next": following}
+
+
+def known_run(folder: Path) -> dict[str, Any]:
+    """Return run.json as `read_run` does; read again when it has changed."""
+    found: dict[str, Any] = _KNOWN.read(folder / RUN, lambda: read_run(folder))
+    return found
+
+
+def known_study(folder: Path) -> dict[str, Any]:
+    """Return study.json as `read_study` does; read again when it has changed."""
+    found: dict[str, Any] = _KNOWN.read(folder / STUDY, lambda: read_study(folder))
+    return found
 
 
 def run_result(entry: RunEntry) -> dict[str, Any]:

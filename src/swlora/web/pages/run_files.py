@@ -15,14 +15,11 @@ import yaml
 from swlora.adapters.saved import WEIGHTS
 from swlora.bounded_read import UnreadableError, read_bounded
 from swlora.config.yaml_file import parse_yaml
-from swlora.metrics_file import METRICS, parse_metrics
-from swlora.web.folders import MAX_METRICS_BYTES
 
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_PREDICTIONS_BYTES = 512 * 1024  # of the beginning of the file
 MAX_PREDICTIONS = 10
 MAX_CHARACTERS = 2000  # of one cell
-MAX_STEPS = 5_000  # read of a long training: a picture has fewer points
 PROMPT_COLUMNS = ("prompt", "mr")
 
 
@@ -42,24 +39,6 @@ def read_start(path: Path, n_bytes: int) -> tuple[str, bool] | None:
     except UnreadableError:
         return None
     return content.decode("utf-8", "replace"), is_whole
-
-
-def shown_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the reports of a training; of a long one every n-th, all with held-out losses, the
-    last.
-    """
-    try:
-        content, is_whole = read_bounded(folder / METRICS, MAX_METRICS_BYTES, follow_links=False)
-    except UnreadableError:
-        return []
-    lines = content.splitlines()[: None if is_whole else -1]
-    stride = 1 + len(lines) // MAX_STEPS
-    kept = [
-        line
-        for number, line in enumerate(lines, start=1 - len(lines))
-        if number % stride == 0 or b'"eval_nll"' in line
-    ]
-    return parse_metrics(kept if len(lines) > MAX_STEPS else lines)
 
 
 def read_config(folder: Path) -> dict[str, dict[str, Any]]:

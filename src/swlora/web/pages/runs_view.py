@@ -14,14 +14,14 @@ from swlora.errors import UserError
 from swlora.evaluation.loss_curve import Point, smoothed
 from swlora.metrics_file import METRICS
 from swlora.progress import duration
-from swlora.runs import Run, read_run
+from swlora.runs import Run
 from swlora.study.live import snapshot
-from swlora.web.folders import RunEntry, reading, run_figures, run_result
+from swlora.web.folders import METRICS_FILES, RunEntry, known_run, reading, run_figures, run_result
 from swlora.web.pages.charts import Chart, Series, finite, line_chart
 from swlora.web.pages.data_view import data_facts
 from swlora.web.pages.identified_view import Identified, identified_view
 from swlora.web.pages.run_facts import Fact, is_of_sample, part, plain, run_facts, scores
-from swlora.web.pages.run_files import Prediction, read_predictions, shown_metrics
+from swlora.web.pages.run_files import Prediction, read_predictions
 from swlora.work_folder import failure_of
 
 MAX_SHOWN = 200
@@ -89,7 +89,7 @@ def run_list(entries: Iterable[RunEntry], *, shows_all: bool = False) -> RunList
     for entry in entries:
         try:
             with reading(entry.name):
-                facts = read_run(entry.folder)
+                facts = known_run(entry.folder)
                 is_idle = _never_started(entry, facts)
         except UserError:  # it is just being removed
             continue
@@ -120,7 +120,8 @@ def run_view(
 
 
 def _run_view(entry: RunEntry, adapters: Iterable[str], not_served: Mapping[str, str]) -> RunView:
-    facts, metrics, result = read_run(entry.folder), shown_metrics(entry.folder), run_result(entry)
+    facts, result = known_run(entry.folder), run_result(entry)
+    metrics = METRICS_FILES.of(entry.folder).shown()
     n_steps = finite(metrics[-1].get("step")) if metrics else None
     identified = identified_view(part(result, "identify"))
     chart = loss_chart(metrics)

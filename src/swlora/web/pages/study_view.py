@@ -15,9 +15,8 @@ from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.progress import duration
 from swlora.study import tables
 from swlora.study.compared import FinishedArm, read_finished
-from swlora.study.folder import read_study
 from swlora.study.tables import Column
-from swlora.web.folders import RunEntry, reading, run_figures
+from swlora.web.folders import RunEntry, known_study, reading, run_figures
 from swlora.web.pages.charts import finite
 from swlora.web.pages.runs_view import shown_time, status_look
 
@@ -92,7 +91,7 @@ def study_rows(entries: Iterable[RunEntry]) -> list[StudyRow]:
     for entry in entries:
         try:
             with reading(entry.name):
-                facts = read_study(entry.folder)
+                facts = known_study(entry.folder)
                 found.append((str(facts.get("started_at")), _row(entry, facts)))
         except UserError:
             continue
@@ -102,7 +101,7 @@ def study_rows(entries: Iterable[RunEntry]) -> list[StudyRow]:
 def study_view(entry: RunEntry) -> StudyView:
     """Return where a study stands; UserError where it cannot be read just now."""
     with reading(entry.name):
-        return _study_view(entry, read_study(entry.folder))
+        return _study_view(entry, known_study(entry.folder))
 
 
 def _study_view(entry: RunEntry, facts: Mapping[str, Any]) -> StudyView:

@@ -8,7 +8,7 @@ import pytest
 from tests.support.gguf_models import bpe_tokenizer, tiny_model
 from tests.support.llama_cpp import require_llama_cpp
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from swlora.config import ModelSpec
 from swlora.deploy import gguf_export
@@ -56,6 +56,29 @@ def test_a_sentencepiece_tokenizer_cuts_the_same_in_llama_cpp(prefix: bool, tmp_
     assert exported.check.tokens_equal and exported.check.node_llama_cpp
     tokens = read_tokens(tokenizer, len(tokenizer) + 3)
     assert (tokens.model, tokens.add_space_prefix) == ("llama", prefix)
+
+
+@pytest.mark.parametrize("family", ["Llama", "PreTrainedTokenizerFast"])
+def test_a_space_that_llama_2s_tokenizer_passes_over_is_no_other_text(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers makes nothing of a first space where the class is LlamaTokenizer."""
+    folder, tokenizer = tmp_path / "model", sentencepiece_tokenizer(True)
+    tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "LlamaTokenizer" if family == "Llama" else family
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    read = AutoTokenizer.from_pretrained(folder)
+    assert (read.tokenize(" x") == read.tokenize("x")) == (family == "Llama")
+    spec = ModelSpec(name=str(folder), device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf_export, "find_llama_cpp", lambda _: None)
+        exported = gguf_export.export(ExportRequest(spec, tmp_path / "x.gguf"), Silent())
+    assert exported.check.tokens_equal and not exported.check.node_llama_cpp
+    require_llama_cpp()
+    exported = gguf_export.export(ExportRequest(spec, tmp_path / "y.gguf"), Silent())
+    assert exported.check.tokens_equal and exported.check.node_llama_cpp
 
 
 def changed(kind: str, part: str, step: Any) -> PreTrainedTokenizerFast:

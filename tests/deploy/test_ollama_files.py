@@ -16,8 +16,8 @@ from swlora.config import ModelSpec
 from swlora.deploy.gguf_export import ExportRequest, export
 from swlora.deploy.go_evaluate import evaluate
 from swlora.deploy.llama_cpp import Question, ask
-from swlora.deploy.ollama_files import adds_bos
 from swlora.models.gguf_header import GgufHeader, read_gguf_table
+from swlora.models.gguf_tokenizer import adds_bos
 from swlora.progress import Silent
 
 __all__ = ["folder"]

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+from tests.conftest import N_EMBEDDINGS
+from tests.deploy.test_gguf_tokenizer import sentencepiece_tokenizer
+from tests.support.gguf_files import change_metadata
 from tests.support.gguf_models import bpe_tokenizer, tiny_model
 from tests.support.llama_cpp import require_llama_cpp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -10,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from swlora.deploy.gguf_write import ModelParts, write_gguf
 from swlora.deploy.llama_cpp import Question, ask
+from swlora.errors import UserError
 from swlora.models.gguf_tokenizer import read_gguf_tokenizer
 from swlora.models.weight_source import open_weights
 from swlora.progress import Silent
@@ -35,7 +39,7 @@ def smollm_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    model = tiny_model("llama")
+    model = tiny_model("llama", vocab_size=max(N_EMBEDDINGS, len(tokenizer)))
     model.save_pretrained(folder / "model")
     parts = ModelParts(model.config, tokenizer, open_weights(folder / "model"))
     write_gguf(parts, folder / "x.gguf", "f32", "tiny", Silent())
@@ -50,6 +54,63 @@ def test_digits_are_cut_off_one_by_one_as_in_llama_cpp(tmp_path: Path) -> None:
     assert [read(text, add_special_tokens=False).input_ids for text in TEXTS] == expected
     plain = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
     assert [plain(text, add_special_tokens=False).input_ids for text in TEXTS] != expected
+    assert ask(require_llama_cpp(), Question(path, texts=TEXTS)).tokens == expected
+
+
+MIXED = [
+    "It's 2024: 12345 items, don't they'LL?\n\n  Two  spaces <=> $5 (a)/b",
+    "the then there they're day  héllo  naïve \u4f60\u597d DŽ Été123abc",
+    " x\t\ty \r\n z  ",
+]
+
+
+def wordy_tokenizer() -> PreTrainedTokenizerFast:
+    """Return BPE that learned whole texts, so that any other cut of them gives other tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(MIXED * 3, trainer)
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "pre",
+    [
+        *("llama-bpe", "falcon3", "smaug-bpe", "tekken", "gpt-4o", "qwen2", "deepseek-r1-qwen"),
+        *("stablelm2", "smollm", "refact", "command-r", "gpt-2", "default", None),
+    ],
+)
+def test_every_name_cuts_and_begins_as_llama_cpp_does(pre: str | None, tmp_path: Path) -> None:
+    path = write(tmp_path, wordy_tokenizer())
+    change_metadata(path, {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": None})
+    read = read_gguf_tokenizer(path)
+    answer = ask(require_llama_cpp(), Question(path, texts=MIXED))
+    assert [read(text, add_special_tokens=False).input_ids for text in MIXED] == answer.tokens
+    assert (read("x").input_ids[0] == read.bos_token_id) == answer.add_bos
+    read.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert [again(text).input_ids for text in MIXED] == [read(text).input_ids for text in MIXED]
+
+
+def test_an_unknown_cut_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, bpe_tokenizer())
+    change_metadata(path, {"tokenizer.ggml.pre": "deepseek-coder"})
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre: deepseek-coder"):
+        read_gguf_tokenizer(path)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_space_comes_before_a_text_where_the_file_says_so(prefix: bool, tmp_path: Path) -> None:
+    own = sentencepiece_tokenizer(prefix)
+    path = write(tmp_path, own)
+    read = read_gguf_tokenizer(path)
+    expected = [own(text).input_ids for text in TEXTS]
+    assert [read(text).input_ids for text in TEXTS] == expected
+    assert [read.decode(tokens) for tokens in expected] == TEXTS
     assert ask(require_llama_cpp(), Question(path, texts=TEXTS)).tokens == expected
 
 

@@ -16,9 +16,10 @@ from swlora.deploy.gguf_check import (
     TIE_NATS,
     Checked,
     check_special_tokens,
+    compared_texts,
     continued,
     gap_of,
-    token_ids_of_texts,
+    token_ids,
 )
 from swlora.deploy.gguf_hyperparameters import context_tokens
 from swlora.deploy.llama_cpp import INSTALL
@@ -26,6 +27,7 @@ from swlora.errors import RunFailedError, UserError
 from swlora.models.gguf_file import load_gguf
 from swlora.models.gguf_header import read_gguf_table
 from swlora.models.gguf_rope import head_dim
+from swlora.models.gguf_tokenizer import adds_bos
 
 _ROUNDING = 1e-6  # relative: numbers of a file are float32
 _SETTINGS = (
@@ -53,11 +55,11 @@ def check_by_reading(path: Path, model: Any, tokenizer: Any, name: str) -> Check
         ) from error
     if differing := differing_settings(model, back):
         raise RunFailedError(f"{name} was not written: it says {'; '.join(differing)}")
-    facts = read_gguf_table(path).facts
-    keys = ("bos_token_id", "eos_token_id", "add_bos_token")
-    bos, eos, adds_bos = (facts.get(f"tokenizer.ggml.{key}") for key in keys)
-    check_special_tokens(tokenizer, bos, eos, adds_bos, name)
-    own, found = (token_ids_of_texts(t) for t in (tokenizer, its_tokenizer))
+    header = read_gguf_table(path)
+    bos, eos = (header.facts.get(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos"))
+    check_special_tokens(tokenizer, bos, eos, adds_bos(header), name)
+    texts = compared_texts(tokenizer, its_tokenizer)
+    own, found = (token_ids(t, texts) for t in (tokenizer, its_tokenizer))
     total, gap = _compared(model, back.eval(), tokenizer)
     by = f"transformers {transformers.__version__}, by which it was read back; not run in llama.cpp"
     return Checked(by, total, KL_LIMITS["f32"], gap, TIE_NATS["f32"], tokens_equal=own == found)

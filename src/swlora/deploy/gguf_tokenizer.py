@@ -12,27 +12,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from swlora.errors import UserError
+from swlora.models.gguf_cuts import GPT2, GPT4O, LLAMA3, QWEN2, TEKKEN
+from swlora.models.gguf_tokenizer import SPACE
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CAPITALS = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-)
 # How a text is cut, step by step, and llama.cpp's name for it. Where merges are passed over for a
 # word that is a token (ignore_merges), llama.cpp has another name.
 PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     (("digits", GPT2), False): "smollm",
     (("punctuation", GPT2, "numbers", "[0-9][0-9][0-9]"), False): "falcon",
-    ((_WORDS + r"|\p{N}" + _REST,), False): "qwen2",
-    ((_WORDS + r"|\p{N}{1,3}" + _REST,), True): "llama-bpe",
-    ((_WORDS + r"|\p{N}{1,3}" + _REST,), False): "smaug-bpe",
-    ((_CAPITALS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",), True): "tekken",
+    ((QWEN2,), False): "qwen2",
+    ((LLAMA3,), True): "llama-bpe",
+    ((LLAMA3,), False): "smaug-bpe",
+    ((TEKKEN,), True): "tekken",
+    ((GPT4O,), False): "gpt-4o",
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-SPACE = "\u2581"  # SentencePiece's
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from swlora.config import ModelSpec
 from swlora.deploy.go_template import GoTemplate, translate
 from swlora.deploy.hub_files import MERGE_REPORT
 from swlora.deploy.new_folder import check_new, new_folder
-from swlora.deploy.ollama_files import adds_bos, check_same_model, has_other_template, read_files
+from swlora.deploy.ollama_files import check_same_model, has_other_template, read_files
 from swlora.errors import UserError
 from swlora.files import read_json, write_text
 from swlora.models.gguf_header import GgufHeader
+from swlora.models.gguf_tokenizer import adds_bos
 
 MODELFILE = "Modelfile"
 PLAIN_TEMPLATE = "{{ .Prompt }}"

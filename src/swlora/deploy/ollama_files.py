@@ -1,4 +1,4 @@
-"""The GGUF files that go to Ollama: do they belong together, and does llama.cpp put BOS first."""
+"""The GGUF files that go to Ollama: do they belong together."""
 
 import re
 from collections.abc import Iterator
@@ -12,18 +12,6 @@ from swlora.models.gguf_header import GgufHeader, read_gguf_table
 from swlora.models.load import LoadedModel
 
 EMBEDDING = "token_embd.weight"
-# Where a file does not say whether BOS comes first, llama.cpp puts it there for these kinds of
-# tokenizers, and among the byte-level ones for these ways of cutting a text (src/llama-vocab.cpp of
-# v0.4.0); Ollama leaves it to llama.cpp.
-_BOS_BY_KIND = ("llama", "bert")
-_BYTE_LEVEL = ("gpt2", "hybriddna", "whitespace")
-_BOS_BY_CUT = frozenset(
-    {
-        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
-        *("lfm2", "jina-v5-nano", "tekken", "chameleon"),
-    }
-)
-_BOS_ALWAYS = ("gemma4", "granite-embed-multi-311m")  # also where the file says no
 
 
 def read_files(gguf: Path, lora: Path | None) -> GgufHeader:
@@ -110,16 +98,3 @@ def has_other_template(header: GgufHeader, tokenizer: Any) -> bool:
     own = header.facts.get("tokenizer.chat_template")
     template = tokenizer.chat_template
     return isinstance(own, str) and isinstance(template, str) and own.strip() != template.strip()
-
-
-def adds_bos(header: GgufHeader) -> bool:
-    """Say whether llama.cpp, and so Ollama, puts BOS before every prompt."""
-    facts = header.facts
-    kind, cut = facts.get("tokenizer.ggml.model"), facts.get("tokenizer.ggml.pre")
-    is_byte_level = kind in _BYTE_LEVEL
-    if kind == "gemma4" or (is_byte_level and cut in _BOS_ALWAYS):
-        return True
-    noted = facts.get("tokenizer.ggml.add_bos_token")
-    if noted is not None:
-        return bool(noted)
-    return kind in _BOS_BY_KIND or (is_byte_level and cut in _BOS_BY_CUT)

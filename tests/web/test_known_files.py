@@ -8,7 +8,7 @@ import pytest
 
 from swlora.errors import UserError
 from swlora.web import folders
-from swlora.web.folders import RunFolders, known_run
+from swlora.web.folders import RunEntry, RunFolders, known_run, run_result
 from swlora.web.known_files import KnownFiles
 
 
@@ -53,6 +53,18 @@ def test_a_walk_reads_what_has_changed(tmp_path, n_read):
     assert list(walked.runs()) == ["a", "c"]
     with pytest.raises(UserError):
         known_run(tmp_path / "b")
+
+
+def test_a_result_is_read_again_when_it_is_another(tmp_path, monkeypatch):
+    entry = RunEntry("a", tmp_path / "a")
+    write(tmp_path / "a/run.json")
+    assert run_result(entry) == {}
+    for loss in (1.5, 2.5):
+        write(tmp_path / "a/result.json", loss=loss)
+        assert run_result(entry)["loss"] == loss
+        with monkeypatch.context() as patched:
+            patched.setattr(folders, "read_json_object", None)
+            assert run_result(entry)["loss"] == loss
 
 
 def test_a_file_that_became_a_link_is_not_read(tmp_path):

@@ -273,10 +273,16 @@ def known_study(folder: Path) -> dict[str, Any]:
 
 def run_result(entry: RunEntry) -> dict[str, Any]:
     """Return result.json; empty where the run has come to none yet."""
-    try:
-        return read_json_object(entry.folder / "result.json", follow_links=False)
-    except UnreadableError:
-        return {}
+    path = entry.folder / "result.json"
+
+    def read() -> dict[str, Any]:
+        try:
+            return read_json_object(path, follow_links=False)
+        except UnreadableError:
+            return {}
+
+    found: dict[str, Any] = _KNOWN.read(path, read)
+    return found
 
 
 def run_figures(entry: RunEntry) -> dict[str, Path]:

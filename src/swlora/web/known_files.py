@@ -8,7 +8,7 @@ from typing import Any
 
 from swlora.errors import UserError
 
-MAX_BYTES = 64 << 20  # of files of which something is kept
+MAX_BYTES = 32 << 20  # of files of which something is kept; parsed, they are some times that
 _Stamp = tuple[int, int, int]
 
 

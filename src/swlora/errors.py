@@ -4,7 +4,8 @@ Exit codes of the command line: 0 done, 2 usage or bad input, 1 failure. The `co
 for programs: it is in run.json, and nothing else needs to read a message.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -60,3 +61,17 @@ def error_code(error: BaseException) -> str:
 def brief(error: BaseException) -> str:
     """Return the error of a library in one short line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+@contextmanager
+def panic_named(what: str) -> Iterator[None]:
+    """Make a UserError, `what` and the reason, of the panic of a library that is written in Rust.
+
+    Such a PanicException is no Exception, so that whoever catches those lets it pass.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {brief(error)}") from error

@@ -7,8 +7,11 @@ where the text has none.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
+
+from swlora.errors import panic_named
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -140,14 +143,19 @@ def tokenise(
     texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, special: bool
 ) -> "BatchEncoding":
     """Return what a tokenizer says of texts as a whole, whatever limits were saved with it."""
-    return tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,  # the length is checked where it matters, against the model's context
-    )
+    with _panic_named(tokenizer):
+        return tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,  # the length is checked where it matters, against the model's context
+        )
+
+
+def _panic_named(tokenizer: "PreTrainedTokenizerBase") -> AbstractContextManager[None]:
+    return panic_named(f"the tokenizer of {tokenizer.name_or_path} fails on a text")
 
 
 def piece_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
@@ -160,7 +168,9 @@ def piece_ids(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> lis
     # Where each token begins in the text is left out, a fifth of the work
     if getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus:
         backend = tokenizer.backend_tokenizer
-        return [e.ids for e in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _panic_named(tokenizer):
+            found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [e.ids for e in found]
     return _ids(texts, tokenizer, special=False)
 
 

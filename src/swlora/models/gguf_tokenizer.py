@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import decoders, normalizers
 
-from swlora.errors import UserError
+from swlora.errors import UserError, panic_named
 from swlora.library_noise import quiet_libraries
 from swlora.models.gguf_cuts import WHOLE_WORDS, pre_tokenizer
 from swlora.models.gguf_header import GgufHeader, read_gguf_table
@@ -34,7 +34,7 @@ def read_gguf_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     header = read_gguf_table(path)
-    with quiet_libraries():
+    with quiet_libraries(), panic_named(f"the tokenizer in {path} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if header.facts.get("tokenizer.ggml.model") == "gpt2":
         _set_cut(path, tokenizer, header.facts.get("tokenizer.ggml.pre"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.config import BUILTIN_MODEL, ModelSpec
-from swlora.errors import UserError
+from swlora.errors import UserError, panic_named
 from swlora.hub import cached_file, hub_reachable
 from swlora.library_noise import quiet_libraries
 from swlora.memory import keep_few_kernels, keep_freed_memory, limit_memory
@@ -19,9 +19,10 @@ from swlora.models.declared_size import check_declared_size
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.finite import check_finite
 from swlora.models.gguf_header import read_gguf_table
-from swlora.models.model_folder import check_counts, check_model_folder, check_regular_files
+from swlora.models.model_folder import check_counts, check_model_folder
 from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.skeleton import make_skeleton
+from swlora.models.tokenizer_folder import TOKENIZER, check_added_tokens, check_tokenizer_folder
 from swlora.threads import fix_threads
 
 
@@ -251,13 +252,18 @@ def _load_tokenizer(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     if Path(name).is_dir():
-        check_regular_files(Path(name))
+        check_tokenizer_folder(Path(name))
+    elif cached := cached_file(name, TOKENIZER, revision):
+        check_added_tokens(Path(cached).parent)
     where = {"revision": revision, "local_files_only": _is_offline(name)}
+    what = f"the tokenizer of {name} cannot be loaded"
     try:
-        with quiet_libraries():
+        with quiet_libraries(), panic_named(what):
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+    except UserError:
+        raise
     except Exception as error:  # loaders raise the errors of many libraries
-        raise UserError(f"the tokenizer of {name} cannot be loaded: {_brief(error)}") from error
+        raise UserError(f"{what}: {_brief(error)}") from error
 
 
 def _checked_tokenizer(model: Any, of_file: Any, place: _Place, spec: ModelSpec) -> Any:

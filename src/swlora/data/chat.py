@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from swlora.data.chat_bounds import bound_template, limited_rendering
 from swlora.data.chat_end import TurnEnd, find_turn_end
 from swlora.data.chat_syntax import asks_alike
 from swlora.data.chat_trace import Traced, trace
@@ -248,24 +249,36 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         marked = self.has_marks and not generation_prompt
-        texts, marks = render_jinja_template(
-            chats,
-            tools=json.loads(tools) if tools else None,
-            chat_template=self._source(with_tools=bool(tools)),
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=generation_prompt,
-            **self._special_tokens,
-        )
+        self._compiled(tools)  # is bounded from then on
+        texts: list[str] = []
+        marks: list[list[tuple[int, int]]] = []
+        for chat in chats:
+            with limited_rendering():
+                found = render_jinja_template(
+                    [chat],
+                    tools=json.loads(tools) if tools else None,
+                    chat_template=self._source(with_tools=bool(tools)),
+                    return_assistant_tokens_mask=marked,
+                    add_generation_prompt=generation_prompt,
+                    **self._special_tokens,
+                )
+            texts += found[0]
+            marks += found[1] if marked else []
         if not marked:
             return [Rendered(text) for text in texts]
         return [Rendered(text, tuple(own)) for text, own in zip(texts, marks, strict=True)]
 
     def _compiled(self, tools: str) -> Any:
-        """Return transformers' own compiled template; None for a version that has it elsewhere."""
+        """Return transformers' own template, bounded; None for a version that has it elsewhere."""
         from transformers.utils import chat_template_utils
 
-        compiled = getattr(chat_template_utils, "_compile_jinja_template", None)
-        return compiled and compiled(self._source(with_tools=bool(tools)))
+        compile_source = getattr(chat_template_utils, "_compile_jinja_template", None)
+        if compile_source is None:
+            return None
+        source = self._source(with_tools=bool(tools))
+        compiled = compile_source(source)
+        bound_template(compiled, source)
+        return compiled
 
     def _source(self, *, with_tools: bool) -> str:
         """Return the template's source; some tokenizers have another for chats with tools."""

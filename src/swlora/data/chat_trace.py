@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swlora.data.chat_bounds import limited_rendering
+
 
 @dataclass(frozen=True, slots=True)
 class Traced:
@@ -73,7 +75,7 @@ def trace(compiled: Any, messages: Sequence[Any], variables: dict[str, Any]) -> 
     marks: list[tuple[int, int]] = []
     watched = _Turns(messages, begins, written)
     try:
-        with compiled.environment.activate_tracker(pieces, marks):
+        with limited_rendering(), compiled.environment.activate_tracker(pieces, marks):
             for piece in compiled.generate(messages=watched, **variables):
                 pieces.append(piece)
                 written[0] += len(piece)

@@ -40,9 +40,10 @@ def test_a_path_in_a_text_is_found_where_it_is_on_this_machine(tmp_path):
     assert places_in(f"from {tmp_path}.") == [str(tmp_path)]
 
 
-def test_a_folder_of_the_hubs_cache_has_a_name_and_a_commit(tmp_path):
+@pytest.mark.parametrize("stroke", ["", "/"])
+def test_a_folder_of_the_hubs_cache_has_a_name_and_a_commit(stroke, tmp_path):
     path = tmp_path / "adapter_config.json"
-    tree = {"base_model_name_or_path": CACHED, "revision": None, "r": 4}
+    tree = {"base_model_name_or_path": CACHED + stroke, "revision": None, "r": 4}
     path.write_text(json.dumps(tree))
     text, changes = published_text(path)
     expected = tree | {"base_model_name_or_path": "mary/tiny-1", "revision": "0a1b2c"}
@@ -70,6 +71,11 @@ def test_notes_that_nobody_reads_go_without_their_paths(tmp_path):
             {"base_model_name_or_path": "/data/tiny"},
             "(base_model_name_or_path: /data/tiny); write the base model's name on the Hub there",
         ),
+        (
+            "adapter_config.json",
+            {"base_model_name_or_path": "../runs/merged"},
+            "(base_model_name_or_path: ../runs/merged); write the base model's name",
+        ),
         ("swlora.json", {"data": [{"name": "/d/x"}]}, "(name: /d/x); take that out of it first"),
         ("swlora-merge.json", {"notes": ["of /home/m/x"]}, "(notes: /home/m/x); take that out"),
         ("NOTICE", "a\n\nby /home/mary/x", "NOTICE, line 3, names a folder of this machine, /home"),
@@ -85,6 +91,7 @@ def test_a_path_without_another_name_is_refused(name, content, said, tmp_path):
 
 def test_what_names_no_place_goes_as_it_is(tmp_path):
     token = {"added_tokens_decoder": {"1": {"content": "/tmp/x"}}, "eos_token": "/home/x/y"}
+    token["additional_special_tokens"] = ["/think", "/home/no_think"]
     for name, content in (("tokenizer_config.json", token), ("vocab.json", {"/home/a/b": 1})):
         (tmp_path / name).write_text(json.dumps(content))
         assert published_text(tmp_path / name) == (None, [])

@@ -18,11 +18,13 @@ BASE = "base_model_name_or_path"
 # Where a configuration came from: written by transformers, and read by nobody
 _NOTES = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "merges_file")
 NOTES = frozenset((*_NOTES, "special_tokens_map_file"))
+_NO_PLACES = ("token", "tokens", "content", "template")  # ends of keys: /think is a token
 _WORDS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _TEXTS = (".json", ".jinja", ".txt", ".md", "")  # LICENSE and NOTICE have no ending
 
 _SNAPSHOT = re.compile(  # a folder of the Hub's cache: models--OWNER--NAME/snapshots/COMMIT
     r"(?:[A-Za-z]:)?[\w./\\~@+-]*models--([\w.-]+)[/\\]snapshots[/\\](\w+)"
+    r"(?:[/\\](?![\w.-]))?"  # a last stroke names the same folder
 )
 _WHOLE = re.compile(r"(?:file://)?(?:/|~/|[A-Za-z]:[\\/]|\\\\)[^\s/\\][^\n]*")
 _INSIDE = re.compile(
@@ -98,8 +100,9 @@ def _inner(tree: Any) -> list[Any]:
 
 def _check_tree(path: Path, tree: Any, key: str = "") -> None:
     if isinstance(tree, str):
-        places = [tree] if is_place(tree) else places_in(tree)
-        if places and (key == BASE or not key.endswith(("token", "content", "template"))):
+        is_whole = is_place(tree) or (key == BASE and tree.startswith(("./", "../", ".\\", "..\\")))
+        places = [tree] if is_whole else places_in(tree)
+        if places and (key == BASE or not key.endswith(_NO_PLACES)):
             what = (
                 "write the base model's name on the Hub there"
                 if key == BASE

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.attachment import attach
-from swlora.config import load_recorded_spec
+from swlora.config import RunSpec, load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
 from swlora.job import Job
@@ -20,7 +20,14 @@ from swlora.preparation import prepare_training
 from swlora.progress import Progress
 from swlora.run_place import RESUMABLE
 from swlora.run_record import MemoryRecord
-from swlora.run_settings import Change, changes_of
+from swlora.run_settings import (
+    OF_THE_ADAPTER,
+    Change,
+    changes_of,
+    differences,
+    flat,
+    shown_differences,
+)
 from swlora.runs import read_result, read_run
 from swlora.snapshots import has_snapshot
 from swlora.work_folder import other_source
@@ -83,6 +90,7 @@ def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
     from swlora.training.loop import make_optimizer
 
     spec = load_recorded_spec(run / "config.yaml", {})
+    _check_adapter(run, spec)
     job = Job(spec, _Reading(run), progress)
     prepared = prepare_training(job)
     attached = attach(job, prepared.schedule, choose_layers(job))
@@ -98,6 +106,16 @@ def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
     losses = {f"{name}, {when}": loss for name, loss in last_losses(metrics).items()}
     n_bytes = attached.save(output, losses, step=step)
     return Recovered(output, n_bytes, step, n_steps, state.totals.rows)
+
+
+def _check_adapter(run: Path, spec: RunSpec) -> None:
+    """Raise UserError where config.yaml was edited in what makes the adapter of a checkpoint."""
+    found = differences(read_run(run).get("settings", {}), flat(spec))  # older runs note none
+    if others := {name: pair for name, pair in found.items() if name in OF_THE_ADAPTER}:
+        raise UserError(
+            f"{run / 'config.yaml'} is not as the run left it: {shown_differences(others)}; put "
+            "that back"
+        )
 
 
 def _check(run: Path, output: Path) -> None:

@@ -143,7 +143,8 @@ def check_extendable(folder: Path, result: Mapping[str, Any], flags: Values) -> 
     if not any((folder / "checkpoint").glob("state-*.safetensors")):
         raise UserError(
             f"the run in {folder} is done and holds no checkpoint (older versions kept none, nor "
-            f"does --method full); `swlora train --adapter {folder}` starts a new run from its adapter"
+            f"does --method full); `swlora train --adapter {folder}` starts a new run from its "
+            "adapter"
         )
     trained = result.get("train", {})
     ended_early = trained.get("steps", 0) < trained.get("planned_steps", 0)

@@ -29,6 +29,7 @@ CHANGEABLE = frozenset(
 OF_THE_CHECKPOINT = frozenset(  # other values make weights that it does not hold
     f"adapter.{name}" for name in ("method", "rank", "targets", "layers", "sparsity")
 )
+OF_THE_ADAPTER = OF_THE_CHECKPOINT | {"adapter.alpha", "adapter.dropout", "seed"}
 NUMBER_OF_STEPS = frozenset({"train.epochs", "train.max_steps", "train.batch_size"})
 Values = dict[str, Any]
 SHOWN = 4  # of settings that differ

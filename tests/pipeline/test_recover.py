@@ -121,3 +121,16 @@ def test_a_run_that_is_at_work_is_left_to_it(model_folder, rows, tmp_path):
     with pytest.raises(UserError, match="another process is at work"):
         recover(stopped, tmp_path / "rescued", Silent())
     held.release()
+
+
+def test_no_adapter_is_made_with_settings_that_were_edited(model_folder, rows, tmp_path):
+    """Another alpha fits the checkpoint, and would be another adapter."""
+    spec = make_spec(model_folder("llama"), rows, train__checkpoint_every_s=1e-9)
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        run_in(stopped, spec, "train", progress=StopsIn("train", 3))
+    path, alpha = stopped / "config.yaml", spec.adapter.alpha
+    path.write_text(path.read_text().replace(f"alpha: {alpha}", "alpha: 3.5"))
+    with pytest.raises(UserError, match=rf"adapter.alpha was {alpha} and is now 3.5; put that"):
+        recover(stopped, tmp_path / "rescued", Silent())
+    assert not (tmp_path / "rescued").exists()

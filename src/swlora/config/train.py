@@ -1,5 +1,6 @@
 """The section `train`."""
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -75,7 +76,6 @@ class TrainSpec(Spec):
 
     on_nonfinite: str = Field(
         default="stop",
-        pattern=r"^(stop|skip:[1-9]\d{0,8})$",
         description="what to do where the loss of a step or its gradient is not finite: stop, or "
         "skip:N, leave the weights as they are in N steps of the training at most",
     )
@@ -91,6 +91,13 @@ class TrainSpec(Spec):
         if self.checkpoint_every_s is not None:
             return SaveEvery(seconds=self.checkpoint_every_s)
         return parse_save_every(self.save_every or DEFAULT_SAVE_EVERY)
+
+    @field_validator("on_nonfinite")
+    @classmethod
+    def _stops_or_skips(cls, text: str) -> str:
+        if not re.fullmatch(r"stop|skip:[1-9]\d{0,8}", text, re.ASCII):
+            raise ValueError(f"{text!r} is neither stop nor skip:N, such as skip:3")
+        return text
 
     @field_validator("save_every")
     @classmethod

@@ -123,3 +123,10 @@ def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(tmp_path: Path) -> No
         path = file_with(tmp_path, {}, **{key: 4.0})
         assert scaling(path) == {"rope_type": "linear", "factor": 4.0}
     assert scaling(file_with(tmp_path, {}, scaling__type="none")) == {}
+
+
+def test_that_it_was_trained_so_is_no_other_scaling(tmp_path: Path) -> None:
+    said = {"scaling__type": "linear", "scaling__factor": 4.0, "scaling__finetuned": 1.0}
+    assert scaling(file_with(tmp_path, {}, **said)) == {"rope_type": "linear", "factor": 4.0}
+    yarn = {**said, "scaling__type": "yarn", "scaling__original_context_length": 64}
+    assert scaling(file_with(tmp_path, {}, **yarn))["rope_type"] == "yarn"

@@ -64,6 +64,7 @@ def read_rope_scaling(path: Path, header: GgufHeader, config: Any) -> dict[str, 
     config: what the file says else. Raises UserError for a scaling that is not read exactly.
     """
     facts = header.own_facts("rope.scaling.")
+    facts.pop("finetuned", None)  # how it was trained: nothing is computed with it
     factor = facts.get("factor", header.own_facts("rope.").get("scale_linear"))
     tensors = {name for name in header.tensors if name.startswith(("rope_freqs", "rope_factors"))}
     kind = facts.get("type")

@@ -1,6 +1,6 @@
 # make demo   set up, then find super weights, train and evaluate on the embedded model
 # make test   set up, then lint, type-check and run every test
-# make faults kill, cut and damage trainings for half an hour: docs/results/faults.json
+# make faults kill and damage trainings, strain a server, half an hour: docs/results/faults.json
 # make lock   renew requirements.lock from the newest versions that pyproject.toml allows
 
 PYTHON ?= python3

@@ -8,6 +8,7 @@ the long form. Exit code 1 where a row is not good.
 """
 
 import argparse
+import logging
 import os
 import random
 import sys
@@ -209,6 +210,8 @@ def main() -> None:
     if unknown := set(names) - ROWS.keys():
         parser.error(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     from swlora.files import write_json
+
+    logging.getLogger("swlora.web").setLevel(logging.ERROR)  # it says what it refuses
 
     results, is_good = {}, True
     for name in names:

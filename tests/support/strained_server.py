@@ -1,6 +1,5 @@
 """A server under strange requests, clients that leave, and clients that never end their request."""
 
-import logging
 import random
 import socket
 import time
@@ -69,7 +68,6 @@ class Strain:
 def strain(model: Path, runs: Path, load: Load) -> Strain:
     """Ask for strange things, leave answers unread, and send half of requests."""
     found = Strain()
-    logging.getLogger("swlora.web").setLevel(logging.ERROR)  # a line for each that is closed
     with (
         patch("swlora.web.connections.REQUEST_S", load.request_s),
         in_process(model, runs) as (client, service),

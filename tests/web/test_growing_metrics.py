@@ -18,6 +18,7 @@ def report(step: int) -> dict[str, float]:
 
 
 def append(folder: Path, first: int, n: int) -> None:
+    folder.mkdir(exist_ok=True)
     for step in range(first, first + n):
         append_metrics(folder, report(step))
 
@@ -59,6 +60,19 @@ def test_it_is_what_the_whole_file_says_whatever_happens_to_it(seed, tmp_path, m
         whole = read_metrics(tmp_path)
         assert metrics.shown() == whole
         assert in_parts(metrics, drawn.randrange(1, 20)) == whole
+
+
+def test_a_file_that_was_rewritten_in_its_place_is_read_anew(tmp_path):
+    append(tmp_path, 0, 5)
+    metrics = GrowingMetrics(tmp_path)
+    assert metrics.shown() == read_metrics(tmp_path)
+    append(tmp_path / "other", 100, 9)
+    inode = (tmp_path / METRICS).stat().st_ino
+    (tmp_path / METRICS).write_bytes((tmp_path / "other" / METRICS).read_bytes())
+    assert (tmp_path / METRICS).stat().st_ino == inode
+    assert metrics.shown() == read_metrics(tmp_path) == [report(100 + k) for k in range(9)]
+    (tmp_path / METRICS).unlink()
+    assert metrics.shown() == [] and metrics.part(0, 9) == ([], 0)
 
 
 def test_of_a_long_file_every_nth_report_is_shown_and_the_newest(tmp_path, monkeypatch):

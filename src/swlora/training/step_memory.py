@@ -14,6 +14,7 @@ import numpy as np
 from swlora.adapters.methods import trainable_parameters
 from swlora.data.prefix_tree import count_group_nodes
 from swlora.data.token_sequences import TokenSequences
+from swlora.disk_space import size
 from swlora.kernels.head_loss import CHUNK_ROWS
 from swlora.kernels.tree_layout import FEW_KEYS
 from swlora.memory import kept_for_steps
@@ -111,12 +112,12 @@ def fit_into_memory(
         needed = memory.peak_bytes(largest)
         say(
             f"memory: a step over {asked:,} tokens at once would take "
-            f"{memory.peak_bytes(asked) / 1e9:.2f} GB of {room / 1e9:.2f}; at most "
+            f"{size(memory.peak_bytes(asked))}, and there are {size(room)}; at most "
             f"{step.most_nodes:,} are run at once, with the same gradient"
         )
     if needed > room and largest > LEAST_NODES:
         say(
-            f"memory: the longest sequence takes about {needed / 1e9:.2f} GB of {room / 1e9:.2f}: "
+            f"memory: the longest sequence takes about {size(needed)}, and there are {size(room)}: "
             "the system may end this; --truncate makes it shorter"
         )
     return needed

@@ -15,4 +15,5 @@ def test_nothing_is_left_of_strange_requests_and_bad_clients(tmp_path: Path) -> 
     assert found.failures == []
     assert found.n == QUICK.strange + QUICK.leaving + QUICK.slow
     assert found.statuses[200] > 5 and found.statuses[400] > 50
+    assert found.texts_left > QUICK.leaving // 2
     assert found.most_connections == QUICK.slow

@@ -47,6 +47,7 @@ class Strain:
     bytes_before: int = 0
     bytes_after: int = 0
     most_connections: int = 0
+    texts_left: int = 0  # whose client went away before their end
     statuses: dict[int, int] = field(default_factory=dict)
 
     def more(self) -> dict[str, Any]:
@@ -54,6 +55,7 @@ class Strain:
         return {
             "statuses": dict(sorted(self.statuses.items())),
             "most_connections": self.most_connections,
+            "texts_left_before_their_end": self.texts_left,
             "memory_growth": round(self.growth, 4),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -78,6 +80,9 @@ def strain(model: Path, runs: Path, load: Load) -> Strain:
             _leave(found, running, load.leaving * share // 10)
             found.bytes_before = found.bytes_before or _memory_bytes()
         _send_half(found, running, load)
+        registry = running.service.metrics.registry
+        left = registry.get_sample_value("swlora_texts_total", {"reason": "cancelled"})
+        found.texts_left = int(left or 0)
         found.bytes_after = _memory_bytes()
     found.n += load.checks_growth
     if load.checks_growth and found.growth >= MAX_GROWTH:

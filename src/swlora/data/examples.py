@@ -22,7 +22,7 @@ from swlora.data import scratch
 ASSISTANT = "assistant"
 PromptKey = str | tuple[str, ...]  # a tuple is that of a chat
 # Of what is tokenised at once: half a million tokens, more than most models read. Tokenising takes
-# 200 to 600 times as much memory.
+# 170 to 700 times as much memory.
 MAX_TEXT_BYTES = 2 << 20
 _MAX_BYTES_PER_CHARACTER = 4  # in UTF-8
 _OBJECT_BYTES = 100  # of a string or a tuple, beyond its characters, as Python keeps it

@@ -1,5 +1,6 @@
 """Files under --runs are read once, and again when they have changed."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -65,6 +66,19 @@ def test_a_result_is_read_again_when_it_is_another(tmp_path, monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(folders, "read_json_object", None)
             assert run_result(entry)["loss"] == loss
+
+
+def test_what_only_the_system_refused_is_asked_for_again(tmp_path, monkeypatch):
+    write(tmp_path / "a/run.json")
+
+    def refuse(*_arguments):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("swlora.bounded_read.os.open", refuse)
+        with pytest.raises(UserError, match="too many open files"):
+            known_run(tmp_path / "a")
+    assert known_run(tmp_path / "a")["status"] == "done"
 
 
 def test_a_file_that_became_a_link_is_not_read(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 
 from swlora.adapters.reach import switch_refusal
 from swlora.adapters.saved import FACTS, WEIGHTS
-from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.bounded_read import MAX_BYTES, UnreadableError, read_json_object
 from swlora.errors import UserError
 from swlora.runs import Run, read_run
 from swlora.study.folder import StudyFolder, read_study
@@ -193,13 +193,15 @@ def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
+    return _known_json(folder / name, MAX_ADAPTER_JSON_BYTES)
 
+
+def _known_json(path: Path, max_bytes: int) -> dict[str, Any]:
     def read() -> dict[str, Any]:
         try:
-            return read_json_object(path, max_bytes=MAX_ADAPTER_JSON_BYTES, follow_links=False)
+            return read_json_object(path, max_bytes=max_bytes, follow_links=False)
         except UnreadableError as error:
-            raise UserError(f"its {name} cannot be read: {error}") from error
+            raise UserError(f"its {path.name} cannot be read: {error}") from error
 
     found: dict[str, Any] = _KNOWN.read(path, read)
     return found
@@ -273,16 +275,10 @@ def known_study(folder: Path) -> dict[str, Any]:
 
 def run_result(entry: RunEntry) -> dict[str, Any]:
     """Return result.json; empty where the run has come to none yet."""
-    path = entry.folder / "result.json"
-
-    def read() -> dict[str, Any]:
-        try:
-            return read_json_object(path, follow_links=False)
-        except UnreadableError:
-            return {}
-
-    found: dict[str, Any] = _KNOWN.read(path, read)
-    return found
+    try:
+        return _known_json(entry.folder / "result.json", MAX_BYTES)
+    except UserError:
+        return {}
 
 
 def run_figures(entry: RunEntry) -> dict[str, Path]:

@@ -36,6 +36,8 @@ class KnownFiles:
         try:
             found = (stamp, read(), "")
         except UserError as error:
+            if _is_of_the_system(error):  # no more files may be open, say: not the file's content
+                raise
             found = (stamp, None, str(error))
         self._keep(path, found)
         return _value(found)
@@ -57,6 +59,13 @@ def _value(known: tuple[_Stamp, Any, str]) -> Any:
     if known[2]:
         raise UserError(known[2])
     return known[1]
+
+
+def _is_of_the_system(error: BaseException | None) -> bool:
+    """Say whether an OSError is behind an error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None
 
 
 def _stamp(path: Path) -> _Stamp | None:

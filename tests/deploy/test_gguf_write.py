@@ -13,6 +13,7 @@ from swlora.deploy.gguf_layout import GGUF_FAMILIES, gguf_family
 from swlora.deploy.gguf_types import encoded
 from swlora.deploy.llama_cpp import Question, ask
 from swlora.errors import UnknownFamilyError, UserError
+from swlora.models.gguf_header import read_gguf_table
 
 # llama.cpp has the GELU in a table of float16
 GELU = ("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "falcon")
@@ -103,6 +104,11 @@ def test_what_llama_cpp_has_otherwise_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=expected):
         export_tiny(model_type, tmp_path, **changes)
+
+
+def test_no_name_is_written_by_which_transformers_errs(tmp_path: Path) -> None:
+    export_tiny("llama", tmp_path, name="mistral")
+    assert read_gguf_table(tmp_path / "x.gguf").facts["general.name"] == "Mistral"
 
 
 def test_a_family_that_llama_cpp_lacks_is_refused_by_name() -> None:

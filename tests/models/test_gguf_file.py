@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.gguf_files import write_gguf
+from tests.support.gguf_files import change_metadata, write_gguf
 from transformers.utils import logging as transformers_logging
 
 from swlora.config import ModelSpec
@@ -56,6 +56,17 @@ def test_its_shapes_and_tokenizer_are_read_without_its_weights(
     assert found.source == loaded.source
     assert found.tokenizer("hi é").input_ids == loaded.tokenizer("hi é").input_ids
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_name_by_which_transformers_errs_is_refused(make_model, tiny_tokenizer, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(make_model("llama"), tiny_tokenizer, path)
+    change_metadata(path, {"general.name": "mistral"})
+    for read in (load_model, load_skeleton):
+        with pytest.raises(UserError, match=r"has general.name = mistral.*--general-name Mistral"):
+            read(spec(path))
+    change_metadata(path, {"general.name": "Mistral"})
+    assert load_model(spec(path)).model.config.model_type == "llama"
 
 
 def test_a_file_whose_header_is_none(tmp_path):

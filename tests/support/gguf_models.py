@@ -83,9 +83,9 @@ def save_tiny(model_type: str, folder: Path, **changes: Any) -> Any:
 
 
 def export_tiny(
-    model_type: str, folder: Path, kind: TypeName = "f32", **changes: Any
+    model_type: str, folder: Path, kind: TypeName = "f32", name: str = "tiny", **changes: Any
 ) -> tuple[Any, list[int]]:
-    """Write folder/x.gguf of a tiny model; return the model and its tokens of TEXTS.
+    """Write folder/x.gguf of a tiny model of that name; return the model and its tokens of TEXTS.
 
     A family's own tokenizer cuts words in its own way, whatever the saved one did.
     """
@@ -93,5 +93,5 @@ def export_tiny(
     config = AutoConfig.from_pretrained(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     parts = ModelParts(config, tokenizer, open_weights(folder / "model"), model.generation_config)
-    write_gguf(parts, folder / "x.gguf", kind, "tiny", Silent())
+    write_gguf(parts, folder / "x.gguf", kind, name, Silent())
     return model, tokenizer(TEXTS).input_ids

@@ -15,6 +15,7 @@ from swlora.deploy.gguf_tokenizer import write_tokenizer
 from swlora.deploy.gguf_types import FILE_TYPES, TypeName, encoded, tensor_type
 from swlora.errors import UserError
 from swlora.models.end_tokens import find_end_tokens
+from swlora.models.gguf_config import MISREAD_NAME
 from swlora.models.gguf_header import read_gguf_table
 from swlora.models.weight_source import WeightSource
 from swlora.progress import Task
@@ -137,7 +138,7 @@ def _n_bytes(shape: tuple[int, ...], kind: TypeName) -> int:
 
 def _write_metadata(writer: Any, parts: ModelParts, name: str) -> None:
     writer.add_type("model")
-    writer.add_name(name)
+    writer.add_name(name.capitalize() if name == MISREAD_NAME else name)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     write_hyperparameters(writer, parts.config)
     write_tokenizer(writer, parts.tokenizer, parts.config.vocab_size, _end_tokens(parts))

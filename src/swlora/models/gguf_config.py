@@ -22,6 +22,8 @@ _SETTINGS = {
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 _WINDOWS = ("gemma2", "gemma3_text", "phi3")
+# transformers 5.23 makes a MistralConfig of a llama file of exactly this name, and finds no weights
+MISREAD_NAME = "mistral"
 _LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}  # layers of the 27B models
 
 
@@ -34,6 +36,12 @@ def read_gguf_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     header = read_gguf_table(path)
+    if header.facts.get("general.name") == MISREAD_NAME:
+        raise UserError(
+            f"{path} has general.name = {MISREAD_NAME}, by which transformers takes it for another "
+            f"architecture; give it another one, with gguf's own script: gguf-new-metadata "
+            f"--general-name Mistral {path.name} renamed.gguf"
+        )
     with quiet_libraries():
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     facts = header.own_facts("")

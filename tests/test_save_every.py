@@ -45,5 +45,8 @@ def test_the_flag_in_seconds_says_the_same_and_not_beside_it(tmp_path):
     assert seconds.train.saving == SaveEvery(seconds=7.5)
     (tmp_path / "c.yaml").write_text(dump_yaml(seconds))
     assert load_spec(tmp_path / "c.yaml", {}) == seconds
+    replaced = load_spec(tmp_path / "c.yaml", {"train.save_every": "5min"})
+    assert replaced.train.saving == SaveEvery(seconds=300), "a flag replaces what the file says"
+    both = {"train.save_every": "5min", "train.checkpoint_every_s": 7.5}
     with pytest.raises(UserError, match="say the same; leave one of them out"):
-        load_spec(tmp_path / "c.yaml", {"train.save_every": "5min"})
+        load_spec(None, both)

@@ -119,7 +119,7 @@ def test_each_distinct_prompt_is_tokenised_once():
     seen: list[str] = []
 
     class Counting:
-        eos_token_id, bos_token_id = EOS, None
+        eos_token_id, bos_token_id, name_or_path = EOS, None, "counting"
 
         def __call__(self, texts: list[str], **options: object) -> object:
             seen.extend(texts)

@@ -7,7 +7,7 @@ import pytest
 from swlora.deploy.hub_places import is_place, places_in, published_text
 from swlora.errors import UserError
 
-CACHED = "/root/.cache/huggingface/hub/models--mary--tiny-1/snapshots/0a1b2c"
+CACHED = "/home/mary/.cache/huggingface/hub/models--mary--tiny-1/snapshots/0a1b2c"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 from swlora.bounded_read import UnreadableError, parse_json, read_bounded
 from swlora.errors import RunFailedError
-from swlora.files import write_text
+from swlora.files import sync_path, write_text
 
 METRICS = "metrics.jsonl"
 CHECKSUM = "crc32"  # the last value of a line
@@ -32,8 +32,7 @@ def sync_metrics(folder: Path) -> None:
     """Have the lines on the disk."""
     path = folder / METRICS
     if path.exists():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_path(path)
 
 
 def truncate_metrics(folder: Path, after_step: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from swlora.config import RunSpec, dump_yaml, load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import write_text
+from swlora.run_place import CONFIG
 from swlora.run_settings import (
     OF_THE_CHECKPOINT,
     Change,
@@ -26,7 +27,6 @@ from swlora.run_settings import (
 from swlora.versions import package_versions
 from swlora.work_folder import other_sources
 
-CONFIG = "config.yaml"
 ORIGINAL_CONFIG = "config.original.yaml"  # of a run whose settings were changed since
 Told = Callable[[str], None]
 

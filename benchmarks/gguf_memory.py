@@ -24,24 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks import measure, runner
-from benchmarks.merge_memory import write_model
+from benchmarks.random_model import SHAPES, VOCABULARY, write_model
 
-SHAPES = {
-    "0.36B": {
-        **{"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32},
-        **{"num_attention_heads": 15, "num_key_value_heads": 5, "tie_word_embeddings": True},
-    },
-    "1.1B": {
-        **{"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22},
-        **{"num_attention_heads": 32, "num_key_value_heads": 4, "tie_word_embeddings": True},
-    },
-    "1.7B": {
-        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24},
-        **{"num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": True},
-    },
-}
 ARMS = ("gguf", "dequantised", "peft")
-VOCABULARY, CONTEXT_TOKENS = 49152, 4096  # the tokenizer is that of the embedded model
 
 
 def main() -> None:
@@ -75,8 +60,7 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """Write a model of the shape in both forms, and run every arm once, one after the other."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder, file = Path(scratch) / "base", Path(scratch) / "base.gguf"
-        sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT_TOKENS}
-        write_model(folder, SHAPES[shape] | sizes, 2.0)
+        write_model(folder, SHAPES[shape])
         write_file(folder, file)
         files = {"q8_0": file, "q4_k": file.with_name("base.Q4_K.gguf")}
         types, arms = args.types.split(","), args.arms.split(",")

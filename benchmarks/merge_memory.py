@@ -20,16 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import runner
+from benchmarks.random_model import SHAPES, write_model
 
-SHAPE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-    "vocab_size": 49152,  # the tokenizer is that of the embedded model
-}
+SHAPE = SHAPES["1.1B"] | {"tie_word_embeddings": False}
 RANK = 16
 
 
@@ -41,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         base, adapter = Path(scratch) / "base", Path(scratch) / "adapter"
-        model = write_model(base, SHAPE, args.shard_gb)
+        model = write_model(base, SHAPE, shard_gb=args.shard_gb)
         write_adapter(adapter, model)
         report = merge(base, adapter, Path(scratch) / "merged", args.shard_gb)
     from swlora.files import write_json
@@ -52,36 +45,6 @@ def main() -> None:
         f"{report['largest_shard_bytes'] / 1e9:.2f} GB: peak {report['peak_bytes'] / 1e9:.2f} GB, "
         f"{report['peak_over_largest_shard']:.2f} times; {report['wall_s']:.0f} s"
     )
-
-
-def write_model(folder: Path, shape: dict[str, Any], shard_gb: float) -> Any:
-    """Write a model of random bfloat16 numbers, a shard at a time; return it without content."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    folder.mkdir()
-    config = AutoConfig.for_model("llama", **shape, dtype="bfloat16")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(runner.builtin_model()).save_pretrained(folder)
-    torch.manual_seed(0)
-    weight_map, shard, n_shards = {}, dict[str, torch.Tensor](), 0
-    for name, weight in [*model.named_parameters(), ("", None)]:
-        n_bytes = sum(tensor.nbytes for tensor in shard.values())
-        if weight is None or n_bytes + 2 * weight.numel() > shard_gb * 1e9:
-            n_shards += 1
-            file_name = f"model-{n_shards:05}.safetensors"
-            save_file(shard, folder / file_name, {"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file_name)
-            shard.clear()
-        if weight is not None:
-            is_norm = weight.dim() == 1
-            values = torch.ones(weight.shape) if is_norm else torch.randn(weight.shape) * 0.02
-            shard[name] = values.bfloat16()
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return model
 
 
 def write_adapter(folder: Path, model: Any) -> None:

@@ -21,6 +21,7 @@ from swlora.data.encode import encode_examples
 from swlora.data.examples import Example
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
+from swlora.memory import kept_for_steps, steps_limit_bytes
 from swlora.metrics_file import read_metrics
 from swlora.models.anatomy import Anatomy
 from swlora.models.load import LoadedModel, load_model
@@ -64,6 +65,7 @@ def run_sequences(
     from swlora.adapters.methods import adapt, train_mode
     from swlora.training.schedule import Schedule, step_plan
     from swlora.training.step import make_step
+    from swlora.training.step_memory import fit_into_memory
 
     watch, clock = measure.Stopwatch(), clock or StepClock()
     with watch("load_model"):
@@ -91,7 +93,10 @@ def run_sequences(
 
     schedule = Schedule(spec.train, plans.__getitem__, len(plans[0]))
     build = flat.tree if arm.layout == "flat" else build_tree
-    with patch.object(training_step, "build_tree", build):
+    with watch("fit_into_memory"):
+        step_bytes = fit_into_memory(step, schedule, steps_limit_bytes(), clock.say)
+    plans = [[step.parts(groups) for groups in steps] for steps in plans]
+    with patch.object(training_step, "build_tree", build), kept_for_steps(step_bytes):
         metrics, start_s = _train(step, schedule, adapted, spec, clock)
     step.close()
     facts = {

@@ -1,9 +1,9 @@
-"""Run one arm of a scenario in this process and write what was measured as JSON.
+"""Run one arm of a case in this process and write what was measured as JSON.
 
     python -m benchmarks.scenario_arm peft --model FOLDER --tokens F --batch 8 --rows 16 --json F
 
-Called by `benchmarks.scenarios`; Unsloth's arms by the Python of their own environment, which has
-no swlora.
+Called by `benchmarks.scenarios` and `benchmarks.sizes`; Unsloth's arms by the Python of their own
+environment, which has no swlora.
 """
 
 import argparse
@@ -17,12 +17,13 @@ from benchmarks.token_rows import TokenRows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure one arm of a scenario.")
+    parser = argparse.ArgumentParser(description="Measure one arm of a case.")
     parser.add_argument("name", choices=list(SCENARIO_ARMS))
     parser.add_argument("--model", required=True, help="folder of the model")
     parser.add_argument("--tokens", required=True, type=Path, help="the rows, as TokenRows")
     parser.add_argument("--batch", required=True, type=int, help="rows a step")
     parser.add_argument("--rows", required=True, type=int, help="rows that are timed")
+    parser.add_argument("--layers", help="comma-separated numbers of the adapted ones (all)")
     parser.add_argument("--json", required=True, type=Path)
     args = parser.parse_args()
     args.json.write_text(json.dumps(measured(args)), encoding="utf-8")
@@ -32,7 +33,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Run the arm and return its result."""
     from benchmarks import measure
 
-    arm = replace(SCENARIO_ARMS[args.name], batch=args.batch)
+    layers = tuple(map(int, args.layers.split(","))) if args.layers else None
+    arm = replace(SCENARIO_ARMS[args.name], batch=args.batch, layers=layers)
     start, rows = measure.machine_state(), TokenRows.load(args.tokens)
     if arm.kind == "unsloth":
         from benchmarks import unsloth_peer

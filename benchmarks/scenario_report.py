@@ -48,25 +48,22 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [HEADER, ("---",) * len(HEADER)]
     lines += [_line(scenario) for scenario in report["scenarios"].values()]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    reasons = [
-        f"- {name}, {arm}: {one['error']}"
-        for name, scenario in report["scenarios"].items()
-        for arm, one in scenario["arms"].items()
-        if "error" in one
-    ]
+    return "\n".join([table, *notes(report["scenarios"])])
+
+
+def notes(cases: Summary) -> list[str]:
+    """Return what stands below a table: losses held together, and why arms did not run."""
+    arms = [(f"- {n}, {arm}:", one) for n, of in cases.items() for arm, one in of["arms"].items()]
+    reasons = [f"{what} {one['error']}" for what, one in arms if "error" in one]
     checks = [
-        f"- {name}, {arm}: {check['unsloth']:.4f} and {check['peft']:.4f}"
-        for name, scenario in report["scenarios"].items()
-        for arm, one in scenario["arms"].items()
+        f"{what} {check['unsloth']:.4f} and {check['peft']:.4f}"
+        for what, one in arms
         if (check := one.get("loss_check"))
     ]
-    return "\n".join(
-        [
-            table,
-            *_listed("Loss of one batch, Unsloth's and plain PEFT's with its adapter:", checks),
-            *_listed("Not run:", reasons),
-        ]
-    )
+    return [
+        *_listed("Loss of one batch, Unsloth's and plain PEFT's with its adapter:", checks),
+        *_listed("Not run:", reasons),
+    ]
 
 
 def _listed(title: str, lines: list[str]) -> list[str]:
@@ -79,28 +76,28 @@ def _line(scenario: dict[str, Any]) -> tuple[str, ...]:
     ours, peer = arms.get("ours", {}), arms.get(best, {})
     return (
         scenario["title"],
-        _number(scenario["tokens_a_row"], 0),
-        _number(found["ideal"]),
-        _number(found["realised"]),
-        _number(found["realised_vs_ideal"]),
-        _rate_cell(ours),
+        number(scenario["tokens_a_row"], 0),
+        number(found["ideal"]),
+        number(found["realised"]),
+        number(found["realised_vs_ideal"]),
+        rate_cell(ours),
         best or "-",
-        _rate_cell(peer),
-        _number(found["vs_best_peer"]),
-        _memory_cell(ours),
-        _memory_cell(peer),
-        _number(found["memory_vs_best_peer"]),
-        _number(found["gemm_share"]),
+        rate_cell(peer),
+        number(found["vs_best_peer"]),
+        memory_cell(ours),
+        memory_cell(peer),
+        number(found["memory_vs_best_peer"]),
+        number(found["gemm_share"]),
     )
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _rate_cell(one: dict[str, Any]) -> str:
-    return _number(rate(one) if "epochs" in one else None)
+def rate_cell(one: dict[str, Any]) -> str:
+    return number(rate(one) if "epochs" in one else None)
 
 
-def _memory_cell(one: dict[str, Any]) -> str:
-    return _number(one["peak_bytes"] / 1e9 if "peak_bytes" in one else None)
+def memory_cell(one: dict[str, Any]) -> str:
+    return number(one["peak_bytes"] / 1e9 if "peak_bytes" in one else None)

@@ -44,6 +44,7 @@ def run(arm: Arm, model_folder: str, rows: TokenRows, n_rows: int) -> dict[str, 
             lora_alpha=LORA_ALPHA,
             lora_dropout=0.0,
             target_modules=trainer_steps.TARGETS,
+            layers_to_transform=list(arm.layers) if arm.layers else None,
             use_gradient_checkpointing=False,
         )
     is_compiled = getattr(model.get_base_model(), "_unsloth_cpu_compiled", False)
@@ -57,7 +58,8 @@ def run(arm: Arm, model_folder: str, rows: TokenRows, n_rows: int) -> dict[str, 
             trainer = trainer_steps.sft_trainer(arm, model, tokenizer, chosen, scratch)
         clock = trainer_steps.TickCallback()
         result = trainer_steps.train(arm, trainer, clock, rows.lengths, picked)
-        check = _losses(trainer, model_folder, chosen[: arm.batch], tokenizer.pad_token_id)
+        batch = trainer_steps.PadRight(tokenizer.pad_token_id)(chosen[: arm.batch])
+        check = _losses(arm, trainer, model_folder, batch)
     return {
         **result,
         "one_off_s": {**watch.seconds, **result["one_off_s"]},
@@ -67,19 +69,17 @@ def run(arm: Arm, model_folder: str, rows: TokenRows, n_rows: int) -> dict[str, 
     }
 
 
-def _losses(trainer: Any, model_folder: str, items: list[Any], pad_id: int) -> dict[str, float]:
+def _losses(arm: Arm, trainer: Any, model_folder: str, batch: dict[str, Any]) -> dict[str, float]:
     """Return the loss of one batch from Unsloth and from plain PEFT with the same adapter."""
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
     from benchmarks import trainer_steps
-    from benchmarks.arms import SCENARIO_ARMS
 
-    batch = trainer_steps.PadRight(pad_id)(items)
     model, dtype = trainer.model, trainer.model.dtype
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
-    plain = trainer_steps.with_adapters(base, SCENARIO_ARMS["peft"])
+    plain = trainer_steps.with_adapters(base, arm)
     set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.scenario_data import SCENARIOS
 from benchmarks.scenario_report import markdown, ratios
 
-from benchmarks import runner, scenarios
+from benchmarks import cases, runner, scenarios
 
 
 def arm(rate: float, peak_bytes: float, **first: Any) -> dict[str, Any]:
@@ -73,11 +73,11 @@ def test_the_table_has_a_line_a_scenario_and_says_what_did_not_run() -> None:
 
 
 def test_an_arm_that_cannot_run_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--unsloth-python" in str(scenarios.missing("unsloth", None))
-    assert "no program /no/python" in str(scenarios.missing("unsloth-compiled", "/no/python"))
+    assert "--unsloth-python" in str(cases.missing("unsloth", None))
+    assert "no program /no/python" in str(cases.missing("unsloth-compiled", "/no/python"))
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert "trl is not installed" in str(scenarios.missing("trl", None))
-    assert scenarios.missing("ours", None) is None
+    assert "trl is not installed" in str(cases.missing("trl", None))
+    assert cases.missing("ours", None) is None
 
 
 def test_a_quick_run_leaves_slow_arms_to_e2e_unless_they_are_named() -> None:

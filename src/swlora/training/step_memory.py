@@ -8,6 +8,7 @@ memory; else it is measured on a short sequence.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,13 +43,22 @@ class StepMemory:
 
 def rough_memory(step: TreeStep) -> StepMemory:
     """Return more than a step takes, from the model's sizes alone."""
-    config, width = step.base_model.config, int(step.base_model.config.hidden_size)
+    return rough_memory_of(step.base_model.config, _n_with_graph(step), _value_bytes(step))
+
+
+def rough_memory_of(config: Any, n_with_graph: int, value_bytes: int) -> StepMemory:
+    """Return more than a step takes of a model that need not be there.
+
+    `config` is that of transformers, `n_with_graph` the number of blocks from the lowest adapted
+    one on, `value_bytes` the size of a value in the model's dtype.
+    """
+    width = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * width)
     inner *= int(getattr(config, "num_experts_per_tok", None) or 1)
     values = MARGIN * (8 * width + 4 * inner)
     logits = 4 * 4 * CHUNK_ROWS * int(config.vocab_size)
-    per_node = _value_bytes(step) * (_n_with_graph(step) + 1) * values
-    return StepMemory(logits, per_node + 2 * _scores_bytes(step))
+    per_node = value_bytes * (n_with_graph + 1) * values
+    return StepMemory(logits, per_node + 2 * _scores_bytes(config, n_with_graph, value_bytes))
 
 
 def measured_memory(step: TreeStep) -> StepMemory:
@@ -58,13 +68,13 @@ def measured_memory(step: TreeStep) -> StepMemory:
     """
     n_most = int(getattr(step.base_model.config, "max_position_embeddings", None) or 1 << 20)
     n_nodes = max(1, min(MEASURED_NODES, n_most - 1))
-    return StepMemory(0.0, _measured_peak(step, n_nodes) / n_nodes + _scores_bytes(step))
+    scores = _scores_bytes(step.base_model.config, _n_with_graph(step), _value_bytes(step))
+    return StepMemory(0.0, _measured_peak(step, n_nodes) / n_nodes + scores)
 
 
-def _scores_bytes(step: TreeStep) -> float:
+def _scores_bytes(config: Any, n_with_graph: int, value_bytes: int) -> float:
     """Return the most bytes of scores that all blocks keep of a node."""
-    n_heads = int(step.base_model.config.num_attention_heads)
-    return _n_with_graph(step) * _value_bytes(step) * n_heads * FEW_KEYS
+    return n_with_graph * value_bytes * int(config.num_attention_heads) * FEW_KEYS
 
 
 def _n_with_graph(step: TreeStep) -> int:

@@ -65,7 +65,7 @@ def run_sequences(
     from swlora.adapters.methods import adapt, train_mode
     from swlora.training.schedule import Schedule, step_plan
     from swlora.training.step import make_step
-    from swlora.training.step_memory import fit_into_memory
+    from swlora.training.step_memory import copies_worth_bytes, fit_into_memory
 
     watch, clock = measure.Stopwatch(), clock or StepClock()
     with watch("load_model"):
@@ -96,7 +96,10 @@ def run_sequences(
     with watch("fit_into_memory"):
         step_bytes = fit_into_memory(step, schedule, steps_limit_bytes(), clock.say)
     plans = [[step.parts(groups) for groups in steps] for steps in plans]
-    with patch.object(training_step, "build_tree", build), kept_for_steps(step_bytes):
+    with (
+        patch.object(training_step, "build_tree", build),
+        kept_for_steps(step_bytes, copies_bytes=copies_worth_bytes(step, schedule)),
+    ):
         metrics, start_s = _train(step, schedule, adapted, spec, clock)
     step.close()
     facts = {

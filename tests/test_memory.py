@@ -145,8 +145,17 @@ def test_copies_get_what_steps_leave(monkeypatch: pytest.MonkeyPatch) -> None:
         with memory.kept_for_steps(None):
             assert memory.copies_limit_bytes() == 0
         assert memory.copies_limit_bytes() == 2_000
+    with memory.kept_for_steps(1_000, copies_bytes=500):  # more are not worth it
+        assert memory.copies_limit_bytes() == 500
+        with memory.kept_for_steps(None):
+            assert memory.copies_limit_bytes() == 0
+        assert memory.copies_limit_bytes() == 500
+    with memory.kept_for_steps(2_700, copies_bytes=500):
+        assert memory.copies_limit_bytes() == 300
     assert memory.copies_limit_bytes() == 3_000
     memory.limit_memory(0)
     assert (memory.copies_limit_bytes(), memory.steps_limit_bytes()) == (0, 3_000)
     memory.limit_memory(1e-6)
     assert (memory.copies_limit_bytes(), memory.steps_limit_bytes()) == (1_000, 1_000)
+    with memory.kept_for_steps(200, copies_bytes=500):  # who says what there is, gets it
+        assert memory.copies_limit_bytes() == 800

@@ -90,9 +90,10 @@ def run_steps(
     with closing(ready) as step:
         with job.timed("prepare"):
             step_bytes = fit_steps(job, prepared.schedule, step)
+            copies_bytes = worth_copies(prepared.schedule, step)
         torch.manual_seed(job.spec.seed)  # dropout
         try:
-            with job.timed("train"), kept_for_steps(step_bytes):
+            with job.timed("train"), kept_for_steps(step_bytes, copies_bytes=copies_bytes):
                 return run_loop(
                     step, prepared.schedule, adapted, job.run, job.progress, watch, rows_of
                 )
@@ -119,6 +120,14 @@ def fit_steps(job: Job, schedule: "Schedule", step: "TreeStep | PlainStep") -> i
     needed = fit_into_memory(step, schedule, limit_bytes, job.progress.say)
     job.run.record(tokens_at_once=step.most_nodes)
     return needed
+
+
+def worth_copies(schedule: "Schedule", step: "TreeStep | PlainStep") -> int | None:
+    """Return the most bytes of copies of weights that pay for themselves in a step; None: any."""
+    from swlora.training.step import TreeStep
+    from swlora.training.step_memory import copies_worth_bytes
+
+    return copies_worth_bytes(step, schedule) if isinstance(step, TreeStep) else None
 
 
 def check_disk(job: Job, adapted: "Adapted", *, n_steps: int, keeps_best: bool) -> int:

@@ -29,6 +29,7 @@ FREE_SHARE = 0.75
 _copies_bytes: int | None = None
 _is_limited = False
 _steps_bytes: int | None = 0
+_worth_bytes: int | None = None
 KERNELS_KEPT = 64  # a step needs about 25
 _KERNEL_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -104,18 +105,24 @@ def copies_limit_bytes() -> int:
     global _copies_bytes
     if _copies_bytes is None:
         _copies_bytes = int(FREE_SHARE * available_bytes())
-    return 0 if _steps_bytes is None else max(0, _copies_bytes - _steps_bytes)
+    left = 0 if _steps_bytes is None else max(0, _copies_bytes - _steps_bytes)
+    return left if _worth_bytes is None or _is_limited else min(left, _worth_bytes)
 
 
 @contextmanager
-def kept_for_steps(n_bytes: int | None) -> Iterator[None]:
-    """Keep memory for the steps that the body runs: copies take what is left, for None nothing."""
-    global _steps_bytes
-    before, _steps_bytes = _steps_bytes, n_bytes
+def kept_for_steps(n_bytes: int | None, *, copies_bytes: int | None = None) -> Iterator[None]:
+    """Keep memory for the steps that the body runs: copies take what is left, for None nothing.
+
+    `copies_bytes` is the most that copies are worth to these steps, where --memory-gb does not say
+    what memory there is; None: as much as there is.
+    """
+    global _steps_bytes, _worth_bytes
+    before = _steps_bytes, _worth_bytes
+    _steps_bytes, _worth_bytes = n_bytes, copies_bytes
     try:
         yield
     finally:
-        _steps_bytes = before
+        _steps_bytes, _worth_bytes = before
 
 
 def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -17,7 +17,10 @@ from swlora.training.live_bytes import LiveBytes
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
 from swlora.training.step_memory import (
+    CHEAP_COPIES_BYTES,
+    MANY_NODES,
     RESIDENT,
+    copies_worth_bytes,
     fit_into_memory,
     measured_memory,
     rough_memory,
@@ -129,3 +132,13 @@ def test_a_sequence_that_fits_nowhere_is_said(make_model: MakeModel) -> None:
     fit_into_memory(step, schedule, 1, said.append)
     assert step.most_nodes == 64
     assert "the longest sequence takes about" in said[-1] and "--truncate" in said[-1]
+
+
+def test_copies_of_weights_are_few_where_trees_are_large(make_model: MakeModel) -> None:
+    """On average: one large tree does not drive them out."""
+    for n, batch_size, expected in ((7, 1, None), (8, 4, CHEAP_COPIES_BYTES), (7, 4, None)):
+        sequences = random_sequences(n, 201)
+        step = TreeStep(adapted(make_model), sequences)
+        schedule = Schedule.of(sequences, TrainSpec(batch_size=batch_size), seed=0)
+        assert copies_worth_bytes(step, schedule) == expected
+    assert 7 * 200 / 2 < MANY_NODES <= 4 * 200 * 0.99

@@ -5,7 +5,8 @@
 Every arm works without a pause in a process of its own, while none, one and two programs run that
 do nothing but compute, each with one thread. The rates are of the same process, so only the other
 programs differ. `train`, `eval` and the servers adapt their threads; those with `-fixed` use as
-many as there are cores, whatever happens; `peft` is PEFT with the Trainer of transformers.
+many as there are cores, whatever happens; `peft` is PEFT with the Trainer of transformers, and
+`unsloth` Unsloth's SFTTrainer, by the Python of its own environment (`--unsloth-python`).
 Changes are counted from the moment at which the other programs start: finding out is included.
 """
 
@@ -14,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
-from benchmarks import runner
+from benchmarks import cases, runner
 from benchmarks.rows import find_e2e
 
 BUSY = "while True: pass"
@@ -30,7 +32,7 @@ PHASES = (0, 1, 2)  # other programs
 REST_S = 5.0  # between two phases, nothing measured
 SERVED_TOKENS = 32
 ARMS = (
-    *("train", "train-fixed", "peft", "eval", "eval-fixed"),
+    *("train", "train-fixed", "peft", "unsloth", "eval", "eval-fixed"),
     *("serve-1", "serve-1-fixed", "serve-8", "serve-8-fixed"),
 )
 
@@ -58,20 +60,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often every arm is run")
     parser.add_argument("--seconds", type=float, default=25.0, help="of each phase")
     parser.add_argument("--e2e", type=Path, help="folder with trainset.csv (default: SWLORA_E2E)")
+    parser.add_argument(
+        "--unsloth-python", help=f"of its environment (default: {cases.UNSLOTH_VARIABLE})"
+    )
     args = parser.parse_args()
 
     names = args.arms.split(",")
     if unknown := [name for name in names if name not in ARMS]:
         raise SystemExit(f"no arm is called {unknown[0]!r}; there are {', '.join(ARMS)}")
     start, model, data = runner.load(), runner.builtin_model(), find_e2e(args.e2e)
+    cases.find_unsloth(args)
     rounds: list[dict[str, list[float]]] = []
     for number in range(args.rounds):
         rounds.append({})
         for name in names:
-            rates = measured(name, model, data, args.seconds)
+            if name == "unsloth" and (reason := cases.missing(name, args.unsloth_python)):
+                print(f"{name}: {reason}", file=sys.stderr, flush=True)
+                continue
+            rates = measured(name, model, data, args)
             rounds[-1][name] = rates
             said = ", ".join(f"{rate:.2f}" for rate in rates)
             print(f"round {number + 1}/{args.rounds}  {name}: {said}", file=sys.stderr, flush=True)
+    names = [name for name in names if name in rounds[0]]
     arms = {name: summary([one[name] for one in rounds]) for name in names}
     report = {
         "benchmark": "busy",
@@ -102,18 +112,30 @@ def summary(rounds: list[list[float]]) -> dict[str, list[float]]:
     }
 
 
-def measured(name: str, model: str, data: Path, seconds: float) -> list[float]:
+def measured(name: str, model: str, data: Path, args: argparse.Namespace) -> list[float]:
     """Return an arm's units a second beside 0, 1 and 2 other programs."""
     is_fixed = name.endswith("-fixed")
     threads = ["--threads", str(len(os.sched_getaffinity(0)))] if is_fixed else []
     kind = name.removesuffix("-fixed")
     if kind.startswith("serve-"):
         with serving(model, int(kind.removeprefix("serve-")), threads) as log:
-            return phases(log, seconds)
-    command = [sys.executable, "-m", "benchmarks.busy_arm", kind]
-    command += ["--model", model, "--data", str(data), *threads]
-    with working(command) as log:
-        return phases(log, seconds)
+            return phases(log, args.seconds)
+    command = ["-m", "benchmarks.busy_arm", kind, "--model", model, "--data"]
+    if kind == "unsloth":
+        return measured_unsloth([args.unsloth_python, *command], model, args)
+    with working([sys.executable, *command, str(data), *threads]) as log:
+        return phases(log, args.seconds)
+
+
+def measured_unsloth(command: list[str], model: str, args: argparse.Namespace) -> list[float]:
+    """Return Unsloth's rates; its environment has no swlora, so it is handed token ids."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
+        path = Path(scratch) / "rows.npz"
+        cases.e2e_rows(AutoTokenizer.from_pretrained(model), args).save(path)
+        with working([*command, str(path)]) as log:
+            return phases(log, args.seconds)
 
 
 def phases(log: Log, seconds: float) -> list[float]:

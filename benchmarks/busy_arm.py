@@ -1,9 +1,11 @@
 """Work without end, and say on stdout how far it is: "seconds of the clock, units done" a line.
 
-python -m benchmarks.busy_arm train|peft|eval --model FOLDER --data FOLDER [--threads N]
+python -m benchmarks.busy_arm train|peft|unsloth|eval --model FOLDER --data FOLDER [--threads N]
 
-`train` and `peft` count rows that were trained on (LoRA r = 4, all layers, 32 and 8 rows a step);
-`eval` counts prompts: the loss of each row of 32 prompts, and 32 tokens of greedy text for each.
+`train`, `peft` and `unsloth` count rows that were trained on (LoRA r = 4, all layers, 32, 8 and 8
+rows a step); `eval` counts prompts: the loss of each row of 32 prompts, and 32 tokens of greedy
+text for each. The data of `unsloth`, which runs in an environment without swlora, is a file of
+TokenRows.
 """
 
 import argparse
@@ -18,11 +20,14 @@ EVAL_PROMPTS, EVAL_TOKENS = 32, 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Work until killed.")
-    parser.add_argument("name", choices=("train", "peft", "eval"))
+    parser.add_argument("name", choices=("train", "peft", "unsloth", "eval"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--threads", type=int, help="a fixed number of threads")
     args = parser.parse_args()
+    if args.name == "unsloth":
+        train_unsloth(args.model, args.data)
+        return
 
     from benchmarks import rows
     from swlora.threads import fix_threads
@@ -60,12 +65,32 @@ def train(name: str, model: str, dataset: Any) -> None:
     else:
         from benchmarks import peers
 
-        class Ticks(peers.TickCallback):
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                super().on_step_end(*args, **kwargs)
-                tell(ARMS["peft-8"].batch * len(self.ticks))
+        peft_arm = ARMS["peft-8"]
+        clock = telling_clock(peft_arm.batch)
+        peers.run(peft_arm, model, dataset.separator, pool, POOL_ROWS, clock)
 
-        peers.run(ARMS["peft-8"], model, dataset.separator, pool, POOL_ROWS, Ticks())
+
+def train_unsloth(model: str, tokens: Path) -> None:
+    """Train for ever by Unsloth, on the rows of a file."""
+    from benchmarks import unsloth_peer
+    from benchmarks.arms import ARMS, SCENARIO_ARMS
+    from benchmarks.token_rows import TokenRows
+
+    arm = replace(SCENARIO_ARMS["unsloth"], batch=ARMS["peft-8"].batch)
+    rows = TokenRows.load(tokens)
+    unsloth_peer.run(arm, model, rows, len(rows), lambda: telling_clock(arm.batch))
+
+
+def telling_clock(batch: int) -> Any:
+    """Return a Trainer's callback that says after every step how many rows are done."""
+    from benchmarks.trainer_steps import TickCallback
+
+    class Ticks(TickCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_step_end(*args, **kwargs)
+            tell(batch * len(self.ticks))
+
+    return Ticks()
 
 
 def evaluate(model: str, dataset: Any) -> None:

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import measure, runner
 from benchmarks.random_model import SHAPES, VOCABULARY, write_model
+from swlora.deploy.gguf_types import TypeName
 
 ARMS = ("gguf", "dequantised", "peft")
 
@@ -61,7 +62,7 @@ def measured(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         folder, file = Path(scratch) / "base", Path(scratch) / "base.gguf"
         write_model(folder, SHAPES[shape])
-        write_file(folder, file)
+        write_file(folder, file, "q8_0")
         files = {"q8_0": file, "q4_k": file.with_name("base.Q4_K.gguf")}
         types, arms = args.types.split(","), args.arms.split(",")
         if "q4_k" in types:
@@ -127,8 +128,8 @@ def write_q4_k(source: Path, target: Path) -> None:
     writer.close()
 
 
-def write_file(folder: Path, target: Path) -> None:
-    """Write the model in a folder as a Q8_0 file."""
+def write_file(folder: Path, target: Path, kind: TypeName) -> None:
+    """Write the model in a folder as a file of the type."""
     from transformers import AutoConfig, AutoTokenizer
 
     from swlora.deploy.gguf_write import ModelParts, write_gguf
@@ -138,7 +139,7 @@ def write_file(folder: Path, target: Path) -> None:
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     with Silent().task("write") as task:
         parts = ModelParts(config, tokenizer, open_weights(folder))
-        write_gguf(parts, target, "q8_0", "random numbers", task)
+        write_gguf(parts, target, kind, "benchmark", task)
 
 
 def run_arm(args: argparse.Namespace) -> dict[str, Any]:

@@ -111,21 +111,26 @@ def served(url: str, prompts: list[str], n_tokens: int) -> dict[str, Any]:
     return {"one_by_one": one_by_one, "together": together, "health": _latency(latencies_ms)}
 
 
-def stream(client: httpx2.Client, model: str, prompt: str, n_tokens: int) -> dict[str, float]:
-    """Read one stream; return its tokens and the time until the first of them."""
+def stream(
+    client: httpx2.Client, model: str, prompt: str | list[int], n_tokens: int
+) -> dict[str, float]:
+    """Read one stream; return its tokens and the time until the first and the last of them."""
     body = {"model": model, "prompt": prompt, "max_tokens": n_tokens, "temperature": 0}
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    start_s, first_s, n = time.perf_counter(), 0.0, 0
+    start_s, first_s, last_s, n = time.perf_counter(), 0.0, 0.0, 0
     with client.stream("POST", "/v1/completions", json=body | options) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
-                first_s = first_s or time.perf_counter() - start_s
+                last_s = time.perf_counter() - start_s
+                first_s = first_s or last_s
                 chunk = json.loads(line.removeprefix("data: "))
                 if chunk.get("usage"):
                     n = chunk["usage"]["completion_tokens"]
+            elif line and line != "data: [DONE]":
+                raise SystemExit(f"the server refused or failed: {line[:300]}")
     if not n:
         raise SystemExit("a stream ended without its usage")
-    return {"tokens": n, "first_token_s": first_s}
+    return {"tokens": n, "first_token_s": first_s, "last_token_s": last_s}
 
 
 @contextmanager

@@ -13,6 +13,7 @@ against that of plain PEFT with the same adapter: both are in the result as `los
 import importlib.metadata
 import os
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measure
@@ -23,8 +24,18 @@ PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "peft", "trl")
 MAX_DIFFERENCE_NATS = 0.03  # a token, of two losses in bfloat16
 
 
-def run(arm: Arm, model_folder: str, rows: TokenRows, n_rows: int) -> dict[str, Any]:
-    """Train on about `n_rows` of the rows; return what was measured."""
+def run(
+    arm: Arm,
+    model_folder: str,
+    rows: TokenRows,
+    n_rows: int,
+    new_clock: Callable[[], Any] | None = None,
+) -> dict[str, Any]:
+    """Train on about `n_rows` of the rows; return what was measured.
+
+    `new_clock` makes a TickCallback. It is called once Unsloth is there, which wants to be imported
+    before transformers is.
+    """
     os.environ["UNSLOTH_CPU_COMPILE"] = str(int(arm.compiled))  # read when adapters are added
     import unsloth  # before transformers and TRL, which it changes
 
@@ -56,7 +67,7 @@ def run(arm: Arm, model_folder: str, rows: TokenRows, n_rows: int) -> dict[str, 
     with tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
         with watch("trainer"):
             trainer = trainer_steps.sft_trainer(arm, model, tokenizer, chosen, scratch)
-        clock = trainer_steps.TickCallback()
+        clock = (new_clock or trainer_steps.TickCallback)()
         result = trainer_steps.train(arm, trainer, clock, rows.lengths, picked)
         batch = trainer_steps.PadRight(tokenizer.pad_token_id)(chosen[: arm.batch])
         check = _losses(arm, trainer, model_folder, batch)

@@ -15,7 +15,7 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.tree_attention import tree_attention
-from swlora.kernels.tree_layout import FEW_KEYS, TreeLayout
+from swlora.kernels.tree_layout import FEW_KEYS, PATH_NODES, TreeLayout
 
 
 class Shape(NamedTuple):
@@ -135,6 +135,17 @@ def test_a_single_path_of_any_length(n_nodes: int) -> None:
     assert max(relative_errors(found, reference(tree, inputs, None, None, 0.3))) < 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tails", [[900], [700, 2, 300], [5, 400, 5, 400], [150] * 4])
+def test_long_stems_and_long_branches(tails: list[int], dtype: torch.dtype) -> None:
+    pairs = [([1] * 300, [2 + k, *[3] * n]) for k, n in enumerate(tails)]
+    tree = build_tree(TokenSequences.from_lists(pairs), np.arange(len(pairs)))
+    inputs = make_inputs(tree, Shape(6, 2, 8), dtype)
+    found = run(tree, inputs, None, None, 0.3)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert max(relative_errors(found, reference(tree, inputs, None, None, 0.3))) < bound
+
+
 def test_a_forest_of_single_nodes() -> None:
     pairs = [([token], [0]) for token in range(300)]
     tree = build_tree(TokenSequences.from_lists(pairs), np.arange(300))
@@ -181,8 +192,9 @@ def test_what_is_kept_for_backward_is_linear_in_the_nodes() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             tree_attention(layout, q.requires_grad_(), k, v, Scoring(0.3))
-        n_bytes += sum(mask.numel() * mask.element_size() for mask in layout._masks.values())
         kept[n_nodes] = n_bytes
+        masks = sum(mask.numel() * mask.element_size() for mask in layout._masks.values())
+        assert masks <= n_nodes * PATH_NODES * 4  # once for all layers
     own = (2 + 1 + 1) * 4 * 4  # q, k and v of a node
     few = 64 * FEW_KEYS * (2 + 1) * 4  # the first stretches of 64 nodes see few keys
     for n_nodes, n_bytes in kept.items():

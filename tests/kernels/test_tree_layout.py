@@ -9,7 +9,7 @@ from tests.kernels.trees import path_mask, random_tree
 
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.kernels.tree_layout import MOST_SCORES, NodeChunks, TreeLayout
+from swlora.kernels.tree_layout import MOST_SCORES, PATH_NODES, NodeChunks, TreeLayout
 
 CPU = torch.device("cpu")
 
@@ -77,6 +77,9 @@ def test_parts_hold_every_node_once_and_few_scores(shape: str, window: int | Non
     found = torch.cat([nodes_seen(layout, part, window) for part in parts])
     visible = path_mask(tree, window)
     assert torch.equal(found, visible.long())
+    for part in parts:  # what has no mask is seen by all, and is all that all see, but for a window
+        seen_by_all = layout.visible(part, window)[..., : part.n_ancestors].all(dim=1).all(dim=0)
+        assert part.n_open == (0 if window else int(seen_by_all.sum()))
     n_scores = sum(part.n_scores for part in parts)
     assert n_scores < 1.4 * int(visible.sum()) + 160 * layout.n_nodes
     assert max(part.n_scores for part in parts) <= max(MOST_SCORES, 64 * (layout.n_nodes + 64))
@@ -90,3 +93,11 @@ def test_queries_come_back_as_they_were(n_nodes: int) -> None:
     split = chunks.split_queries(x, 2)
     assert split.shape == (2 * chunks.n_chunks, 3 * chunks.chunk_nodes, 5)
     assert torch.equal(chunks.merge_queries(split), x.transpose(1, 2))
+
+
+def test_a_path_is_cut_into_few_parts() -> None:
+    tree = build_tree(TokenSequences.from_lists([([1], [2] * 2048)]), np.array([0]))
+    parts = TreeLayout(tree, CPU).parts(None)
+    late = [part for part in parts if part.start >= PATH_NODES]
+    assert [part.n_nodes for part in late] == [PATH_NODES] * 7
+    assert all(part.n_open == part.n_ancestors == part.start for part in late)

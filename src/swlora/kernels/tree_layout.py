@@ -22,7 +22,10 @@ from swlora.kernels.attention_interface import additive_mask
 CHUNK_NODES = (64, 128, 256, 512)
 # In scores of one head: what a key costs that is fetched for a chunk, and a stretch of chunks that
 # is computed on its own; and the most that a stretch has, where it can be halved.
-GATHER_SCORES, PART_SCORES, MOST_SCORES = 16, 8192, 1 << 16
+GATHER_SCORES, PART_SCORES, MOST_SCORES = 16, 8192, 1 << 20
+# A path is cut into parts of so many nodes: with fewer, the shapes of their products, three a part,
+# are more than the kernels that oneDNN keeps, and making them anew took a tenth of a step.
+PATH_NODES = 256
 FEW_KEYS = 160  # seen by a node
 
 
@@ -32,12 +35,14 @@ class NodeChunks:
 
     key_nodes: (S, A + Lq) int64, the nodes that a chunk sees at most, its ancestors first; 0 where
     is_padding, (S, A + Lq) bool. `stretch` are these nodes where one chunk sees neighbours alone,
-    as on the only path of a tree: they need not be gathered.
+    as on the only path of a tree: they need not be gathered. The first `n_open` of the A ancestors
+    are seen by every node of every chunk: no mask is needed there.
     """
 
     start: int
     end: int
     n_ancestors: int
+    n_open: int
     key_nodes: Tensor
     is_padding: Tensor
     stretch: slice | None
@@ -107,7 +112,7 @@ class TreeLayout:
         self.sequence_tokens = tree.shortest_tokens, tree.longest_tokens
         self._tree = tree
         self._parts: dict[int | None, list[NodeChunks]] = {}
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
         self._flex_masks: dict[int | None, Any] = {}
 
     @property
@@ -127,7 +132,10 @@ class TreeLayout:
 
     def _halved(self, whole: NodeChunks, window: int | None) -> list[NodeChunks]:
         start, end, size = whole.start, whole.end, CHUNK_NODES[0]
+        is_path = whole.stretch is not None and whole.n_open == whole.n_ancestors > 0
         if end - start <= size or whole.n_scores <= PART_SCORES:
+            return [whole]
+        if is_path and end - start <= PATH_NODES and whole.n_scores <= MOST_SCORES:
             return [whole]
         middle = start + size * ((end - start + size) // (2 * size))
         halves = [
@@ -154,6 +162,7 @@ class TreeLayout:
             start=start,
             end=end,
             n_ancestors=keys.shape[1] - size,
+            n_open=_n_open(self._tree, keys, start, end, size) if window is None else 0,
             key_nodes=torch.from_numpy(keys.clip(min=0)).to(device),
             is_padding=torch.from_numpy(keys < 0).to(device),
             stretch=_stretch(keys),
@@ -168,17 +177,19 @@ class TreeLayout:
         seen = _sees(queries, keys, self.subtree_end, self.depth, window)
         return seen & ~chunks.is_padding[:, None, :]
 
-    def mask(self, chunks: NodeChunks, window: int | None) -> Tensor:
-        """Return the additive float32 mask (S, 1, Lq, A + Lq) of a part of `parts(window)`.
+    def mask(self, chunks: NodeChunks, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask (S, 1, Lq, A + Lq - n_open) of a part of `parts(window)`.
 
-        Where there are few scores it is kept for the other layers.
+        It is that of the keys after the `n_open` that every node sees. Where it is small, linear in
+        the nodes, it is kept for the other layers.
         """
-        kept = self._masks.get((chunks.start, window))
+        kept = self._masks.get((chunks.start, window, dtype))
         if kept is not None:
             return kept
-        mask = additive_mask(self.visible(chunks, window), torch.float32)[:, None]
-        if chunks.has_few_scores:
-            self._masks[chunks.start, window] = mask
+        visible = self.visible(chunks, window)[..., chunks.n_open :]
+        mask = additive_mask(visible, dtype)[:, None]
+        if mask.shape[-1] <= max(FEW_KEYS, PATH_NODES):
+            self._masks[chunks.start, window, dtype] = mask
         return mask
 
     def flex_mask(self, window: int | None) -> Any:
@@ -232,3 +243,16 @@ def _stretch(keys: NDArray[np.int64]) -> slice | None:
     first = int(keys[0, 0])
     is_one = len(keys) == 1 and first >= 0 and bool((np.diff(keys[0]) == 1).all())
     return slice(first, first + keys.shape[1]) if is_one else None
+
+
+def _n_open(
+    tree: PrefixTree, keys: NDArray[np.int64], start: int, end: int, chunk_nodes: int
+) -> int:
+    """Return how many ancestors, from the root on, all nodes of all chunks see.
+
+    Ancestors are nested, so the ones that a whole chunk lies below come first.
+    """
+    ends = np.minimum(np.arange(start, end, chunk_nodes) + chunk_nodes, end)
+    ancestors = keys[:, : keys.shape[1] - chunk_nodes]
+    seen = (ancestors >= 0) & (tree.subtree_end[ancestors.clip(min=0)] >= ends[:, None])
+    return int(seen.sum(axis=1).min())

@@ -87,15 +87,26 @@ def status_bytes(field: str) -> int:
     raise RuntimeError(f"{STATUS} has no {field}")
 
 
-def gemm_flops(dtype: torch.dtype, n: int = 2048, repeats: int = 12) -> float:
-    """Return the FLOP/s of the fastest of `repeats` products of two n x n matrices."""
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+def gemm_flops(dtype: torch.dtype, n: int = 2048, repeats: int = 12, device: str = "cpu") -> float:
+    """Return the FLOP/s of the fastest of `repeats` products of two n x n matrices.
+
+    On CUDA they are products of 8192 x 8192: smaller ones do not fill it.
+    """
+    n = 8192 if device == "cuda" else n
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best_s = float("inf")
     for _ in range(repeats):
+        _wait(device)
         start_s = time.perf_counter()
         torch.mm(a, b)
+        _wait(device)
         best_s = min(best_s, time.perf_counter() - start_s)
     return 2 * n**3 / best_s
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def rates(ticks: list[float], rows: list[int], tokens: list[int], n_warmup: int) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class PadRight:
         return torch.nn.functional.pad(padded, (0, missing), value=value) if missing > 0 else padded
 
 
-def with_adapters(model: Any, arm: Arm) -> Any:
-    """Return the model with PEFT's LoRA on every linear map of the arm's layers."""
+def with_adapters(model: Any, arm: Arm | None) -> Any:
+    """Return the model with PEFT's LoRA on every linear map of the arm's layers, or of all."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -63,7 +63,7 @@ def with_adapters(model: Any, arm: Arm) -> Any:
         r=LORA_RANK,
         lora_alpha=LORA_ALPHA,
         target_modules=TARGETS,
-        layers_to_transform=list(arm.layers) if arm.layers else None,
+        layers_to_transform=list(arm.layers) if arm and arm.layers else None,
     )
     return get_peft_model(model, config)
 

@@ -112,7 +112,11 @@ def fit_steps(job: Job, schedule: "Schedule", step: "TreeStep | PlainStep") -> i
     from swlora.training.step import TreeStep
     from swlora.training.step_memory import fit_into_memory
 
-    if not isinstance(step, TreeStep) or step.base_model.device.type != "cpu":
+    if not isinstance(step, TreeStep):
+        return 0
+    if (device := step.base_model.device.type) != "cpu":
+        if device == "cuda":
+            choose_attention(job, schedule, step)
         return 0
     began_with = job.run.facts.get("tokens_at_once")
     step.most_nodes = began_with if isinstance(began_with, int) else None
@@ -128,6 +132,19 @@ def worth_copies(schedule: "Schedule", step: "TreeStep | PlainStep") -> int | No
     from swlora.training.step_memory import copies_worth_bytes
 
     return copies_worth_bytes(step, schedule) if isinstance(step, TreeStep) else None
+
+
+def choose_attention(job: Job, schedule: "Schedule", step: "TreeStep") -> None:
+    """Take the kernels of attention with which a run began, else those that its first tree shows.
+
+    They sum in different orders, which decides the last bits.
+    """
+    from swlora.kernels import cuda_attention
+
+    began_with = job.run.facts.get("attention")
+    cuda_attention.prefer(began_with if isinstance(began_with, dict) else {})
+    step.try_attention(schedule.epoch(0)[0])
+    job.run.record(attention=cuda_attention.chosen())
 
 
 def check_disk(job: Job, adapted: "Adapted", *, n_steps: int, keeps_best: bool) -> int:

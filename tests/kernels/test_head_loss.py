@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from swlora.kernels.head_loss import CHUNK_ROWS, Targets, head_loss
+from swlora.kernels import head_loss as module
+from swlora.kernels.head_loss import CHUNK_ROWS, DEVICE_ROWS, Targets, head_loss
 
 SIZES = [1, 5, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS, 3 * CHUNK_ROWS + 17]
 
@@ -81,6 +82,15 @@ def assert_equal(case: Case, smoothing: float, cap: float, bound: float) -> None
 @pytest.mark.parametrize("n_rows", SIZES)
 def test_equals_cross_entropy_in_float64(n_rows: int, smoothing: float, cap: float) -> None:
     assert_equal(make(n_rows, dtype=torch.float64), smoothing, cap, 1e-12)
+
+
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_chunk_for_all_rows_as_on_a_gpu(
+    smoothing: float, cap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_rows_at_once", lambda _hidden: (DEVICE_ROWS, DEVICE_ROWS))
+    assert_equal(make(3 * CHUNK_ROWS + 17, dtype=torch.float64), smoothing, cap, 1e-12)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -18,10 +18,17 @@ from swlora.evaluation.loss_curve import course_of
 from swlora.loss_sum import LossSum
 from swlora.metrics_file import read_metrics
 from swlora.runs import Run
+from swlora.training import loop
 from swlora.training.loop import train
 from swlora.training.schedule import Schedule, learning_rate
 
 N_STEPS = 8
+
+
+@pytest.fixture(params=["host", "device"], autouse=True)
+def decided_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who decides whether the weights change: as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(loop, "decides_on_device", lambda _adapted: request.param == "device")
 
 
 def spec(on_nonfinite: str) -> TrainSpec:

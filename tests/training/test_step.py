@@ -168,3 +168,21 @@ def test_no_cache_where_there_is_nothing_to_keep_or_no_room(
     cached = make_step(adapted(make_model), make_sequences(), TrainSpec(cache_gb=1.0), print)
     assert isinstance(cached, TreeStep) and isinstance(cached.prefix_source, PrefixCache)
     cached.prefix_source.close()
+
+
+def test_trees_that_are_made_ahead_are_those_of_the_step(make_model: MakeModel) -> None:
+    peft_model, sequences = adapted(make_model), make_sequences()
+    step, other = TreeStep(peft_model, sequences), TreeStep(peft_model, sequences)
+    step.works_ahead = True
+    steps = [[np.arange(4)], [np.arange(2), np.arange(4, 9)], [np.arange(3, 5)]]
+    for number, groups in enumerate(step.ahead(iter(steps))):
+        assert groups is steps[number]
+        assert step._planted is not None and step._planted.groups is groups
+        if number == 1:  # made for as many parts as there were then
+            step._n_parts = 2
+        elif number == 2:  # another step than the one that was announced
+            groups = [np.arange(9)]
+        found, expected = step(groups), other(groups)
+        assert found.n_tokens == expected.n_tokens
+        assert found.sum_nats == pytest.approx(expected.sum_nats, rel=1e-6)
+        assert step._planted is None

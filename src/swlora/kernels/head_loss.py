@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from swlora.kernels.linear.frozen import FrozenLinear
@@ -21,6 +23,8 @@ from swlora.kernels.wide import wide, wide_dtype
 
 CHUNK_ROWS = 128
 WIDE_ROWS = 16  # rows in float32 at a time: they stay in the cache
+# Elsewhere a few large kernels are what fills the device: 2 GB of float32 at 128,256 tokens.
+DEVICE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Targets:
     ids: Tensor
     weights: Tensor
     row_weights: Tensor
+    host_rows: NDArray[np.int64] | None = None  # `rows`, where to ask the device would be to wait
+
+    def rows_on_host(self) -> NDArray[np.int64]:
+        """Return `rows` as an array."""
+        return self.rows.cpu().numpy() if self.host_rows is None else self.host_rows
 
 
 def head_loss(
@@ -65,11 +74,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        work = _wide_rows(hidden, head.n_out)
-        edges = torch.arange(0, len(hidden) + CHUNK_ROWS, CHUNK_ROWS, device=hidden.device)
-        bounds = torch.searchsorted(targets.rows, edges).tolist()
-        for chunk, start in enumerate(range(0, len(hidden), CHUNK_ROWS)):
-            rows = slice(start, min(start + CHUNK_ROWS, len(hidden)))
+        chunk_rows, wide_rows = _rows_at_once(hidden)
+        work = _wide_rows(hidden, wide_rows, head.n_out)
+        edges = np.arange(0, len(hidden) + chunk_rows, chunk_rows)
+        bounds = np.searchsorted(targets.rows_on_host(), edges).tolist()
+        for chunk, start in enumerate(range(0, len(hidden), chunk_rows)):
+            rows = slice(start, min(start + chunk_rows, len(hidden)))
             of_chunk = slice(bounds[chunk], bounds[chunk + 1])
             chunk_targets = Targets(
                 targets.rows[of_chunk] - start,
@@ -95,9 +105,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
 _frozen_head_loss: Callable[..., Tensor] = _FrozenHeadLoss.apply
 
 
-def _wide_rows(hidden: Tensor, n_tokens: int) -> Tensor:
+def _rows_at_once(hidden: Tensor) -> tuple[int, int]:
+    """Return the rows of logits that are alive together, and those of them in float32."""
+    return (CHUNK_ROWS, WIDE_ROWS) if hidden.device.type == "cpu" else (DEVICE_ROWS, DEVICE_ROWS)
+
+
+def _wide_rows(hidden: Tensor, n_rows: int, n_tokens: int) -> Tensor:
     """Return memory for a few rows of logits in float32, used again for all: it stays warm."""
-    shape = min(WIDE_ROWS, len(hidden)), n_tokens
+    shape = min(n_rows, len(hidden)), n_tokens
     return hidden.new_empty(shape, dtype=wide_dtype(hidden.dtype))
 
 
@@ -110,14 +125,14 @@ def _loss_and_gradient(
         z.div_(cap).tanh_().mul_(cap)
     z_target = wide(z[targets.rows, targets.ids])
     log_normaliser = torch.empty(len(z), dtype=z_target.dtype, device=z.device)
-    for start in range(0, len(z), WIDE_ROWS):
-        rows = slice(start, start + WIDE_ROWS)
+    for start in range(0, len(z), len(work)):
+        rows = slice(start, start + len(work))
         p = work[: len(z[rows])].copy_(z[rows])
         if smoothing:
             loss -= smoothing * (targets.row_weights[rows] * p.mean(-1)).sum()
         slope = 1 - (p / cap) ** 2 if cap else None
         largest = p.amax(-1)
-        torch.softmax(p, -1, out=p)
+        p = torch.softmax(p, -1, out=p if p.device.type == "cpu" else None)
         log_normaliser[rows] = largest - p.amax(-1).log()  # the largest never underflows
         if smoothing:
             p -= smoothing / z.shape[1]

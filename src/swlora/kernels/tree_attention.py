@@ -2,12 +2,10 @@
 
 On a CPU it is plain matrix products over the chunks of `TreeLayout` with a softmax that computes in
 float32: at these lengths several times faster than the fused CPU kernel with a mask, and on a path
-faster than that kernel without one. On CUDA the closed form of who sees whom is a flex_attention
-mask.
+faster than that kernel without one. On CUDA it is one of the ways of `cuda_attention`.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import Scoring
+from swlora.kernels.cuda_attention import attend
 from swlora.kernels.tree_layout import NodeChunks, TreeLayout
 from swlora.kernels.wide import wide, wide_dtype
 from swlora.threads import adapt_threads
@@ -34,7 +33,14 @@ def tree_attention(
     if query.shape[0] != 1:
         raise RunFailedError("a prefix tree takes a batch of one")
     if query.is_cuda:
-        return _flex(layout, query, key, value, scoring)
+        return attend(layout, query, key, value, scoring, last=chunk_attention)
+    return chunk_attention(layout, query, key, value, scoring)
+
+
+def chunk_attention(
+    layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+) -> Tensor:
+    """Attend as `tree_attention`, on any device."""
     return _chunk_attention(query, key, value, layout, scoring)
 
 
@@ -160,35 +166,3 @@ def _add_keys(total: Tensor, d: Tensor, chunks: NodeChunks) -> None:
     if n_ancestors:
         shared = d[:, :n_ancestors].reshape(-1, *total.shape[1:]).to(total.dtype)
         total.index_add_(0, chunks.ancestors.flatten(), shared)
-
-
-def _flex(
-    layout: TreeLayout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scoring: Scoring,
-) -> Tensor:
-    softcap = scoring.softcap
-
-    def capped(score: Tensor, *_where: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
-
-    out = _compiled_flex()(
-        query,
-        key,
-        value,
-        score_mod=capped if softcap is not None else None,
-        block_mask=layout.flex_mask(scoring.window),
-        scale=scoring.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    transposed: Tensor = out.transpose(1, 2)
-    return transposed
-
-
-@cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)

@@ -8,7 +8,6 @@ Lq x T.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from swlora.data.prefix_tree import PrefixTree
 from swlora.kernels.attention_interface import additive_mask
+from swlora.kernels.host_arrays import on_device
 
 CHUNK_NODES = (64, 128, 256, 512)
 # In scores of one head: what a key costs that is fetched for a chunk, and a stretch of chunks that
@@ -105,15 +105,14 @@ class TreeLayout:
     """
 
     def __init__(self, tree: PrefixTree, device: torch.device) -> None:
-        self.token_ids = torch.from_numpy(tree.token_ids.astype(np.int64)).to(device)[None]
-        self.position_ids = torch.from_numpy(tree.position_ids.astype(np.int64)).to(device)[None]
-        self.subtree_end = torch.from_numpy(tree.subtree_end.astype(np.int64)).to(device)
+        self.token_ids = on_device(tree.token_ids.astype(np.int64), device)[None]
+        self.position_ids = on_device(tree.position_ids.astype(np.int64), device)[None]
+        self.subtree_end = on_device(tree.subtree_end.astype(np.int64), device)
         self.depth = self.position_ids[0]
         self.sequence_tokens = tree.shortest_tokens, tree.longest_tokens
-        self._tree = tree
+        self.tree = tree
         self._parts: dict[int | None, list[NodeChunks]] = {}
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
-        self._flex_masks: dict[int | None, Any] = {}
 
     @property
     def n_nodes(self) -> int:
@@ -155,16 +154,16 @@ class TreeLayout:
         sees within the window are left out.
         """
         sizes = sorted({min(n, end - start) for n in CHUNK_NODES})
-        options = [(size, _keys_of_chunks(self._tree, start, end, size, window)) for size in sizes]
+        options = [(size, _keys_of_chunks(self.tree, start, end, size, window)) for size in sizes]
         size, keys = min(options, key=lambda option: option[1].size * (option[0] + gather_cost))
         device = self.subtree_end.device
         return NodeChunks(
             start=start,
             end=end,
             n_ancestors=keys.shape[1] - size,
-            n_open=_n_open(self._tree, keys, start, end, size) if window is None else 0,
-            key_nodes=torch.from_numpy(keys.clip(min=0)).to(device),
-            is_padding=torch.from_numpy(keys < 0).to(device),
+            n_open=_n_open(self.tree, keys, start, end, size) if window is None else 0,
+            key_nodes=on_device(keys.clip(min=0), device),
+            is_padding=on_device(keys < 0, device),
             stretch=_stretch(keys),
         )
 
@@ -174,7 +173,7 @@ class TreeLayout:
         queries = torch.arange(chunks.start, chunks.start + n_queries, device=self.depth.device)
         queries = queries.view(chunks.n_chunks, -1, 1).clamp(max=chunks.end - 1)
         keys = chunks.key_nodes[:, None, :]
-        seen = _sees(queries, keys, self.subtree_end, self.depth, window)
+        seen = sees(queries, keys, self.subtree_end, self.depth, window)
         return seen & ~chunks.is_padding[:, None, :]
 
     def mask(self, chunks: NodeChunks, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -192,23 +191,8 @@ class TreeLayout:
             self._masks[chunks.start, window, dtype] = mask
         return mask
 
-    def flex_mask(self, window: int | None) -> Any:
-        """Return the block mask of flex_attention for all nodes, made once a window."""
-        if window not in self._flex_masks:
-            from torch.nn.attention.flex_attention import create_block_mask
 
-            end, depth = self.subtree_end, self.depth
-
-            def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                return _sees(query, key, end, depth, window)
-
-            self._flex_masks[window] = create_block_mask(
-                sees, None, None, self.n_nodes, self.n_nodes, device=end.device
-            )
-        return self._flex_masks[window]
-
-
-def _sees(
+def sees(
     query: Tensor, key: Tensor, subtree_end: Tensor, depth: Tensor, window: int | None
 ) -> Tensor:
     """Say which query nodes may see which key nodes; the closed form above."""

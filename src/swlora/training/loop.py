@@ -27,6 +27,7 @@ from swlora.progress import Progress
 from swlora.run_record import RunRecord
 from swlora.threads import adapt_threads, adapted_threads
 from swlora.training.checkpoint import Checkpoints, LoopState, Totals
+from swlora.training.device_update import decides_on_device, update_where_finite
 from swlora.training.schedule import Schedule, Step
 from swlora.training.watch import HeldOutState, Watch
 
@@ -70,7 +71,7 @@ def train(
     checkpoints = Checkpoints(state, run, spec)
     with progress.task("train", n_steps) as task, _stop_requested() as stop:
         task.advance(state.totals.step)
-        for groups in schedule.steps(state.totals.step):
+        for groups in _ahead(step_function, schedule.steps(state.totals.step)):
             if watch and watch.is_over(state.held_out):
                 break
             random_state = state.random_state()
@@ -130,6 +131,12 @@ def reports(
         yield _one_step(step_function, groups, state, accelerator, schedule)
 
 
+def _ahead(step_function: StepFunction, steps: Iterator[Step]) -> Iterator[Step]:
+    """Let a step function that can do so begin with the next step while it is at the last one."""
+    ahead: Callable[[Iterator[Step]], Iterator[Step]] = getattr(step_function, "ahead", iter)
+    return ahead(steps)
+
+
 def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
     from accelerate import Accelerator
 
@@ -170,14 +177,12 @@ def _one_step(
     penalty = adapted.penalty()
     if penalty is not None:
         torch.autograd.backward(penalty)
-    norm = float(accelerator.clip_grad_norm_(parameters, spec.max_grad_norm))
-    is_finite = math.isfinite(loss.sum_nats) and math.isfinite(norm)
-    if is_finite:
-        _update(state)
-    elif totals.skipped < spec.skippable_steps:
+    loss, norm = _update(state, loss, accelerator.clip_grad_norm_(parameters, spec.max_grad_norm))
+    is_finite = _are_finite(loss, norm)
+    if not is_finite:
+        if totals.skipped >= spec.skippable_steps:
+            raise DivergedError(_not_finite(totals))
         totals.skipped += 1
-    else:
-        raise DivergedError(_not_finite(totals))
     optimizer.zero_grad(set_to_none=True)
     step_s = time.perf_counter() - start_s
     totals.step += 1
@@ -201,16 +206,32 @@ def _one_step(
     }
 
 
-def _update(state: LoopState) -> None:
-    """Change the weights by their gradients; DivergedError where they cannot be used then."""
-    n_done = state.totals.step + 1
-    state.optimizer.step()
-    state.adapted.after_step(n_done)
-    if not are_usable(state.adapted):
+def _update(state: LoopState, loss: LossSum, norm: torch.Tensor) -> tuple[LossSum, float]:
+    """Change the weights where loss and norm are finite, which are returned as numbers.
+
+    DivergedError where the weights cannot be used then.
+    """
+    n_done, adapted = state.totals.step + 1, state.adapted
+    if decides_on_device(adapted):
+        loss, norm_value, is_usable = update_where_finite(
+            state.optimizer, loss, norm, lambda: _usable(adapted)
+        )
+    else:
+        norm_value, is_usable = float(norm), True
+        if _are_finite(loss, norm_value):
+            state.optimizer.step()
+            adapted.after_step(n_done)
+            is_usable = are_usable(adapted)
+    if _are_finite(loss, norm_value) and not is_usable:
         raise DivergedError(
             f"step {n_done} made weights that are not finite, or too large to compute with: start "
             "again, or go on from the last checkpoint (--resume), with a lower --learning-rate"
         )
+    return loss, norm_value
+
+
+def _are_finite(loss: LossSum, norm: float) -> bool:
+    return math.isfinite(loss.sum_nats) and math.isfinite(norm)
 
 
 def _not_finite(totals: Totals) -> str:
@@ -228,8 +249,12 @@ def are_usable(adapted: Adapted) -> bool:
 
     Beyond that a product of two of them is infinite in float32.
     """
+    return bool(_usable(adapted))
+
+
+def _usable(adapted: Adapted) -> torch.Tensor:
     weights = [p.detach() for p in adapted.parameters.values()]
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(weights))).all())
+    return torch.isfinite(torch.stack(torch._foreach_norm(weights))).all()
 
 
 def make_optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:

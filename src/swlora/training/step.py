@@ -4,9 +4,10 @@ tree -> hidden state at the lowest adapted block (no graph, cached) -> the block
     -> the scored nodes' final state -> loss and its gradient over the frozen head
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,20 +15,25 @@ from torch import Tensor, nn
 
 from swlora.adapters.methods import adapted_layers, trainable_parameters
 from swlora.config import TrainSpec
+from swlora.data.ahead import worked_ahead
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.steps import cut_group
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError, UserError
+from swlora.kernels.cuda_attention import news as attention_news
 from swlora.kernels.forwards import fast_forwards, refresh
 from swlora.kernels.head_loss import Targets, head_loss
+from swlora.kernels.host_arrays import on_device
 from swlora.kernels.linear.frozen import FrozenLinear
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.recomputed import recomputing
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
+from swlora.training.device_update import DeviceLoss
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.plain import PlainStep
+from swlora.training.schedule import Step
 
 PrefixSource = Callable[[PrefixTree, TreeLayout], Tensor]
 
@@ -58,6 +64,14 @@ def make_step(
     return step
 
 
+class _Planted(NamedTuple):
+    """The trees of a step, made when every group was run in `n_parts` parts."""
+
+    groups: Sequence[np.ndarray]
+    n_parts: int
+    plants: list[tuple[PrefixTree, TreeLayout]]
+
+
 class TreeStep:
     """Loss and gradient of the sequences of one optimizer step, over their trees."""
 
@@ -78,12 +92,14 @@ class TreeStep:
         self._say = say
         self.most_nodes: int | None = None  # of a tree: larger groups are cut
         self._n_parts = 1  # every group is run in so many parts, doubled when memory runs out
+        self.works_ahead = self.base_model.device.type == "cuda"  # a CPU has no core to spare
+        self._planted: _Planted | None = None
 
     def __call__(self, groups: Sequence[np.ndarray]) -> LossSum:
         """Add the gradient of the summed loss of the step; return that loss."""
         while True:
             try:
-                return self._run(self.parts(groups))
+                return self._run(self._plants(groups))
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -97,20 +113,57 @@ class TreeStep:
         together = [part for ids in groups for part in rotary.sides(ids, lengths)]
         return [p for ids in together for p in np.array_split(ids, self._n_parts) if len(p)]
 
-    def _run(self, parts: Sequence[np.ndarray]) -> LossSum:
-        total = LossSum()
+    def _run(self, plants: Iterable[tuple[PrefixTree, TreeLayout]]) -> LossSum:
+        losses: list[tuple[Tensor, float]] = []
         refresh(self._forwards)
         with patched_forwards(self._forwards):
-            for ids in parts:
-                tree = build_tree(self.sequences, ids)
-                layout = TreeLayout(tree, self.base_model.device)
+            for tree, layout in plants:
                 entry = self.prefix_source(tree, layout)
                 with recomputing():
                     hidden = self.walk.suffix(layout, entry)
                 loss = tree_nats(self.walk, tree, hidden, self.label_smoothing)
                 torch.autograd.backward(loss)
-                total += LossSum(float(loss.detach()), tree.n_target_tokens)
-        return total
+                losses.append((loss.detach(), tree.n_target_tokens))
+        self._say_attention()
+        return _summed(losses)
+
+    @torch.no_grad()
+    def try_attention(self, groups: Sequence[np.ndarray]) -> None:
+        """Have every block's kernel of attention chosen, on the first tree of a step."""
+        _, layout = self._plant(self.parts(groups)[0])
+        self.walk.whole(layout)
+        self._say_attention()
+
+    def _say_attention(self) -> None:
+        for line in attention_news():
+            self._say(line)
+
+    def _plants(self, groups: Sequence[np.ndarray]) -> Iterable[tuple[PrefixTree, TreeLayout]]:
+        """Return the trees of a step, where there is no time to make them before: one by one."""
+        planted, self._planted = self._planted, None
+        if planted and planted.groups is groups and planted.n_parts == self._n_parts:
+            return planted.plants
+        return map(self._plant, self.parts(groups))
+
+    def ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Yield the steps; on a GPU the trees of the next one are made while it computes."""
+        if not self.works_ahead:
+            yield from steps
+            return
+        for groups, planted in worked_ahead(steps, self._plant_all):
+            self._planted = planted
+            yield groups
+
+    def _plant_all(self, groups: Step) -> "_Planted":
+        n_parts = self._n_parts
+        device = self.base_model.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            plants = [self._plant(ids) for ids in self.parts(groups)]
+        return _Planted(groups, n_parts, plants)
+
+    def _plant(self, ids: np.ndarray) -> tuple[PrefixTree, TreeLayout]:
+        tree = build_tree(self.sequences, ids)
+        return tree, TreeLayout(tree, self.base_model.device)
 
     @cached_property
     def _forwards(self) -> dict[nn.Module, Callable[..., Tensor]]:
@@ -134,6 +187,17 @@ class TreeStep:
         for parameter in trainable_parameters(self.peft_model).values():
             parameter.grad = None
         self._say(f"memory ran out: rows are run in {self._n_parts} parts from here on")
+
+
+def _summed(losses: Sequence[tuple[Tensor, float]]) -> LossSum:
+    """Return the sum of losses in nats and their tokens; on a GPU without waiting for it."""
+    if losses[0][0].is_cuda:
+        nats = torch.stack([nats for nats, _ in losses]).sum(dtype=torch.float64)
+        return DeviceLoss(nats, sum(n_tokens for _, n_tokens in losses))
+    total = LossSum()
+    for nats, n_tokens in losses:
+        total += LossSum(float(nats), n_tokens)
+    return total
 
 
 def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], None]) -> bool:
@@ -161,12 +225,13 @@ def scored_targets(tree: PrefixTree, device: torch.device) -> tuple[Tensor, Targ
     scored, rows = np.unique(tree.target_position, return_inverse=True)
     row_weights = np.bincount(rows, weights=tree.target_weight).astype(np.float32)
     targets = Targets(
-        rows=torch.from_numpy(rows).to(device),
-        ids=torch.from_numpy(tree.target_id).to(device),
-        weights=torch.from_numpy(tree.target_weight).to(device),
-        row_weights=torch.from_numpy(row_weights).to(device),
+        rows=on_device(rows, device),
+        ids=on_device(tree.target_id, device),
+        weights=on_device(tree.target_weight, device),
+        row_weights=on_device(row_weights, device),
+        host_rows=rows,
     )
-    return torch.from_numpy(scored).to(device), targets
+    return on_device(scored, device), targets
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,0 +1,75 @@
+"""The GPU benchmark, as far as it goes on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks.token_rows import IGNORED, TokenRows
+
+from benchmarks import gpu, gpu_models, gpu_peers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_all_parts_together_stay_below_their_limit() -> None:
+    for dry in (True, False):
+        names = [part.name for part in gpu.parts(dry, Path("x"))]
+        assert names[:2] == ["tests", "ours"] and len(set(names)) == len(names)
+    assert gpu.LIMIT_S < 540
+
+
+def test_ratios_compare_rates_and_nodes() -> None:
+    ours = {"examples_per_s": 300.0, "nodes_run": 90, "steady_s": 1.0}
+    flat = {"examples_per_s": 125.0, "nodes_run": 100, "steady_s": 1.0}
+    found = gpu.ratios({"ours": ours, "ours-flat": flat, "trl-packed": {"examples_per_s": 100.0}})
+    assert found == {"vs_trl_packed": 3.0, "realised_to_ideal": 0.9}
+    assert gpu.ratios({"ours": {"error": "x"}, "trl-packed": {"examples_per_s": 1.0}}) == {}
+
+
+def test_made_rows_share_prompts_as_e2e_does() -> None:
+    rows, what = gpu_models.e2e_rows(None, 2000, 512)
+    assert len(rows) == 2000 and what.startswith("made")
+    prompts = {tuple(item["input_ids"][: item["labels"].count(IGNORED)]) for item in rows.items()}
+    assert 200 < len(prompts) < 280  # 8.65 references each
+    assert rows.tokens.max() < 512
+
+
+def test_packed_rows_have_positions_and_labels_of_their_own() -> None:
+    rows = TokenRows.from_parts([[([5, 6], False), ([7], True)], [([8], False), ([9, 3], True)]])
+    (batch,) = gpu_peers.packed_batches(rows.items(), 6, "cpu")
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, 9, 3]]
+    assert len(list(gpu_peers.packed_batches(rows.items(), 5, "cpu"))) == 2
+    sizes = [b["input_ids"].shape for b in gpu_peers.padded_batches(rows.items(), 4, "cpu")]
+    assert sizes == [(1, 3), (1, 3)]
+
+
+def test_saved_rows_are_folded_into_a_smaller_vocabulary(tmp_path: Path) -> None:
+    file = tmp_path / "rows.npz"
+    gpu_models.made_rows(5, 40_000).save(file)
+    rows, what = gpu_models.e2e_rows(file, 3, 512)
+    assert what == "E2E" and len(rows) == 3 and int(np.max(rows.tokens)) < 512
+
+
+@pytest.mark.slow
+def test_a_dry_run_runs_every_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--dry-run"],
+        cwd=ROOT,
+        env={**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert parts["tests"]["code"] == 0, parts["tests"]
+    failed = {name: part["error"] for name, part in parts.items() if "error" in part}
+    assert not failed or list(failed) == ["trl-packed"]  # TRL is no dependency of the tests
+    assert "realised_to_ideal" in done.stdout

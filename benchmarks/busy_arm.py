@@ -9,7 +9,9 @@ TokenRows.
 """
 
 import argparse
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def main() -> None:
 
 def tell(units: int) -> None:
     """Say how much is done."""
-    print(f"{time.monotonic():.3f} {units}", flush=True)
+    print(f"{time.monotonic():.3f} {units}", file=sys.__stdout__, flush=True)
 
 
 def train(name: str, model: str, dataset: Any) -> None:
@@ -78,7 +80,8 @@ def train_unsloth(model: str, tokens: Path) -> None:
 
     arm = replace(SCENARIO_ARMS["unsloth"], batch=ARMS["peft-8"].batch)
     rows = TokenRows.load(tokens)
-    unsloth_peer.run(arm, model, rows, len(rows), lambda: telling_clock(arm.batch))
+    with redirect_stdout(sys.stderr):  # it greets on stdout
+        unsloth_peer.run(arm, model, rows, len(rows), lambda: telling_clock(arm.batch))
 
 
 def telling_clock(batch: int) -> Any:

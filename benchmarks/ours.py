@@ -148,7 +148,8 @@ def _epochs(
     """Summarise each epoch: rates, the work it needed and the share of the machine's peak."""
     epochs, first = [], 0
     for epoch, steps in enumerate(trees):
-        n_warmup = 1 if epoch == 0 else 0  # the first step of all
+        # The first step of all, but where it computes states for later ones, too.
+        n_warmup = 1 if epoch == 0 and cut == 0 else 0
         counts = [sum(tree.n_sequences for tree in step) for step in steps]
         nodes = [sum(len(tree.token_ids) for tree in step) for step in steps]
         report = measure.rates(ticks[first : first + len(steps) + 1], counts, nodes, n_warmup)

@@ -28,6 +28,7 @@ from benchmarks.token_rows import TokenRows
 
 QUICK_LIMIT_S = 890.0  # a shape
 QUICK_SHAPES = "1.1B"
+QUICK_STEPS_OF_OURS = 3  # with few layers, the first computes the states of several
 ARMS = "ours,peft,unsloth"
 LAYERS = ("all", "last:4")
 HEADER = ("model", "layers", "tokens a row", "arm", "examples/s", "tokens/s", "memory, GB",
@@ -42,12 +43,14 @@ class Rows:
     ours_batch: int
     peer_batch: int
     quick_steps: int
-    full_steps: int = 5
+    full_steps: int = 6
 
     def amount(self, arm: str, quick: bool) -> tuple[int, int]:
         """Return (rows a step, rows that are timed) of an arm."""
-        batch = self.ours_batch if SCENARIO_ARMS[arm].kind == "ours" else self.peer_batch
-        return batch, batch * (self.quick_steps if quick else self.full_steps)
+        is_ours = SCENARIO_ARMS[arm].kind == "ours"
+        batch = self.ours_batch if is_ours else self.peer_batch
+        quick_steps = max(QUICK_STEPS_OF_OURS, self.quick_steps) if is_ours else self.quick_steps
+        return batch, batch * (quick_steps if quick else self.full_steps)
 
     def made(self, tokenizer: Any) -> TokenRows:
         """Return rows of exactly so many tokens, nothing shared."""
@@ -65,6 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", help=f"comma-separated, of: {', '.join(LAYERS)}")
     parser.add_argument("--rows", help=f"tokens a row, comma-separated, of: {', '.join(ROWS)}")
+    parser.add_argument("--add", action="store_true", help="keep the other cases that --json has")
     parser.add_argument("--scratch", type=Path, help="folder with some 6 GB free")
     args = parser.parse_args()
     if args.table:
@@ -84,6 +88,8 @@ def main() -> None:
             for case in cases_of(shape, layers, rows, arms, Path(scratch), args)
         ]
         report = cases.run("sizes", made, args, ratios, QUICK_LIMIT_S * len(shapes))
+    if args.add and args.json.exists():
+        report = added(json.loads(args.json.read_text(encoding="utf-8")), report)
     write_json(args.json, report)
     print(markdown(report))
 
@@ -134,6 +140,16 @@ def _write_rows(kind: Rows, path: Path, model: str, args: Any) -> str:
             title = f"{title} ({error})"
     rows.save(path)
     return title
+
+
+def added(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report with the cases of an earlier one that it has not."""
+    rounds = [
+        {job: one for job, one in results.items() if job.split()[0] not in report["sizes"]}
+        for results in before["rounds"]
+    ]
+    sizes, wall_s = before["sizes"] | report["sizes"], before["wall_s"] + report["wall_s"]
+    return {**report, "wall_s": wall_s, "sizes": sizes, "rounds": rounds + report["rounds"]}
 
 
 def ratios(arms: Summary) -> dict[str, Any]:

@@ -49,6 +49,20 @@ def test_the_table_has_a_line_an_arm() -> None:
     assert len({line.count("|") for line in lines[:6]}) == 1
 
 
+def test_what_is_added_takes_the_place_of_the_same_case() -> None:
+    def report(rate: float, *names: str) -> dict[str, Any]:
+        rounds = [{f"{name} ours": {"rate": rate} for name in names}]
+        return {"wall_s": rate, "sizes": dict.fromkeys(names, rate), "rounds": rounds}
+
+    found = sizes.added(report(1.0, "a", "b"), report(2.0, "b", "c"))
+    assert found["sizes"] == {"a": 1.0, "b": 2.0, "c": 2.0}
+    assert found["rounds"] == [
+        {"a ours": {"rate": 1.0}},
+        {"b ours": {"rate": 2.0}, "c ours": {"rate": 2.0}},
+    ]
+    assert found["wall_s"] == 3.0
+
+
 def test_the_last_layers_are_those_of_the_shape() -> None:
     assert layer_numbers("all", 22) is None
     assert layer_numbers("last:4", 22) == (18, 19, 20, 21)

@@ -141,7 +141,7 @@ class _Part:
 def _keys(x: Tensor, chunks: NodeChunks) -> Tensor:
     """(1, H_kv, T, h) -> (H_kv * S, A + Lq, h): every chunk's ancestors, then its own nodes."""
     if chunks.stretch is not None:
-        return x[0, :, chunks.stretch]
+        return x[0, :, chunks.stretch].contiguous()  # products with it are a fifth faster
     x = x[0].transpose(0, 1)
     own = chunks.by_node(x[chunks.start : chunks.end])
     both = torch.cat([x[chunks.ancestors], own], dim=1)  # (S, A + Lq, H_kv, h)

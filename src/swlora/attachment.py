@@ -120,8 +120,10 @@ def fit_steps(job: Job, schedule: "Schedule", step: "TreeStep | PlainStep") -> i
         return 0
     began_with = job.run.facts.get("tokens_at_once")
     step.most_nodes = began_with if isinstance(began_with, int) else None
-    limit_bytes = steps_limit_bytes(share=1 if job.run.facts.get("resumed") else FREE_SHARE)
-    needed = fit_into_memory(step, schedule, limit_bytes, job.progress.say)
+    is_resumed = bool(job.run.facts.get("resumed"))
+    limit_bytes = steps_limit_bytes(share=1 if is_resumed else FREE_SHARE)
+    say = job.progress.say
+    needed = fit_into_memory(step, schedule, limit_bytes, say, keeps_trees=is_resumed)
     job.run.record(tokens_at_once=step.most_nodes)
     return needed
 

@@ -2,17 +2,19 @@
 
 A norm and a gated product are cheap to make from what is kept anyway, and several linear maps keep
 them as their input: of a Llama block's 17.7 kB a node (576 channels, bfloat16) they are 5.4. While
-`recomputing`, autograd keeps the recipe where it would keep the result.
+`recomputing`, autograd keeps the recipe where it would keep the result. Where even that is too
+much, a whole block keeps its input alone and runs again (`recomputed_block`).
 """
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 class _Recipe:
@@ -84,3 +86,36 @@ def made_by(result: Tensor, make: Callable[[], Tensor]) -> Tensor:
     if recipes is not None and result.is_contiguous():
         recipes[result.data_ptr()] = _Recipe(result, make)
     return result
+
+
+def recomputed_block(
+    forward: Callable[..., Any], again: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
+    """Return a block's forward that keeps its arguments alone and runs a second time in backward.
+
+    The same operations on the same numbers, dropout included, so that the gradient has the same
+    bits. `again` makes what the block needs around it the second time.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Stopped as soon as backward has what it needs, a module would be left by an exception.
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (_without_recipes(), again()),
+            early_stop=False,
+            **kwargs,
+        )
+
+    return run
+
+
+@contextmanager
+def _without_recipes() -> Iterator[None]:
+    """Note no recipes in the body: they would hold what shall not be kept."""
+    token = _ACTIVE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)

@@ -15,6 +15,8 @@ from torch import Tensor
 from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import attending
 from swlora.kernels.block_walk import Walk
+from swlora.kernels.patched_forwards import patched_forwards
+from swlora.kernels.recomputed import recomputed_block
 from swlora.kernels.rotary import RotaryLengths
 from swlora.kernels.tree_attention import tree_attention
 from swlora.kernels.tree_layout import TreeLayout
@@ -45,9 +47,21 @@ class TreeWalk:
         with self._following(layout, n_blocks=self.anatomy.n_layers):
             return self._walk.run(_inputs(layout))[0]
 
-    def suffix(self, layout: TreeLayout, hidden: Tensor) -> Tensor:
-        """Return the final normed hidden state (1, T, D) from the state at the cut."""
-        with self._following(layout, n_blocks=self.anatomy.n_layers - self.cut):
+    @property
+    def n_suffix(self) -> int:
+        """The number of blocks from the cut on."""
+        return self.anatomy.n_layers - self.cut
+
+    def suffix(self, layout: TreeLayout, hidden: Tensor, *, n_recomputed: int = 0) -> Tensor:
+        """Return the final normed hidden state (1, T, D) from the state at the cut.
+
+        The lowest `n_recomputed` of its blocks keep their input alone and run again in backward,
+        when those above have let go of what they kept.
+        """
+        again = partial(self._following, layout, n_blocks=1)
+        lowest = self.anatomy.blocks[self.cut : self.cut + n_recomputed]
+        recomputed = {block: recomputed_block(block.forward, again) for block in lowest}
+        with self._following(layout, n_blocks=self.n_suffix), patched_forwards(recomputed):
             return self._walk.run(_inputs(layout), start=self.cut, entry=hidden)[0]
 
     @contextmanager

@@ -91,6 +91,7 @@ class TreeStep:
         self.prefix_source: PrefixSource = lambda _tree, layout: walk.prefix(layout)  # no cycle
         self._say = say
         self.most_nodes: int | None = None  # of a tree: larger groups are cut
+        self.n_recomputed: Callable[[int], int] = lambda _nodes: 0  # blocks, of a tree so large
         self._n_parts = 1  # every group is run in so many parts, doubled when memory runs out
         self.works_ahead = self.base_model.device.type == "cuda"  # a CPU has no core to spare
         self._planted: _Planted | None = None
@@ -120,7 +121,8 @@ class TreeStep:
             for tree, layout in plants:
                 entry = self.prefix_source(tree, layout)
                 with recomputing():
-                    hidden = self.walk.suffix(layout, entry)
+                    n_recomputed = self.n_recomputed(layout.n_nodes)
+                    hidden = self.walk.suffix(layout, entry, n_recomputed=n_recomputed)
                 loss = tree_nats(self.walk, tree, hidden, self.label_smoothing)
                 torch.autograd.backward(loss)
                 losses.append((loss.detach(), tree.n_target_tokens))

@@ -1,9 +1,17 @@
-"""The memory of a training step, foreseen: so many tokens are run at once that it fits.
+"""The memory of a training step, foreseen, and what is done where it would not fit.
 
     peak bytes of a tree = a + b T        T: nodes of the tree
 
 Attention keeps no more than FEW_KEYS scores of a node. A rough b is enough where there is plenty of
-memory; else it is measured on a short sequence.
+memory; else it is measured on a short sequence. Where that is too much, two things are done, in
+this order, neither of which changes the gradient:
+
+1. fewer sequences run at once, which costs little: some sharing, and less full products;
+2. a tree that is still too large, such as one long sequence, keeps only the inputs of so many of
+   its lowest blocks as it takes, and these run again in backward: up to a third more arithmetic.
+
+A run that goes on has the trees of its first part, which decide its last bits; there blocks are run
+again first. Blocks that run again change no bit, so they are counted anew in every process.
 """
 
 from collections.abc import Callable
@@ -47,7 +55,7 @@ class StepMemory:
 
 def rough_memory(step: TreeStep) -> StepMemory:
     """Return more than a step takes, from the model's sizes alone."""
-    return rough_memory_of(step.base_model.config, _n_with_graph(step), _value_bytes(step))
+    return rough_memory_of(step.base_model.config, step.walk.n_suffix, _value_bytes(step))
 
 
 def rough_memory_of(config: Any, n_with_graph: int, value_bytes: int) -> StepMemory:
@@ -65,35 +73,33 @@ def rough_memory_of(config: Any, n_with_graph: int, value_bytes: int) -> StepMem
     return StepMemory(logits, per_node + 2 * _scores_bytes(config, n_with_graph, value_bytes))
 
 
-def measured_memory(step: TreeStep) -> StepMemory:
+def measured_memory(step: TreeStep, *, n_recomputed: int = 0) -> StepMemory:
     """Return what forward and backward of a short sequence took; the gradients are dropped.
 
-    Its nodes need not keep all scores that those of another tree do.
+    Its nodes need not keep all scores that those of another tree do. `n_recomputed` blocks keep
+    their input alone.
     """
     n_most = int(getattr(step.base_model.config, "max_position_embeddings", None) or 1 << 20)
     n_nodes = max(1, min(MEASURED_NODES, n_most - 1))
-    scores = _scores_bytes(step.base_model.config, _n_with_graph(step), _value_bytes(step))
-    return StepMemory(0.0, _measured_peak(step, n_nodes) / n_nodes + scores)
+    n_kept = max(1, step.walk.n_suffix - n_recomputed)  # one is run again at a time
+    scores = _scores_bytes(step.base_model.config, n_kept, _value_bytes(step))
+    return StepMemory(0.0, _measured_peak(step, n_nodes, n_recomputed) / n_nodes + scores)
 
 
-def _scores_bytes(config: Any, n_with_graph: int, value_bytes: int) -> float:
-    """Return the most bytes of scores that all blocks keep of a node."""
-    return n_with_graph * value_bytes * int(config.num_attention_heads) * FEW_KEYS
-
-
-def _n_with_graph(step: TreeStep) -> int:
-    """Return the number of blocks that keep something for the gradient."""
-    return step.walk.anatomy.n_layers - step.walk.cut
+def _scores_bytes(config: Any, n_kept: int, value_bytes: int) -> float:
+    """Return the most bytes of scores that so many blocks keep of a node."""
+    return n_kept * value_bytes * int(config.num_attention_heads) * FEW_KEYS
 
 
 def _value_bytes(step: TreeStep) -> int:
     return int(step.base_model.dtype.itemsize)
 
 
-def _measured_peak(step: TreeStep, n_nodes: int) -> int:
+def _measured_peak(step: TreeStep, n_nodes: int, n_recomputed: int) -> int:
     """Return the most bytes of tensors while a sequence with so many nodes is run."""
     sequence = TokenSequences.from_lists([([1], [1] * n_nodes)])
     trial = TreeStep(step.peft_model, sequence, label_smoothing=step.label_smoothing)
+    trial.n_recomputed = lambda _nodes: n_recomputed
     parameters = trainable_parameters(step.peft_model).values()
     live = LiveBytes()
     with live:
@@ -104,37 +110,96 @@ def _measured_peak(step: TreeStep, n_nodes: int) -> int:
     return live.peak_bytes
 
 
+@dataclass(frozen=True)
+class Recomputing:
+    """How many of the blocks run again in backward, so that a tree fits into the room in bytes.
+
+    Every block more saves as much, or the first ones more than that.
+    """
+
+    n_blocks: int
+    kept: StepMemory  # where none runs again
+    recomputed: StepMemory  # where all do
+    room_bytes: int
+
+    def __call__(self, n_nodes: int) -> int:
+        """Return the number of blocks for a tree with so many nodes."""
+        excess = self.kept.peak_bytes(n_nodes) - self.room_bytes
+        if excess <= 0:
+            return 0
+        saved = max(1, self._saved_bytes(n_nodes))
+        return min(self.n_blocks, -(-excess * self.n_blocks // saved))
+
+    def peak_bytes(self, n_nodes: int) -> int:
+        """Return the resident bytes that a tree of so many nodes makes then."""
+        saved = self(n_nodes) * self._saved_bytes(n_nodes) // self.n_blocks
+        return self.kept.peak_bytes(n_nodes) - saved
+
+    def _saved_bytes(self, n_nodes: int) -> int:
+        return self.kept.peak_bytes(n_nodes) - self.recomputed.peak_bytes(n_nodes)
+
+
 def fit_into_memory(
-    step: TreeStep, schedule: Schedule, limit_bytes: int, say: Callable[[str], None]
+    step: TreeStep,
+    schedule: Schedule,
+    limit_bytes: int,
+    say: Callable[[str], None],
+    *,
+    keeps_trees: bool = False,
 ) -> int:
-    """Let a step run smaller trees where its largest would exceed the limit; return what it takes.
+    """Let a step whose largest tree would exceed the limit take less; return what it takes then.
 
     The limit is for tensors, gradients and the optimizer's two moments. The gradients are the same.
+    `keeps_trees`: where it suffices, blocks run again in backward and the trees stay as they are.
     Random generators move on. A sequence that does not fit by itself is said and run.
     """
     trained = trainable_parameters(step.peft_model).values()
     room = max(0, limit_bytes - 3 * sum(p.nbytes for p in trained))
-    asked = _largest_tree(step, schedule)
-    if (needed := rough_memory(step).peak_bytes(asked)) <= room:
+    largest = _largest_tree(step, schedule)
+    if (needed := rough_memory(step).peak_bytes(largest)) <= room:
         return needed
     with kept_for_steps(None):  # no copies of weights for the trial
-        memory = measured_memory(step)
-    needed, largest = memory.peak_bytes(asked), asked
-    if needed > room:
-        step.most_nodes = max(LEAST_NODES, int(asked * room / needed))
-        largest = _largest_tree(step, schedule)
-        needed = memory.peak_bytes(largest)
-        say(
-            f"memory: a step over {asked:,} tokens at once would take "
-            f"{size(memory.peak_bytes(asked))}, and there are {size(room)}; at most "
-            f"{step.most_nodes:,} are run at once, with the same gradient"
-        )
+        kept = measured_memory(step)
+    if not keeps_trees and kept.peak_bytes(largest) > room:
+        largest = _cut_trees(step, schedule, kept, room, say)
+    if (needed := kept.peak_bytes(largest)) <= room:
+        return needed
+    n_blocks = step.walk.n_suffix
+    with kept_for_steps(None):
+        recomputed = measured_memory(step, n_recomputed=n_blocks)
+    step.n_recomputed = recomputing = Recomputing(n_blocks, kept, recomputed, room)
+    if keeps_trees and recomputing.peak_bytes(largest) > room:
+        largest = _cut_trees(step, schedule, recomputed, room, say)
+    needed = recomputing.peak_bytes(largest)
+    say(
+        f"memory: {largest:,} tokens at once would take {size(kept.peak_bytes(largest))}, and "
+        f"there are {size(room)}; {recomputing(largest)} of {n_blocks} blocks keep only their "
+        f"input and run again in backward, with the same gradient"
+    )
     if needed > room and largest > LEAST_NODES:
         say(
             f"memory: the longest sequence takes about {size(needed)}, and there are {size(room)}: "
             "the system may end this; --truncate makes it shorter"
         )
     return needed
+
+
+def _cut_trees(
+    step: TreeStep,
+    schedule: Schedule,
+    memory: StepMemory,
+    room: int,
+    say: Callable[[str], None],
+) -> int:
+    """Let a step run so few nodes at once that they fit; return those of its largest tree then."""
+    asked = _largest_tree(step, schedule)
+    needed = memory.peak_bytes(asked)
+    step.most_nodes = max(LEAST_NODES, int(asked * room / needed))
+    say(
+        f"memory: a step over {asked:,} tokens at once would take {size(needed)}, and there are "
+        f"{size(room)}; at most {step.most_nodes:,} are run at once, with the same gradient"
+    )
+    return _largest_tree(step, schedule)
 
 
 def copies_worth_bytes(step: TreeStep, schedule: Schedule) -> int | None:

@@ -23,7 +23,7 @@ from benchmarks.arms import LEARNING_RATE, LORA_ALPHA, LORA_RANK
 from benchmarks.token_rows import TokenRows
 
 N_WARMUP = 2
-LONG_ROW_TOKENS = 4096
+PACK_SHARE = 4  # of row_tokens in a pack of the peers, whose mask grows with its square
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     if plan.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     found = ARMS[args.name](model, rows, plan)
-    peak = measure.gemm_flops(model.dtype, device=plan.device)
+    quick = {} if plan.device == "cuda" else {"n": 256, "repeats": 3}  # a dry run
+    peak = measure.gemm_flops(model.dtype, device=plan.device, **quick)
     if flops := found.pop("necessary_flops", None):
         found["share_of_peak"] = flops / found["steady_s"] / peak
     memory = torch.cuda.max_memory_allocated() if plan.device == "cuda" else None
@@ -183,13 +184,14 @@ def peft(model: Any, rows: TokenRows, plan: Plan, *, packed: bool = False) -> di
     trained = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
     batches = packed_batches if packed else padded_batches
-    clock, losses = Clock(plan.device), []
+    n_tokens_at_once = plan.row_tokens // (PACK_SHARE if packed else 1)
+    clock, losses, every = Clock(plan.device), [], rows.items()
 
     def one_step(number: int) -> None:
         start = number * plan.rows_a_step
-        items = rows.items()[start : start + plan.rows_a_step]
+        items = every[start : start + plan.rows_a_step]
         n_tokens = sum(label >= 0 for item in items for label in item["labels"][1:])
-        for batch in batches(items, plan.row_tokens, plan.device):
+        for batch in batches(items, n_tokens_at_once, plan.device):
             with torch.autocast(plan.device, torch.bfloat16, enabled=plan.device == "cuda"):
                 loss = peft_model(**batch, num_items_in_batch=n_tokens).loss
             loss.backward()
@@ -217,7 +219,7 @@ def trl(model: Any, rows: TokenRows, plan: Plan) -> dict[str, Any]:
     """Train by TRL's SFTTrainer with packed rows."""
     from benchmarks.gpu_peers import trl_packed
 
-    return trl_packed(model, rows, plan.row_tokens, plan.device, Clock(plan.device))
+    return trl_packed(model, rows, plan.row_tokens // PACK_SHARE, plan.device, Clock(plan.device))
 
 
 def busy_share(run: Callable[[], Any], device: str) -> float | None:

@@ -13,6 +13,7 @@ from benchmarks.trainer_steps import PadRight, settings, with_adapters
 
 Item = dict[str, list[int]]
 PAD_ID = 2
+PACKS_A_STEP = 8
 
 
 def padded_batches(items: list[Item], row_tokens: int, device: str) -> Iterator[dict[str, Any]]:
@@ -49,7 +50,10 @@ def packed_batches(items: list[Item], row_tokens: int, device: str) -> Iterator[
 def trl_packed(
     model: Any, rows: TokenRows, row_tokens: int, device: str, clock: Any
 ) -> dict[str, Any]:
-    """Train by TRL's SFTTrainer on rows that it packs, eight packed rows a step."""
+    """Train by TRL's SFTTrainer on rows that it packs, eight packed rows a step, one after another.
+
+    Together they would be one row to it, whose mask of all pairs grows with the square of them.
+    """
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -58,12 +62,13 @@ def trl_packed(
         def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
             clock.tick()
 
-    batch, arm = 8, Arm("trl-packed", "trl", 8, 0, 0, layout="packed")
+    arm = Arm("trl-packed", "trl", 1, 0, 0, layout="packed")
     with tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
-        own = {"use_cpu": device == "cpu", "dataloader_pin_memory": device == "cuda"}
+        own: dict[str, Any] = {"gradient_accumulation_steps": PACKS_A_STEP}
+        own |= {"use_cpu": device == "cpu", "dataloader_pin_memory": device == "cuda"}
         config = SFTConfig(
             **settings(arm, model.dtype, scratch) | own,
-            max_length=row_tokens // batch,
+            max_length=row_tokens,
             packing=True,
         )
         trainer = SFTTrainer(
@@ -76,7 +81,7 @@ def trl_packed(
         trainer.train()
         steady_s = clock.steady_s()
     packs = trainer.train_dataset["seq_lengths"]
-    steps = [packs[i : i + batch] for i in range(0, len(packs), batch)][2:]
+    steps = [packs[i : i + PACKS_A_STEP] for i in range(0, len(packs), PACKS_A_STEP)][2:]
     lengths = list(itertools.chain.from_iterable(itertools.chain.from_iterable(steps)))
     return {
         "steady_s": steady_s,

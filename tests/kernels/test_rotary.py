@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tests.support.adapters import attach, fill_b
 from tests.support.decoding import alone
 from tests.support.models import MakeModel
@@ -62,6 +64,13 @@ STATIC: dict[str, dict[str, Any]] = {
     },
     "default": {},
 }
+
+# In transformers 5.17 a second long pass over layers of two kinds ends in an UnboundLocalError, and
+# Phi-3's `generate` goes on with one token where it drops its cache. 5.23 has mended both.
+IS_MENDED = Version(transformers.__version__) >= Version("5.23")
+if not IS_MENDED:
+    del KINDS["gemma3"]
+TEXT_KINDS = [kind for kind in KINDS if IS_MENDED or kind != "phi3"]
 
 
 def long_model(make_model: MakeModel, kind: str, **more: Any) -> Any:
@@ -164,7 +173,7 @@ PROMPTS = [list(range(n, n + length)) for n, length in enumerate((5, 40, 20, 31,
 N_NEW = 16
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_texts_say_what_each_says_alone(kind: str, make_model: MakeModel) -> None:
     model = long_model(make_model, kind)
     decoder = BatchDecoder(model, eos_token_ids=[EOS], max_slots=5, prefill_tokens=11)
@@ -180,7 +189,7 @@ def test_texts_say_what_each_says_alone(kind: str, make_model: MakeModel) -> Non
 
 
 @pytest.mark.parametrize("decode", [{}, {"num_beams": 3}])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_texts_are_those_of_transformers_alone(
     kind: str, decode: dict[str, Any], make_model: MakeModel, tiny_tokenizer: Any
 ) -> None:

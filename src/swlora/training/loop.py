@@ -25,7 +25,7 @@ from swlora.errors import DivergedError, RunFailedError
 from swlora.loss_sum import LossSum
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
-from swlora.threads import adapt_threads, adapted_threads
+from swlora.threads import adapt_threads, adapted_threads, fix_threads
 from swlora.training.checkpoint import Checkpoints, LoopState, Totals
 from swlora.training.device_update import decides_on_device, update_where_finite
 from swlora.training.schedule import Schedule, Step
@@ -144,6 +144,8 @@ def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
         raise RunFailedError("no parameter is trainable")
     device = next(iter(adapted.parameters.values())).device
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    if device.type == "cuda":
+        fix_threads(torch.get_num_threads())  # the CPU computes next to nothing then
     if accelerator.num_processes > 1:
         raise RunFailedError("swlora trains in one process; start it without a launcher")
     optimizer = accelerator.prepare(make_optimizer(adapted, spec))

@@ -71,7 +71,8 @@ def main() -> None:
             _write(args.out / "gpu.json", args.dry_run, results)
             elapsed_s = time.perf_counter() - start_s
             print(f"[{elapsed_s:4.0f} s] {part.name}: {_told(results[part.name])}")
-    print("\n" + table(results))
+    print("\ndry run: the numbers say nothing" if args.dry_run else "")
+    print(table(results))
 
 
 def _run(part: Part, left_s: float, out: Path, compiled: str) -> runner.Result:

@@ -10,13 +10,13 @@ import difflib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from swlora import pipeline
 from swlora.adapters.saved import adapter_folder, with_adapter
-from swlora.command_settings import MODEL, SETTINGS
+from swlora.command_settings import MODEL, SETTINGS, check_processes
 from swlora.config import RunSpec, load_spec
 from swlora.deploy.merge import Merged, MergeRequest
 from swlora.deploy.merge import merge as merge_adapter
@@ -26,9 +26,12 @@ from swlora.evaluation.evaluated import Evaluated
 from swlora.evaluation.prompting import Generated, Prompt, generate_text
 from swlora.evaluation.user_metrics import UserMetric
 from swlora.job import Job
+from swlora.joint_run import joint_run
 from swlora.models.load import LoadedModel, load_model
+from swlora.processes import world
 from swlora.progress import Progress, Silent
-from swlora.run_record import MemoryRecord
+from swlora.run_record import MemoryRecord, RunRecord
+from swlora.run_settings import flat
 from swlora.runs import Run
 from swlora.settings import flag_name
 from swlora.study.compared import Compared, ComparedModels
@@ -181,12 +184,15 @@ def _job(
     command: str, spec: RunSpec, output: PathLike | None, progress: Progress | None
 ) -> Iterator[Job]:
     """Make a job with a run folder, or with none."""
-    progress = progress or Silent()
-    if output is None:
-        yield Job(spec, MemoryRecord(), progress)
-        return
-    with Run.prepare(Path(output), spec, command) as run:
-        yield Job(spec, run, progress)
+    check_processes(command)
+
+    def opened() -> tuple[AbstractContextManager[RunRecord], RunSpec]:
+        if output is None:
+            return nullcontext(MemoryRecord()), spec
+        return Run.prepare(Path(output), spec, command), spec
+
+    with joint_run(opened, lambda: flat(spec)) as (run, own_spec):
+        yield Job(own_spec, run, (world().is_main and progress) or Silent())
 
 
 def _spec(command: str, config: PathLike | None, settings: dict[str, Any]) -> RunSpec:

@@ -14,6 +14,7 @@ from swlora.memory import FREE_SHARE, kept_for_steps, steps_limit_bytes
 from swlora.models.identity import identify_base
 from swlora.paths import cache_dir
 from swlora.preparation import PreparedTraining
+from swlora.processes import check_alike, from_main, wait, world
 
 if TYPE_CHECKING:
     from swlora.adapters.adapted import Adapted
@@ -55,6 +56,7 @@ def attach(job: Job, schedule: "Schedule", layers: list[int]) -> Attached:
         resolved = spec.model_copy(update={"train": schedule.spec})
         base = identify_base(loaded)
         job.run.record_source(base_weights_sample_sha256=base.weights_sample_sha256)
+        check_alike("weights", {"weights_sample_sha256": base.weights_sample_sha256})
         facts = training_facts(resolved, base, job.dataset, layers) | start_facts(spec.adapter)
         if spec.adapter.start is not None:
             adapted = start_from(loaded.model, spec.adapter, seed=spec.seed)
@@ -75,8 +77,10 @@ def run_steps(
     """Run all steps of a training, or those that an earlier process left undone."""
     import torch
 
+    from swlora.training.dealt_step import DealtStep
     from swlora.training.loop import train as run_loop
     from swlora.training.step import make_step
+    from swlora.training.stopping import StopRequest
 
     def rows_of(groups: Sequence[Any]) -> str:
         return _rows(job, [int(i) for ids in groups for i in ids])
@@ -91,11 +95,21 @@ def run_steps(
         with job.timed("prepare"):
             step_bytes = fit_steps(job, prepared.schedule, step)
             copies_bytes = worth_copies(prepared.schedule, step)
+        stop = StopRequest()
+        job.run.record(processes=world().size)
+        run_step = DealtStep(step, adapted, stop) if world().is_shared else step
         torch.manual_seed(job.spec.seed)  # dropout
         try:
             with job.timed("train"), kept_for_steps(step_bytes, copies_bytes=copies_bytes):
                 return run_loop(
-                    step, prepared.schedule, adapted, job.run, job.progress, watch, rows_of
+                    run_step,
+                    prepared.schedule,
+                    adapted,
+                    job.run,
+                    job.progress,
+                    watch,
+                    rows_of=rows_of,
+                    stop=stop,
                 )
         except DivergedError as error:
             rows = _rows(job, error.sequence_ids)
@@ -118,12 +132,15 @@ def fit_steps(job: Job, schedule: "Schedule", step: "TreeStep | PlainStep") -> i
         if device == "cuda":
             choose_attention(job, schedule, step)
         return 0
+    wait()  # for all to have their models
     began_with = job.run.facts.get("tokens_at_once")
     step.most_nodes = began_with if isinstance(began_with, int) else None
     is_resumed = bool(job.run.facts.get("resumed"))
     limit_bytes = steps_limit_bytes(share=1 if is_resumed else FREE_SHARE)
     say = job.progress.say
     needed = fit_into_memory(step, schedule, limit_bytes, say, keeps_trees=is_resumed)
+    # Of several processes the first one's memory stands for all.
+    needed, step.most_nodes = from_main(lambda: (needed, step.most_nodes))
     job.run.record(tokens_at_once=step.most_nodes)
     return needed
 
@@ -139,14 +156,20 @@ def worth_copies(schedule: "Schedule", step: "TreeStep | PlainStep") -> int | No
 def choose_attention(job: Job, schedule: "Schedule", step: "TreeStep") -> None:
     """Take the kernels of attention with which a run began, else those that its first tree shows.
 
-    They sum in different orders, which decides the last bits.
+    They sum in different orders, which decides the last bits. Of several processes the first one
+    chooses, for all.
     """
     from swlora.kernels import cuda_attention
 
-    began_with = job.run.facts.get("attention")
-    cuda_attention.prefer(began_with if isinstance(began_with, dict) else {})
-    step.try_attention(schedule.epoch(0)[0])
-    job.run.record(attention=cuda_attention.chosen())
+    def chosen() -> dict[str, str]:
+        began_with = job.run.facts.get("attention")
+        cuda_attention.prefer(began_with if isinstance(began_with, dict) else {})
+        step.try_attention(schedule.epoch(0)[0])
+        return cuda_attention.chosen()
+
+    job.run.record(attention=(choice := from_main(chosen)))
+    if not world().is_main:
+        cuda_attention.prefer(choice)
 
 
 def check_disk(job: Job, adapted: "Adapted", *, n_steps: int, keeps_best: bool) -> int:

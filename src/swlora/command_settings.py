@@ -3,6 +3,8 @@
 from pydantic import BaseModel
 
 from swlora.config import RunSpec
+from swlora.errors import UserError
+from swlora.processes import world
 
 
 def section_class(name: str) -> type[BaseModel]:
@@ -31,6 +33,7 @@ TOKENIZER = ("model.name", "model.tokenizer", "model.revision")
 STEPS = tuple(
     f"train.{name}" for name in ("epochs", "batch_size", "max_steps", "order", "row_tokens")
 )
+SHARED = frozenset({"train"})  # commands that several processes do together
 
 SETTINGS = {
     "identify": (*MODEL, *IDENTIFY, *SEED),
@@ -47,3 +50,12 @@ SETTINGS = {
     "serve": (*MODEL, *SERVE),
     "export": (*TOKENIZER, "model.threads"),
 }
+
+
+def check_processes(command: str) -> None:
+    """Raise UserError where a launcher started several processes of a command for a single one."""
+    if command not in SHARED and (n := world().size) > 1:
+        raise UserError(
+            f"swlora {command} works in one process, and the launcher started {n}: start it "
+            f"without one (those for several: {', '.join(sorted(SHARED))})"
+        )

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swlora.processes import world
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -92,10 +94,13 @@ def limit_memory(n_gb: float) -> None:
 
 
 def steps_limit_bytes(*, share: float = FREE_SHARE) -> int:
-    """Return what a step may take: as limited, else a share of what is free now."""
+    """Return what a step may take: as limited, else a share of what is free now.
+
+    That is divided among the processes that a launcher started on this machine.
+    """
     if _is_limited and _copies_bytes is not None:
         return _copies_bytes
-    return int(share * available_bytes())
+    return int(share * available_bytes() / world().local_size)
 
 
 def copies_limit_bytes() -> int:
@@ -104,7 +109,7 @@ def copies_limit_bytes() -> int:
     """
     global _copies_bytes
     if _copies_bytes is None:
-        _copies_bytes = int(FREE_SHARE * available_bytes())
+        _copies_bytes = int(FREE_SHARE * available_bytes() / world().local_size)
     left = 0 if _steps_bytes is None else max(0, _copies_bytes - _steps_bytes)
     return left if _worth_bytes is None or _is_limited else min(left, _worth_bytes)
 

@@ -20,6 +20,7 @@ from swlora.preparation import (
     prepare_evaluation,
     prepare_training,
 )
+from swlora.processes import from_main
 
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import EnglishLoss, Evaluated
@@ -80,7 +81,7 @@ def train(
         watch = watch_of(adapted, prepared.held_out, prepared.measurements, attached.save, best)
     state = run_steps(job, prepared, adapted, watch)
     adapted.finish()
-    metrics, adapter_bytes = job.run.metrics(), None
+    metrics, adapter_bytes = from_main(job.run.metrics), None
     if folder:
         adapter_bytes = attached.save(folder / "adapter", last_losses(metrics))
         draw_loss(metrics, folder / "loss.png")
@@ -102,21 +103,29 @@ def train(
 
 
 def choose_layers(job: Job) -> list[int]:
-    """Turn the layer policy into layer numbers, by whatever search or measurement it needs."""
+    """Turn the layer policy into layer numbers, by whatever search or measurement it needs.
+
+    Of several processes the first one searches or measures, for all.
+    """
     from swlora.models.anatomy import Anatomy
     from swlora.models.precision import cast_parameters, resolve_dtype
 
     policy, model = job.spec.adapter.layers, job.loaded.model
-    if policy.time_budget is not None:
-        return measure_layers(job, policy.time_budget)
+    if (budget := policy.time_budget) is not None:
+        return from_main(lambda: measure_layers(job, budget))
     verified = None
     if policy.needs_identification:
         verified = job.verified_layers()
         if verified is None:
-            found = identify(job)
-            verified = VerifiedLayers(found.layers, found.removal_layers)
+            verified = VerifiedLayers(*from_main(lambda: identified_layers(job)))
         cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device.type))
     return policy.resolve(Anatomy(model).n_layers, verified)
+
+
+def identified_layers(job: Job) -> tuple[list[int], list[int]]:
+    """Return the layers of super weights, and those whose removal is undone, by a search."""
+    found = identify(job)
+    return found.layers, found.removal_layers
 
 
 def measure_layers(job: Job, budget: float) -> list[int]:

@@ -12,12 +12,15 @@ from swlora.errors import UserError
 from swlora.job import Job
 from swlora.models.provenance import tokenizer_sha256
 from swlora.preview import summarise
-from swlora.run_settings import specs_by_step
+from swlora.processes import check_alike, from_main, world
+from swlora.run_settings import Change, specs_by_step
 
 if TYPE_CHECKING:
     from swlora.evaluation.held_out import Measurements
     from swlora.evaluation.user_metrics import UserMetric
     from swlora.training.schedule import Schedule
+
+SAME_IN_ALL = ("train_tokens_sha256", "held_out_tokens_sha256", "tokenizer_sha256")  # processes
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,10 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     from swlora.training.checkpoint import steps_done
     from swlora.training.schedule import Schedule, batch_note
 
-    spec = job.spec
-    n_done = steps_done(job.run.checkpoint) if job.run.facts.get("resumed") else 0
-    changes = job.run.changes_from(n_done)
+    spec, goes_on = job.spec, bool(job.run.facts.get("resumed"))
+    n_done = from_main(lambda: steps_done(job.run.checkpoint) if goes_on else 0)
+    noted = from_main(lambda: [vars(change) for change in job.run.changes_from(n_done)])
+    changes = [Change(**values) for values in noted]
     stretches = [Stretch(step, own.train) for step, own in specs_by_step(spec, changes)]
     first = Schedule.of(sequences, stretches[0].spec, spec.seed)
     planned = planned_measurements(
@@ -102,6 +106,7 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
         schedule = first
     else:
         schedule = ChangedSchedule(sequences, stretches, spec.seed)
+    check_enough_sequences(schedule)
     for change in changes:
         job.progress.say(f"from step {change.step + 1} on: {change}")
     if changes and changes[-1].extends and schedule.n_steps <= n_done:
@@ -115,6 +120,19 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     if planned:
         planned = replace(planned, patience=spec.train.early_stopping)
     return schedule, planned
+
+
+def check_enough_sequences(schedule: "Schedule") -> None:
+    """Raise UserError where a whole step has fewer sequences than there are processes.
+
+    Smaller steps, such as the last of an epoch may be, leave some processes without work.
+    """
+    n, size = world().size, schedule.spec.batch_size or 1
+    if size < n:
+        raise UserError(
+            f"a step has {size} {'sequence' if size == 1 else 'sequences'}, fewer than the {n} "
+            f"processes: start {size} of them at most, or give --batch-size {n} or more"
+        )
 
 
 def record_tokens(job: Job, sequences: TokenSequences, held_out: TokenSequences | None) -> None:
@@ -134,6 +152,7 @@ def record_tokens(job: Job, sequences: TokenSequences, held_out: TokenSequences 
     if held_out is not None:
         job.run.record_source(held_out_tokens_sha256=held_out.sha256())
     job.run.record_source(tokenizer_sha256=tokenizer_sha256(job.loaded.tokenizer))
+    check_alike("data", {name: job.run.facts.get(name) for name in SAME_IN_ALL})
 
 
 def encode_held_out(job: Job, planned: "Measurements") -> TokenSequences | None:

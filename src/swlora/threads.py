@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from swlora.processes import world
+
 WINDOW_S = 0.5
 FRESH_S = 5.0  # so long a choice holds for work that begins anew
 # A core counts as free where others use less of it. On two cores both choices train equally fast
@@ -101,6 +103,17 @@ class _Process:
 
 
 _process = _Process()
+
+
+def share_cores() -> None:
+    """Compute with this process's share of the cores, where a launcher started several here.
+
+    torchrun gives each a single thread where OMP_NUM_THREADS was not set; two or more threads there
+    are the user's, and stay.
+    """
+    n_here = world().local_size
+    if n_here > 1 and not _process.is_fixed and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(max(1, len(_allowed(os.cpu_count() or 1)) // n_here))
 
 
 def fix_threads(n: int) -> None:

@@ -9,7 +9,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from tests.support.fault_trials import Outcome
 from swlora.cli import main
 from swlora.config import dump_yaml, load_spec
 from swlora.memory import peak_memory_bytes
+from swlora.run_record import MemoryRecord
+from swlora.runs import Run
 
 IMPORTED = (  # before the forks
     *("peft", "accelerate", "transformers.models.llama.modeling_llama", "sacrebleu", "psutil"),
@@ -28,6 +30,8 @@ IMPORTED = (  # before the forks
 )
 NO_RUN = ("holds no run", "before it began")  # then it is started, not resumed
 DEADLINE_S = 120.0
+FOLDER = "TEST_FOLDER"  # in which a process works
+SIGNAL, IN_STEP = "TEST_SIGNAL", "TEST_SIGNAL_IN_STEP"  # what a process sends itself, and when
 # What trainings are tried: the command, and its settings beside those of `write_inputs`
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("train", {"adapter.dropout": 0.2}),
@@ -53,11 +57,18 @@ class Case:
 class Process:
     """One call of swlora in a process of its own."""
 
-    def __init__(self, arguments: Sequence[str], cache: Path, log: Path) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        cache: Path,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *IMPORTED])
         self._log = log
-        self._process = context.Process(target=_call, args=(list(arguments), str(cache), str(log)))
+        call = (list(arguments), str(cache), str(log), dict(environment or {}))
+        self._process = context.Process(target=_call, args=call)
         self._process.start()
 
     @property
@@ -83,17 +94,36 @@ class Process:
         return self._process.exitcode, self._log.read_text(encoding="utf-8")
 
 
-def _call(arguments: list[str], cache: str, log: str) -> None:
+def _call(arguments: list[str], cache: str, log: str, environment: dict[str, str]) -> None:
     no_java = {"PATH": ""}  # METEOR waits ten seconds for it
-    os.environ |= {"SWLORA_CACHE": cache, "HF_HUB_OFFLINE": "1", **no_java}
+    os.environ |= {"SWLORA_CACHE": cache, "HF_HUB_OFFLINE": "1", **no_java, **environment}
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(descriptor, stream.fileno())
     torch.set_num_threads(1)
+    if FOLDER in environment:
+        os.chdir(environment[FOLDER])
+    if SIGNAL in environment:
+        _signal_itself(int(environment[SIGNAL]), int(environment[IN_STEP]))
     try:
         main(arguments)
     finally:
         _peak(Path(log)).write_text(str(peak_memory_bytes("cpu")))
+
+
+def _signal_itself(number: int, step: int) -> None:
+    """Have this process send itself a signal after a step of its training."""
+    for kind in (Run, MemoryRecord):
+        append: Callable[..., None] = kind.append_metrics
+
+        def appended(
+            record: Any, values: Mapping[str, Any], append: Callable[..., None] = append
+        ) -> None:
+            append(record, values)
+            if values["step"] == step:
+                os.kill(os.getpid(), number)
+
+        kind.append_metrics = appended  # type: ignore[method-assign]
 
 
 def _peak(log: Path) -> Path:

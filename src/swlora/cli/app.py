@@ -7,7 +7,15 @@ import typer
 
 from swlora import caches
 from swlora.cli import chat, export, merge, share
-from swlora.cli.command import CONFIG, JSON, OUTPUT, OUTPUT_IF_ASKED, RESUME, Invocation
+from swlora.cli.command import (
+    CONFIG,
+    JSON,
+    OUTPUT,
+    OUTPUT_IF_ASKED,
+    PROCESSES,
+    RESUME,
+    Invocation,
+)
 from swlora.cli.process import no_library_notes, sigterm_interrupts
 from swlora.cli.show import (
     show_candidates,
@@ -44,7 +52,7 @@ def identify(
 
 @verb(
     "train",
-    *(OUTPUT, RESUME, CONFIG, JSON),
+    *(OUTPUT, RESUME, PROCESSES, CONFIG, JSON),
     settings=SETTINGS["train"],
 )
 def train(invocation: Invocation) -> None:

@@ -14,11 +14,14 @@ from swlora.cli.disk import say_what_is_left
 from swlora.cli.effects import check_effects
 from swlora.cli.failure import failure_in_one_line
 from swlora.cli.flags import setting_options
-from swlora.cli.process import no_library_notes, sigterm_interrupts
+from swlora.cli.process import no_library_notes, shown_by_main, sigterm_interrupts
+from swlora.command_settings import check_processes
 from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
+from swlora.processes import world
 from swlora.result_json import as_json
+from swlora.run_settings import flat
 
 if TYPE_CHECKING:
     from swlora.job import Job
@@ -58,6 +61,16 @@ RESUME = {
         ),
     ],
 }
+PROCESSES = {
+    "processes": Annotated[
+        int | None,
+        typer.Option(
+            "--processes",
+            min=1,
+            help="how many torchrun or accelerate are to have started; another number is an error",
+        ),
+    ]
+}
 CONFIG = {
     "config": Annotated[
         Path | None, typer.Option("--config", help="YAML with any of these settings; flags win")
@@ -86,6 +99,7 @@ class Invocation:
     resume: bool = False
     force_resume: bool = False
     verify: bool = False
+    processes: int | None = None
     json: Path | None = None
     _run: "Run | None" = None
 
@@ -107,9 +121,10 @@ class Invocation:
     def progress(self) -> "Progress":
         """What shows a person how work goes on."""
         from swlora.cli.terminal import make_progress
+        from swlora.progress import Silent
 
         no_library_notes()
-        return make_progress()
+        return make_progress() if world().is_main else Silent()
 
     @contextmanager
     def job(self) -> Iterator["Job"]:
@@ -117,21 +132,38 @@ class Invocation:
 
         The folder is made when the job begins its work: mistakes that show before leave none.
         """
+        from swlora.joint_run import joint_run
         from swlora.runs import Run
 
-        if self.resume or self.force_resume:
-            flags = {name: self.flags[name] for name in self._given}
-            forced = self.progress.say if self.force_resume else None
-            run, spec = Run.reopen(self._resumed_folder(), self.command, flags, forced)
-            check_effects(self.command, spec, self._given)
-        else:
-            spec = self.spec
-            run = Run.prepare(self.output, spec, self.command)
-        with run, sigterm_interrupts():
+        with (
+            joint_run(self._open_run, self._asked, self.processes) as (run, spec),
+            sigterm_interrupts(),
+        ):
             from swlora.job import Job
 
-            self._run = run
+            self._run = run if isinstance(run, Run) else None
             yield Job(spec, run, self.progress, self.verify)
+
+    def _asked(self) -> dict[str, Any]:
+        """Return what several processes of one run must have been given alike."""
+        given = {name: self.flags[name] for name in self._given}
+        return given if self._goes_on else flat(self.spec)
+
+    @property
+    def _goes_on(self) -> bool:
+        return self.resume or self.force_resume
+
+    def _open_run(self) -> "tuple[Run, RunSpec]":
+        """Prepare a run, or reopen the one in --output."""
+        from swlora.runs import Run
+
+        if not self._goes_on:
+            return Run.prepare(self.output, self.spec, self.command), self.spec
+        flags = {name: self.flags[name] for name in self._given}
+        forced = self.progress.say if self.force_resume else None
+        run, spec = Run.reopen(self._resumed_folder(), self.command, flags, forced)
+        check_effects(self.command, spec, self._given)
+        return run, spec
 
     def _resumed_folder(self) -> Path:
         """Return --output; UserError where it is missing, or beside a configuration of its own."""
@@ -160,7 +192,7 @@ class Invocation:
         if (run := self._run) is not None:
             print(f"run folder: {run.folder}")
             say_what_is_left(run.folder, started_s(run.facts))
-        if self.json is not None:
+        if self.json is not None and world().is_main:
             from swlora.files import write_json
 
             write_json(self.json, as_json(result))
@@ -186,11 +218,13 @@ def command(
 
         def run(**values: Any) -> None:
             with failure_in_one_line(debug=values.pop("debug")):
+                check_processes(name)
                 given = {path: values.pop(option.name) for path, option in flags.items()}
                 common = {key: values.pop(key) for key in own_of_all}
                 if (json := common.get("json")) is not None:
                     check_writable(json.parent, "--json")
-                verb(Invocation(name, given, **common), **values)
+                with shown_by_main():
+                    verb(Invocation(name, given, **common), **values)
 
         around = [_parameter(*option) for option in (own_of_all | DEBUG).items()]
         options = [*own, *around, *flags.values()]

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from swlora.errors import UserError
+from swlora.processes import is_speaker
 
 
 @contextmanager
@@ -24,7 +25,8 @@ def failure_in_one_line(*, debug: bool) -> Iterator[None]:
         if debug:
             raise
         exit_code, message = _explained(error)
-        print(f"swlora: {message}", file=sys.stderr)
+        if is_speaker():
+            print(f"swlora: {message}", file=sys.stderr)
         raise SystemExit(exit_code) from None
 
 

@@ -4,10 +4,13 @@ Allocator, kernels and threads are set where a model is loaded (`swlora.models.l
 matter to every program that loads one.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+
+from swlora.processes import world
 
 
 def no_library_notes() -> None:
@@ -29,3 +32,13 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def shown_by_main() -> Iterator[None]:
+    """Let the first process alone print results."""
+    if world().is_main:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield

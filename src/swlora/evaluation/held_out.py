@@ -11,6 +11,7 @@ from swlora.adapters.methods import train_mode
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.loss import dataset_loss
+from swlora.processes import from_main, interruptible
 from swlora.progress import Silent
 from swlora.training.watch import Watch
 
@@ -63,15 +64,20 @@ def watch_of(
     in `best_folder`, unless that is None.
 
     `save(folder, losses_nats, step=...)` saves the model as it is; it is called while `adapted` is
-    as it would be in the end.
+    as it would be in the end. Of several processes the first one measures, and tells the others.
     """
+    measure = held_out_observer(adapted.model, sequences)
+
+    def measure_for_all(step: int) -> dict[str, Any]:
+        with interruptible():
+            return from_main(lambda: measure(step))
 
     def save_best(folder: Path, step: int, loss: float) -> None:
         with adapted.as_saved():
             save(folder, {f"held-out rows, after step {step}": loss}, step=step)
 
     return Watch(
-        held_out_observer(adapted.model, sequences),
+        measure_for_all,
         planned.every_steps,
         planned.patience,
         best_folder if planned.is_asked else None,

@@ -23,7 +23,7 @@ from swlora.models.model_folder import check_counts, check_model_folder
 from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.skeleton import make_skeleton
 from swlora.models.tokenizer_folder import TOKENIZER, check_added_tokens, check_tokenizer_folder
-from swlora.threads import fix_threads
+from swlora.threads import fix_threads, share_cores
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     keep_few_kernels()
     if spec.threads is not None:
         fix_threads(spec.threads)
+    else:
+        share_cores()
     if spec.memory_gb is not None:
         limit_memory(spec.memory_gb)
     device = resolve_device(spec.device)

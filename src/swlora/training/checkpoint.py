@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from swlora.adapters.adapted import Adapted
 from swlora.config import TrainSpec
 from swlora.errors import RunFailedError
+from swlora.processes import from_main, world
+from swlora.processes.tensors import tensors_from_main
 from swlora.run_record import RunRecord
 from swlora.snapshots import Snapshot, load_snapshot, save_snapshot
 from swlora.training.watch import HeldOutState
@@ -53,21 +56,14 @@ class LoopState:
 
     def set_random_state(self, tensors: dict[str, Tensor]) -> None:
         """Put the random generators back to where `random_state` found them."""
-        torch.set_rng_state(tensors["rng"])
+        torch.set_rng_state(tensors["rng"].cpu())
         if self._device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng_cuda"], self._device)
+            torch.cuda.set_rng_state(tensors["rng_cuda"].cpu(), self._device)
 
     def save(self, folder: Path, keep: int = 1) -> None:
         """Save this state in `folder`; the `keep` - 1 that were saved before it stay."""
-        tensors = self.random_state()
-        for name, tensor in self.adapted.state().items():
-            tensors[f"method/{name}"] = tensor.detach().clone()
-        for name, parameter in self.adapted.parameters.items():
-            tensors[f"parameter/{name}"] = parameter.detach().clone()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).clone()
-        values = {**vars(self.totals), "held_out": vars(self.held_out)}
-        save_snapshot(folder, Snapshot(self.number + 1, tensors, values), keep)
+        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        save_snapshot(folder, Snapshot(self.number + 1, tensors, self._values()), keep)
         self.number, self.saved_step = self.number + 1, self.totals.step
 
     def load(self, folder: Path, say: Callable[[str], None]) -> bool:
@@ -83,6 +79,36 @@ class LoopState:
         own = {f"parameter/{name}": p.shape for name, p in self.adapted.parameters.items()}
         if own != {n: t.shape for n, t in tensors.items() if n.startswith("parameter/")}:
             raise RunFailedError(f"the checkpoint in {folder} belongs to another adapter")
+        self._take(tensors, values)
+        self.number, self.saved_step = snapshot.number, self.totals.step
+        return True
+
+    def share(self) -> None:
+        """Have the state of the first process in all of them."""
+        if not world().is_shared:
+            return
+        tensors = tensors_from_main(self._tensors(), self._device)
+        values = from_main(self._values)
+        if not world().is_main:
+            self._take(tensors, values)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all that is a tensor of this state, without copying it, under the names saved."""
+        tensors = self.random_state()
+        for name, tensor in self.adapted.state().items():
+            tensors[f"method/{name}"] = tensor.detach()
+        for name, parameter in self.adapted.parameters.items():
+            tensors[f"parameter/{name}"] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+        return tensors
+
+    def _values(self) -> dict[str, Any]:
+        """Return the numbers of this state as JSON's values."""
+        return {**vars(self.totals), "held_out": vars(self.held_out)}
+
+    def _take(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Fill this state from what `_tensors` and `_values` gave."""
         self.set_random_state(tensors)
         with torch.no_grad():
             for name, parameter in self.adapted.parameters.items():
@@ -92,8 +118,6 @@ class LoopState:
         self.adapted.load_state(kept)
         self.held_out = HeldOutState(**values.pop("held_out", {}))  # older ones have none
         self.totals = Totals(**values)
-        self.number, self.saved_step = snapshot.number, self.totals.step
-        return True
 
     @property
     def is_saved(self) -> bool:

@@ -40,6 +40,7 @@ from swlora.kernels.tree_walk import TreeWalk
 from swlora.locks import lock
 from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
+from swlora.processes import world
 from swlora.versions import package_versions
 
 GIB = 1 << 30
@@ -91,10 +92,11 @@ class PrefixCache:
             return
         self._numbers = number_nodes(sequences)
         self._groups = fixed_groups(sequences)
-        folder = cache_dir() / PREFIX / content_key(walk, sequences)
+        folder = cache_dir() / PREFIX / (content_key(walk, sequences) + _of_machine())
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _make_room(folder, limit_bytes - n_bytes)
+            if world().local_rank == 0:
+                _make_room(folder, limit_bytes - n_bytes)
             missing = n_bytes - (disk_bytes(folder) if folder.is_dir() else 0)
             if missing > (free := max(0, free_bytes(folder) - kept_bytes)):
                 say(
@@ -120,6 +122,8 @@ class PrefixCache:
     def _kept(self, nodes: np.ndarray) -> Tensor:
         """Return the states of nodes (T,), (T, D), from the file; compute what is not there."""
         missing = nodes[self._checksums[nodes] == 0]
+        if world().is_shared:
+            missing = self._still_missing(missing)
         self._compute(missing)
         states, damaged = self._read(nodes)
         if len(damaged):
@@ -130,6 +134,19 @@ class PrefixCache:
                 raise OSError("the prefix cache does not give back what was written")
         self.n_read_trees += not len(missing)
         return states
+
+    def _still_missing(self, nodes: np.ndarray) -> np.ndarray:
+        """Return those of the nodes whose states no other process of the run has kept either."""
+        assert self._data is not None
+        n_whole = os.fstat(self._data).st_size // self._state_bytes
+        for group in self._groups.owners(nodes).tolist():
+            first, end = self._groups.first_node[group : group + 2].tolist()
+            n_bytes = (min(end, n_whole) - first) * CHECKSUM.itemsize
+            kept = os.pread(self._sums, max(0, n_bytes), first * CHECKSUM.itemsize)
+            n_kept = len(kept) // CHECKSUM.itemsize
+            self._checksums[first : first + n_kept] = np.frombuffer(kept, CHECKSUM, n_kept)
+        missing: np.ndarray = nodes[self._checksums[nodes] == 0]
+        return missing
 
     def _compute(self, nodes: np.ndarray) -> None:
         """Compute and keep the states of all groups that own any of the nodes."""
@@ -151,13 +168,16 @@ class PrefixCache:
         assert in_use  # it waited
         self._opened.enter_context(in_use)
         header = {"format": FORMAT, "n_nodes": self._n_nodes, "row_bytes": self._state_bytes}
-        if _header(folder) != header:
-            for stale in ("states", "checksums"):
-                (folder / stale).unlink(missing_ok=True)
-            write_json(folder / ABOUT, about(self._owner))
-            write_json(folder / "header.json", header)
-        self._sums = self._open_file(folder / "checksums")
-        self._data = self._open_file(folder / "states")
+        opening = lock(folder / "opening", alone=True, wait=True, make=True)  # one after another
+        assert opening
+        with opening:
+            if _header(folder) != header:
+                for stale in ("states", "checksums"):
+                    (folder / stale).unlink(missing_ok=True)
+                write_json(folder / ABOUT, about(self._owner))
+                write_json(folder / "header.json", header)
+            self._sums = self._open_file(folder / "checksums")
+            self._data = self._open_file(folder / "states")
         os.utime(folder)
         self._checksums = np.zeros(self._n_nodes, CHECKSUM)
         saved = os.pread(self._sums, self._checksums.nbytes, 0)
@@ -218,6 +238,16 @@ class PrefixCache:
         reason = getattr(error, "strerror", None) or error
         self._say(f"going on without the prefix cache: {reason}")
         self.close()
+
+
+def _of_machine() -> str:
+    """Return what sets apart the caches of several machines, which may have one cache folder.
+
+    The processes of one machine share a cache, as runs do: a state is computed by who needs it
+    first, in the same way by all.
+    """
+    us = world()
+    return f"-{us.machine}" if us.size > us.local_size else ""
 
 
 def content_key(walk: TreeWalk, sequences: TokenSequences) -> str:

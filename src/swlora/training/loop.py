@@ -9,11 +9,8 @@ Reported losses are without the method's own term.
 """
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,12 +20,14 @@ from swlora.adapters.adapted import Adapted
 from swlora.config import TrainSpec
 from swlora.errors import DivergedError, RunFailedError
 from swlora.loss_sum import LossSum
+from swlora.processes import StoppedTogether
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
 from swlora.threads import adapt_threads, adapted_threads, fix_threads
 from swlora.training.checkpoint import Checkpoints, LoopState, Totals
 from swlora.training.device_update import decides_on_device, update_where_finite
 from swlora.training.schedule import Schedule, Step
+from swlora.training.stopping import StopRequest
 from swlora.training.watch import HeldOutState, Watch
 
 
@@ -48,20 +47,24 @@ def train(
     progress: Progress,
     watch: Watch | None = None,
     rows_of: Callable[[Step], str] = lambda _step: "",
+    stop: StopRequest | None = None,
 ) -> LoopState:
     """Train `adapted` for the steps of `schedule`, checkpointing into `run`; return the state.
 
     Continues from the run's checkpoint where there is one. SIGINT and SIGTERM end the loop after
     the current step with a checkpoint and KeyboardInterrupt. The last checkpoint is the final
     state; it goes when the run is done. `watch` measures held-out examples off the clock, keeps the
-    best adapter and may end the training early; `rows_of` names the rows of a step that is skipped.
-    Raises DivergedError before a non-finite loss or
+    best adapter and may end the training early; `rows_of` names the rows of a step that is skipped;
+    `stop` is what a `DealtStep` agrees on with other processes, which all have the state that the
+    first one loads. Raises DivergedError before a non-finite loss or
     gradient could reach the weights, or weights that cannot be used a checkpoint.
     """
     spec = schedule.spec
     accelerator, state = _begin(adapted, spec)
-    folder, n_steps = run.checkpoint, schedule.n_steps
-    if folder and state.load(folder, progress.say):
+    folder, n_steps, stop = run.checkpoint, schedule.n_steps, stop or StopRequest()
+    is_resumed = folder is not None and state.load(folder, progress.say)
+    state.share()
+    if is_resumed:
         progress.say(f"resuming after step {state.totals.step}")
     run.truncate_metrics(state.totals.step)
     if n_lost := state.totals.step - len(run.metrics()):
@@ -69,7 +72,7 @@ def train(
     if watch:
         watch.resume(state.held_out)
     checkpoints = Checkpoints(state, run, spec)
-    with progress.task("train", n_steps) as task, _stop_requested() as stop:
+    with progress.task("train", n_steps) as task, stop.heard():
         task.advance(state.totals.step)
         for groups in _ahead(step_function, schedule.steps(state.totals.step)):
             if watch and watch.is_over(state.held_out):
@@ -92,12 +95,12 @@ def train(
                 report |= watch.after_step(state.held_out, state.totals.step, n_steps)
             run.append_metrics(report)
             task.advance(1, _note(report, state.held_out))
-            stopping = stop.is_set()  # asked once: the signal may come between two questions
+            stopping = stop.is_set  # asked once: the signal may come between two questions
             checkpoints.after_step(at_once=stopping or was_removed)
             if stopping:
                 stopped = f"stopped after step {state.totals.step} of {n_steps}"
                 how = f"; --resume --output {run.folder} continues" if folder else ""
-                raise KeyboardInterrupt(stopped + how)
+                raise StoppedTogether(stopped + how)
     checkpoints.save()
     if state.totals.skipped == state.totals.step:
         raise DivergedError("no step of the training had a finite loss and gradient")
@@ -146,8 +149,6 @@ def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     if device.type == "cuda":
         fix_threads(torch.get_num_threads())  # the CPU computes next to nothing then
-    if accelerator.num_processes > 1:
-        raise RunFailedError("swlora trains in one process; start it without a launcher")
     optimizer = accelerator.prepare(make_optimizer(adapted, spec))
     return accelerator, LoopState(adapted, optimizer.optimizer)
 
@@ -270,26 +271,3 @@ def make_optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:
         weight_decay=spec.weight_decay,
         fused=True,
     )
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a flag; the second one acts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous: dict[signal.Signals, Any] = {}
-
-    def request(_number: int, _frame: Any) -> None:
-        stop.set()
-        for known, handler in previous.items():
-            signal.signal(known, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

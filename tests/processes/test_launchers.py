@@ -1,0 +1,130 @@
+"""The launchers that people use start `swlora train`: torchrun and accelerate, on the CPU."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.support.fault_trials import write_inputs
+
+from swlora.config import dump_yaml, load_spec
+from swlora.metrics_file import read_metrics
+from swlora.runs import read_run
+from swlora.training.checkpoint import steps_done
+
+pytestmark = pytest.mark.slow
+ENDED_S = 30.0
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+
+
+class Launched:
+    """A launcher of `swlora train`, and what it and its processes write."""
+
+    def __init__(
+        self,
+        launcher: tuple[str, ...],
+        folder: Path,
+        arguments: tuple[str, ...] = (),
+        **changes: Any,
+    ) -> None:
+        settings = write_inputs(folder)
+        settings |= {"train.epochs": 5000, "train.max_steps": None, "train.batch_size": 6}
+        settings |= {name.replace("__", "."): value for name, value in changes.items()}
+        (folder / "config.yaml").write_text(dump_yaml(load_spec(None, settings)), encoding="utf-8")
+        self.run, self._launcher, self._log = folder / "run", launcher, folder / "log"
+        self._environment = os.environ | {"SWLORA_CACHE": str(folder / "cache")}
+        config = str(folder / "config.yaml")
+        self.start("--config", config, "--output", str(self.run), *arguments)
+
+    def start(self, *arguments: str) -> None:
+        program = ["-m", "swlora", "train", *arguments]
+        command = [sys.executable, *self._launcher, *program]
+        with self._log.open("w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+            )
+
+    def await_steps(self, n: int, within_s: float = 120.0) -> None:
+        """Wait until n steps are done."""
+        until_s = time.monotonic() + within_s
+        metrics = self.run / "metrics.jsonl"
+        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= n):
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < until_s, self.said
+            time.sleep(0.05)
+
+    def rank(self, number: int) -> psutil.Process:
+        """Return the process of a rank."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(c for c in children if c.environ().get("RANK") == str(number))
+
+    @property
+    def said(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.said.splitlines() if line.startswith("swlora:")]
+
+    def end(self, within_s: float = 120.0) -> int:
+        try:
+            return self.process.wait(within_s)
+        finally:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def test_torchrun_trains_to_the_end(tmp_path):
+    launched = Launched(TORCHRUN, tmp_path, train__epochs=3)
+    assert launched.end() == 0, launched.said
+    facts = read_run(launched.run)
+    assert (facts["status"], facts["processes"]) == ("done", 2)
+    assert len(read_metrics(launched.run)) == 6
+    assert launched.said.count("run folder:") == 1  # the first process alone prints
+    assert launched.said.count("data: ") == 1
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_run_with_its_name_and_it_resumes(killed, tmp_path):
+    launched = Launched(TORCHRUN, tmp_path, train__save_every="1step")
+    launched.await_steps(20)
+    start_s = time.monotonic()
+    launched.rank(killed).send_signal(signal.SIGKILL)
+    assert launched.end() != 0
+    assert time.monotonic() - start_s < ENDED_S
+    assert len(launched.lines) == 1, launched.said
+    assert re.search(rf"rank {killed} on \S+ \(process \d+\) is gone", launched.lines[0])
+    n_done = steps_done(launched.run / "checkpoint")
+    assert n_done >= 19
+    launched.start(*("--resume", "--output", str(launched.run), "--epochs", str(n_done // 2 + 2)))
+    assert launched.end() == 0, launched.said
+    assert read_run(launched.run)["status"] == "done"
+
+
+def test_a_stopped_launcher_leaves_a_checkpoint(tmp_path):
+    launched = Launched(TORCHRUN, tmp_path, train__save_every="1h")
+    launched.await_steps(5)
+    launched.process.send_signal(signal.SIGTERM)
+    launched.end(ENDED_S)
+    assert read_run(launched.run)["status"] == "cancelled"
+    n_done = steps_done(launched.run / "checkpoint")
+    assert n_done == len(read_metrics(launched.run)) >= 5
+    assert len(launched.lines) == 1, launched.said
+    assert f"stopped after step {n_done} of" in launched.lines[0]
+
+
+def test_accelerate_starts_one_process_on_cpus_which_is_noticed(tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    launched = Launched(launcher, tmp_path, arguments=("--processes", "2"))
+    assert launched.end() != 0
+    assert launched.lines == [
+        "swlora: --processes 2, and there is 1: start with torchrun --nproc-per-node 2 "
+        "(accelerate launch --cpu starts a single one)"
+    ]
+    assert not launched.run.exists()

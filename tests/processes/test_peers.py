@@ -1,0 +1,109 @@
+"""Messages between processes, and who of them is missed; threads stand for the processes."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from swlora.errors import RunFailedError, UserError
+from swlora.processes import peers as peers_module
+from swlora.processes.peers import INTERRUPTED, Peers, _Place
+from swlora.processes.world import World
+
+Meet = Callable[..., list[Peers]]
+
+
+@pytest.fixture
+def meet(monkeypatch: pytest.MonkeyPatch) -> Iterator[Meet]:
+    """A function (n, places=None) -> n processes that know one another; all leave in the end."""
+    monkeypatch.setattr(peers_module, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(peers_module, "BEAT_EVERY_S", 0.04)
+    monkeypatch.setattr(peers_module, "SILENT_S", 0.4)
+    made: list[Peers] = []
+
+    def met(n: int, places: dict[int, _Place] | None = None) -> list[Peers]:
+        store = HashStore()
+        made.extend(Peers(World(rank, n), lambda: store) for rank in range(n))
+        for rank, place in (places or {}).items():
+            store.set(f"place/{rank}", json.dumps(asdict(place)))
+        together(made, lambda peers: peers.meet(5.0))
+        return made
+
+    yield met
+    for peers in reversed(made):  # the first one waits for the others
+        peers.leave()
+
+
+def together(all_peers: list[Peers], work: Callable[[Peers], Any]) -> list[Any]:
+    with ThreadPoolExecutor(len(all_peers)) as pool:
+        return list(pool.map(work, all_peers))
+
+
+def test_messages_reach_all_in_order(meet):
+    peers = meet(3)
+    values = [{"a": [1, None, 0.1]}, "two"]
+    for value in values:
+        assert (
+            together(peers, lambda p, v=value: p.from_main(v if p.world.is_main else "no"))
+            == [value] * 3
+        )
+    assert together(peers, lambda p: p.gathered(p.world.rank * 1.5)) == [[0.0, 1.5, 3.0]] * 3
+
+
+def test_who_fails_is_believed_first_and_ends_a_wait(meet):
+    first, second, third = meet(3)
+    waiting = threading.Thread(target=lambda: time.sleep(0.1) or second.fail("no rows", 2))
+    waiting.start()
+    with pytest.raises(UserError, match="no rows"):
+        first.gathered(None)
+    waiting.join()
+    assert third.fail("something else").message == "no rows"
+    with pytest.raises(UserError, match="no rows"):
+        third.check()
+
+
+def test_an_interruption_of_one_interrupts_all(meet):
+    first, second = meet(2)
+    second.fail("interrupted", INTERRUPTED)
+    with pytest.raises(KeyboardInterrupt):
+        first.gathered(0)
+
+
+def test_a_dead_process_of_the_same_machine_is_missed_at_once(meet):
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    place = replace(_Place.own(), number=dead.pid, host="here")
+    dead.wait()
+    first, _ = meet(2, {1: place})
+    failure = first.look_for_failure(within_s=5.0)
+    assert failure is not None
+    assert f"rank 1 on here (process {dead.pid}) is gone" in failure.message
+
+
+def test_a_silent_process_of_another_machine_is_missed(meet):
+    first, second, third = meet(3, {2: replace(_Place.own(), space="another", host="there")})
+    assert first.look_for_failure(within_s=1.0) is None
+    third._ended.set()  # no heartbeat any more
+    with pytest.raises(RunFailedError, match=r"rank 2 on there .* is gone"):
+        second.gathered(None)
+
+
+def test_who_leaves_is_not_missed(meet):
+    first, second = meet(2, {1: replace(_Place.own(), space="another")})
+    second.leave()
+    assert first.look_for_failure(within_s=1.0) is None
+    assert first.await_leaving(1, 1.0)
+
+
+def test_too_few_processes_are_an_error():
+    lonely = Peers(World(0, 3), HashStore)
+    lonely._store = lonely._watched = HashStore()
+    with pytest.raises(RunFailedError, match="only 1 of 3 processes came within 0 s"):
+        lonely.meet(0.05)

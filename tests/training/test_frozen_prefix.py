@@ -1,6 +1,7 @@
 """The prefix cache: the states of plain forward passes, read from then on, and its key."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
+from swlora.processes.world import World
 from swlora.training import frozen_prefix
 from swlora.training.frozen_prefix import PrefixCache, content_key
 
@@ -181,3 +183,27 @@ def test_two_runs_over_the_same_content_share_their_states(make_model: MakeModel
         assert torch.equal(third(tree, layout), states)
     assert (third.n_read_trees, third.n_computed_groups) == (len(trees), 0)
     third.close()
+
+
+def test_what_another_process_of_the_run_has_computed_is_not_computed_again(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both opened the cache when it was empty."""
+    monkeypatch.setattr(frozen_prefix, "world", lambda: World(0, 2, 0, 2))
+    sequences = make_sequences()
+    first, second = Run(make_model, sequences), Run(make_model, sequences)
+    first.epoch()
+    second.epoch()
+    assert (first.counts()[1], second.counts()[1]) == (n_fixed_groups(sequences), 0)
+    assert_same_adapters(first, second)
+
+
+def test_every_machine_has_its_own_cache(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, prefix_folder: Path
+) -> None:
+    """Their cache folder may be the same one; files of a network are not safe to share."""
+    sequences = make_sequences()
+    for machine in range(2):
+        monkeypatch.setattr(frozen_prefix, "world", lambda m=machine: World(m, 2, 0, 1, m))
+        Run(make_model, sequences).close()
+    assert len(list(prefix_folder.iterdir())) == 2

@@ -20,6 +20,7 @@ from swlora.training.step_memory import (
     CHEAP_COPIES_BYTES,
     MANY_NODES,
     RESIDENT,
+    TOO_MANY_NODES,
     copies_worth_bytes,
     fit_into_memory,
     measured_memory,
@@ -136,9 +137,11 @@ def test_a_sequence_that_fits_nowhere_is_said(make_model: MakeModel) -> None:
 
 def test_copies_of_weights_are_few_where_trees_are_large(make_model: MakeModel) -> None:
     """On average: one large tree does not drive them out."""
-    for n, batch_size, expected in ((7, 1, None), (8, 4, CHEAP_COPIES_BYTES), (7, 4, None)):
+    few = CHEAP_COPIES_BYTES
+    for n, batch_size, expected in ((7, 1, None), (8, 4, few), (7, 4, None), (7, 7, 0)):
         sequences = random_sequences(n, 201)
         step = TreeStep(adapted(make_model), sequences)
         schedule = Schedule.of(sequences, TrainSpec(batch_size=batch_size), seed=0)
         assert copies_worth_bytes(step, schedule) == expected
     assert 7 * 200 / 2 < MANY_NODES <= 4 * 200 * 0.99
+    assert 4 * 200 < TOO_MANY_NODES <= 7 * 200 * 0.99

@@ -50,7 +50,7 @@ class ModelSpec(Spec):
         description="memory beside the weights: for the steps of a training, which are run in "
         "smaller parts where they need more, and for copies of weights, which make products "
         "faster; 0: no copies [default: three quarters of what is free, of which copies get "
-        "1 GiB at most where steps run many tokens at once]",
+        "few or none where steps run many tokens at once]",
     )
     threads: int | None = Field(
         default=None,

@@ -36,8 +36,9 @@ MEASURED_NODES = 384
 RESIDENT = 1.4  # what a process held over what its tensors took: measured 1.2 to 1.47
 MARGIN = 1.5  # of the rough formula
 # Copies of weights save the same time in every product, however many rows it has: 1.15 times the
-# rate with 511 nodes and 1.08 with 1,022 (1.1 B). From here on, less than a tenth is gained.
-MANY_NODES = 768
+# rate with 511 nodes and 1.08 with 1,022 (1.1 B), 1.00 with 1,600 (135 M). From here on, less than
+# a tenth is gained; from TOO_MANY_NODES on nothing that would be worth the memory.
+MANY_NODES, TOO_MANY_NODES = 768, 1280
 CHEAP_COPIES_BYTES = 1 << 30  # twice those of the embedded model
 
 
@@ -205,10 +206,13 @@ def _cut_trees(
 def copies_worth_bytes(step: TreeStep, schedule: Schedule) -> int | None:
     """Return the most bytes of copies that pay for themselves in a step; None: any number.
 
-    They do not where trees are large, but for few of them; the head, whose products are narrow
-    whatever the tree, comes first.
+    Where trees are large few of them do, the head's first, whose products are narrow whatever the
+    tree; where they are larger still, none.
     """
-    return CHEAP_COPIES_BYTES if _nodes(step, schedule).mean() >= MANY_NODES else None
+    n_nodes = _nodes(step, schedule).mean()
+    if n_nodes >= TOO_MANY_NODES:
+        return 0
+    return CHEAP_COPIES_BYTES if n_nodes >= MANY_NODES else None
 
 
 def _largest_tree(step: TreeStep, schedule: Schedule) -> int:

@@ -7,6 +7,7 @@ arm that cannot run, or whose memory is not there, says why, and the others go o
 
 import argparse
 import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -46,6 +47,7 @@ def parser(description: str, of: str) -> argparse.ArgumentParser:
     where.add_argument("--json", type=Path, help="where the results go")
     where.add_argument("--table", type=Path, help="print the table of these results; run nothing")
     made.add_argument("--quick", action="store_true", help=f"one short round, {of}")
+    made.add_argument("--add", action="store_true", help="keep the other cases that --json has")
     made.add_argument("--arms", help=f"comma-separated, of: {', '.join(SCENARIO_ARMS)}")
     made.add_argument("--rounds", type=int, help="how often every arm is run (1 quick, else 3)")
     made.add_argument("--e2e", type=Path, help="folder with trainset.csv (default: SWLORA_E2E)")
@@ -106,15 +108,36 @@ def run(
         for arm in case.amounts
     }
     turns.run(jobs, n_rounds)
+    load = {"load_average": {"start": start, "end": runner.load()}}
     return {
         "benchmark": benchmark,
         "quick": args.quick,
         "machine": runner.machine(),
-        "load_average": {"start": start, "end": runner.load()},
         "wall_s": turns.elapsed_s,
-        benchmark: {case.name: _of_case(case, turns.rounds, ratios) for case in cases},
+        benchmark: {case.name: load | _of_case(case, turns.rounds, ratios) for case in cases},
         "rounds": turns.rounds,
     }
+
+
+def publish(report: dict[str, Any], args: argparse.Namespace, table: Callable[..., str]) -> None:
+    """Write a report to --json, with the other cases that are there for --add; print its table."""
+    from swlora.files import write_json
+
+    if args.add and args.json.exists():
+        report = added(json.loads(args.json.read_text(encoding="utf-8")), report)
+    write_json(args.json, report)
+    print(table(report))
+
+
+def added(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report with the cases of an earlier one that it has not."""
+    name = report["benchmark"]
+    rounds = [
+        {job: one for job, one in results.items() if job.split()[0] not in report[name]}
+        for results in before["rounds"]
+    ]
+    cases, wall_s = before[name] | report[name], before["wall_s"] + report["wall_s"]
+    return {**report, "wall_s": wall_s, name: cases, "rounds": rounds + report["rounds"]}
 
 
 def job(case: Case, arm: str, unsloth_python: str | None) -> runner.Job | str:

@@ -35,11 +35,7 @@ def main() -> None:
     scenarios = [SCENARIOS[n] for n in cases.named(args.scenarios, SCENARIOS, "scenario")]
     arms = cases.named(args.arms, SCENARIO_ARMS, "arm")
     cases.find_unsloth(args)
-    from swlora.files import write_json
-
-    report = measured(scenarios, arms, args)
-    write_json(args.json, report)
-    print(markdown(report))
+    cases.publish(measured(scenarios, arms, args), args, markdown)
 
 
 def measured(scenarios: list[Scenario], arms: list[str], args: argparse.Namespace) -> Any:

@@ -68,7 +68,6 @@ def main() -> None:
     )
     parser.add_argument("--layers", help=f"comma-separated, of: {', '.join(LAYERS)}")
     parser.add_argument("--rows", help=f"tokens a row, comma-separated, of: {', '.join(ROWS)}")
-    parser.add_argument("--add", action="store_true", help="keep the other cases that --json has")
     parser.add_argument("--scratch", type=Path, help="folder with some 6 GB free")
     args = parser.parse_args()
     if args.table:
@@ -79,8 +78,6 @@ def main() -> None:
     rows = cases.named(args.rows, ROWS, "kind of rows")
     arms = cases.named(args.arms or ARMS, SCENARIO_ARMS, "arm")
     cases.find_unsloth(args)
-    from swlora.files import write_json
-
     with tempfile.TemporaryDirectory(prefix="swlora-bench-", dir=args.scratch) as scratch:
         made = [
             case
@@ -88,10 +85,7 @@ def main() -> None:
             for case in cases_of(shape, layers, rows, arms, Path(scratch), args)
         ]
         report = cases.run("sizes", made, args, ratios, QUICK_LIMIT_S * len(shapes))
-    if args.add and args.json.exists():
-        report = added(json.loads(args.json.read_text(encoding="utf-8")), report)
-    write_json(args.json, report)
-    print(markdown(report))
+    cases.publish(report, args, markdown)
 
 
 def cases_of(
@@ -140,16 +134,6 @@ def _write_rows(kind: Rows, path: Path, model: str, args: Any) -> str:
             title = f"{title} ({error})"
     rows.save(path)
     return title
-
-
-def added(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """Return the report with the cases of an earlier one that it has not."""
-    rounds = [
-        {job: one for job, one in results.items() if job.split()[0] not in report["sizes"]}
-        for results in before["rounds"]
-    ]
-    sizes, wall_s = before["sizes"] | report["sizes"], before["wall_s"] + report["wall_s"]
-    return {**report, "wall_s": wall_s, "sizes": sizes, "rounds": rounds + report["rounds"]}
 
 
 def ratios(arms: Summary) -> dict[str, Any]:

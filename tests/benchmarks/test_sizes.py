@@ -52,9 +52,10 @@ def test_the_table_has_a_line_an_arm() -> None:
 def test_what_is_added_takes_the_place_of_the_same_case() -> None:
     def report(rate: float, *names: str) -> dict[str, Any]:
         rounds = [{f"{name} ours": {"rate": rate} for name in names}]
-        return {"wall_s": rate, "sizes": dict.fromkeys(names, rate), "rounds": rounds}
+        about = {"benchmark": "sizes", "wall_s": rate}
+        return about | {"sizes": dict.fromkeys(names, rate), "rounds": rounds}
 
-    found = sizes.added(report(1.0, "a", "b"), report(2.0, "b", "c"))
+    found = cases.added(report(1.0, "a", "b"), report(2.0, "b", "c"))
     assert found["sizes"] == {"a": 1.0, "b": 2.0, "c": 2.0}
     assert found["rounds"] == [
         {"a ours": {"rate": 1.0}},

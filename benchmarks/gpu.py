@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from benchmarks import runner
 
 LIMIT_S = 525.0
-TESTS = "tests/gpu"
+TESTS = ("tests/gpu", "tests/training/test_loop_resume.py")
 ON_BOTH = ("--shape", "smollm2-135m")
 LONG = ("--shape", "8b", "--long", "4096", "--rows", "4", "--row-tokens", "4096", "--steps", "6")
 
@@ -40,7 +40,7 @@ def parts(dry: bool, tokens: Path) -> list[Part]:
     short_rows = ["--rows", "12", "--steps", "4"]
     full = [*given, *(short + short_rows if dry else ON_BOTH)]
     long = [*short, "--long", "64", "--rows", "2", "--steps", "4"] if dry else LONG
-    pytest = ["pytest", TESTS, "-v", "-o", "addopts=--import-mode=importlib --strict-markers"]
+    pytest = ["pytest", *TESTS, "-m", "gpu", "-v", "-o", "addopts=--import-mode=importlib --strict-markers"]
     pytest += ["-p", "no:cacheprovider", "--maxfail", "12"]
     return [
         Part("tests", pytest, 190),

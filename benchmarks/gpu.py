@@ -40,8 +40,8 @@ def parts(dry: bool, tokens: Path) -> list[Part]:
     short_rows = ["--rows", "12", "--steps", "4"]
     full = [*given, *(short + short_rows if dry else ON_BOTH)]
     long = [*short, "--long", "64", "--rows", "2", "--steps", "4"] if dry else LONG
-    pytest = ["pytest", *TESTS, "-m", "gpu", "-v", "-o", "addopts=--import-mode=importlib --strict-markers"]
-    pytest += ["-p", "no:cacheprovider", "--maxfail", "12"]
+    pytest = ["pytest", *TESTS, "-m", "gpu", "-v", "-p", "no:cacheprovider", "--maxfail", "12"]
+    pytest += ["-o", "addopts=--import-mode=importlib --strict-markers"]
     return [
         Part("tests", pytest, 190),
         Part("ours", ["benchmarks.gpu_arm", "ours", *full], 80),

@@ -135,11 +135,11 @@ def fit_steps(job: Job, schedule: "Schedule", step: "TreeStep | PlainStep") -> i
     wait()  # for all to have their models
     began_with = job.run.facts.get("tokens_at_once")
     step.most_nodes = began_with if isinstance(began_with, int) else None
-    is_resumed = bool(job.run.facts.get("resumed"))
-    limit_bytes = steps_limit_bytes(share=1 if is_resumed else FREE_SHARE)
-    say = job.progress.say
-    needed = fit_into_memory(step, schedule, limit_bytes, say, keeps_trees=is_resumed)
+    is_resumed, say = bool(job.run.facts.get("resumed")), job.progress.say
+    share = 1 if is_resumed else FREE_SHARE
     # Of several processes the first one's memory stands for all.
+    limit_bytes = from_main(lambda: steps_limit_bytes(share=share))
+    needed = fit_into_memory(step, schedule, limit_bytes, say, keeps_trees=is_resumed)
     needed, step.most_nodes = from_main(lambda: (needed, step.most_nodes))
     job.run.record(tokens_at_once=step.most_nodes)
     return needed

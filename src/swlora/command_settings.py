@@ -42,7 +42,7 @@ SETTINGS = {
     "eval": (*MODEL, *EVAL_DATA, *EVALUATION, *DECODE, *SEED),
     "train-eval": (
         *(*MODEL, *DATA, *EVALUATION, *ADAPTER),
-        *(*TRAIN, *DECODE, *IDENTIFY, *SEED),
+        *(*(name for name in TRAIN if name != "train.shard"), *DECODE, *IDENTIFY, *SEED),
     ),
     "generate": (*MODEL, *TEXT, *SEED),
     "merge": TOKENIZER,

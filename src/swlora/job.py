@@ -88,13 +88,24 @@ class Job:
             spec = spec.model_copy(update={"frozen": "dequantised"})
         with self.timed("load_model"), self.progress.task("load the model"):
             loaded = load_model(spec, dtype=dtype)
+        self._note_model(loaded)
+        return loaded
+
+    def load_shard(self) -> None:
+        """Take this process's part of the model, which all processes hold together."""
+        from swlora.models.sharded import load_sharded_model
+
+        with self.timed("load_model"), self.progress.task("load this process's part of the model"):
+            self.loaded = load_sharded_model(self.spec.model)
+        self._note_model(self.loaded)
+
+    def _note_model(self, loaded: LoadedModel) -> None:
         self.progress.say(f"model: {loaded.source}")
         name = settled_model(self.spec.model).name
         self.run.record_source(model=name, model_revision=loaded.revision)
         self.run.record(model_source=loaded.source)
         if self.run.folder is not None:
             self._record_weight_files(loaded)
-        return loaded
 
     def _record_weight_files(self, loaded: LoadedModel) -> None:
         """Record sizes and dates of the model's files, and with `verify` what is in them.

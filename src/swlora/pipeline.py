@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swlora.attachment import attach, run_steps
+from swlora.errors import UserError
 from swlora.files import sha256_of
 from swlora.job import Job
 from swlora.layer_policy import VerifiedLayers
@@ -266,7 +267,12 @@ def evaluate_adapter(
 
 
 def train_evaluate(job: Job, metric: "UserMetric | None" = None) -> "tuple[Trained, Evaluated]":
-    """Train, then evaluate what was trained."""
+    """Train, then evaluate what was trained.
+
+    Raises UserError for a model that is to be sharded: a part of it cannot generate.
+    """
+    if job.spec.train.shard:
+        raise UserError("train.shard is for swlora train; run that, then swlora eval")
     # What cannot be done shall be known before the training.
     evaluation = prepare_evaluation(job, metric)
     training, layers = prepare_training(job), choose_layers(job)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from swlora.config import sharding_problem
 from swlora.data.examples import Example
 from swlora.data.summary import short_lines
 from swlora.data.token_sequences import Ints, TokenSequences
@@ -67,6 +68,8 @@ class PreparedEvaluation:
 
 def prepare_training(job: Job) -> PreparedTraining:
     """Load, encode and check what a training needs, then begin the run."""
+    if job.spec.train.shard:
+        job.load_shard()
     sequences = job.encoded("train").sequences
     schedule, planned = planned_schedule(job, sequences)
     held_out = encode_held_out(job, planned) if planned else None
@@ -210,6 +213,8 @@ def settle_start(job: Job) -> None:
     check_start_base(settled, loaded.source, weights_sample_sha256(loaded.model))
     job.run.record_source(**start_facts(settled))
     job.spec = job.spec.model_copy(update={"adapter": settled})
+    if problem := sharding_problem(job.spec):
+        raise UserError(problem)
     if not goes_on:
         job.progress.say(
             f"starts from the adapter in {given.start} ({settled.method}, layers "

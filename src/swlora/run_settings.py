@@ -21,7 +21,7 @@ CHANGEABLE = frozenset(
         *("train.epochs", "train.max_steps", "train.batch_size", "train.order", "train.row_tokens"),
         *("train.learning_rate", "train.schedule", "train.warmup_fraction", "train.weight_decay"),
         *("train.max_grad_norm", "train.early_stopping", "train.on_nonfinite"),
-        *("train.cache_gb", "adapter.start"),
+        *("train.cache_gb", "train.shard", "adapter.start"),
         *("train.save_every", "train.checkpoint_every_s", "train.keep_checkpoints"),
         *("model.threads", "model.memory_gb"),
     }

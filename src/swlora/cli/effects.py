@@ -43,6 +43,8 @@ def _no_prefix_cache(_command: str, spec: RunSpec) -> str | None:
         return None
     if (policy := spec.adapter.layers).has_first_layer and spec.adapter.is_settled:
         return f"--layers {policy} adapts the first layer, below which there are no states"
+    if spec.train.shard:
+        return "--shard runs all layers of a tree in one walk, without kept states"
     return "--engine plain keeps no states" if spec.train.engine == "plain" else None
 
 

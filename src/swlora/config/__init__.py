@@ -17,7 +17,13 @@ from swlora.config.data import DEFAULT_DATASET, SAMPLE_DATASET, DataSpec
 from swlora.config.decode import DecodeSpec
 from swlora.config.identify import IdentifySpec
 from swlora.config.model import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
-from swlora.config.run import RunSpec, SharedSections, load_recorded_spec, load_spec
+from swlora.config.run import (
+    RunSpec,
+    SharedSections,
+    load_recorded_spec,
+    load_spec,
+    sharding_problem,
+)
 from swlora.config.serve import ServeSpec
 from swlora.config.train import DEFAULT_BATCH_SIZE, TrainSpec
 from swlora.config.yaml_file import dump_yaml
@@ -44,4 +50,5 @@ __all__ = [
     "load_recorded_spec",
     "load_spec",
     "settings_of",
+    "sharding_problem",
 ]

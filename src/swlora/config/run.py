@@ -1,9 +1,9 @@
 """The whole configuration of a run, read from a file and from flags."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from swlora.config.adapter import AdapterSpec
 from swlora.config.data import DataSpec
@@ -16,6 +16,8 @@ from swlora.config.train import SAY_THE_SAME, TrainSpec
 from swlora.config.yaml_file import read_mapping, set_dotted
 from swlora.errors import UserError
 from swlora.settings import explain
+
+SHARDED_METHODS = ("lora", "lora+", "rslora", "adalora")
 
 
 class SharedSections(Spec):
@@ -34,6 +36,33 @@ class RunSpec(SharedSections):
 
     serve: ServeSpec = Field(default=ServeSpec(), exclude=True)  # no part of what a run computes
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if problem := sharding_problem(self):
+            raise ValueError(problem)
+        return self
+
+
+def sharding_problem(spec: RunSpec) -> str | None:
+    """Say why the model cannot be divided over processes (--shard); None where it can, or is not.
+
+    A method that needs whole weights before the first step, or trains them, cannot.
+    """
+    adapter, train = spec.adapter, spec.train
+    if not train.shard:
+        return None
+    if adapter.method not in SHARDED_METHODS and adapter.is_settled:
+        able = f"{', '.join(SHARDED_METHODS[:-1])} or {SHARDED_METHODS[-1]}"
+        return f"--method {adapter.method} needs whole weights; with --shard, use {able}"
+    if adapter.layers.needs_search:
+        return (
+            f"--layers {adapter.layers} looks for layers with the whole model; with --shard, name "
+            "them (swlora identify finds super weights)"
+        )
+    if train.engine == "plain":
+        return "--shard works with --engine tree only; leave --engine plain out"
+    return None
 
 
 def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:

@@ -73,7 +73,11 @@ class TrainSpec(Spec):
         description="stop when N measurements of the held-out loss in a row were no better; keep "
         "the best adapter",
     )
-
+    shard: bool = Field(
+        default=False,
+        description="divide the model's frozen weights over the processes that torchrun started "
+        "(FSDP2), for models that do not fit one device",
+    )
     on_nonfinite: str = Field(
         default="stop",
         description="what to do where the loss of a step or its gradient is not finite: stop, or "

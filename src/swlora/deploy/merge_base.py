@@ -14,11 +14,11 @@ from swlora.adapters.saved import CONFIG, TOKENIZER_CONFIG, read_facts
 from swlora.config import BUILTIN_MODEL, ModelSpec, load_spec
 from swlora.errors import UserError
 from swlora.files import read_json
-from swlora.hub import hub_reachable
 from swlora.library_noise import quiet_libraries
 from swlora.memory import release_pages
 from swlora.models.identity import BaseModel, name_base, sample_sha256, weights_sample_sha256
 from swlora.models.load import LoadedModel, load_skeleton
+from swlora.models.local_files import local_files
 from swlora.models.weight_source import WeightSource, open_weights
 
 
@@ -106,7 +106,7 @@ def open_base(adapter: Path, spec: ModelSpec) -> MergeBase:
         raise UserError(
             f"{loaded.source} is quantised: merge into the model that it was made of (--model)"
         )
-    path = _local(loaded)
+    path = local_files(loaded)
     return MergeBase(loaded, path, open_weights(path))
 
 
@@ -146,27 +146,6 @@ def recorded_base(adapter: Path) -> dict[str, Any]:
         f"{adapter} was trained on {str(name or 'a model that it does not name')[:100]}, which is "
         "not found from here; say where it is with --model"
     )
-
-
-def _local(loaded: LoadedModel) -> Path:
-    """Return the folder or .gguf file of a model; of one from the Hub, fetched where needed."""
-    path = Path(loaded.name)
-    if path.exists():
-        return path
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*config.json"]
-    try:
-        folder = snapshot_download(
-            loaded.name,
-            revision=loaded.revision,
-            allow_patterns=patterns,
-            local_files_only=not hub_reachable(),
-        )
-    except Exception as error:  # of the Hub's client, of the network
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights of {loaded.name} cannot be had: {detail}") from error
-    return Path(folder)
 
 
 def end_tokens(loaded: LoadedModel, *, is_chat: bool) -> tuple[int, ...]:

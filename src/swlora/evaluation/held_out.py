@@ -11,7 +11,9 @@ from swlora.adapters.methods import train_mode
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.loss import dataset_loss
+from swlora.models.sharded_weight import has_sharded
 from swlora.processes import from_main, interruptible
+from swlora.processes.joining import failing_together
 from swlora.progress import Silent
 from swlora.training.watch import Watch
 
@@ -64,12 +66,17 @@ def watch_of(
     in `best_folder`, unless that is None.
 
     `save(folder, losses_nats, step=...)` saves the model as it is; it is called while `adapted` is
-    as it would be in the end. Of several processes the first one measures, and tells the others.
+    as it would be in the end. Of several processes the first one measures, and tells the others;
+    where they share the model's weights, all measure the same.
     """
     measure = held_out_observer(adapted.model, sequences)
 
     def measure_for_all(step: int) -> dict[str, Any]:
         with interruptible():
+            if has_sharded(adapted.model):
+                with failing_together("the held-out loss of all processes"):
+                    found = measure(step)
+                return from_main(lambda: found)
             return from_main(lambda: measure(step))
 
     def save_best(folder: Path, step: int, loss: float) -> None:

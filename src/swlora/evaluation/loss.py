@@ -6,7 +6,7 @@ that groups share are shared, and each group is scored at its own targets.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
+from swlora.models.sharded_weight import has_sharded
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
 from swlora.training.plain import pad, weighted_loss
@@ -39,7 +40,6 @@ def dataset_loss(model: Any, sequences: TokenSequences, progress: Progress) -> L
 
 
 @adapted_threads()
-@torch.inference_mode()
 def grouped_losses(
     model: Any, sequences: TokenSequences, group_of: Ints, progress: Progress
 ) -> list[LossSum]:
@@ -68,7 +68,8 @@ def grouped_losses(
     is_fast = is_covered(model)
     has_trees = is_fast and walk.anatomy.family.has_attention_interface
     forwards = patched_forwards(fast_forwards(model)) if is_fast else nullcontext()
-    with progress.task("loss", len(sequences)) as task, forwards:
+    no_graph = without_graph(base_model)
+    with progress.task("loss", len(sequences)) as task, forwards, no_graph:
         trees = (ids for step in steps for ids in step)
         for ids in (part for tree in trees for part in walk.rotary.sides(tree, sequences.lengths)):
             if has_trees:
@@ -82,6 +83,14 @@ def grouped_losses(
                     totals[group] += _padded_loss(model, sequences, ids[group_of[ids] == group])
             task.advance(len(ids))
     return totals
+
+
+def without_graph(model: Any) -> AbstractContextManager[None]:
+    """Return a context without gradients: inference mode, but for a model with sharded weights.
+
+    They cannot be detached there (findings/dtensor_views_in_inference_mode.sh).
+    """
+    return torch.no_grad() if has_sharded(model) else torch.inference_mode()
 
 
 def _padded_loss(model: Any, sequences: TokenSequences, ids: Ints) -> LossSum:

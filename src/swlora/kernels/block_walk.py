@@ -10,6 +10,7 @@ take the hidden state first and return it, alone or first in a tuple.
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from swlora.kernels.patched_forwards import patched_forwards
@@ -31,13 +32,15 @@ class Walk:
         entry: Tensor | None = None,
         stop: int | None = None,
         keep: Collection[int] = (),
+        graph_from: int = 0,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the blocks from `start` on and below `stop`; return the state there, and others.
 
         `inputs` are the decoder's arguments. `entry` is the hidden state (B, T, D) at the input of
         block `start`; None walks from the tokens. Returned are the state at the input of block
         `stop`, or the final normed one where that is None, and copies of the states at the inputs
-        of the blocks in `keep`. Raises ValueError for blocks that the walk does not pass.
+        of the blocks in `keep`. Blocks below `graph_from` leave no graph. Raises ValueError for
+        blocks that the walk does not pass.
         """
         self._check(start, entry, stop, keep)
         end = self._anatomy.n_layers if stop is None else stop
@@ -55,7 +58,8 @@ class Walk:
                 if not start <= layer < end:
                     return (hidden,) if self._anatomy.family.blocks_return_tuples else hidden
                 adapt_threads()
-                return forward(hidden, *args, **kwargs)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and layer >= graph_from):
+                    return forward(hidden, *args, **kwargs)
 
             return run
 

@@ -83,7 +83,7 @@ def recomputing() -> Iterator[None]:
 def made_by(result: Tensor, make: Callable[[], Tensor]) -> Tensor:
     """Return `result`, of which `recomputing` keeps `make`: it must give the same numbers again."""
     recipes = _ACTIVE.get()
-    if recipes is not None and result.is_contiguous():
+    if recipes is not None and torch.is_grad_enabled() and result.is_contiguous():
         recipes[result.data_ptr()] = _Recipe(result, make)
     return result
 

@@ -52,17 +52,22 @@ class TreeWalk:
         """The number of blocks from the cut on."""
         return self.anatomy.n_layers - self.cut
 
-    def suffix(self, layout: TreeLayout, hidden: Tensor, *, n_recomputed: int = 0) -> Tensor:
+    def suffix(self, layout: TreeLayout, hidden: Tensor | None, *, n_recomputed: int = 0) -> Tensor:
         """Return the final normed hidden state (1, T, D) from the state at the cut.
 
-        The lowest `n_recomputed` of its blocks keep their input alone and run again in backward,
-        when those above have let go of what they kept.
+        None for that state makes it on the way: every block is called once, as those should be
+        whose weights are gathered when they are called. The lowest `n_recomputed` blocks from
+        the cut on keep their input alone and run again in backward, when those above have let go
+        of what they kept.
         """
         again = partial(self._following, layout, n_blocks=1)
         lowest = self.anatomy.blocks[self.cut : self.cut + n_recomputed]
         recomputed = {block: recomputed_block(block.forward, again) for block in lowest}
-        with self._following(layout, n_blocks=self.n_suffix), patched_forwards(recomputed):
-            return self._walk.run(_inputs(layout), start=self.cut, entry=hidden)[0]
+        start = 0 if hidden is None else self.cut
+        following = self._following(layout, n_blocks=self.anatomy.n_layers - start)
+        with following, patched_forwards(recomputed):
+            walked = self._walk.run(_inputs(layout), start=start, entry=hidden, graph_from=self.cut)
+            return walked[0]
 
     @contextmanager
     def _following(self, layout: TreeLayout, *, n_blocks: int) -> Iterator[None]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from swlora.errors import UserError
 from swlora.models.quantised_weight import QuantisedWeight
+from swlora.models.sharded_weight import own_part
 
 PART_NUMBERS = 1 << 22
 
@@ -15,10 +16,11 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
     """Return how many numbers of each named tensor are NaN or infinite, where some are.
 
     Sums show it, of a part at a time, which is copied to float32; only where one is not finite is
-    every number asked.
+    every number asked. Of a weight that is divided over processes each looks at its part.
     """
     found = dict[str, int]()
-    for name, tensor in tensors:
+    for name, given in tensors:
+        tensor = own_part(given)
         if not tensor.is_floating_point() or tensor.is_meta:
             continue
         if isinstance(tensor, QuantisedWeight):

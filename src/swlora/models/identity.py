@@ -19,6 +19,7 @@ from swlora.config import BUILTIN_MODEL
 from swlora.models.builtin import GGUF_NAME, HUB_ID, WHEEL, unpacked_folder
 from swlora.models.load import LoadedModel
 from swlora.models.quantised_weight import QuantisedWeight
+from swlora.models.sharded_weight import whole
 
 SAMPLED_VALUES = 1024  # of each weight
 _SPREAD = 2_654_435_761  # a prime: no pattern of rows and columns is met again and again
@@ -89,7 +90,7 @@ def _values_at(weight: Any, places: Any) -> Any:
     By rows: those of a weight that stays quantised are made without the others.
     """
     if not isinstance(weight, QuantisedWeight):
-        return weight.reshape(-1)[places]
+        return whole(weight).reshape(-1)[places]
     n_in = weight.shape[1]
     return weight[places // n_in].gather(1, (places % n_in)[:, None])[:, 0]
 

@@ -76,14 +76,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     """
     from transformers import GenerationConfig
 
-    keep_freed_memory()
-    keep_few_kernels()
-    if spec.threads is not None:
-        fix_threads(spec.threads)
-    else:
-        share_cores()
-    if spec.memory_gb is not None:
-        limit_memory(spec.memory_gb)
+    settle_process(spec)
     device = resolve_device(spec.device)
     torch_dtype = resolve_dtype(dtype or spec.dtype, device.type)
     place = _find(spec)
@@ -103,6 +96,18 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     revision = _commit(place.model, spec.revision)
     model = model.to(device).eval()
     return LoadedModel(model, tokenizer, place.model, revision, place.source, ends)
+
+
+def settle_process(spec: ModelSpec) -> None:
+    """Set allocator, kernels, threads and limits of this process as `spec` says."""
+    keep_freed_memory()
+    keep_few_kernels()
+    if spec.threads is not None:
+        fix_threads(spec.threads)
+    else:
+        share_cores()
+    if spec.memory_gb is not None:
+        limit_memory(spec.memory_gb)
 
 
 def load_skeleton(spec: ModelSpec) -> LoadedModel:

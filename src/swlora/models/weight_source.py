@@ -83,6 +83,11 @@ class SafetensorsWeights:
         tensor: Tensor = self._files[name].get_tensor(self._stored[name])
         return tensor
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Return some rows of a tensor, in its own dtype; no others are read."""
+        part: Tensor = self._files[name].get_slice(self._stored[name])[rows]
+        return part
+
     @property
     def n_numbers(self) -> int:
         """The numbers in all tensors together."""

@@ -10,6 +10,7 @@ same arithmetic.
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,25 @@ from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.kernels.host_arrays import on_device
 from swlora.loss_sum import LossSum, as_count
 from swlora.processes import check_peers, interruptible, world
+from swlora.processes.joining import failing_together
 from swlora.processes.tensors import summed
 from swlora.training.device_update import DeviceLoss
 from swlora.training.plain import PlainStep
 from swlora.training.schedule import Step
 from swlora.training.step import TreeStep
 from swlora.training.stopping import StopRequest
+
+
+class _Dealt(NamedTuple):
+    """A step and what this process runs of it.
+
+    Where processes share weights, each runs `n_trees`: weights are gathered in the middle of a
+    tree, from all of them. Elsewhere that is 0.
+    """
+
+    groups: Step
+    own: list[Ints]
+    n_trees: int
 
 
 class DealtStep:
@@ -41,7 +55,7 @@ class DealtStep:
         self._step, self._stop = step, stop
         self._parameters = list(adapted.parameters.values())
         self._n_trained = _n_trained(step.sequences)
-        self._dealt: tuple[Step, list[Ints]] | None = None  # a step and what is run of it here
+        self._dealt: _Dealt | None = None  # the step to come
 
     def __call__(self, groups: Step) -> LossSum:
         """Add the gradient of the summed loss of the step; return that loss.
@@ -51,9 +65,10 @@ class DealtStep:
         with interruptible():
             check_peers()
             dealt, self._dealt = self._dealt, None
-            own = dealt[1] if dealt and dealt[0] is groups else self._own(groups)
+            if dealt is None or dealt.groups is not groups:
+                dealt = self._deal(groups)
             with _own_random_numbers(self._parameters[0].device):
-                loss = self._step(own) if own else LossSum()
+                loss = self._run(dealt)
             n_tokens = as_count(float(self._n_trained[np.concatenate(list(groups))].sum()))
             return self._summed(loss, n_tokens)
 
@@ -61,16 +76,16 @@ class DealtStep:
         """Yield the steps; where the step works ahead, it does so with what is run here."""
         work_ahead: Callable[[Iterator[Step]], Iterator[Step]]
         work_ahead = getattr(self._step, "ahead", iter)
-        dealt: deque[tuple[Step, list[Ints]]] = deque()
+        dealt: deque[_Dealt] = deque()
 
         def own() -> Iterator[Step]:
             for groups in steps:
-                dealt.append((groups, self._own(groups)))
-                yield dealt[-1][1]
+                dealt.append(self._deal(groups))
+                yield dealt[-1].own
 
         for _ in work_ahead(own()):
             self._dealt = dealt.popleft()
-            yield self._dealt[0]
+            yield self._dealt.groups
 
     def shares(self, groups: Step) -> list[Share]:
         """Return what each process runs, cut into trees no larger than those of the step."""
@@ -84,8 +99,19 @@ class DealtStep:
 
         return deal(sequences, groups, world().size, cut)
 
-    def _own(self, groups: Step) -> list[Ints]:
-        return self.shares(groups)[world().rank].groups
+    def _deal(self, groups: Step) -> _Dealt:
+        step, shares = self._step, self.shares(groups)
+        own, n_trees = shares[world().rank].groups, 0
+        if isinstance(step, TreeStep) and step.is_sharded:
+            n_trees = max(len(step.parts(share.groups)) for share in shares)
+        return _Dealt(groups, own, n_trees)
+
+    def _run(self, dealt: _Dealt) -> LossSum:
+        """Run what was dealt to this process."""
+        if dealt.n_trees and isinstance(self._step, TreeStep):
+            with failing_together("a step of all processes"):
+                return self._step(dealt.own, dealt.n_trees)
+        return self._step(dealt.own) if dealt.own else LossSum()
 
     def _summed(self, loss: LossSum, n_tokens: float) -> LossSum:
         """Have the gradients of all processes in every one, and return the loss of all."""

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from swlora.models.sharded_weight import is_sharded
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the tensors made in its body, forward and backward, until nobody holds them.
@@ -47,5 +49,7 @@ class LiveBytes(TorchDispatchMode):
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
     """Yield the storages of the strided tensors in a tree of values."""
     for leaf in tree_leaves(tree):
+        if is_sharded(leaf):
+            continue  # its operations run once more, on the part that is here
         if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
             yield leaf.untyped_storage()

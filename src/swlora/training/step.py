@@ -30,12 +30,14 @@ from swlora.kernels.recomputed import recomputing
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
+from swlora.models.sharded_weight import has_sharded
 from swlora.training.device_update import DeviceLoss
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.plain import PlainStep
 from swlora.training.schedule import Step
 
-PrefixSource = Callable[[PrefixTree, TreeLayout], Tensor]
+PrefixSource = Callable[[PrefixTree, TreeLayout], Tensor | None]
+_LEAST = TokenSequences.from_lists([([0], [0])])  # the tree that is run for nothing
 
 
 def make_step(
@@ -55,6 +57,10 @@ def make_step(
     if spec.engine == "tree" and not family.has_attention_interface:
         name = family.model_types[0]
         raise UserError(f"{name} models cannot run prefix trees; use --engine plain")
+    if step.is_sharded:
+        if spec.cache_gb and step.walk.cut > 0:
+            say("no prefix cache: --shard runs all layers of a tree at once")
+        return step
     if spec.engine == "plain" or not family.has_attention_interface:
         return PlainStep(peft_model, sequences, label_smoothing=spec.label_smoothing)
     if spec.cache_gb and step.walk.cut > 0 and _one_side(step, sequences, say):
@@ -87,8 +93,11 @@ class TreeStep:
         self.base_model = peft_model.get_base_model()
         self.sequences = sequences
         self.label_smoothing = label_smoothing
+        self.is_sharded = has_sharded(self.base_model)
         walk = self.walk = TreeWalk(self.base_model, adapted_layers(peft_model)[0])
         self.prefix_source: PrefixSource = lambda _tree, layout: walk.prefix(layout)  # no cycle
+        if self.is_sharded:
+            self.prefix_source = lambda *_: None  # every block is gathered once in a tree
         self._say = say
         self.most_nodes: int | None = None  # of a tree: larger groups are cut
         self.n_recomputed: Callable[[int], int] = lambda _nodes: 0  # blocks, of a tree so large
@@ -96,11 +105,15 @@ class TreeStep:
         self.works_ahead = self.base_model.device.type == "cuda"  # a CPU has no core to spare
         self._planted: _Planted | None = None
 
-    def __call__(self, groups: Sequence[np.ndarray]) -> LossSum:
-        """Add the gradient of the summed loss of the step; return that loss."""
+    def __call__(self, groups: Sequence[np.ndarray], n_trees: int = 0) -> LossSum:
+        """Add the gradient of the summed loss of the step; return that loss.
+
+        `n_trees` are run at least, the missing ones for nothing: processes that share weights must
+        run as many as each other.
+        """
         while True:
             try:
-                return self._run(self._plants(groups))
+                return self._run(self._plants(groups), n_trees)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -114,20 +127,29 @@ class TreeStep:
         together = [part for ids in groups for part in rotary.sides(ids, lengths)]
         return [p for ids in together for p in np.array_split(ids, self._n_parts) if len(p)]
 
-    def _run(self, plants: Iterable[tuple[PrefixTree, TreeLayout]]) -> LossSum:
+    def _run(self, plants: Iterable[tuple[PrefixTree, TreeLayout]], n_trees: int) -> LossSum:
         losses: list[tuple[Tensor, float]] = []
         refresh(self._forwards)
         with patched_forwards(self._forwards):
             for tree, layout in plants:
-                entry = self.prefix_source(tree, layout)
-                with recomputing():
-                    n_recomputed = self.n_recomputed(layout.n_nodes)
-                    hidden = self.walk.suffix(layout, entry, n_recomputed=n_recomputed)
-                loss = tree_nats(self.walk, tree, hidden, self.label_smoothing)
+                loss = self._nats(tree, layout)
                 torch.autograd.backward(loss)
                 losses.append((loss.detach(), tree.n_target_tokens))
+            while len(losses) < n_trees:
+                tree = build_tree(_LEAST, np.array([0]))
+                loss = 0 * self._nats(tree, TreeLayout(tree, self.base_model.device))
+                torch.autograd.backward(loss)
+                losses.append((loss.detach(), 0))
         self._say_attention()
         return _summed(losses)
+
+    def _nats(self, tree: PrefixTree, layout: TreeLayout) -> Tensor:
+        """Return the summed loss of a tree, with a graph."""
+        entry = self.prefix_source(tree, layout)
+        with recomputing():
+            n_recomputed = self.n_recomputed(layout.n_nodes)
+            hidden = self.walk.suffix(layout, entry, n_recomputed=n_recomputed)
+        return tree_nats(self.walk, tree, hidden, self.label_smoothing)
 
     @torch.no_grad()
     def try_attention(self, groups: Sequence[np.ndarray]) -> None:
@@ -183,6 +205,8 @@ class TreeStep:
             self.prefix_source.close()
 
     def _halve(self, groups: Sequence[np.ndarray]) -> None:
+        if self.is_sharded:  # other processes wait in the middle of the tree
+            raise RunFailedError("memory ran out; lower --row-tokens, or start more processes")
         if all(len(ids) <= self._n_parts for ids in groups):
             raise RunFailedError("a single sequence does not fit into memory; --truncate it")
         self._n_parts *= 2

@@ -15,7 +15,7 @@ again first. Blocks that run again change no bit, so they are counted anew in ev
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from swlora.disk_space import size
 from swlora.kernels.head_loss import CHUNK_ROWS
 from swlora.kernels.tree_layout import FEW_KEYS
 from swlora.memory import kept_for_steps
+from swlora.processes import gathered as from_all
 from swlora.training.live_bytes import LiveBytes
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
@@ -56,7 +57,8 @@ class StepMemory:
 
 def rough_memory(step: TreeStep) -> StepMemory:
     """Return more than a step takes, from the model's sizes alone."""
-    return rough_memory_of(step.base_model.config, step.walk.n_suffix, _value_bytes(step))
+    rough = rough_memory_of(step.base_model.config, step.walk.n_suffix, _value_bytes(step))
+    return replace(rough, constant=rough.constant + _Gathered.of(step).most_bytes)
 
 
 def rough_memory_of(config: Any, n_with_graph: int, value_bytes: int) -> StepMemory:
@@ -84,7 +86,35 @@ def measured_memory(step: TreeStep, *, n_recomputed: int = 0) -> StepMemory:
     n_nodes = max(1, min(MEASURED_NODES, n_most - 1))
     n_kept = max(1, step.walk.n_suffix - n_recomputed)  # one is run again at a time
     scores = _scores_bytes(step.base_model.config, n_kept, _value_bytes(step))
-    return StepMemory(0.0, _measured_peak(step, n_nodes, n_recomputed) / n_nodes + scores)
+    gathered, peak_bytes = _Gathered.of(step), _measured_peak(step, n_nodes, n_recomputed)
+    own_bytes = peak_bytes - gathered.counted_bytes
+    return StepMemory(gathered.most_bytes, own_bytes / n_nodes + scores)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """The bytes of the weights that are whole in a step though they are sharded; else 0."""
+
+    block: int = 0  # the largest
+    head: int = 0
+
+    @classmethod
+    def of(cls, step: TreeStep) -> "_Gathered":
+        if not step.is_sharded:
+            return cls()
+        anatomy = step.walk.anatomy
+        blocks = [sum(p.nbytes for p in block.parameters()) for block in anatomy.blocks]
+        return cls(max(blocks), anatomy.head.get_parameter("weight").nbytes)
+
+    @property
+    def most_bytes(self) -> int:
+        """At one moment, at the most: a block while FSDP2 gathers the next and copies it once."""
+        return 3 * self.block + self.head
+
+    @property
+    def counted_bytes(self) -> int:
+        """What is surely in a measured peak: what arrives of a block, or the head."""
+        return min(self.block, self.head)
 
 
 def _scores_bytes(config: Any, n_kept: int, value_bytes: int) -> float:
@@ -103,12 +133,15 @@ def _measured_peak(step: TreeStep, n_nodes: int, n_recomputed: int) -> int:
     trial.n_recomputed = lambda _nodes: n_recomputed
     parameters = trainable_parameters(step.peft_model).values()
     live = LiveBytes()
+    if step.is_sharded:
+        trial([np.array([0])])  # FSDP2 makes at its first step what it fills and frees from then on
     with live:
         trial([np.array([0])])
     trial.close()
     for parameter in parameters:
         parameter.grad = None
-    return live.peak_bytes
+    peaks: list[int] = from_all(live.peak_bytes)
+    return max(peaks)  # all processes decide by the same number
 
 
 @dataclass(frozen=True)

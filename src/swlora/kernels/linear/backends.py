@@ -25,6 +25,7 @@ from swlora.kernels.linear.packed_weight import (
 )
 from swlora.models.anatomy import weight_out_in
 from swlora.models.quantised_weight import is_quantised, numbers
+from swlora.models.sharded_weight import is_sharded, whole
 
 MAPS = (nn.Linear, Conv1D)  # exactly these: a subclass may compute something else
 
@@ -198,13 +199,36 @@ class QuantisedProducts(TorchProducts):
         return serves(rows.dtype) and bool(rows.dtype == self.maps[0].weight.dtype)
 
 
+class ShardedProducts(QuantisedProducts):
+    """Products with weights that are divided over processes: those of a block are whole while it
+    runs, a head's is gathered for each product, or once while `held`.
+    """
+
+    @classmethod
+    def takes(cls, module: Any) -> bool:
+        """Say whether the module's weight is divided."""
+        return type(module) in MAPS and is_sharded(module.weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights (out, in), stacked, gathered."""
+        if self._held is not None:
+            return self._held
+        weights = [whole(weight_out_in(module)) for module in self.maps]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def _serves(self, rows: Tensor) -> bool:
+        return rows.device.type == "cpu" and super()._serves(rows)
+
+
 _has_onednn = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
 
 Table = tuple[type[TorchProducts], ...]
-WITH_COPIES: Table = (QuantisedProducts, PackedProducts, TorchProducts)  # for many calls
-WITHOUT_COPIES: Table = (QuantisedProducts, OneDnnProducts, TorchProducts)
+# The first is for many calls.
+WITH_COPIES: Table = (ShardedProducts, QuantisedProducts, PackedProducts, TorchProducts)
+WITHOUT_COPIES: Table = (ShardedProducts, QuantisedProducts, OneDnnProducts, TorchProducts)
 
 
 def backend_of(module: nn.Module, table: Table) -> TorchProducts:

@@ -64,9 +64,10 @@ def attach(job: Job, schedule: "Schedule", layers: list[int]) -> Attached:
             adapted = adapt(loaded.model, spec.adapter, layers, seed=spec.seed, n_steps=n_steps)
     train_mode(adapted.model)
     n_trainable = sum(p.numel() for p in adapted.parameters.values())
+    processes = f", in {world().size} processes" if world().is_shared else ""
     job.progress.say(
         f"training {n_trainable:,} weights ({spec.adapter.method}) in layers "
-        f"{layer_ranges(layers)} on {facts['data']['rows']:,} rows"
+        f"{layer_ranges(layers)} on {facts['data']['rows']:,} rows{processes}"
     )
     return Attached(adapted, n_trainable, facts, loaded.tokenizer)
 

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.support.fault_trials import write_inputs
+from tests.support.small_runs import same_weights
 
 from swlora.config import dump_yaml, load_spec
 from swlora.metrics_file import read_metrics
@@ -107,16 +108,49 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_it_resumes(killed, tmp_pat
     assert read_run(launched.run)["status"] == "done"
 
 
-def test_a_stopped_launcher_leaves_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("from_a_terminal", [False, True])
+def test_a_stopped_launcher_leaves_a_checkpoint(from_a_terminal, tmp_path):
+    """A terminal sends its signal to all processes, and the launcher sends it on to them."""
     launched = Launched(TORCHRUN, tmp_path, train__save_every="1h")
     launched.await_steps(5)
-    launched.process.send_signal(signal.SIGTERM)
+    if from_a_terminal:
+        os.killpg(launched.process.pid, signal.SIGINT)
+    else:
+        launched.process.send_signal(signal.SIGTERM)
     launched.end(ENDED_S)
     assert read_run(launched.run)["status"] == "cancelled"
     n_done = steps_done(launched.run / "checkpoint")
     assert n_done == len(read_metrics(launched.run)) >= 5
     assert len(launched.lines) == 1, launched.said
     assert f"stopped after step {n_done} of" in launched.lines[0]
+
+
+def test_the_same_in_python(tmp_path):
+    """A program that calls `swlora.train` twice, and then a function for one process."""
+    settings = write_inputs(tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(load_spec(None, settings)), encoding="utf-8")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import swlora\n"
+        f"for name in ('one', 'two'):\n"
+        f"    folder = {str(tmp_path)!r} + '/' + name\n"
+        f"    trained = swlora.train(config={str(config)!r}, output=folder)\n"
+        "print('trained', trained.course.steps, trained.adapter is None, flush=True)\n"
+        "try:\n"
+        f"    swlora.evaluate(trained.adapter, config={str(config)!r})\n"
+        "except Exception as error:\n"
+        "    print('no:', error, flush=True)\n",
+        encoding="utf-8",
+    )
+    cache = os.environ | {"SWLORA_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, *TORCHRUN, str(program)]
+    done = subprocess.run(command, env=cache, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert same_weights(tmp_path / "one/adapter", tmp_path / "two/adapter")
+    lines = sorted(done.stdout.splitlines())
+    assert lines[2:] == ["trained 4 False", "trained 4 True"]
+    assert all("swlora eval works in one process" in line for line in lines[:2])
 
 
 def test_accelerate_starts_one_process_on_cpus_which_is_noticed(tmp_path):

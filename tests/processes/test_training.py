@@ -1,5 +1,6 @@
 """Several processes train as one does: the same adapter, and what one of them meets ends all."""
 
+import json
 import platform
 import re
 import signal
@@ -214,3 +215,21 @@ def test_the_world_is_as_large_as_asked(inputs, tmp_path):
 def test_a_command_for_one_process_says_so(tmp_path):
     found = Ranks(["eval", "--model", "builtin"], tmp_path).end()
     ends_in_one_line(found, 2, "swlora eval works in one process, and the launcher started 2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["auto:0.9", "last:2"])
+def test_layers_that_one_process_chooses_are_those_of_all(layers, inputs, tmp_path):
+    arguments = config(tmp_path, inputs, adapter__layers=layers, train__max_steps=3)
+    folder = train(arguments, tmp_path, 2, "run")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    layers_there = {name.split(".layers.")[1].split(".")[0] for name in weights(folder / "adapter")}
+    assert {int(layer) for layer in layers_there} == set(result["train"]["layers"])
+
+
+def test_weights_that_are_no_numbers_end_all_with_the_rows_named(inputs, tmp_path):
+    arguments = config(tmp_path, inputs, train__learning_rate=1e36, train__warmup_fraction=0)
+    folder = tmp_path / "run"
+    found = Ranks([*arguments, "--output", str(folder)], tmp_path).end()
+    ends_in_one_line(found, 1, r"step \d+ .* \(rows of that step: .*train.jsonl, line \d")
+    assert read_run(folder)["error"]["code"] == "diverged"

@@ -31,6 +31,7 @@ class _State:
     """What holds for this process: nothing, while it works alone."""
 
     peers: Peers | None = None
+    n_joined = 0  # pieces of work done together so far, one after another
     is_interruptible = True
     speaks: bool | None = None  # whether it shows the error with which it ends, where that is known
 
@@ -55,14 +56,14 @@ def joined(n_asked: int | None = None) -> Iterator[None]:
     if not us.is_shared or _state.peers is not None:
         yield
         return
-    peers = _state.peers = Peers(us, _connect)
+    _state.n_joined += 1
+    peers = _state.peers = Peers(us, lambda: _connect(f"swlora/{_state.n_joined}"))
     try:
         peers.meet(MEET_S)
         threading.Thread(target=_end_what_hangs, args=(peers,), daemon=True).start()
         yield
         if not us.is_main:
             peers.await_end_of_main()  # until then it may fail, for all
-        _end_group()
         peers.leave()
     except BaseException as error:
         ended_by = _ended_by(peers, error)
@@ -80,7 +81,7 @@ def _not_as_asked(n_asked: int, size: int) -> str:
     )
 
 
-def _connect() -> Any:
+def _connect(prefix: str) -> Any:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -88,14 +89,7 @@ def _connect() -> Any:
         store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=MEET_S))))
     except (RuntimeError, ValueError) as error:
         raise RunFailedError(f"the processes cannot meet: {brief(error)}") from error
-    return PrefixStore("swlora", store)
-
-
-def _end_group() -> None:
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    return PrefixStore(prefix, store)
 
 
 def _ended_by(peers: Peers, error: BaseException) -> BaseException:
@@ -145,6 +139,11 @@ def _end_what_hangs(peers: Peers) -> None:
     if peers.world.is_main or failure.by == peers.world.rank:
         print(f"swlora: {failure.message}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def ended_well() -> bool:
+    """Say whether no common work has ended with an error so far."""
+    return _state.speaks is None
 
 
 def is_speaker() -> bool:

@@ -1,5 +1,6 @@
 """Sums and copies of tensors over all processes, by gloo on CPUs and NCCL on CUDA."""
 
+import atexit
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from swlora.errors import UserError
 from swlora.processes.joining import (
     check_alike,
+    ended_well,
     failing_together,
     from_main,
     gathered,
@@ -38,6 +40,15 @@ def start_group(device: str) -> None:
         raise UserError(f"several processes train on CPUs and on CUDA, not on {device}")
     with failing_together("the exchange of tensors"):
         PartialState(cpu=device == "cpu", timeout=FOR_EVER)
+    atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    """Let go of the others, unless some of them are gone: that would wait for them."""
+    from torch import distributed
+
+    if distributed.is_initialized() and ended_well():
+        distributed.destroy_process_group()
 
 
 def _check_gpus(local_rank: int) -> None:

@@ -54,7 +54,7 @@ def adapted(make_model: MakeModel, method: str, model_type: str, **changes: Any)
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The widths of all packed products of the body."""
     widths: list[int] = []
-    product = forwards._StackedMaps._product
+    product = forwards._StackedMaps.product
 
     def counting(self: Any, x: Tensor) -> Tensor:
         y = product(self, x)
@@ -62,7 +62,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return y
 
     with monkeypatch.context() as patch:
-        patch.setattr(forwards._StackedMaps, "_product", counting)
+        patch.setattr(forwards._StackedMaps, "product", counting)
         yield widths
 
 

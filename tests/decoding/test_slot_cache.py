@@ -74,5 +74,6 @@ def test_what_a_text_leaves_behind_is_gone() -> None:
     cache.add([tokens(rng, 5), torch.full_like(tokens(rng, 20), torch.nan)])
     cache.remove(1)
     cache.add([tokens(rng, 3)])
+    cache.advance()
     keys, values = cache.update(*tokens(rng, 2).transpose(2, 3)[0, :, :, :, None], 0)
     assert bool(torch.isfinite(keys).all() and torch.isfinite(values).all())

@@ -189,3 +189,23 @@ def test_a_whole_model_computes_the_same_and_is_given_back(
     with pytest.raises(ZeroDivisionError), patched_forwards(fused_forwards(model)):
         raise ZeroDivisionError
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (24,), (2, 3, 24)])
+def test_a_norm_for_inference_rounds_as_transformers_does(
+    dtype: torch.dtype, shape: tuple[int, ...], make_model: MakeModel
+) -> None:
+    model = make_model("llama").requires_grad_(False).to(dtype)
+    norm = model.model.norm
+    nn.init.normal_(norm.weight)
+    fast = fused_forwards(model)[norm]
+    for scale in (1e-4, 1.0, 300.0):
+        x = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * scale).to(dtype)
+        with torch.inference_mode():
+            wanted = norm(x)
+            torch.testing.assert_close(
+                fast(x), wanted, rtol=1e-6 if dtype != torch.bfloat16 else 2**-7, atol=0
+            )
+            share_equal = (fast(x) == wanted).double().mean()
+        assert dtype != torch.bfloat16 or share_equal > 0.9

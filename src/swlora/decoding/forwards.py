@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from swlora.adapters.base_model import base_model_of
 from swlora.adapters.methods import adapted_modules
+from swlora.decoding.blocks import block_forwards
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.linear.backends import PackedProducts
 from swlora.kernels.lora import FastDora, FastLora
@@ -32,12 +33,16 @@ def decode_forwards(model: Any) -> dict[nn.Module, Callable[..., Tensor]]:
     and go with the last of them.
     """
     forwards = fast_forwards(model)
+    base_model = base_model_of(model)
     adapters = set(adapted_modules(model).values())
-    for modules in _maps_by_input(base_model_of(model)):
+    stacked: dict[tuple[nn.Module, ...], _StackedMaps] = {}
+    for modules in _maps_by_input(base_model):
         maps = [m.base_layer if m in adapters and hasattr(m, "base_layer") else m for m in modules]
         if all(map(PackedProducts.takes, maps)):
-            forwards |= _packed(modules, maps, forwards)
-    return forwards
+            stacked |= _stacked(modules, maps, forwards)
+    forwards |= {m: maps.part(i) for own, maps in stacked.items() for i, m in enumerate(own)}
+    products = {own: maps.product for own, maps in stacked.items()}
+    return forwards | block_forwards(Anatomy(base_model).blocks, products, forwards)
 
 
 def _maps_by_input(base_model: Any) -> Iterator[list[Any]]:
@@ -52,10 +57,10 @@ def _maps_by_input(base_model: Any) -> Iterator[list[Any]]:
                 yield found
 
 
-def _packed(
+def _stacked(
     modules: Sequence[Any], maps: Sequence[Any], forwards: Mapping[nn.Module, Any]
-) -> dict[nn.Module, _Forward]:
-    """Return the forwards of modules with one input, as far as there is room for copies.
+) -> dict[tuple[nn.Module, ...], "_StackedMaps"]:
+    """Return modules with one input as groups of one product, as far as there is room for copies.
 
     `maps` are the linear maps in the modules.
     """
@@ -67,10 +72,10 @@ def _packed(
         elif module is base or (module.disable_adapters and not module.merged):
             loras.append(None)
     if len(loras) == len(maps):
-        groups = [(modules, _StackedMaps(maps, loras))]
+        groups = {tuple(modules): _StackedMaps(maps, loras)}
     else:  # an adapter of another kind, DoRA for one, calls the maps that it wraps
-        groups = [([base], _StackedMaps([base], [None])) for base in maps]
-    return {m: g.part(i) for own, g in groups if g.reserve() for i, m in enumerate(own)}
+        groups = {(base,): _StackedMaps([base], [None]) for base in maps}
+    return {own: group for own, group in groups.items() if group.reserve()}
 
 
 class _StackedMaps:
@@ -78,6 +83,8 @@ class _StackedMaps:
 
     def __init__(self, maps: Sequence[Any], loras: Sequence[FastLora | None]) -> None:
         self._maps, self._loras = maps, loras
+        self._has_lora = any(lora is not None for lora in loras)
+        self._has_bias = any(m.bias is not None for m in maps)
         self._products = PackedProducts(maps)
         self.reserve = self._products.reserve
         sizes = [weight_out_in(m).shape[0] for m in maps]
@@ -93,7 +100,8 @@ class _StackedMaps:
 
         def forward(x: Tensor) -> Tensor:
             if x is not self._x:  # kept until the last map has had it, so it is no other tensor
-                self._x, self._y = x, self._product(x)
+                y = self.product(x.reshape(-1, x.shape[-1]))
+                self._x, self._y = x, y.view(*x.shape[:-1], -1)
             assert self._y is not None
             y = self._y[..., start:end]
             if is_last:
@@ -102,17 +110,17 @@ class _StackedMaps:
 
         return forward
 
-    def _product(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = self._products.product(rows, self._bias(rows))
-        if any(self._loras):
+    def product(self, rows: Tensor) -> Tensor:
+        """Return what the maps say of rows (N, in), side by side: (N, out), a new tensor."""
+        y = self._products.product(rows, self._bias(rows) if self._has_bias else None)
+        if self._has_lora:
             a, b = self._matrices(rows)
             y.addmm_(F.linear(rows, a), b)
-        return y.view(*x.shape[:-1], -1)
+        return y
 
-    def _bias(self, rows: Tensor) -> Tensor | None:
+    def _bias(self, rows: Tensor) -> Tensor:
         biases = [m.bias for m in self._maps]
-        if len(biases) == 1 or all(bias is None for bias in biases):
+        if len(biases) == 1:
             return biases[0]  # type: ignore[no-any-return]
         sizes = [end - start for start, end in self._bounds]
         return torch.cat(

@@ -13,13 +13,13 @@ def patched_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> It
 
     Afterwards each module has the forward it had, its class's or one of its own.
     """
-    previous = {module: module.__dict__.get("forward") for module in replacements}
+    previous = {module: vars(module).get("forward") for module in replacements}
     try:
         for module, forward in replacements.items():
-            module.forward = forward
+            vars(module)["forward"] = forward  # a module's own setattr takes twenty times as long
         yield
     finally:
         for module, own in previous.items():
-            module.__dict__.pop("forward", None)
+            vars(module).pop("forward", None)
             if own is not None:
-                module.forward = own
+                vars(module)["forward"] = own

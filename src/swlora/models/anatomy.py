@@ -26,6 +26,10 @@ RMS_NORMS = frozenset(
 SWIGLU_MLPS = frozenset(
     f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Olmo2")
 )
+# Classes of blocks that compute h += attention(norm(h)), h += mlp(norm(h)), with rotary positions
+PRE_NORM_BLOCKS = frozenset(
+    f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+)
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,17 @@ def swiglu_maps(module: Any) -> SwigluMaps | None:
     if type(module).__name__ not in SWIGLU_MLPS or not is_silu:
         return None
     return SwigluMaps(module.gate_proj, module.up_proj, module.down_proj)
+
+
+def is_pre_norm_block(module: Any) -> bool:
+    """Say whether a block adds attention and then an MLP to h, each of a norm of h."""
+    return type(module).__name__ in PRE_NORM_BLOCKS
+
+
+def attention_window(attention: Any) -> int | None:
+    """Return how far the attention of such a block sees back, in tokens; None for everything."""
+    holder = attention.config if type(attention).__name__ == "MistralAttention" else attention
+    return getattr(holder, "sliding_window", None)
 
 
 def context_tokens(model: Any) -> int:

@@ -152,22 +152,27 @@ def run_arm(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_ours(args: argparse.Namespace) -> list[float]:
-    """Return the seconds of every step of a training; its rows share nothing."""
+def write_rows(path: Path, n_rows: int, n_tokens: int) -> None:
+    """Write rows of so many tokens, of words at random."""
     from transformers import AutoTokenizer
 
-    import swlora
-
     tokenizer = AutoTokenizer.from_pretrained(runner.builtin_model())
-    rows = args.scratch / "rows.jsonl"
     words = [f" {a}{b}" for a in "bcdfgklmnprst" for b in ("an", "el", "is", "or", "un")]
     draw = torch.Generator().manual_seed(0)
-    with rows.open("w") as file:
-        for _ in range(args.steps):
-            picked = torch.randint(len(words), (args.tokens,), generator=draw).tolist()
+    with path.open("w") as file:
+        for _ in range(n_rows):
+            picked = torch.randint(len(words), (n_tokens,), generator=draw).tolist()
             token_ids = tokenizer("".join(words[k] for k in picked)).input_ids
-            text = tokenizer.decode(token_ids[: args.tokens - 4])
+            text = tokenizer.decode(token_ids[: n_tokens - 4])
             file.write(json.dumps({"prompt": "Words:", "completion": text}) + "\n")
+
+
+def run_ours(args: argparse.Namespace) -> list[float]:
+    """Return the seconds of every step of a training; its rows share nothing."""
+    import swlora
+
+    rows = args.scratch / "rows.jsonl"
+    write_rows(rows, args.steps, args.tokens)
     output = args.scratch / f"run-{args.arm}-{args.model.stem}"
     swlora.train(
         model=str(args.model),

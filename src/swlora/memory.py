@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _MADV_DONTNEED = 4  # from sys/mman.h of Linux
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-_KEEP_BYTES = 1 << 30
 FREE_SHARE = 0.75
 _copies_bytes: int | None = None
 _is_limited = False
@@ -36,8 +35,11 @@ KERNELS_KEPT = 64  # a step needs about 25
 _KERNEL_VARIABLES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc serve allocations below 1 GiB from kept memory; say whether that took effect."""
+def keep_freed_memory(below_bytes: int = 1 << 30) -> bool:
+    """Let glibc serve smaller allocations from kept memory; say whether that took effect.
+
+    Larger ones are given back as soon as they are free.
+    """
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -45,7 +47,7 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # another C library
         return False
     settings = (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)
-    return all([mallopt(setting, _KEEP_BYTES) == 1 for setting in settings])
+    return all([mallopt(setting, below_bytes) == 1 for setting in settings])
 
 
 def keep_few_kernels() -> None:

@@ -125,18 +125,22 @@ def test_what_is_free_in_a_container(tmp_path: Path) -> None:
 
 
 def test_the_limit_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_copies_bytes", None)
+    monkeypatch.setattr(memory, "_free_bytes", None)
+    monkeypatch.setattr(memory, "_asked_bytes", None)
     monkeypatch.setattr(memory, "available_bytes", lambda: 4_000_000)
     assert memory.copies_limit_bytes() == 3_000_000
     monkeypatch.setattr(memory, "available_bytes", lambda: 1)
     assert memory.copies_limit_bytes() == 3_000_000, "what copies hold is not free any more"
     memory.limit_memory(0.5)
     assert memory.copies_limit_bytes() == 500_000_000
+    memory.limit_memory(None)  # a later training of this process, which is not limited
+    assert memory.copies_limit_bytes() == 3_000_000
+    assert memory.steps_limit_bytes(share=1) == 1
 
 
 def test_copies_get_what_steps_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_copies_bytes", None)
-    monkeypatch.setattr(memory, "_is_limited", False)
+    monkeypatch.setattr(memory, "_free_bytes", None)
+    monkeypatch.setattr(memory, "_asked_bytes", None)
     monkeypatch.setattr(memory, "available_bytes", lambda: 4_000)
     assert memory.steps_limit_bytes() == 3_000
     assert memory.steps_limit_bytes(share=1) == 4_000

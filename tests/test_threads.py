@@ -14,6 +14,7 @@ from swlora.threads import (
     adapted_threads,
     fix_threads,
     read_clock,
+    settle_threads,
 )
 
 
@@ -140,6 +141,24 @@ def test_a_fixed_number_stays(untouched, machine, monkeypatch):
     fix_threads(2)
     with adapted_threads():
         machine.run(own=1.0, others=2.0, seconds=10)
+        adapt_threads()
+        assert torch.get_num_threads() == 2
+
+
+def test_a_number_holds_until_a_setting_names_none(untouched, machine, monkeypatch):
+    monkeypatch.setattr(threads, "read_clock", machine.read)
+    for n in (1, 3):
+        settle_threads(n)
+        assert torch.get_num_threads() == n
+    settle_threads(None)  # a later training of this process
+    assert torch.get_num_threads() == 2
+    with adapted_threads():
+        machine.run(own=1.0, others=2.0, seconds=10)
+        adapt_threads()
+        assert torch.get_num_threads() == 1
+    fix_threads(2)  # by a program of its own, which no setting takes back
+    settle_threads(None)
+    with adapted_threads():
         adapt_threads()
         assert torch.get_num_threads() == 2
 

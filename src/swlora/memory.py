@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _MADV_DONTNEED = 4  # from sys/mman.h of Linux
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 FREE_SHARE = 0.75
-_copies_bytes: int | None = None
-_is_limited = False
+_asked_bytes: int | None = None  # of --memory-gb
+_free_bytes: int | None = None  # for steps and copies, where nothing was asked for
 _steps_bytes: int | None = 0
 _worth_bytes: int | None = None
 KERNELS_KEPT = 64  # a step needs about 25
@@ -87,12 +87,13 @@ def _mapped_files() -> list[tuple[int, int]]:
     return [(int(low, 16), int(high, 16)) for low, high in spans]
 
 
-def limit_memory(n_gb: float) -> None:
+def limit_memory(n_gb: float | None) -> None:
     """Let steps of a training, and copies of weights beside them, take so many GB (--memory-gb);
-    0: no copies, and for steps FREE_SHARE of what is free, as where nothing was asked for.
+    0: no copies, and for steps as where nothing is asked for; None: nothing is, whatever an earlier
+    training in this process was given.
     """
-    global _copies_bytes, _is_limited
-    _copies_bytes, _is_limited = int(n_gb * 1e9), n_gb > 0
+    global _asked_bytes
+    _asked_bytes = None if n_gb is None else int(n_gb * 1e9)
 
 
 def steps_limit_bytes(*, share: float = FREE_SHARE) -> int:
@@ -100,20 +101,24 @@ def steps_limit_bytes(*, share: float = FREE_SHARE) -> int:
 
     That is divided among the processes that a launcher started on this machine.
     """
-    if _is_limited and _copies_bytes is not None:
-        return _copies_bytes
-    return int(share * available_bytes() / world().local_size)
+    return _asked_bytes or int(share * available_bytes() / world().local_size)
 
 
 def copies_limit_bytes() -> int:
     """Return what copies of weights may take together: as limited, or FREE_SHARE of what is free
     when this is first asked, without what is kept for steps.
     """
-    global _copies_bytes
-    if _copies_bytes is None:
-        _copies_bytes = int(FREE_SHARE * available_bytes() / world().local_size)
-    left = 0 if _steps_bytes is None else max(0, _copies_bytes - _steps_bytes)
-    return left if _worth_bytes is None or _is_limited else min(left, _worth_bytes)
+    left = 0 if _steps_bytes is None else max(0, _limit_bytes() - _steps_bytes)
+    return left if _worth_bytes is None or _asked_bytes else min(left, _worth_bytes)
+
+
+def _limit_bytes() -> int:
+    global _free_bytes
+    if _asked_bytes is not None:
+        return _asked_bytes
+    if _free_bytes is None:
+        _free_bytes = steps_limit_bytes()
+    return _free_bytes
 
 
 @contextmanager

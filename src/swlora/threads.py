@@ -98,6 +98,7 @@ class _Process:
     """What holds for the whole process; a choice outlives the work that asked for it."""
 
     is_fixed: bool = False
+    n_before: int | None = None  # threads, before a setting named some
     choice: ThreadChoice | None = None
     n_adapting: int = 0
 
@@ -120,6 +121,19 @@ def fix_threads(n: int) -> None:
     """Compute with `n` threads from here on, whatever else runs."""
     torch.set_num_threads(n)
     _process.is_fixed = True
+
+
+def settle_threads(n: int | None) -> None:
+    """Compute with the `n` threads of a setting from here on; None: as before one named some."""
+    if n is not None:
+        if _process.n_before is None:
+            _process.n_before = torch.get_num_threads()
+        fix_threads(n)
+        return
+    if _process.n_before is not None:
+        torch.set_num_threads(_process.n_before)
+        _process.n_before, _process.is_fixed = None, False
+    share_cores()
 
 
 @contextmanager

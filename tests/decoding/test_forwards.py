@@ -171,7 +171,7 @@ def test_copies_stay_within_the_limit(
     head_bytes = model.lm_head.weight.nbytes
     gc.collect()
     limit = packed_weight.held_bytes() + head_bytes + 100
-    monkeypatch.setattr(memory, "_copies_bytes", limit)
+    monkeypatch.setattr(memory, "_asked_bytes", limit)
     with counted(monkeypatch) as widths:
         found = fast_logits(model)
     assert widths == [264]

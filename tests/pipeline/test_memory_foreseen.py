@@ -21,8 +21,8 @@ from swlora.runs import Run, read_metrics, read_run
 
 @pytest.fixture(autouse=True)
 def own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_copies_bytes", None)
-    monkeypatch.setattr(memory, "_is_limited", False)
+    monkeypatch.setattr(memory, "_free_bytes", None)
+    monkeypatch.setattr(memory, "_asked_bytes", None)
 
 
 def trained(folder: Path, spec: Any) -> list[str]:
@@ -46,6 +46,10 @@ def test_the_adapter_is_the_same_with_little_memory(model_folder: Any, tmp_path:
         torch.testing.assert_close(few[name], weight, rtol=1e-3, atol=1e-5)
     losses = [[row["loss"] for row in read_metrics(tmp_path / n)] for n in ("much", "little")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # The limit was that of one training, not of the process.
+    plenty = make_spec(model_folder("llama"), data, adapter__layers="all", train__batch_size=12)
+    assert not trained(tmp_path / "plenty", plenty)
+    assert read_run(tmp_path / "plenty")["tokens_at_once"] is None
 
 
 def test_a_run_goes_on_with_the_parts_that_it_began_with(

@@ -68,8 +68,8 @@ def test_the_processes_of_a_machine_share_its_cores(n_here, asked, n, monkeypatc
 
 def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: 8_000)
-    monkeypatch.setattr(memory, "_is_limited", False)
-    monkeypatch.setattr(memory, "_copies_bytes", None)
+    monkeypatch.setattr(memory, "_asked_bytes", None)
+    monkeypatch.setattr(memory, "_free_bytes", None)
     launch(monkeypatch, 1, 4, 1, 4)
     assert memory.steps_limit_bytes(share=0.5) == 1_000
     assert memory.copies_limit_bytes() == 1_500

@@ -23,7 +23,7 @@ from swlora.models.model_folder import check_counts, check_model_folder
 from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.skeleton import make_skeleton
 from swlora.models.tokenizer_folder import TOKENIZER, check_added_tokens, check_tokenizer_folder
-from swlora.threads import fix_threads, share_cores
+from swlora.threads import settle_threads
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,8 @@ def settle_process(spec: ModelSpec) -> None:
     """Set allocator, kernels, threads and limits of this process as `spec` says."""
     keep_freed_memory()
     keep_few_kernels()
-    if spec.threads is not None:
-        fix_threads(spec.threads)
-    else:
-        share_cores()
-    if spec.memory_gb is not None:
-        limit_memory(spec.memory_gb)
+    settle_threads(spec.threads)
+    limit_memory(spec.memory_gb)
 
 
 def load_skeleton(spec: ModelSpec) -> LoadedModel:

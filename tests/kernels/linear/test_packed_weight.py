@@ -85,7 +85,7 @@ def test_what_the_kernels_take():
 def limit_to(n_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave room for so many bytes beside what is held already."""
     gc.collect()
-    monkeypatch.setattr(memory, "_copies_bytes", held_bytes() + n_bytes)
+    monkeypatch.setattr(memory, "_asked_bytes", held_bytes() + n_bytes)
 
 
 def test_the_limit_holds_for_all_copies_together(monkeypatch):

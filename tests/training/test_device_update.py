@@ -59,6 +59,15 @@ def test_a_finite_step_is_that_of_the_host(tmp_path: Path, monkeypatch: pytest.M
     assert metrics_of(device) == metrics_of(host)
 
 
+@pytest.mark.parametrize("nats", [1e6 + 1 / 3, 1e39])
+def test_a_loss_that_the_host_has_keeps_its_digits(nats: float) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    found = update_where_finite(optimizer_of([weight]), LossSum(nats, 7), torch.tensor(1.0), always)
+    assert found.loss == LossSum(nats, 7)
+    assert not torch.equal(weight.detach(), torch.ones(3))
+
+
 def test_weights_that_cannot_be_used_end_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

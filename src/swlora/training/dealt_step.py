@@ -26,7 +26,7 @@ from swlora.loss_sum import LossSum, as_count
 from swlora.processes import check_peers, interruptible, world
 from swlora.processes.joining import failing_together
 from swlora.processes.tensors import summed
-from swlora.training.device_update import DeviceLoss
+from swlora.training.device_update import DeviceLoss, nats_on
 from swlora.training.plain import PlainStep
 from swlora.training.schedule import Step
 from swlora.training.step import TreeStep
@@ -117,9 +117,8 @@ class DealtStep:
         """Have the gradients of all processes in every one, and return the loss of all."""
         parameters, device = self._parameters, self._parameters[0].device
         has_gradient = [p.grad is not None for p in parameters]
-        nats = loss.nats if isinstance(loss, DeviceLoss) else torch.tensor(loss.sum_nats)
         flags = on_device(np.array([self._stop.is_asked, *has_gradient], np.float64), device)
-        numbers = torch.cat([nats.to(device, torch.float64).reshape(1), flags])
+        numbers = torch.cat([nats_on(device, loss).reshape(1), flags])
         gradients = [_float32_gradient(p) for p in parameters]
         summed([*gradients, numbers])
         self._stop.agree(numbers[1])

@@ -30,6 +30,13 @@ class DeviceLoss(LossSum):
         return float(self.nats)
 
 
+def nats_on(device: torch.device, loss: LossSum) -> Tensor:
+    """Return the loss in nats on the device, a float64 scalar; not waited for."""
+    if isinstance(loss, DeviceLoss):
+        return loss.nats.to(device, torch.float64)
+    return torch.tensor(loss.sum_nats, dtype=torch.float64, device=device)
+
+
 class Outcome(NamedTuple):
     """What a step came to, as numbers: loss, norm of the gradient, whether the weights are usable.
 
@@ -54,8 +61,7 @@ def update_where_finite(
 
     `usable` makes a bool scalar of the weights as they are then.
     """
-    nats = loss.nats if isinstance(loss, DeviceLoss) else torch.tensor(loss.sum_nats)
-    nats = nats.to(norm.device, torch.float64)
+    nats = nats_on(norm.device, loss)
     optimizer.found_inf = (~(nats.isfinite() & norm.isfinite())).to(torch.float32)
     try:
         optimizer.step()

@@ -1,10 +1,13 @@
-"""What a training step computes: loss, tokens and the gradient of every parameter."""
+"""What a training step computes, loss, tokens and the gradient of every parameter, and takes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
+
+from swlora.adapters.methods import trainable_parameters
+from swlora.training.live_bytes import LiveBytes
 
 
 class Measured(NamedTuple):
@@ -27,3 +30,12 @@ def measure(
         assert parameter.grad is not None, f"{name} has no gradient"
         gradients[name] = parameter.grad.clone()
     return Measured(loss.sum_nats, loss.n_tokens, gradients)
+
+
+def peak_bytes(step: Any, groups: Sequence[np.ndarray]) -> int:
+    """Return the most bytes of tensors while the step runs; its gradients are dropped."""
+    with LiveBytes() as live:
+        step(groups)
+    for parameter in trainable_parameters(step.peft_model).values():
+        parameter.grad = None
+    return live.peak_bytes

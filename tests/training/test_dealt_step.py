@@ -120,8 +120,8 @@ def test_the_share_of_the_next_step_is_made_ahead(
     inner = TreeStep(adapted.model, sequences)
     inner.works_ahead = True
     made: list[int] = []
-    plant = inner._plant
-    inner._plant = lambda ids: made.append(len(ids)) or plant(ids)  # type: ignore[method-assign]
+    laid_out = inner._laid_out
+    inner._laid_out = lambda of, ids: made.append(len(ids)) or laid_out(of, ids)  # type: ignore
     step = DealtStep(inner, adapted, StopRequest())
     steps = [[np.arange(0, 6)], [np.arange(6, 12)], [np.arange(12, 18)]]
     expected = [step(groups).sum_nats for groups in steps]

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tests.support.adapters import CASES, adapter_spec, fill_b
-from tests.support.gradients import Measured, measure
+from tests.support.gradients import Measured, measure, peak_bytes
 from tests.support.models import MakeModel
 
 from swlora.adapters.methods import adapt, train_mode, trainable_parameters
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.models.anatomy import FAMILIES
-from swlora.training.live_bytes import LiveBytes
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
 from swlora.training.step_memory import (
@@ -104,14 +103,6 @@ def long_step(make_model: MakeModel, n_sequences: int = 2, n_tokens: int = 900) 
     ids = np.random.default_rng(3).integers(1, 200, (n_sequences, n_tokens)).tolist()
     sequences = TokenSequences.from_lists([*[(own[:2], own[2:]) for own in ids], ([1], [2, 3])])
     return TreeStep(peft_model, sequences)
-
-
-def peak_bytes(step: TreeStep, groups: list[Any]) -> int:
-    with LiveBytes() as live:
-        step(groups)
-    for parameter in trainable_parameters(step.peft_model).values():
-        parameter.grad = None
-    return live.peak_bytes
 
 
 def test_less_is_kept_the_more_blocks_run_again(make_model: MakeModel) -> None:

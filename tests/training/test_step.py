@@ -45,12 +45,12 @@ class SmallMemory:
         self.prefix, self.limit, self.error = step.prefix_source, limit, error
         self.n_failed = self.n_served = 0
 
-    def __call__(self, row: PrefixTree, layout: TreeLayout) -> Tensor:
-        if row.n_sequences > self.limit:
+    def __call__(self, tree: PrefixTree, layout: TreeLayout) -> Tensor:
+        if tree.n_sequences > self.limit:
             self.n_failed += 1
             raise self.error
         self.n_served += 1
-        return self.prefix(row, layout)
+        return self.prefix(tree, layout)
 
 
 def assert_same_loss(step: TreeStep | PlainStep, other: TreeStep | PlainStep) -> None:
@@ -73,22 +73,22 @@ def test_trees_are_halved_until_they_fit(
     make_model: MakeModel, limit: int, halvings: int, error: Exception
 ) -> None:
     peft_model, sequences = adapted(make_model), make_sequences(8)
-    rows = [np.arange(2), np.arange(8)]
-    expected = measure(PlainStep(peft_model, sequences), trainable_parameters(peft_model), rows)
+    groups = [np.arange(2), np.arange(8)]
+    expected = measure(PlainStep(peft_model, sequences), trainable_parameters(peft_model), groups)
     messages: list[str] = []
     step = TreeStep(peft_model, sequences, say=messages.append)
     memory = SmallMemory(step, limit, error)
     step.prefix_source = memory
-    sum_nats, n_tokens, gradients = measure(step, trainable_parameters(peft_model), rows)
+    sum_nats, n_tokens, gradients = measure(step, trainable_parameters(peft_model), groups)
     assert (memory.n_failed, len(messages)) == (halvings, halvings)
     assert n_tokens == expected[1]
     assert sum_nats == pytest.approx(expected[0], rel=1e-6)
     for name, gradient in expected[2].items():
         assert float((gradients[name] - gradient).norm() / gradient.norm()) < 1e-5
     if halvings:
-        assert messages[-1] == f"memory ran out: rows are run in {2**halvings} parts from here on"
+        assert messages[-1].endswith(f"what runs at once is cut into {2**halvings} parts from here on")
     # What was learnt is kept: the next step does not fail again.
-    measure(step, trainable_parameters(peft_model), rows)
+    measure(step, trainable_parameters(peft_model), groups)
     assert memory.n_failed == halvings
 
 
@@ -177,7 +177,7 @@ def test_trees_that_are_made_ahead_are_those_of_the_step(make_model: MakeModel) 
     steps = [[np.arange(4)], [np.arange(2), np.arange(4, 9)], [np.arange(3, 5)]]
     for number, groups in enumerate(step.ahead(iter(steps))):
         assert groups is steps[number]
-        assert step._planted is not None and step._planted.groups is groups
+        assert step._trees_ahead is not None and step._trees_ahead.groups is groups
         if number == 1:  # made for as many parts as there were then
             step._n_parts = 2
         elif number == 2:  # another step than the one that was announced
@@ -185,4 +185,4 @@ def test_trees_that_are_made_ahead_are_those_of_the_step(make_model: MakeModel) 
         found, expected = step(groups), other(groups)
         assert found.n_tokens == expected.n_tokens
         assert found.sum_nats == pytest.approx(expected.sum_nats, rel=1e-6)
-        assert step._planted is None
+        assert step._trees_ahead is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.support.adapters import CASES, adapter_spec, attach, fill_b
-from tests.support.gradients import measure
+from tests.support.gradients import measure, peak_bytes
 from tests.support.models import MakeModel
 from tests.training.test_step import adapted
 
@@ -21,6 +21,7 @@ from swlora.training.step_memory import (
     MANY_NODES,
     RESIDENT,
     TOO_MANY_NODES,
+    StepMemory,
     copies_worth_bytes,
     fit_into_memory,
     measured_memory,
@@ -55,14 +56,6 @@ def test_live_bytes_are_those_of_tensors_that_somebody_holds() -> None:
     assert live.peak_bytes >= 804 + 400
 
 
-def peaks(step: TreeStep, groups: list[Any]) -> int:
-    with LiveBytes() as live:
-        step(groups)
-    for parameter in trainable_parameters(step.peft_model).values():
-        parameter.grad = None
-    return live.peak_bytes
-
-
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2,)])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_a_short_sequence_tells_of_a_longer_one_and_of_many(
@@ -78,7 +71,7 @@ def test_a_short_sequence_tells_of_a_longer_one_and_of_many(
         found = measured_memory(step)
         n_nodes = int((sequences.lengths - 1).sum())
         foreseen = found.peak_bytes(n_nodes) / RESIDENT
-        peak = peaks(step, [np.arange(n)])
+        peak = peak_bytes(step, [np.arange(n)])
         assert 0.95 * peak < foreseen < 3 * peak
 
 
@@ -94,7 +87,7 @@ def test_the_rough_formula_is_above_what_is_measured(
     step = TreeStep(peft_model, sequences)
     n_nodes = int((sequences.lengths - 1).sum())
     rough = rough_memory(step).peak_bytes(n_nodes) / RESIDENT
-    peak = peaks(step, [np.arange(20)])
+    peak = peak_bytes(step, [np.arange(20)])
     assert peak < rough < 4 * peak
 
 
@@ -110,7 +103,7 @@ def test_less_memory_makes_smaller_trees_and_the_same_gradient(make_model: MakeM
     own = 3 * sum(p.nbytes for p in parameters.values())
     steps = schedule.epoch(0)
     whole = [measure(step, parameters, groups) for groups in steps]
-    peak = RESIDENT * peaks(step, list(steps[0]))
+    peak = RESIDENT * peak_bytes(step, list(steps[0]))
     assert fit_into_memory(step, schedule, own + int(peak / 2), said.append) <= peak / 2
     assert len(said) == 1 and "tokens at once would take" in said[0]
     assert all(p.grad is None for p in parameters.values())
@@ -118,11 +111,21 @@ def test_less_memory_makes_smaller_trees_and_the_same_gradient(make_model: MakeM
         parts = step.parts(groups)
         assert len(parts) > len(groups) == 1
         assert sorted(np.concatenate(parts)) == sorted(np.concatenate(groups))
-        assert RESIDENT * peaks(step, list(groups)) <= peak / 2 + own  # the gradients among it
+        assert RESIDENT * peak_bytes(step, list(groups)) <= peak / 2 + own  # the gradients among it
         found = measure(step, parameters, groups)
         assert found[:2] == pytest.approx(expected[:2], rel=1e-6)
         for name, gradient in expected.gradients.items():
             torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("constant", [0, 300])
+def test_the_largest_tree_that_fits(constant: float) -> None:
+    """What is there whatever the tree, such as weights that were gathered, is room for none."""
+    memory = StepMemory(constant, 10.5)
+    for room in (1000, 1234, 50_000):
+        n_nodes = memory.most_nodes(room)
+        assert n_nodes > 0
+        assert memory.peak_bytes(n_nodes) <= room <= memory.peak_bytes(n_nodes + 1)
 
 
 def test_a_sequence_that_fits_nowhere_is_said(make_model: MakeModel) -> None:

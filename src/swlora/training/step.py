@@ -37,6 +37,7 @@ from swlora.training.plain import PlainStep
 from swlora.training.schedule import Step
 
 PrefixSource = Callable[[PrefixTree, TreeLayout], Tensor | None]
+_LaidOut = tuple[PrefixTree, TreeLayout]
 _LEAST = TokenSequences.from_lists([([0], [0])])  # the tree that is run for nothing
 
 
@@ -70,12 +71,12 @@ def make_step(
     return step
 
 
-class _Planted(NamedTuple):
+class _TreesAhead(NamedTuple):
     """The trees of a step, made when every group was run in `n_parts` parts."""
 
     groups: Sequence[np.ndarray]
     n_parts: int
-    plants: list[tuple[PrefixTree, TreeLayout]]
+    trees: list[_LaidOut]
 
 
 class TreeStep:
@@ -103,7 +104,7 @@ class TreeStep:
         self.n_recomputed: Callable[[int], int] = lambda _nodes: 0  # blocks, of a tree so large
         self._n_parts = 1  # every group is run in so many parts, doubled when memory runs out
         self.works_ahead = self.base_model.device.type == "cuda"  # a CPU has no core to spare
-        self._planted: _Planted | None = None
+        self._trees_ahead: _TreesAhead | None = None
 
     def __call__(self, groups: Sequence[np.ndarray], n_trees: int = 0) -> LossSum:
         """Add the gradient of the summed loss of the step; return that loss.
@@ -113,7 +114,7 @@ class TreeStep:
         """
         while True:
             try:
-                return self._run(self._plants(groups), n_trees)
+                return self._run(self._trees(groups), n_trees)
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -127,17 +128,16 @@ class TreeStep:
         together = [part for ids in groups for part in rotary.sides(ids, lengths)]
         return [p for ids in together for p in np.array_split(ids, self._n_parts) if len(p)]
 
-    def _run(self, plants: Iterable[tuple[PrefixTree, TreeLayout]], n_trees: int) -> LossSum:
+    def _run(self, trees: Iterable[_LaidOut], n_trees: int) -> LossSum:
         losses: list[tuple[Tensor, float]] = []
         refresh(self._forwards)
         with patched_forwards(self._forwards):
-            for tree, layout in plants:
+            for tree, layout in trees:
                 loss = self._nats(tree, layout)
                 torch.autograd.backward(loss)
                 losses.append((loss.detach(), tree.n_target_tokens))
             while len(losses) < n_trees:
-                tree = build_tree(_LEAST, np.array([0]))
-                loss = 0 * self._nats(tree, TreeLayout(tree, self.base_model.device))
+                loss = 0 * self._nats(*self._laid_out(_LEAST, np.array([0])))
                 torch.autograd.backward(loss)
                 losses.append((loss.detach(), 0))
         self._say_attention()
@@ -154,7 +154,7 @@ class TreeStep:
     @torch.no_grad()
     def try_attention(self, groups: Sequence[np.ndarray]) -> None:
         """Have every block's kernel of attention chosen, on the first tree of a step."""
-        _, layout = self._plant(self.parts(groups)[0])
+        _, layout = self._laid_out(self.sequences, self.parts(groups)[0])
         self.walk.whole(layout)
         self._say_attention()
 
@@ -162,31 +162,31 @@ class TreeStep:
         for line in attention_news():
             self._say(line)
 
-    def _plants(self, groups: Sequence[np.ndarray]) -> Iterable[tuple[PrefixTree, TreeLayout]]:
-        """Return the trees of a step, where there is no time to make them before: one by one."""
-        planted, self._planted = self._planted, None
-        if planted and planted.groups is groups and planted.n_parts == self._n_parts:
-            return planted.plants
-        return map(self._plant, self.parts(groups))
+    def _trees(self, groups: Sequence[np.ndarray]) -> Iterable[_LaidOut]:
+        """Return the trees of a step; one by one, where they were not made ahead."""
+        ahead, self._trees_ahead = self._trees_ahead, None
+        if ahead and ahead.groups is groups and ahead.n_parts == self._n_parts:
+            return ahead.trees
+        return (self._laid_out(self.sequences, ids) for ids in self.parts(groups))
 
     def ahead(self, steps: Iterator[Step]) -> Iterator[Step]:
         """Yield the steps; on a GPU the trees of the next one are made while it computes."""
         if not self.works_ahead:
             yield from steps
             return
-        for groups, planted in worked_ahead(steps, self._plant_all):
-            self._planted = planted
+        for groups, trees_ahead in worked_ahead(steps, self._make_ahead):
+            self._trees_ahead = trees_ahead
             yield groups
 
-    def _plant_all(self, groups: Step) -> "_Planted":
+    def _make_ahead(self, groups: Step) -> _TreesAhead:
         n_parts = self._n_parts
         device = self.base_model.device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            plants = [self._plant(ids) for ids in self.parts(groups)]
-        return _Planted(groups, n_parts, plants)
+            trees = [self._laid_out(self.sequences, ids) for ids in self.parts(groups)]
+        return _TreesAhead(groups, n_parts, trees)
 
-    def _plant(self, ids: np.ndarray) -> tuple[PrefixTree, TreeLayout]:
-        tree = build_tree(self.sequences, ids)
+    def _laid_out(self, sequences: TokenSequences, ids: np.ndarray) -> _LaidOut:
+        tree = build_tree(sequences, ids)
         return tree, TreeLayout(tree, self.base_model.device)
 
     @cached_property
@@ -212,7 +212,7 @@ class TreeStep:
         self._n_parts *= 2
         for parameter in trainable_parameters(self.peft_model).values():
             parameter.grad = None
-        self._say(f"memory ran out: rows are run in {self._n_parts} parts from here on")
+        self._say(f"memory ran out: what runs at once is cut into {self._n_parts} parts from here on")
 
 
 def _summed(losses: Sequence[tuple[Tensor, float]]) -> LossSum:

@@ -54,6 +54,10 @@ class StepMemory:
         """Return the resident bytes that a tree of so many nodes makes."""
         return int(RESIDENT * (self.constant + self.node * n_nodes))
 
+    def most_nodes(self, room_bytes: int) -> int:
+        """Return the nodes of the largest tree that fits; 0 or less where none does."""
+        return int((room_bytes / RESIDENT - self.constant) / self.node)
+
 
 def rough_memory(step: TreeStep) -> StepMemory:
     """Return more than a step takes, from the model's sizes alone."""
@@ -227,10 +231,10 @@ def _cut_trees(
 ) -> int:
     """Let a step run so few nodes at once that they fit; return those of its largest tree then."""
     asked = _largest_tree(step, schedule)
-    needed = memory.peak_bytes(asked)
-    step.most_nodes = max(LEAST_NODES, int(asked * room / needed))
+    needed = size(memory.peak_bytes(asked))
+    step.most_nodes = max(LEAST_NODES, memory.most_nodes(room))
     say(
-        f"memory: a step over {asked:,} tokens at once would take {size(needed)}, and there are "
+        f"memory: a step over {asked:,} tokens at once would take {needed}, and there are "
         f"{size(room)}; at most {step.most_nodes:,} are run at once, with the same gradient"
     )
     return _largest_tree(step, schedule)

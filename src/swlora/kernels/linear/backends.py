@@ -168,7 +168,7 @@ class QuantisedProducts(TorchProducts):
         """The weights (out, in), stacked, dequantised."""
         if self._held is not None:
             return self._held
-        weights = [numbers(weight_out_in(module)) for module in self.maps]
+        weights = [self._whole(weight_out_in(module)) for module in self.maps]
         return weights[0] if len(weights) == 1 else torch.cat(weights)
 
     @contextmanager
@@ -198,6 +198,9 @@ class QuantisedProducts(TorchProducts):
     def _serves(self, rows: Tensor) -> bool:
         return serves(rows.dtype) and bool(rows.dtype == self.maps[0].weight.dtype)
 
+    def _whole(self, weight: Tensor) -> Tensor:
+        return numbers(weight)
+
 
 class ShardedProducts(QuantisedProducts):
     """Products with weights that are divided over processes: those of a block are whole while it
@@ -209,16 +212,11 @@ class ShardedProducts(QuantisedProducts):
         """Say whether the module's weight is divided."""
         return type(module) in MAPS and is_sharded(module.weight)
 
-    @property
-    def weight(self) -> Tensor:
-        """The weights (out, in), stacked, gathered."""
-        if self._held is not None:
-            return self._held
-        weights = [whole(weight_out_in(module)) for module in self.maps]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
-
     def _serves(self, rows: Tensor) -> bool:
         return rows.device.type == "cpu" and super()._serves(rows)
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        return whole(weight)
 
 
 _has_onednn = torch.backends.mkldnn.is_available() and hasattr(

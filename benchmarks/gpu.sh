@@ -8,6 +8,11 @@
 # WHEELS (default .gpu): the folder that --prepare fills; take it along. OUT (default runs/gpu):
 # where gpu.json and the logs go. PYTHON (default python3): it has torch, transformers and peft.
 set -uo pipefail
+case "${1:-}" in
+    "" | --prepare | --dry-run) ;;
+    -h | --help) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+    *) echo "gpu.sh: no option is called $1; there are --prepare and --dry-run" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 WHEELS=${WHEELS:-.gpu} OUT=${OUT:-runs/gpu} PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"

@@ -1,6 +1,6 @@
 """Models of known shapes with random weights, and rows for them: nothing is fetched or read.
 
-Speed hangs on shapes alone. The rows are E2E's where `benchmarks.gpu prepare` has written them,
+Speed hangs on shapes alone. The rows are E2E's where `benchmarks.gpu_prepare` has written them,
 else rows made from a seed with as many references a prompt and tokens a row.
 """
 

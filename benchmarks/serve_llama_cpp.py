@@ -28,7 +28,7 @@ from typing import Any
 import httpx2
 import torch
 
-from benchmarks import runner
+from benchmarks import cases, runner
 from benchmarks.gguf_memory import write_file
 from benchmarks.random_model import SHAPES, write_model
 from benchmarks.serve import PROMPTS, serving, stream
@@ -37,6 +37,7 @@ SCRIPT = Path(__file__).with_suffix(".mjs")
 LONG_TOKENS = 1000
 WORDS = [f" {a}{b}" for a in "bcdfgklmnprst" for b in ("an", "el", "is", "or", "un")]
 ARMS = ("ours", "llama-cpp")
+KINDS = ("short", "long")  # of prompts
 MODES = ("alone", "together")  # one stream after another, all at once
 Streams = list[dict[str, float]]
 
@@ -46,17 +47,19 @@ def main() -> None:
     parser.add_argument("--json", required=True, type=Path, help="where the results go")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
     parser.add_argument("--shapes", default="builtin", help=f"of builtin, {', '.join(SHAPES)}")
-    parser.add_argument("--prompts", default="short,long", help="of short, long")
+    parser.add_argument("--prompts", default="short,long", help=f"of {', '.join(KINDS)}")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of every stream")
     args = parser.parse_args()
+    shapes = cases.named(args.shapes, ["builtin", *SHAPES], "shape")
+    kinds = cases.named(args.prompts, KINDS, "kind of prompts")
 
     start, models = runner.load(), {}
-    for shape in args.shapes.split(","):
+    for shape in shapes:
         with tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
             folder, file = prepared(shape, Path(scratch))
             found = {
                 kind: measured(folder, file, kind, args.rounds, args.tokens)
-                for kind in args.prompts.split(",")
+                for kind in kinds
             }
             models[shape] = {"file_bytes": file.stat().st_size, **found}
     report = {
@@ -72,7 +75,7 @@ def main() -> None:
 
     write_json(args.json, report)
     for shape, by_kind in models.items():
-        for kind in args.prompts.split(","):
+        for kind in kinds:
             print(f"{shape}, {kind} prompts: {json.dumps(by_kind[kind]['ratios'])}")
 
 

@@ -15,11 +15,40 @@ from benchmarks import gpu, gpu_models, gpu_peers
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_all_parts_together_stay_below_their_limit() -> None:
+def test_tests_and_our_own_arm_come_first() -> None:
     for dry in (True, False):
         names = [part.name for part in gpu.parts(dry, Path("x"))]
         assert names[:2] == ["tests", "ours"] and len(set(names)) == len(names)
-    assert gpu.LIMIT_S < 540
+
+
+def test_a_part_ends_at_its_limit_or_says_why_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_part.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "bad_part.py").write_text("raise SystemExit('a reason')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def run(name: str, limit_s: float, left_s: float = 60.0) -> str:
+        part = gpu.Part(name, [name], limit_s)
+        return str(gpu._run(part, left_s, tmp_path, "")["error"])
+
+    assert run("slow_part", 1.0) == "stopped after 1 s: no message"
+    assert run("bad_part", 60.0) == "exit code 1: a reason"
+    assert run("bad_part", 60.0, left_s=14.0) == "left out: no time was left"
+
+
+def test_options_that_are_not_known_are_named() -> None:
+    def said(*options: str) -> tuple[int, str]:
+        command = ["bash", "benchmarks/gpu.sh", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    assert said("--dry") == (
+        2,
+        "gpu.sh: no option is called --dry; there are --prepare and --dry-run\n",
+    )
+    code, text = said("--help")
+    assert code == 0 and all(word in text for word in ("--prepare", "--dry-run", "WHEELS", "OUT"))
 
 
 def test_ratios_compare_rates_and_nodes() -> None:

@@ -212,7 +212,8 @@ class TreeStep:
         self._n_parts *= 2
         for parameter in trainable_parameters(self.peft_model).values():
             parameter.grad = None
-        self._say(f"memory ran out: what runs at once is cut into {self._n_parts} parts from here on")
+        parts = f"{self._n_parts} parts from here on"
+        self._say(f"memory ran out: what runs at once is cut into {parts}")
 
 
 def _summed(losses: Sequence[tuple[Tensor, float]]) -> LossSum:

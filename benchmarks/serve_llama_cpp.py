@@ -57,10 +57,7 @@ def main() -> None:
     for shape in shapes:
         with tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
             folder, file = prepared(shape, Path(scratch))
-            found = {
-                kind: measured(folder, file, kind, args.rounds, args.tokens)
-                for kind in kinds
-            }
+            found = {kind: measured(folder, file, kind, args.rounds, args.tokens) for kind in kinds}
             models[shape] = {"file_bytes": file.stat().st_size, **found}
     report = {
         "benchmark": "serve against llama.cpp",

@@ -199,7 +199,7 @@ class QuantisedProducts(TorchProducts):
         return serves(rows.dtype) and bool(rows.dtype == self.maps[0].weight.dtype)
 
     def _whole(self, weight: Tensor) -> Tensor:
-        return numbers(weight)
+        return numbers(weight)  # type: ignore[no-any-return]
 
 
 class ShardedProducts(QuantisedProducts):

@@ -14,8 +14,9 @@ from swlora.locks import lock_folder
 from swlora.paths import cache_dir
 from swlora.study.folder import StudyFolder
 from swlora.study.live import Board
+from swlora.study.one_process import child_command
 from swlora.study.plan import Task
-from swlora.study.runner import Outcome, Runner, child_command
+from swlora.study.runner import Outcome, Runner
 from swlora.study.spec import StudySpec
 
 SPEC = StudySpec.model_validate({"arms": ["lora"]})

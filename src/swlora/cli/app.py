@@ -26,6 +26,7 @@ from swlora.cli.show import (
 )
 from swlora.cli.verbs import Adapter, Metrics, app, named_metric, verb
 from swlora.command_settings import SETTINGS
+from swlora.errors import UserError
 
 __all__ = ["app", "export", "merge", "share"]
 
@@ -165,6 +166,17 @@ def compare(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="check everything, print the plan, run nothing")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto|local",
+            help="make the runs on this Ray cluster, many at a time; local starts one here",
+        ),
+    ] = None,
+    ray_cpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPUs of a run there [default: a machine's, or a GPU's share]"),
+    ] = None,
 ) -> None:
     """Compare methods and choices of layers: several seeds, controls, intervals.
 
@@ -176,7 +188,10 @@ def compare(
     from swlora.study import overview
 
     overrides = {"controls": False if no_controls else None}
-    request = study.Request(config, output or Path("runs") / config.stem, only, overrides)
+    if ray_cpus is not None and ray is None:
+        raise UserError("--ray-cpus is for runs on a Ray cluster: give --ray too")
+    where = None if ray is None else study.RayAddress(ray, ray_cpus)
+    request = study.Request(config, output or Path("runs") / config.stem, only, overrides, where)
     no_library_notes()
     if dry_run:
         plans = study.plan(request)

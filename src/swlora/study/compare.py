@@ -4,10 +4,11 @@ Nothing trains before everything that can be known to fail was looked at. The sa
 on where the study stopped. A file with several models is one study of each, in folders of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swlora.config.fields import split_list
 from swlora.errors import RunFailedError, UserError
@@ -16,21 +17,51 @@ from swlora.study.check import Checked, check
 from swlora.study.compared import Compared, ComparedModels
 from swlora.study.folder import StudyFolder, check_folder, remove
 from swlora.study.live import Board, View, make_view
+from swlora.study.one_process import Command, child_command
 from swlora.study.overview import Plans, plan_of
 from swlora.study.phases import Phases
-from swlora.study.runner import Command, Runner, child_command
+from swlora.study.runner import Runner
 from swlora.study.study_file import read_studies
+
+if TYPE_CHECKING:
+    from swlora.study.ray_runner import Cluster
 
 
 @dataclass(frozen=True)
 class Request:
     """What is asked for: a study file, the folder of its results, arms to run (None: all), and
-    dotted settings that win over the file."""
+    dotted settings that win over the file; where the runs are made, unless it is here."""
 
     path: Path
     output: Path
     only: list[str] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    ray: "RayAddress | None" = None
+
+
+@dataclass(frozen=True)
+class RayAddress:
+    """A Ray cluster, and how many of its CPUs each run gets; None: those of a machine."""
+
+    address: str
+    n_cpus: int | None = None
+
+
+@contextmanager
+def cluster_of(request: Request, device: str, view: View) -> Iterator["Cluster | None"]:
+    """Connect to the cluster of a request, if there is one, and say what runs where."""
+    if request.ray is None:
+        yield None
+        return
+    from swlora.study.ray_cluster import connect
+
+    wants_gpu = None if device == "auto" else device.startswith("cuda")
+    cluster = connect(request.ray.address, request.ray.n_cpus, wants_gpu=wants_gpu)
+    try:
+        view.say(cluster.describe())
+        yield cluster
+    finally:
+        cluster.close()
 
 
 def plan(request: Request) -> Plans:
@@ -40,11 +71,17 @@ def plan(request: Request) -> Plans:
     """
     studies = checked_studies(request, dry_run=True)
     plans = [plan_of(n, checked, wanted_arms(checked, request)) for n, checked, _ in studies]
+    if request.ray is not None:
+        view = make_view()
+        with closing(view), cluster_of(request, studies[0][1].spec.model.device, view):
+            pass
     return Plans(plans)
 
 
 def compare(
-    request: Request, view: View | None = None, command: Command = child_command
+    request: Request,
+    view: View | None = None,
+    command: Command = child_command,
 ) -> Compared | ComparedModels:
     """Run or continue the studies of a file; return what came out: that of several by folder.
 
@@ -57,9 +94,12 @@ def compare(
     try:
         studies = checked_studies(request, dry_run=False)
         wanted = [wanted_arms(checked, request) for _, checked, _ in studies]
-        for (name, checked, folder), names in zip(studies, wanted, strict=True):
-            results[str(folder)], lines = run_study(name, checked, folder, names, view, command)
-            failures += lines
+        device = studies[0][1].spec.model.device
+        with cluster_of(request, device, view) as cluster:
+            for (name, checked, folder), names in zip(studies, wanted, strict=True):
+                result, lines = run_study(name, checked, folder, names, view, command, cluster)
+                results[str(folder)] = result
+                failures += lines
     except KeyboardInterrupt as error:
         stopped = "the study was stopped; the same command goes on where it is"
         raise KeyboardInterrupt(stopped) from error
@@ -113,6 +153,7 @@ def run_study(
     wanted: list[str],
     view: View,
     command: Command = child_command,
+    cluster: "Cluster | None" = None,
 ) -> tuple[Compared, list[str]]:
     """Run or continue one study in `path`; return (what came out, what is not done and why)."""
     from swlora.study.results import publish
@@ -123,10 +164,30 @@ def run_study(
         study.record_source(**checked.identity)
         study.record(**checked.facts, n_rows=checked.n_rows)
         board = Board()
-        runner = Runner(study, board, view, command)
-        phases = Phases(checked.resolved(), study, runner, board, view, wanted)
-        phases.run()
+        resolved = checked.resolved()
+        runner = _runner(resolved, study, board, view, command, cluster)
+        phases = Phases(resolved, study, runner, board, view, wanted)
+        try:
+            phases.run()
+        finally:
+            runner.close()
         remove(study.caches)
         unfinished = phases.unfinished()
         study.record(status="done" if phases.is_complete() else "incomplete")
         return publish(path), unfinished
+
+
+def _runner(
+    checked: Checked,
+    study: StudyFolder,
+    board: Board,
+    view: View,
+    command: Command,
+    cluster: "Cluster | None",
+) -> Runner:
+    """Return what makes the runs: one after another here, or on a cluster."""
+    if cluster is None:
+        return Runner(study, board, view, command)
+    from swlora.study.ray_runner import RayRunner
+
+    return RayRunner(checked.spec, study, board, view, cluster)

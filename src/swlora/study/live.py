@@ -31,8 +31,8 @@ class Board:
     tasks: dict[str, Task] = field(default_factory=dict)
     status: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    current: str | None = None
-    started_s: float = 0.0
+    running: dict[str, float] = field(default_factory=dict)  # since when, in monotonic seconds
+    n_at_once: int = 1  # runs, as far as is known
 
     def plan(self, tasks: list[Task]) -> None:
         """Replace the runs that are to come; those that are over stay, with what became of them."""
@@ -43,7 +43,12 @@ class Board:
         """Note that a run begins."""
         self.tasks[task.folder] = task
         self.status[task.folder] = "running"
-        self.current, self.started_s = task.folder, time.monotonic()
+        self.running[task.folder] = time.monotonic()
+
+    def wait(self, task: Task) -> None:
+        """Note that a run is to begin again."""
+        self.running.pop(task.folder, None)
+        self.status.pop(task.folder, None)
 
     def end(self, task: Task, status: str, seconds: float | None) -> None:
         """Note what became of a run."""
@@ -51,19 +56,24 @@ class Board:
         self.status[task.folder] = status
         if seconds is not None and status == "done":
             self.seconds[task.folder] = seconds
-        self.current = None
+        self.running.pop(task.folder, None)
+
+    @property
+    def current(self) -> str | None:
+        """The run that has been running longest, or None."""
+        return next(iter(self.running), None)
 
     def left_s(self) -> tuple[float, bool]:
         """Return (guessed seconds to the end of the study, whether every run could be guessed)."""
-        total_s, complete = 0.0, True
+        total_s, complete, now_s = 0.0, True, time.monotonic()
         for folder, task in self.tasks.items():
             if self.status.get(folder) not in OPEN:
                 continue
             guess_s = self._guess_s(task)
             complete = complete and guess_s is not None
-            done_s = time.monotonic() - self.started_s if folder == self.current else 0.0
+            done_s = now_s - self.running.get(folder, now_s)
             total_s += max(0.0, (guess_s or 0.0) - done_s)
-        return total_s, complete
+        return total_s / self.n_at_once, complete
 
     def _guess_s(self, task: Task) -> float | None:
         done = [(self.tasks[folder], s) for folder, s in self.seconds.items()]
@@ -137,14 +147,17 @@ class LineView:
         self._console.print(message, markup=False, soft_wrap=True)
 
     def show(self, board: Board, folder: Path) -> None:
-        """Print how far the present run is, where the last line is old enough."""
-        if board.current is None or time.monotonic() - self._shown_s < LINE_EVERY_S:
+        """Print how far the present runs are, where the last line is old enough."""
+        if not board.running or time.monotonic() - self._shown_s < LINE_EVERY_S:
             return
         self._shown_s = time.monotonic()
-        task = board.tasks[board.current]
-        cells = progress_cells(task, snapshot(folder / task.folder))
-        parts = [f"{task.arm} {task.label}", *(c for c in cells if c), study_left(board)]
-        self.say(", ".join(parts))
+        for folder_of_run in board.running:
+            task = board.tasks[folder_of_run]
+            cells = progress_cells(task, snapshot(folder / task.folder))
+            left = [] if len(board.running) > 1 else [study_left(board)]
+            self.say(", ".join([f"{task.arm} {task.label}", *(c for c in cells if c), *left]))
+        if len(board.running) > 1:
+            self.say(study_left(board))
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -180,9 +193,10 @@ def board_table(board: Board, folder: Path) -> Table:
         states = [board.status.get(task.folder, "waiting") for task in tasks]
         n_done = states.count("done")
         now, cells = _summary(states), ("", "", "", "")
-        if board.current is not None and board.tasks[board.current].arm == arm:
-            task = board.tasks[board.current]
-            now = f"{task.phase} {task.label}"
+        running = [board.tasks[place] for place in board.running if board.tasks[place].arm == arm]
+        if running:
+            task, *others = running
+            now = f"{task.phase} {task.label}" + (f" +{len(others)}" if others else "")
             cells = progress_cells(task, snapshot(folder / task.folder))
         table.add_row(arm, f"{n_done}/{len(tasks)}", now, *cells)
     return table

@@ -42,7 +42,10 @@ class Phases:
         assert n_layers is not None  # checked
         self.arms = arms_before(self.checked)
         self._tell_board()
-        found = [self._find_layers(arm) for arm in arms_of(spec, n_layers)]
+        named = arms_of(spec, n_layers)
+        searches = ((arm, identify_tasks([arm]).get(arm.name)) for arm in named)
+        self.runner.ahead([t for arm, t in searches if t and self._is_needed(arm, t)])
+        found = [self._find_layers(arm) for arm in named]
         self._end_phase("identify")
         self.arms, serving = add_controls(found, spec, n_layers)
         for arm in self.arms:
@@ -54,13 +57,18 @@ class Phases:
                 self.wanted.append(name)
         self._tell_board()
         running = [arm for arm in self.arms if arm.name in self.wanted and arm.layers is not None]
+        n_rows = self.checked.n_rows["train"]
+        self.runner.ahead([task for arm in running for task in rate_tasks(arm, spec, n_rows)])
         for arm in running:
             self._choose_rate(arm)
         self._end_phase("rates")
-        runs = run_tasks(running, self.rates, self.checked.n_rows["train"])
+        runs = run_tasks(running, self.rates, n_rows)
+        self.runner.ahead(runs)
         done = [task for task in runs if self.runner.run(task).status == "done"]
         self._end_phase("runs")
-        for task in beam_tasks(done, spec):
+        beams = beam_tasks(done, spec)
+        self.runner.ahead(beams)
+        for task in beams:
             self.runner.run(task)
         self._end_phase("beam")
 

@@ -9,29 +9,27 @@ else is in the user's cache, such as the embedded model, is linked into it.
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swlora.caches import ENGLISH, PREFIX
 from swlora.config import dump_yaml, load_recorded_spec
 from swlora.errors import DivergedError, UserError
 from swlora.locks import lock_folder
-from swlora.paths import cache_dir
 from swlora.progress import duration
 from swlora.runs import read_run
 from swlora.snapshots import has_snapshot
 from swlora.study.folder import StudyFolder, remove
 from swlora.study.live import Board, View
+from swlora.study.one_process import LOG, Command, child_command, fill_cache, start_process
 from swlora.study.plan import Task
 from swlora.work_folder import failure_of
 
-LOG = "log.txt"
 POLL_S = 0.5
+STOPPED = "the study was stopped"
 
 
 @dataclass(frozen=True)
@@ -46,22 +44,12 @@ class Outcome:
     has_diverged: bool = False
 
 
-Command = Callable[[Task, Path, Path, bool], list[str]]
+@dataclass(frozen=True)
+class _Begun:
+    """A run whose folder is ready: whether it goes on, and the seconds that it took until then."""
 
-
-def child_command(task: Task, study: Path, config: Path, resume: bool) -> list[str]:
-    """Return the command line of a run's process."""
-    output = ["--output", str(study / task.folder)]
-    swlora = [sys.executable, "-m", "swlora"]
-    if resume:
-        return [*swlora, "train-eval", "--resume", *output]
-    given = ["--config", str(config), *output]
-    if task.phase == "runs":
-        return [*swlora, "train-eval", *given]
-    if task.phase == "beam":
-        return [*swlora, "eval", "--adapter", str(study / str(task.adapter)), *given]
-    work = "layers" if task.phase == "identify" else "train"
-    return [sys.executable, "-m", "swlora.study.work", work, *given]
+    resume: bool
+    before_s: float
 
 
 class Runner:
@@ -72,55 +60,67 @@ class Runner:
     ) -> None:
         self._study, self._board, self._view, self._command = study, board, view, command
 
+    def ahead(self, tasks: Sequence[Task]) -> None:
+        """Begin runs that `run` will be asked for; nothing where one runs at a time, as here."""
+
+    def close(self) -> None:
+        """End what still runs: nothing here."""
+
     def run(self, task: Task) -> Outcome:
         """Run one task, unless it is done; KeyboardInterrupt ends it as cancelled and goes on up.
 
         Raises UserError where its folder holds a run of other settings, or one that is at work.
         """
+        begun = self._begin(task)
+        if isinstance(begun, Outcome):
+            return begun
+        self._board.start(task)
+        self._record(task, Outcome("running"), begun.before_s)
+        start_s = time.monotonic()
+        try:
+            code = self._process(task, begun.resume)
+        except KeyboardInterrupt:
+            stopped = Outcome("cancelled", STOPPED)
+            self._note(task, stopped, begun.before_s + time.monotonic() - start_s)
+            raise
+        remove(self._cache(task))
+        return self._end(task, code, begun.before_s, time.monotonic() - start_s)
+
+    def _begin(self, task: Task) -> "Outcome | _Begun":
+        """Make the folder of a run ready; how it ended, where it need not be made."""
         folder = self._study.folder / task.folder
-        facts = _run_facts(folder)
+        facts = run_facts(folder)
         if facts is not None and _is_over(facts, task):
             _check_same(folder, task)
             return self._note(task, _outcome(facts, 0, folder), self._seconds(task))
         if folder.exists():
             _check_free(folder)
         resume = task.phase == "runs" and has_snapshot(folder / "checkpoint")
-        before_s = self._seconds(task) or 0.0 if resume else 0.0
         if resume:
             _check_same(folder, task)
         else:
             remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._board.start(task)
-        self._record(task, Outcome("running"), before_s)
-        start_s = time.monotonic()
-        try:
-            code = self._process(task, resume)
-        except KeyboardInterrupt:
-            stopped = Outcome("cancelled", "the study was stopped")
-            self._note(task, stopped, before_s + time.monotonic() - start_s)
-            raise
-        outcome, now_s = _outcome(_run_facts(folder), code, folder), time.monotonic()
-        remove(self._cache(task))
+        return _Begun(resume, self._seconds(task) or 0.0 if resume else 0.0)
+
+    def _end(self, task: Task, code: int, before_s: float, now_s: float, at: str = "") -> Outcome:
+        """Say and record how a process ended that took `now_s` seconds."""
+        folder = self._study.folder / task.folder
+        outcome = _outcome(run_facts(folder), code, folder)
         reason = f": {outcome.reason}" if outcome.reason else ""
-        self._view.say(f"{task.folder} {outcome.status} in {duration(now_s - start_s)}{reason}")
-        return self._note(task, outcome, before_s + now_s - start_s)
+        self._view.say(f"{task.folder} {outcome.status} in {duration(now_s)}{at}{reason}")
+        return self._note(task, outcome, before_s + now_s)
 
     def _process(self, task: Task, resume: bool) -> int:
         """Start the run's process and wait for it; return its exit code."""
-        folder = self._study.folder / task.folder
-        environment = {**os.environ, "SWLORA_CACHE": str(self._make_cache(task))}
-        with tempfile.TemporaryDirectory() as scratch, (folder / LOG).open("ab") as log:
+        cache = self._cache(task)
+        fill_cache(cache)
+        with tempfile.TemporaryDirectory() as scratch:
             config = Path(scratch) / "config.yaml"
             config.write_text(dump_yaml(task.spec), encoding="utf-8")
-            process = subprocess.Popen(
-                self._command(task, self._study.folder, config, resume),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the study alone, which then stops the run
-            )
+            command = self._command(task, self._study.folder, config, resume)
+            folder = self._study.folder / task.folder
+            process = start_process(command, folder, {"SWLORA_CACHE": str(cache)})
             try:
                 while True:
                     self._view.show(self._board, self._study.folder)
@@ -155,17 +155,16 @@ class Runner:
             "status": outcome.status,
             "reason": outcome.reason,
             "seconds": None if seconds is None else round(seconds, 3),
-            "load_before": self._load_before(task, outcome),
+            **self._circumstances(task, outcome),
         }
         if values != self._study.facts["runs"].get(task.folder):
             self._study.record_run(task.folder, **values)
 
-    def _load_before(self, task: Task, outcome: Outcome) -> float | None:
+    def _circumstances(self, task: Task, outcome: Outcome) -> dict[str, Any]:
         """Return the system's load when the run began: a busy machine makes timings worthless."""
         if outcome.status == "running":
-            return round(os.getloadavg()[0], 2)
-        known: float | None = self._study.facts["runs"].get(task.folder, {}).get("load_before")
-        return known
+            return {"load_before": round(os.getloadavg()[0], 2)}
+        return {"load_before": self._study.facts["runs"].get(task.folder, {}).get("load_before")}
 
     def _seconds(self, task: Task) -> float | None:
         """Return the seconds that study.json has of a run."""
@@ -175,19 +174,8 @@ class Runner:
     def _cache(self, task: Task) -> Path:
         return self._study.caches / task.folder.replace("/", "-")
 
-    def _make_cache(self, task: Task) -> Path:
-        """Return a cache folder with everything of the user's but prefixes, as links."""
-        cache, shared = self._cache(task), cache_dir().resolve()
-        cache.mkdir(parents=True, exist_ok=True)
-        (shared / ENGLISH).mkdir(parents=True, exist_ok=True)  # measured by one run, for all
-        for entry in sorted(shared.iterdir()) if shared.is_dir() else []:
-            link = cache / entry.name
-            if entry.name != PREFIX and not entry.name.startswith(".") and not link.exists():
-                link.symlink_to(entry)
-        return cache
 
-
-def _run_facts(folder: Path) -> dict[str, Any] | None:
+def run_facts(folder: Path) -> dict[str, Any] | None:
     """Return what run.json says, or None where there is none that can be read."""
     try:
         return read_run(folder)

@@ -17,6 +17,7 @@ from swlora.errors import UserError, brief
 
 CONNECTS_S = 5.0
 ANSWERS_S = 20.0  # how long a cluster may take to say that it is one
+GOES_ON = ("began", "alive", "metrics")  # messages after which others follow
 SEEN_S = 60.0  # how long a machine may take to say what it has
 LOCAL_STORE_BYTES = 256 << 20  # of objects; only a run's files pass through it
 
@@ -101,7 +102,7 @@ class RayCluster:
         for stream in ready:
             message = self._next(stream)
             folder = self._running[stream]
-            if message["kind"] not in ("began", "metrics"):
+            if message["kind"] not in GOES_ON:
                 del self._running[stream]
             yield folder, message
 
@@ -206,9 +207,7 @@ def _node(facts: Mapping[str, Any]) -> Node:
     return Node(facts["NodeID"], facts["NodeManagerHostname"], n_cpus, n_gpus)
 
 
-def _cluster(
-    ray: Any, nodes: list[Node], n_cpus: int | None, wants_gpu: bool | None
-) -> RayCluster:
+def _cluster(ray: Any, nodes: list[Node], n_cpus: int | None, wants_gpu: bool | None) -> RayCluster:
     """Share out the machines among runs; those on which none fits are left out."""
     if wants_gpu is None:
         wants_gpu = any(node.n_gpus for node in nodes)

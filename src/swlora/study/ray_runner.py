@@ -109,7 +109,7 @@ class RayRunner(Runner):
                 for folder, message in self._cluster.messages(POLL_S):
                     self._hear(self._running[folder], message)
         except KeyboardInterrupt:
-            self._stop()
+            self._stop_all()
             raise
         return self._over.pop(task.folder)
 
@@ -207,7 +207,7 @@ class RayRunner(Runner):
                 return self._note(run.task, Outcome("failed", reason), run.before_s + run.now_s)
         return outcome
 
-    def _stop(self) -> None:
+    def _stop_all(self) -> None:
         """Let all runs stop after their present step; another interruption kills them."""
         self._view.say("stopping the runs after their present steps (again: at once)")
         self._cluster.cancel()

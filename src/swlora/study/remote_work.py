@@ -5,7 +5,8 @@ sees the study's folder, the run works in it, and goes on from its checkpoint. E
 folder in that machine's temporary one, which lasts as long as the run: what it leaves, without
 checkpoints, travels back with the last message, up to SENT_BYTES.
 
-    began     host, machine, load, resumed       metrics   the end of the run's metrics.jsonl
+    began     host, machine, load, resumed
+    alive     nothing new                        metrics   tail: the end of metrics.jsonl
     ended     code, files by name (where the study's folder is not seen), left_out
     refused   why this machine cannot do it
 """
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,7 +63,9 @@ def order_of(task: Task, config: str, study: Path, token: str, n_threads: int) -
 
 def versions() -> dict[str, str]:
     """Return the versions that all machines of a study must have alike."""
-    return {"python": ".".join(platform.python_version_tuple()[:2]), **package_versions()}
+    python = ".".join(platform.python_version_tuple()[:2])
+    java = "there" if shutil.which("java") else "not there"  # METEOR needs it
+    return {"python": python, "java": java, **package_versions()}
 
 
 def look_around(order: Mapping[str, Any]) -> Iterator[Message]:
@@ -115,7 +118,7 @@ def _problem(order: Mapping[str, Any]) -> str | None:
     host, own = platform.node(), versions()
     for name, version in order["versions"].items():
         if own.get(name) != version:
-            return f"{host} has {name} {own.get(name)}, and here it is {version}: install the same"
+            return f"{name} is {own.get(name)} on {host} and {version} here: install the same"
     for what, path in order.get("paths", {}).items():
         if not (Path(order["working_folder"]) / path).exists():
             return f"{host} does not have the {what} {path}: every machine needs it at that path"
@@ -124,7 +127,7 @@ def _problem(order: Mapping[str, Any]) -> str | None:
 
 def _sees_study(order: Mapping[str, Any]) -> bool:
     try:
-        return (Path(order["study"]) / ".cache" / TOKEN).read_text() == order["token"]
+        return bool((Path(order["study"]) / ".cache" / TOKEN).read_text() == order["token"])
     except OSError:
         return False
 
@@ -180,8 +183,10 @@ def _threads(n: int) -> dict[str, str]:
     return dict.fromkeys(names, str(n))
 
 
-def _watch(process: "subprocess.Popen[bytes]", folder: Path | None) -> Iterator[Any]:
-    """Wait for a process, and yield the end of its metrics where `folder` is given; its code."""
+def _watch(
+    process: "subprocess.Popen[bytes]", folder: Path | None
+) -> Generator[Message, None, int]:
+    """Wait for a process and return its code; yield the end of its metrics, if in `folder`."""
     told = b""
     try:
         while True:
@@ -189,9 +194,8 @@ def _watch(process: "subprocess.Popen[bytes]", folder: Path | None) -> Iterator[
                 return process.wait(timeout=LOOK_EVERY_S)
             except subprocess.TimeoutExpired:
                 tail = _tail(folder) if folder else b""
-            if tail != told:
-                told = tail
-                yield {"kind": "metrics", "tail": tail}
+            yield {"kind": "metrics", "tail": tail} if tail != told else {"kind": "alive"}
+            told = tail
     finally:
         if process.poll() is None:
             process.terminate()

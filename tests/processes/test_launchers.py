@@ -108,6 +108,33 @@ def test_a_killed_rank_ends_the_run_with_its_name_and_it_resumes(killed, tmp_pat
     assert read_run(launched.run)["status"] == "done"
 
 
+def test_a_launcher_that_starts_its_processes_again(tmp_path):
+    """What failed before is no failure of those that it starts then."""
+    launched = Launched((*TORCHRUN, "--max-restarts", "1"), tmp_path, train__save_every="1step")
+    launched.await_steps(5)
+    launched.rank(1).send_signal(signal.SIGKILL)
+    assert launched.end() != 0
+    first, second = launched.lines
+    assert re.search(r"rank 1 on .* is gone", first)
+    assert "--resume" in second and "is gone" not in second  # there is a run in the folder
+
+
+def test_a_launcher_that_stands_still_is_missed(tmp_path):
+    """As one whose machine is off: its store answers no more, and no connection ends."""
+    launched = Launched(TORCHRUN, tmp_path, train__save_every="1step")
+    launched.await_steps(5)
+    processes = [launched.rank(number) for number in range(2)]
+    launched.process.send_signal(signal.SIGSTOP)
+    try:
+        _, alive = psutil.wait_procs(processes, timeout=ENDED_S)
+        n_dead = sum(p.status() == psutil.STATUS_ZOMBIE for p in alive) + 2 - len(alive)
+        assert n_dead == 2, launched.said
+    finally:
+        launched.process.send_signal(signal.SIGCONT)
+    launched.end()
+    assert any("the launcher" in line and "out of reach" in line for line in launched.lines)
+
+
 @pytest.mark.parametrize("from_a_terminal", [False, True])
 def test_a_stopped_launcher_leaves_a_checkpoint(from_a_terminal, tmp_path):
     """A terminal sends its signal to all processes, and the launcher sends it on to them."""
@@ -159,6 +186,6 @@ def test_accelerate_starts_one_process_on_cpus_which_is_noticed(tmp_path):
     assert launched.end() != 0
     assert launched.lines == [
         "swlora: --processes 2, and there is 1: start with torchrun --nproc-per-node 2 "
-        "(accelerate launch --cpu starts a single one)"
+        "-m swlora train ... (accelerate launch --cpu starts a single one)"
     ]
     assert not launched.run.exists()

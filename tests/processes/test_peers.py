@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
+import psutil
 import pytest
 from torch.distributed import HashStore
 
@@ -93,6 +94,61 @@ def test_a_silent_process_of_another_machine_is_missed(meet):
     third._ended.set()  # no heartbeat any more
     with pytest.raises(RunFailedError, match=r"rank 2 on there .* is gone"):
         second.gathered(None)
+
+
+def test_one_that_never_gave_a_sign_of_life_is_missed_too(meet, monkeypatch):
+    beat = Peers._beat
+    monkeypatch.setattr(Peers, "_beat", lambda self, n: self.world.rank == 1 or beat(self, n))
+    first, _ = meet(2, {1: replace(_Place.own(), space="another", host="there")})
+    failure = first.look_for_failure(within_s=2.0)
+    assert failure is not None
+    assert "rank 1 on there" in failure.message
+
+
+def test_a_clock_that_is_set_is_no_death(meet, monkeypatch):
+    """The system counts when a process began from the clock's time now."""
+    own = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    place = replace(_Place.own(), number=own.pid)
+    first, _ = meet(2, {1: place})
+    began_s = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: began_s(process) + 3600)
+    try:
+        assert first.look_for_failure(within_s=0.5) is None
+    finally:
+        own.communicate(b"\n")
+    failure = first.look_for_failure(within_s=5.0)
+    assert failure is not None and "is gone" in failure.message
+
+
+def test_machines_of_one_name_are_several(tmp_path, monkeypatch):
+    if not peers_module.BOOT_ID.exists():
+        pytest.skip("this system does not number its starts")
+    here = _Place.own()
+    assert here == _Place.own()
+    other = tmp_path / "boot_id"
+    other.write_text("another\n")
+    monkeypatch.setattr(peers_module, "BOOT_ID", other)
+    assert _Place.own().host == here.host
+    assert _Place.own().space != here.space
+
+
+def test_a_store_that_does_not_answer_is_gone(meet, monkeypatch):
+    first, second = meet(2)
+    asleep = threading.Event()
+    monkeypatch.setattr(Peers, "_beat", lambda _self, _number: asleep.wait(20))
+    try:
+        time.sleep(0.2)  # until both wait
+        n_looks = 0
+        while second.failure is None and n_looks < 100:
+            n_looks += 1
+            second.count_look()
+        assert n_looks == 21  # SILENT_S of the fixture in looks, and one
+        assert "is gone" in second.failure.message  # the first one keeps the store
+        second.leave()  # without a word to the store
+        assert not second._store.check(["left/1"])
+        assert first.failure is None
+    finally:
+        asleep.set()
 
 
 def test_who_leaves_is_not_missed(meet):

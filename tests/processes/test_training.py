@@ -183,6 +183,21 @@ def test_other_settings_on_one_process_are_named(inputs, tmp_path):
     ends_in_one_line(found, 2, words)
 
 
+def test_a_mistyped_option_is_said_once(tmp_path):
+    found = Ranks(["train", "--learning-rat", "1"], tmp_path).end()
+    ends_in_one_line(found, 2, "No such option: --learning-rat")
+
+
+def test_a_run_that_goes_on_with_another_place_of_its_adapter(inputs, tmp_path):
+    """Paths are compared, too."""
+    before = train(config(tmp_path, inputs, train__max_steps=2), tmp_path, 1, "before")
+    arguments = ["train", "--resume", "--output", f"{tmp_path}/none", "--adapter"]
+    found = Ranks([*arguments, str(before / "adapter")], tmp_path).end()
+    ends_in_one_line(found, 2, "swlora: .*none")
+    found = Ranks({0: [*arguments, "a"], 1: [*arguments, "b"]}, tmp_path).end()
+    ends_in_one_line(found, 2, "other settings than rank 0: adapter.start is 'b' there and 'a'")
+
+
 def test_more_processes_than_sequences_in_a_step(inputs, tmp_path):
     arguments = config(tmp_path, inputs, train__batch_size=2)
     found = Ranks([*arguments, "--output", str(tmp_path / "run")], tmp_path, 3).end()

@@ -34,6 +34,8 @@ def test_without_a_launcher_there_is_one_process(monkeypatch):
 def test_who_torchrun_says_a_process_is(monkeypatch):
     launch(monkeypatch, 5, 8, 1, 4, 1)
     assert world() == World(5, 8, 1, 4, 1)
+    monkeypatch.delenv("GROUP_RANK")  # other launchers do not say it
+    assert world().machine == 1
     assert world().is_shared and not world().is_main
 
 

@@ -67,7 +67,8 @@ PROCESSES = {
         typer.Option(
             "--processes",
             min=1,
-            help="how many torchrun or accelerate are to have started; another number is an error",
+            help="how many torchrun or accelerate are to have started, as in torchrun "
+            "--nproc-per-node 2 -m swlora train --processes 2 ...; another number is an error",
         ),
     ]
 }
@@ -136,8 +137,8 @@ class Invocation:
         from swlora.runs import Run
 
         with (
-            joint_run(self._open_run, self._asked, self.processes) as (run, spec),
             sigterm_interrupts(),
+            joint_run(self._open_run, self._asked, self.processes) as (run, spec),
         ):
             from swlora.job import Job
 
@@ -146,8 +147,9 @@ class Invocation:
 
     def _asked(self) -> dict[str, Any]:
         """Return what several processes of one run must have been given alike."""
-        given = {name: self.flags[name] for name in self._given}
-        return given if self._goes_on else flat(self.spec)
+        if not self._goes_on:
+            return flat(self.spec)
+        return {name: as_json(self.flags[name]) for name in self._given}
 
     @property
     def _goes_on(self) -> bool:

@@ -46,6 +46,8 @@ def is_usage_error(error: Exception) -> bool:
 
 def fail_usage(error: Any) -> NoReturn:
     """Say what was wrong with what was typed, and where help is."""
+    if not is_speaker():
+        raise SystemExit(2)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
     else:

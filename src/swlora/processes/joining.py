@@ -77,7 +77,8 @@ def joined(n_asked: int | None = None) -> Iterator[None]:
 def _not_as_asked(n_asked: int, size: int) -> str:
     return (
         f"--processes {n_asked}, and there {'is 1' if size == 1 else f'are {size}'}: start with "
-        f"torchrun --nproc-per-node {n_asked} (accelerate launch --cpu starts a single one)"
+        f"torchrun --nproc-per-node {n_asked} -m swlora train ... (accelerate launch --cpu starts "
+        "a single one)"
     )
 
 
@@ -96,14 +97,13 @@ def _ended_by(peers: Peers, error: BaseException) -> BaseException:
     """Tell the others of an error, or take theirs for it; return what is to be raised here."""
     peers.is_noticed = True
     us, is_interrupted = peers.world, isinstance(error, KeyboardInterrupt)
+    _state.speaks = us.is_main  # also where a second interruption ends this function
     is_together = isinstance(error, StoppedTogether)
     if not is_together and (is_interrupted or not us.is_main):
         # A launcher interrupts the others of a process that died.
         peers.look_for_failure(SAME_ERROR_S)
     failure = None if is_together else peers.failure or peers.fail(*_said(us.me, error))
-    if us.is_main:
-        _state.speaks = True
-    else:
+    if not us.is_main:
         has_left = peers.await_leaving(0, LEAVE_S)
         _state.speaks = not has_left and (failure is None or failure.by == us.rank)
     peers.leave()
@@ -128,6 +128,7 @@ def _end_what_hangs(peers: Peers) -> None:
         time.sleep(LOOK_EVERY_S)
         if _state.peers is not peers:
             return
+        peers.count_look()
     time.sleep(LOOK_EVERY_S)
     if _state.is_interruptible and not peers.is_noticed:
         _thread.interrupt_main()
@@ -138,7 +139,7 @@ def _end_what_hangs(peers: Peers) -> None:
             return
     if peers.world.is_main or failure.by == peers.world.rank:
         print(f"swlora: {failure.message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(failure.exit_code)
 
 
 def ended_well() -> bool:
@@ -147,8 +148,16 @@ def ended_well() -> bool:
 
 
 def is_speaker() -> bool:
-    """Say whether this process shows how the work ended: the first one does, or who misses it."""
-    return os.environ.get("RANK", "0") == "0" if _state.speaks is None else _state.speaks
+    """Say whether this process shows how the work ended: the first one does, or who misses it.
+
+    What fails before the work is common is shown by one process of every machine.
+    """
+    if _state.speaks is not None:
+        return _state.speaks
+    try:
+        return world().local_rank == 0
+    except UserError:
+        return True
 
 
 @contextmanager

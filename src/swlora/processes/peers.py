@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,6 +29,7 @@ SILENT_S = 16.0  # so long without a heartbeat, and a process counts as gone
 POLL_S = (0.002, 0.1)  # between two looks for a message: at first, and at most
 LEAVE_S = 5.0  # how long the first process waits for the others to leave
 INTERRUPTED = 130  # the exit code of who was asked to stop
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of this machine since it was started
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,30 @@ class _Place:
     host: str
     space: str
     number: int
-    since_s: float
 
     @classmethod
     def own(cls) -> "_Place":
-        space = platform.node()
-        if os.path.exists("/proc/self/ns/pid"):
-            space += os.readlink("/proc/self/ns/pid")
-        process = psutil.Process()
-        return cls(platform.node(), space, process.pid, process.create_time())
+        space = platform.node()  # which other machines may have, too
+        with suppress(OSError):
+            space += f" {BOOT_ID.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        return cls(platform.node(), space, os.getpid())
 
-    def is_dead(self) -> bool:
-        """Say whether a process of this machine has ended, whether or not it was waited for."""
+    def process(self) -> psutil.Process | None:
+        """Return the process of this machine at that place; None where there is none any more."""
         try:
-            process = psutil.Process(self.number)
-            is_other = abs(process.create_time() - self.since_s) > 1.0
-            return is_other or bool(process.status() == psutil.STATUS_ZOMBIE)
+            return psutil.Process(self.number)
         except psutil.NoSuchProcess:
-            return True
+            return None
+
+
+def _has_ended(process: psutil.Process | None) -> bool:
+    """Say whether a process has ended, whether or not it was waited for."""
+    try:
+        return process is None or not (
+            process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _has_launcher_store() -> bool:
@@ -93,9 +101,12 @@ class Peers:
         self._store, self._watched = connect(), connect()
         self._n_messages = 0
         self._places: dict[int, _Place] = {}
+        self._near: dict[int, psutil.Process | None] = {}  # those of this machine
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._ended = threading.Event()
         self._looking = threading.Lock()
+        self._n_unanswered = 0  # looks since the store answered the watching thread
+        self._is_store_lost = False
         self._store.set(f"place/{world.rank}", json.dumps(asdict(_Place.own())))
 
     def meet(self, within_s: float) -> None:
@@ -111,9 +122,11 @@ class Peers:
                 )
             time.sleep(POLL_S[1])
         watched = range(1, size) if self.world.is_main else [0]
+        own_space = _Place.own().space
         for rank in watched:
-            self._places[rank] = _Place(**json.loads(store.get(f"place/{rank}")))
-        self._own_space = _Place.own().space
+            place = self._places[rank] = _Place(**json.loads(store.get(f"place/{rank}")))
+            if place.space == own_space:
+                self._near[rank] = place.process()
         threading.Thread(target=self._watch, daemon=True, name="watch the processes").start()
 
     def from_main(self, value: Any = None) -> Any:
@@ -191,6 +204,8 @@ class Peers:
         Where the first process keeps the store, it stays until the others have left.
         """
         self._ended.set()
+        if self._is_store_lost:
+            return
         with suppress(RuntimeError):  # the store is gone: nobody misses it
             self._store.set(f"left/{self.world.rank}", "1")
             if self.world.is_main and not _has_launcher_store():
@@ -202,7 +217,7 @@ class Peers:
         """Wait until another process has left, or is gone; say whether it has within that time."""
         until_s = time.monotonic() + within_s
         with suppress(RuntimeError):  # the store is gone
-            while time.monotonic() < until_s:
+            while time.monotonic() < until_s and not self._is_store_lost:
                 if self._store.check([f"left/{rank}"]):
                     return True
                 if (failure := self.failure) and failure.rank == rank != failure.by:
@@ -219,6 +234,16 @@ class Peers:
             n_looks += 1
             if self.failure is None:
                 self._look()
+            self._n_unanswered = 0
+
+    def count_look(self) -> None:
+        """Count a look of another thread: the watching one waits for ever where a machine is off.
+
+        They are counted, and not the time, in which this process may have been stopped itself.
+        """
+        self._n_unanswered += 1
+        if self._n_unanswered > SILENT_S / LOOK_EVERY_S:
+            self._lost_store()
 
     def _beat(self, number: int) -> None:
         try:
@@ -250,13 +275,12 @@ class Peers:
         )
 
     def _is_gone(self, rank: int) -> bool:
-        store, place = self._watched, self._places[rank]
-        is_silent = False
-        if place.space == self._own_space:
-            is_silent = place.is_dead()
-        elif store.check([f"beat/{rank}"]):
-            now_s, beat = time.monotonic(), store.get(f"beat/{rank}")
-            if self._beats.get(rank, (b"", 0.0))[0] != beat:
+        store, key = self._watched, f"beat/{rank}"
+        if rank in self._near:
+            is_silent = _has_ended(self._near[rank])
+        else:
+            now_s, beat = time.monotonic(), store.get(key) if store.check([key]) else b""
+            if rank not in self._beats or self._beats[rank][0] != beat:
                 self._beats[rank] = beat, now_s
             is_silent = now_s - self._beats[rank][1] > SILENT_S
         if not is_silent or store.check(["failure"]):  # it may have said why
@@ -267,4 +291,5 @@ class Peers:
         message = "the launcher of this run is out of reach; --resume goes on from the checkpoint"
         if not _has_launcher_store() and 0 in self._places:
             message = self._gone(0)
+        self._is_store_lost = True
         self.failure = self.failure or Failure(0, self.world.rank, message)

@@ -50,7 +50,8 @@ def world() -> World:
             f"the environment says RANK {rank} of WORLD_SIZE {size} and LOCAL_RANK {local_rank} of "
             f"LOCAL_WORLD_SIZE {local_size}, which cannot be; start with torchrun"
         )
-    return World(rank, size, local_rank, max(1, local_size), _number("GROUP_RANK", 0))
+    local_size = max(1, local_size)
+    return World(rank, size, local_rank, local_size, _number("GROUP_RANK", rank // local_size))
 
 
 def _number(name: str, default: int | None = None) -> int:

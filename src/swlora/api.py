@@ -116,6 +116,7 @@ def compare(
     """
     from swlora.study.compare import Request, compare
 
+    check_processes("compare")
     with tempfile.TemporaryDirectory(prefix="swlora-") as scratch:
         folder = _path(output) or Path(scratch) / "study"
         names = None if only is None else list(only)
@@ -172,6 +173,7 @@ def merge(
     `output` is the folder of the merged model, new or empty. Without `model` the base is the one
     that the adapter was trained on.
     """
+    check_processes("merge")
     model = _spec("merge", config, settings).model
     if dtype not in (None, *DTYPES):
         raise UserError(f"merge takes no dtype {dtype!r}; it takes {', '.join(DTYPES)}")

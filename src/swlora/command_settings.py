@@ -33,7 +33,8 @@ TOKENIZER = ("model.name", "model.tokenizer", "model.revision")
 STEPS = tuple(
     f"train.{name}" for name in ("epochs", "batch_size", "max_steps", "order", "row_tokens")
 )
-SHARED = frozenset({"train"})  # commands that several processes do together
+# Commands that several processes do together
+SHARED = frozenset({"identify", "train", "eval", "train-eval"})
 
 SETTINGS = {
     "identify": (*MODEL, *IDENTIFY, *SEED),

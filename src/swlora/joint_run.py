@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from swlora.config import RunSpec
-from swlora.processes import check_alike, from_main, joined, world
+from swlora.processes import check_alike, check_peers, from_main, joined, world
 from swlora.run_record import MemoryRecord, RunRecord
 from swlora.versions import package_versions
 
@@ -48,7 +48,11 @@ def joint_run(
                 settings = spec.model_dump(mode="json", exclude_unset=True)
                 from_main(lambda: [settings, run.facts, run.read_result()])
                 _start_group(spec)
-                yield run, spec
+                try:
+                    yield run, spec
+                except KeyboardInterrupt:
+                    check_peers()  # the failure of another process may have interrupted this one
+                    raise
         else:
             settings, facts, result = from_main(_only_the_first)
             spec = RunSpec.model_validate(settings)

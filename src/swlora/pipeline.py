@@ -18,10 +18,11 @@ from swlora.memory import peak_memory_bytes
 from swlora.preparation import (
     PreparedEvaluation,
     PreparedTraining,
+    check_weights_alike,
     prepare_evaluation,
     prepare_training,
 )
-from swlora.processes import from_main
+from swlora.processes import from_main, world
 
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import EnglishLoss, Evaluated
@@ -36,7 +37,7 @@ def identify(job: Job, figure: Path | None = None) -> "Identified":
 
     `layers` in the result are those of candidates whose ablation proved them. Leaves
     superweights.md and its figures in the run folder; `figure` names another place for the scan,
-    which is drawn there also where there is no folder.
+    which is drawn there also where there is no folder. Several processes measure together.
     """
     from swlora.superweights import identify as identification
     from swlora.superweights.figure import check_target
@@ -46,6 +47,7 @@ def identify(job: Job, figure: Path | None = None) -> "Identified":
         check_target(figure)
     spec, loaded = job.spec, job.loaded_in_float32()
     windows = job.identification_windows
+    check_weights_alike(loaded)
     job.begin()
     with job.timed("identify"):
         found = identification.identify(
@@ -106,7 +108,7 @@ def train(
 def choose_layers(job: Job) -> list[int]:
     """Turn the layer policy into layer numbers, by whatever search or measurement it needs.
 
-    Of several processes the first one searches or measures, for all.
+    Several processes search for super weights together; `auto` is measured by the first one.
     """
     from swlora.models.anatomy import Anatomy
     from swlora.models.precision import cast_parameters, resolve_dtype
@@ -118,7 +120,7 @@ def choose_layers(job: Job) -> list[int]:
     if policy.needs_identification:
         verified = job.verified_layers()
         if verified is None:
-            verified = VerifiedLayers(*from_main(lambda: identified_layers(job)))
+            verified = VerifiedLayers(*identified_layers(job))
         cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device.type))
     return policy.resolve(Anatomy(model).n_layers, verified)
 
@@ -159,16 +161,17 @@ def evaluate(
     `prepared` is what `prepare_evaluation` gave, `untouched` what `measure_untouched_english` gave
     for the base model before it was adapted; `metric` is a person's own, and MetricError where it
     fails holds all the rest. Leaves predictions.csv, predictions.jsonl and segments.json (what was
-    measured of each prompt) in the run folder.
+    measured of each prompt) in the run folder. Of several processes each generates for some of the
+    prompts, and the first one scores: what the others return has losses, and no scores.
     """
+    from swlora.evaluation.dealt import dealt_losses
     from swlora.evaluation.evaluated import Evaluated
-    from swlora.evaluation.loss import grouped_losses
     from swlora.evaluation.user_metrics import with_own_metric
 
     split = job.spec.data.eval_split
     with job.timed("loss"):
         sequences = job.encoded(split).sequences
-        losses = grouped_losses(model, sequences, prepared.prompt_of, job.progress)
+        losses = dealt_losses(model, sequences, prepared.prompt_of, job.progress)
     english = _measure_english(job, model, untouched)
     texts = _score(job, model, prepared, losses) if prepared.prompts else None
     path = texts.write(job.run.folder) if texts and job.run.folder else None
@@ -192,7 +195,7 @@ def evaluate(
         texts=texts,
     )
     job.run.write_result({"eval": evaluated})
-    if metric is not None:  # last, since it may fail in any way
+    if metric is not None and world().is_main:  # last, since it may fail in any way
         evaluated = with_own_metric(evaluated, metric)
         job.run.write_result({"eval": evaluated})
     return evaluated
@@ -200,15 +203,16 @@ def evaluate(
 
 def _score(
     job: Job, model: Any, prepared: PreparedEvaluation, losses: list[LossSum]
-) -> "TextsScored":
-    """Generate the text that follows each prompt and score it."""
-    from swlora.evaluation.decode import chat_end_token_ids, generate
+) -> "TextsScored | None":
+    """Generate the text that follows each prompt; in the first process, score it."""
+    from swlora.evaluation.dealt import dealt_texts
+    from swlora.evaluation.decode import chat_end_token_ids
     from swlora.evaluation.scoring import score_texts
 
     loaded = job.loaded
     with job.timed("generate"):
         ends = chat_end_token_ids(loaded) if prepared.is_chat else loaded.end_token_ids
-        texts = generate(
+        texts = dealt_texts(
             model,
             loaded.tokenizer,
             prepared.prompts,
@@ -217,6 +221,8 @@ def _score(
             end_token_ids=ends,
             seed=job.spec.seed,
         )
+    if not world().is_main:
+        return None
     own = [losses[group] for group in prepared.groups]
     with job.timed("score"), job.progress.task("score"):
         return score_texts(prepared.shown_prompts, texts, prepared.references, own)
@@ -258,9 +264,10 @@ def evaluate_adapter(
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
     prepared = prepare_evaluation(job, metric)
     untouched = measure_untouched_english(job)
-    loaded = job.loaded
+    loaded, adapter_sha256 = job.loaded, sha256_of(folder / WEIGHTS) if folder else None
+    check_weights_alike(loaded, adapter_sha256=adapter_sha256)
     if folder:
-        job.run.record(adapter=str(adapter), adapter_sha256=sha256_of(folder / WEIGHTS))
+        job.run.record(adapter=str(adapter), adapter_sha256=adapter_sha256)
         loaded = with_adapter(loaded, folder, job.progress.say)
     job.begin()
     return evaluate(job, loaded.model, prepared, untouched, metric)

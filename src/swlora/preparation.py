@@ -11,6 +11,7 @@ from swlora.data.summary import short_lines
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.errors import UserError
 from swlora.job import Job
+from swlora.models.load import LoadedModel
 from swlora.models.provenance import tokenizer_sha256
 from swlora.preview import summarise
 from swlora.processes import check_alike, from_main, world
@@ -251,6 +252,9 @@ def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> Prepared
         truncate = job.spec.data.truncate
         prompts = fit_prompts(job.loaded.model, prompts, job.spec.decode, truncate=truncate)
         check_prompts(prompts, job.loaded.tokenizer, n_embeddings(job.loaded.model))
+    if world().is_shared:
+        tokens = {f"{split}_tokens_sha256": job.encoded(split).sequences.sha256()}
+        check_alike("data", tokens | {"tokenizer_sha256": tokenizer_sha256(job.loaded.tokenizer)})
     return PreparedEvaluation(
         examples,
         [own for _, _, own in groups],
@@ -259,3 +263,12 @@ def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> Prepared
         [number for number, _, _ in groups],
         len(rows),
     )
+
+
+def check_weights_alike(loaded: LoadedModel, **more: str | None) -> None:
+    """Raise UserError where another process has another model, or other values of `more`."""
+    from swlora.models.identity import weights_sample_sha256
+
+    if world().is_shared:
+        sample = weights_sample_sha256(loaded.model)
+        check_alike("weights", {"weights_sample_sha256": sample, **more})

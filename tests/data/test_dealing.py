@@ -9,7 +9,7 @@ import pytest
 from tests.support.sequences import branching, deep
 from tokenizers import Tokenizer
 
-from swlora.data.dealing import Share, deal
+from swlora.data.dealing import Share, deal, deal_by_size
 from swlora.data.prefix_tree import build_tree, count_group_nodes
 from swlora.data.steps import StepOrder, cut_group, plan_steps
 from swlora.data.token_sequences import TokenSequences
@@ -105,3 +105,17 @@ def test_eight_processes_have_equal_work(as_chats, order, encode, shared_dir):
         assert max(nodes) <= 1.05 * sum(nodes) / 8
         whole = int(count_group_nodes(sequences, groups).sum())
         assert sum(nodes) <= 1.02 * whole  # few prefixes are computed twice
+
+
+@pytest.mark.parametrize("n_shares", [1, 2, 3, 7])
+def test_work_is_dealt_by_its_size(n_shares):
+    sizes = [5, 1, 30, 4, 4, 9, 2, 2, 1, 12]
+    share_of = deal_by_size(sizes, n_shares)
+    filled = np.bincount(share_of, weights=sizes, minlength=n_shares)
+    assert len(share_of) == len(sizes)
+    assert len(filled) == n_shares
+    # No share is larger than the mean by more than what it was given last.
+    assert filled.max() <= max(30, sum(sizes) / n_shares + max(s for s in sizes if s < 30))
+    assert deal_by_size([3, 3, 3, 3], 2).tolist() == [0, 1, 0, 1]
+    assert deal_by_size([7], 3).tolist() == [0]
+    assert deal_by_size([], 2).tolist() == []

@@ -10,7 +10,7 @@ from tests.support.plain_peft import greedy
 from swlora.config import AdapterSpec, DecodeSpec
 from swlora.decoding.batch import BatchDecoder
 from swlora.errors import UserError
-from swlora.evaluation.decode import check_room, generate, generation_config
+from swlora.evaluation.decode import _by_batches, check_room, generate, generation_config
 from swlora.models.anatomy import Anatomy
 from swlora.progress import Silent
 
@@ -130,15 +130,22 @@ def test_sampling_depends_on_the_seed_alone(make_model, tiny_tokenizer):
     assert decode(model, tiny_tokenizer, DecodeSpec(max_new_tokens=12), seed=3) != first
 
 
-def test_a_sampled_text_does_not_depend_on_the_batch(make_model, tiny_tokenizer):
-    model = make_model("llama", initializer_range=0.1)
-    specs = [
-        DecodeSpec(temperature=1.0, top_p=0.9, max_new_tokens=12, batch_size=n) for n in (1, 3, 64)
-    ]
+@pytest.mark.parametrize(("model_type", "ngrams"), [("llama", 0), ("llama", 2), ("falcon", 0)])
+def test_a_sampled_text_does_not_depend_on_its_company(
+    model_type, ngrams, make_model, tiny_tokenizer
+):
+    """Nor where `generate` of transformers makes it."""
+    model = make_model(model_type, initializer_range=0.1)
+    settings = {"temperature": 1.0, "top_p": 0.9, "no_repeat_ngram_size": ngrams}
+    specs = [DecodeSpec(max_new_tokens=12, batch_size=n, **settings) for n in (1, 3, 64)]
     prompts = [*PROMPTS, PROMPTS[0]]
     texts = [decode(model, tiny_tokenizer, spec, prompts) for spec in specs]
     assert texts[0] == texts[1] == texts[2]
     assert texts[0][0] != texts[0][-1]
+    few = generate(
+        model, tiny_tokenizer, prompts, specs[1], Silent(), end_token_ids=[EOS], only=[4, 1]
+    )
+    assert few == ["", texts[0][1], "", "", texts[0][4]]
 
 
 class Counter(Silent):
@@ -186,10 +193,9 @@ def test_sampling_follows_temperature_and_top_p(make_model, tiny_tokenizer):
     ordered, tokens = p.sort(descending=True)
     kept = tokens[: int((ordered.cumsum(0) < top_p).sum()) + 1].tolist()
     assert 3 < len(kept) < 200
-    spec = DecodeSpec(temperature=temperature, top_p=top_p, max_new_tokens=1)
-    config = generation_config(spec, [EOS])
-    torch.manual_seed(0)
-    found = model.generate(torch.tensor([PROMPTS[0]] * n), generation_config=config)[:, -1]
+    spec = DecodeSpec(temperature=temperature, top_p=top_p, max_new_tokens=1, batch_size=n)
+    made = _by_batches(model, frozenset([EOS]), dict.fromkeys(range(n), PROMPTS[0]), spec, 0)
+    found = torch.tensor([(*token_ids, EOS)[0] for _, token_ids in made])
     counts = torch.bincount(found, minlength=264).double()
     assert set(counts.nonzero().flatten().tolist()) <= set(kept)
     expected = torch.zeros(264, dtype=torch.double)

@@ -227,11 +227,6 @@ def test_the_world_is_as_large_as_asked(inputs, tmp_path):
     ends_in_one_line(Ranks(asked, tmp_path, 3).end(), 2, "--processes 2, and there are 3")
 
 
-def test_a_command_for_one_process_says_so(tmp_path):
-    found = Ranks(["eval", "--model", "builtin"], tmp_path).end()
-    ends_in_one_line(found, 2, "swlora eval works in one process, and the launcher started 2")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", ["auto:0.9", "last:2"])
 def test_layers_that_one_process_chooses_are_those_of_all(layers, inputs, tmp_path):
@@ -248,3 +243,15 @@ def test_weights_that_are_no_numbers_end_all_with_the_rows_named(inputs, tmp_pat
     found = Ranks([*arguments, "--output", str(folder)], tmp_path).end()
     ends_in_one_line(found, 1, r"step \d+ .* \(rows of that step: .*train.jsonl, line \d")
     assert read_run(folder)["error"]["code"] == "diverged"
+
+
+@pytest.mark.parametrize("command", ["compare", slow("serve"), slow("generate")])
+def test_a_command_for_one_process_says_so(command, tmp_path):
+    asked = {
+        "compare": ["compare", "--config", "study.yaml"],
+        "serve": ["serve"],
+        "generate": ["generate", "--prompt", "good day"],
+    }
+    found = Ranks(asked[command], tmp_path).end()
+    words = f"swlora {command} works in one process, and the launcher started 2: start it without"
+    ends_in_one_line(found, 2, words)

@@ -22,7 +22,7 @@ class Ranks:
         environments: Mapping[int, Mapping[str, str]] | None = None,
     ) -> None:
         port = str(random.SystemRandom().randrange(20_000, 32_000))
-        self._processes = []
+        self.processes = []
         for rank in range(n):
             environment = {
                 **{"RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_RANK": str(rank)},
@@ -31,14 +31,14 @@ class Ranks:
             }
             own = arguments[rank] if isinstance(arguments, Mapping) else arguments
             log = folder / f"log-{rank}"
-            self._processes.append(Process(own, folder / "cache", log, environment))
+            self.processes.append(Process(own, folder / "cache", log, environment))
 
     def end(self, deadline_s: float = 100.0) -> list[tuple[int, str]]:
         """Wait for all; return their exit codes and what each wrote."""
         try:
-            return [process.ends(deadline_s) for process in self._processes]
+            return [process.ends(deadline_s) for process in self.processes]
         finally:
-            for process in self._processes:
+            for process in self.processes:
                 process.kill_after(0)
 
 

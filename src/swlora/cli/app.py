@@ -31,7 +31,7 @@ from swlora.errors import UserError
 __all__ = ["app", "export", "merge", "share"]
 
 
-@verb("identify", OUTPUT, CONFIG, JSON, settings=SETTINGS["identify"])
+@verb("identify", OUTPUT, PROCESSES, CONFIG, JSON, settings=SETTINGS["identify"])
 def identify(
     invocation: Invocation,
     figure: Annotated[
@@ -110,7 +110,7 @@ def data(
     invocation.finish(result)
 
 
-@verb("eval", OUTPUT, CONFIG, JSON, settings=SETTINGS["eval"])
+@verb("eval", OUTPUT, PROCESSES, CONFIG, JSON, settings=SETTINGS["eval"])
 def evaluate(invocation: Invocation, adapter: Adapter = None, metrics: Metrics = None) -> None:
     """Generate for every prompt and score the texts; measure the loss of the references.
 
@@ -132,7 +132,7 @@ def evaluate(invocation: Invocation, adapter: Adapter = None, metrics: Metrics =
 
 @verb(
     "train-eval",
-    *(OUTPUT, RESUME, CONFIG, JSON),
+    *(OUTPUT, RESUME, PROCESSES, CONFIG, JSON),
     settings=SETTINGS["train-eval"],
 )
 def train_evaluate(invocation: Invocation, metrics: Metrics = None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from swlora.data.prefix_tree import count_group_nodes
 from swlora.data.token_sequences import Ints, TokenSequences, common_with_previous
@@ -46,7 +47,7 @@ def deal(sequences: TokenSequences, groups: Sequence[Ints], n_shares: int, cut: 
     added = nodes - common_with_previous(sequences, ids)
     ways = [
         _in_order(nodes, added, n_shares),
-        _by_size(np.unique(prompt[ids], return_inverse=True)[1], added, n_shares),
+        _by_prompt(np.unique(prompt[ids], return_inverse=True)[1], added, n_shares),
     ]
     dealt = [[ids[share == k] for k in range(n_shares)] for share in ways]
     best = min(dealt, key=lambda shares: max(_n_nodes(sequences, own) for own in shares))
@@ -84,9 +85,14 @@ def _in_order(nodes: Ints, added: Ints, n_shares: int) -> Ints:
     return np.searchsorted(np.array(ends(low)), np.arange(len(nodes)), side="right") - 1
 
 
-def _by_size(prompt: Ints, added: Ints, n_shares: int) -> Ints:
-    """Return the share of every sequence, (n,): the largest prompts first, each to the smallest."""
-    sizes = np.bincount(prompt, weights=added)
+def _by_prompt(prompt: Ints, added: Ints, n_shares: int) -> Ints:
+    """Return the share of every sequence, (n,), those of a prompt together."""
+    return deal_by_size(np.bincount(prompt, weights=added), n_shares)[prompt]
+
+
+def deal_by_size(sizes: ArrayLike, n_shares: int) -> Ints:
+    """Return the share of every piece of work, (n,): the largest first, each to the smallest."""
+    sizes = np.asarray(sizes, dtype=np.float64)
     filled = [(0.0, share) for share in range(n_shares)]
     heapify(filled)
     share_of = np.zeros(len(sizes), dtype=np.int64)
@@ -94,7 +100,7 @@ def _by_size(prompt: Ints, added: Ints, n_shares: int) -> Ints:
         held, share = filled[0]
         share_of[number] = share
         heapreplace(filled, (held + sizes[number], share))
-    return share_of[prompt]
+    return share_of
 
 
 def _in_parts(sequences: TokenSequences, groups: list[Ints], n: int) -> list[Ints]:

@@ -128,6 +128,19 @@ class Chooser:
         return at if tokens is None else int(tokens[at])
 
 
+class OwnDraws:
+    """Leaves each text of a batch the one token that is drawn for it alone: a logits processor."""
+
+    def __init__(self, samplings: Sequence[Sampling]) -> None:
+        self._choosers = [Chooser(sampling, ()) for sampling in samplings]
+
+    def __call__(self, _token_ids: Tensor, logits: Tensor) -> Tensor:
+        """Return logits (B, V) of 0 for the tokens drawn from `logits`, and of -inf elsewhere."""
+        rows = zip(self._choosers, logits, strict=True)
+        drawn = torch.tensor([chooser.choose(row).token_id for chooser, row in rows])
+        return torch.full_like(logits, -inf).scatter(1, drawn.to(logits.device)[:, None], 0.0)
+
+
 def choice_with_logprobs(token_id: int, log_p: Tensor, n_alternatives: int) -> Choice:
     """Return a token with its log-probability among log_p (V,), and the likeliest tokens."""
     best = torch.topk(log_p, n_alternatives)

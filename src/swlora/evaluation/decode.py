@@ -5,7 +5,8 @@ rows (`swlora.decoding.batch`), beams and n-gram blocking (`swlora.decoding.beam
 search as in the LoRA paper has num_beams 10, length_penalty 0.9 and no_repeat_ngram_size 4 (arXiv
 2106.09685, table 11). Families whose attention cannot be replaced, adapters of more than
 projections, and samples without repeated n-grams are left to `generate` of transformers, prompts
-of similar length together.
+of similar length together. A sampled text depends on the seed and on its prompt's number, never on
+its company.
 """
 
 from collections import deque
@@ -24,7 +25,7 @@ from swlora.data.known_tokens import check_prompts
 from swlora.data.truncate import cut_prompt
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.beams import BeamDecoder, BeamSettings
-from swlora.decoding.sampling import Sampling
+from swlora.decoding.sampling import OwnDraws, Sampling
 from swlora.errors import UserError
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
@@ -48,8 +49,11 @@ def generate(
     *,
     end_token_ids: Collection[int],
     seed: int = 0,
+    only: Sequence[int] | None = None,
 ) -> list[str]:
     """Return the generated text for every prompt (token ids), in their order.
+
+    `only` numbers the prompts for which there is to be one, where not all; others have "".
 
     Generation stops at any of `end_token_ids`, which is not part of the text.
     Raises UserError where a prompt leaves no room in the model's context, or holds a token that it
@@ -59,8 +63,9 @@ def generate(
     check_room(model, prompts, spec)
     ends = frozenset(end_token_ids)
     texts = [""] * len(prompts)
-    with progress.task("generate", len(prompts)) as task:
-        for i, token_ids in _token_ids(model, ends, dict(enumerate(prompts)), spec, seed):
+    wanted = {i: prompts[i] for i in (range(len(prompts)) if only is None else only)}
+    with progress.task("generate", len(wanted)) as task:
+        for i, token_ids in _token_ids(model, ends, wanted, spec, seed):
             texts[i] = tokenizer.decode(token_ids, skip_special_tokens=True)
             task.advance()
     return texts
@@ -89,7 +94,7 @@ def _token_ids(
     if together := {i: prompt for i, prompt in prompts.items() if i not in beyond}:
         yield from generate_each(model, ends, together, spec, seed)
     for i, prompt in beyond.items():
-        yield from _by_batches(model, ends, {i: prompt}, spec, _seed_of(i, seed))
+        yield from _by_batches(model, ends, {i: prompt}, spec, seed)
 
 
 def _choose_generator(
@@ -156,12 +161,12 @@ def _in_slots(
 
 def _request(i: int, prompt: Sequence[int], spec: DecodeSpec, seed: int) -> DecodeRequest:
     """Return prompt i's request; its randomness depends on the seed and on i."""
-    sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=_seed_of(i, seed))
-    return DecodeRequest(i, prompt, spec.max_new_tokens, sampling)
+    return DecodeRequest(i, prompt, spec.max_new_tokens, _sampling(i, spec, seed))
 
 
-def _seed_of(i: int, seed: int) -> int:
-    return int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
+def _sampling(i: int, spec: DecodeSpec, seed: int) -> Sampling:
+    own_seed = int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
+    return Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=own_seed)
 
 
 def _by_beams(
@@ -189,18 +194,22 @@ def _by_batches(
     order = sorted(prompts, key=lambda i: len(prompts[i]))
     n_at_once = max(1, spec.batch_size // spec.num_beams)
     forwards = patched_forwards(fast_forwards(model)) if is_covered(model) else nullcontext()
-    with torch.random.fork_rng(), forwards:
-        torch.manual_seed(seed)
+    with forwards:
         for start in range(0, len(order), n_at_once):
             chunk = order[start : start + n_at_once]
-            texts = _generate_batch(model, ends, [prompts[i] for i in chunk], spec)
+            samplings = [_sampling(i, spec, seed) for i in chunk] if spec.temperature else []
+            texts = _generate_batch(model, ends, [prompts[i] for i in chunk], spec, samplings)
             for i, token_ids in zip(chunk, texts, strict=True):
                 yield i, list(takewhile(lambda token_id: token_id not in ends, token_ids))
 
 
 @torch.inference_mode()
 def _generate_batch(
-    model: Any, ends: frozenset[int], prompts: list[Sequence[int]], spec: DecodeSpec
+    model: Any,
+    ends: frozenset[int],
+    prompts: list[Sequence[int]],
+    spec: DecodeSpec,
+    samplings: list[Sampling],
 ) -> list[list[int]]:
     config = generation_config(spec, ends)
     length = max(len(prompt) for prompt in prompts)
@@ -213,6 +222,7 @@ def _generate_batch(
         input_ids=token_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         generation_config=config,
+        logits_processor=[OwnDraws(samplings)] if samplings else [],
     )
     return out[:, length:].tolist()  # type: ignore[no-any-return]
 
@@ -220,23 +230,19 @@ def _generate_batch(
 def generation_config(spec: DecodeSpec, end_token_ids: Collection[int]) -> Any:
     """Translate a DecodeSpec into the transformers object; what fills ended rows is an end token.
 
-    What it leaves open, transformers takes from the model, which `load_model` has made to say
-    nothing.
+    The likeliest token is taken: what is drawn, `OwnDraws` makes the likeliest. What it leaves
+    open, transformers takes from the model, which `load_model` has made to say nothing.
     """
     from transformers import GenerationConfig
 
-    sampling: dict[str, Any] = {}
-    if spec.temperature > 0:
-        sampling = {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}
     beams: dict[str, Any] = {}
     if spec.num_beams > 1:
         beams = {"num_beams": spec.num_beams, "length_penalty": spec.length_penalty}
     return GenerationConfig(
-        do_sample=spec.temperature > 0,
+        do_sample=False,
         max_new_tokens=spec.max_new_tokens,
         no_repeat_ngram_size=spec.no_repeat_ngram_size,
         eos_token_id=sorted(end_token_ids),
         pad_token_id=min(end_token_ids),
-        **sampling,
         **beams,
     )

@@ -26,6 +26,7 @@ from swlora.loss_sum import LossSum
 from swlora.models.anatomy import context_tokens
 from swlora.models.fingerprint import add_weights, config_values
 from swlora.paths import cache_dir
+from swlora.processes import dealt, from_main, world
 from swlora.superweights.ablate import text_loss, text_windows, window_start
 from swlora.threads import adapted_threads
 from swlora.versions import package_versions
@@ -54,10 +55,17 @@ def untouched_english_loss(
     `name` tells a person whose it is. A cache that cannot be written is said and does no harm.
     """
     windows = english_windows(model, tokenizer)
+
+    def known() -> tuple[float, float] | None:
+        found = _read(path)
+        return (found.sum_nats, found.n_tokens) if found else None
+
     path = cache_dir() / ENGLISH / f"{content_key(model, windows)}.json"
-    if (known := _read(path)) is not None:
-        return known
+    if (of_cache := from_main(known)) is not None:
+        return LossSum(*of_cache)
     loss = _measured(model, windows)
+    if not world().is_main:
+        return loss
     values = {**about(name), "sum_nats": loss.sum_nats, "n_tokens": loss.n_tokens}
     try:
         write_json(path, values)
@@ -89,8 +97,13 @@ def content_key(model: Any, windows: Tensor) -> str:
 
 @adapted_threads()
 def _measured(model: Any, windows: Tensor) -> LossSum:
+    def measured(window: Tensor) -> tuple[float, float]:
+        loss = text_loss(model, window)
+        return loss.sum_nats, loss.n_tokens
+
     with patched_forwards(fast_forwards(model)) if is_covered(model) else nullcontext():
-        return text_loss(model, windows)
+        losses = dealt(windows.split(1), measured)
+    return sum((LossSum(*loss) for loss in losses), LossSum())
 
 
 def _read(path: Path) -> LossSum | None:

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import train_mode
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
-from swlora.evaluation.loss import dataset_loss
+from swlora.evaluation.dealt import dealt_losses
 from swlora.models.sharded_weight import has_sharded
-from swlora.processes import from_main, interruptible
+from swlora.processes import interruptible
 from swlora.processes.joining import failing_together
 from swlora.progress import Silent
 from swlora.training.watch import Watch
@@ -66,25 +68,24 @@ def watch_of(
     in `best_folder`, unless that is None.
 
     `save(folder, losses_nats, step=...)` saves the model as it is; it is called while `adapted` is
-    as it would be in the end. Of several processes the first one measures, and tells the others;
+    as it would be in the end. Several processes measure together, each a share of the sequences;
     where they share the model's weights, all measure the same.
     """
-    measure = held_out_observer(adapted.model, sequences)
+    observe = held_out_observer(adapted.model, sequences)
 
-    def measure_for_all(step: int) -> dict[str, Any]:
+    def measure(step: int) -> dict[str, Any]:
         with interruptible():
-            if has_sharded(adapted.model):
-                with failing_together("the held-out loss of all processes"):
-                    found = measure(step)
-                return from_main(lambda: found)
-            return from_main(lambda: measure(step))
+            if not has_sharded(adapted.model):
+                return observe(step)
+            with failing_together("the held-out loss of all processes"):
+                return observe(step)
 
     def save_best(folder: Path, step: int, loss: float) -> None:
         with adapted.as_saved():
             save(folder, {f"held-out rows, after step {step}": loss}, step=step)
 
     return Watch(
-        measure_for_all,
+        measure,
         planned.every_steps,
         planned.patience,
         best_folder if planned.is_asked else None,
@@ -99,10 +100,12 @@ def held_out_observer(model: Any, sequences: TokenSequences) -> Callable[[int], 
     goes on as it would have; no random number is drawn.
     """
 
+    one_group = np.zeros(len(sequences), dtype=np.int64)
+
     def observe(_step: int) -> dict[str, Any]:
         start_s = time.perf_counter()
         model.eval()
-        loss = dataset_loss(model, sequences, Silent())
+        (loss,) = dealt_losses(model, sequences, one_group, Silent())
         train_mode(model)
         return {
             "eval_nll": loss.nats_per_token,

@@ -10,7 +10,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ SAME_ERROR_S = 2.0  # an error of all processes is the first one's, if it meets 
 LEAVE_S = 20.0  # how long the others wait for the first process to end
 NOTICED_S, ENDED_S = 8.0, 60.0  # how long a failure may go unnoticed, and the ending may take
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -211,6 +212,16 @@ def from_main(make: Callable[[], T]) -> T:
 def gathered(value: Any) -> list[Any]:
     """Return the value, one of JSON, of every process, by rank."""
     return [value] if _state.peers is None else _state.peers.gathered(value)
+
+
+def dealt(items: Sequence[S], make: Callable[[S], T]) -> list[T]:
+    """Return what `make` makes of every item, values of JSON, in their order; in all processes.
+
+    Each process makes every so many-th of them.
+    """
+    us = world()
+    shares = gathered([make(item) for item in items[us.rank :: us.size]])
+    return [shares[i % us.size][i // us.size] for i in range(len(items))]
 
 
 def wait() -> None:

@@ -28,6 +28,7 @@ BEAT_EVERY_S = 2.0
 SILENT_S = 16.0  # so long without a heartbeat, and a process counts as gone
 POLL_S = (0.002, 0.1)  # between two looks for a message: at first, and at most
 LEAVE_S = 5.0  # how long the first process waits for the others to leave
+PART_CHARACTERS = 1 << 22  # the launcher's store takes 8 MiB at once, and hangs up on more
 INTERRUPTED = 130  # the exit code of who was asked to stop
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of this machine since it was started
 
@@ -134,15 +135,15 @@ class Peers:
         key = self._next_key()
         with self._reaching():
             if self.world.is_main:
-                self._store.set(key, json.dumps(value))
-            return json.loads(self._read(key))
+                self._write(key, value)
+            return self._read_message(key)
 
     def gathered(self, value: Any) -> list[Any]:
         """Return what every process gives, by rank, in all of them."""
         key = self._next_key()
         with self._reaching():
-            self._store.set(f"{key}/{self.world.rank}", json.dumps(value))
-            return [json.loads(self._read(f"{key}/{rank}")) for rank in range(self.world.size)]
+            self._write(f"{key}/{self.world.rank}", value)
+            return [self._read_message(f"{key}/{rank}") for rank in range(self.world.size)]
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -156,6 +157,18 @@ class Peers:
     def _next_key(self) -> str:
         self._n_messages += 1
         return f"message/{self._n_messages}"
+
+    def _write(self, key: str, value: Any) -> None:
+        text = json.dumps(value)  # ASCII
+        starts = range(0, len(text), PART_CHARACTERS)
+        for number, start in enumerate(starts):
+            self._store.set(f"{key}/part/{number}", text[start : start + PART_CHARACTERS])
+        self._store.set(key, str(len(starts)))
+
+    def _read_message(self, key: str) -> Any:
+        n_parts = int(self._read(key))
+        parts = [self._store.get(f"{key}/part/{number}") for number in range(n_parts)]
+        return json.loads(b"".join(parts))
 
     def _read(self, key: str) -> bytes:
         """Wait for a message and return it; raises the failure of another process."""
@@ -271,7 +284,7 @@ class Peers:
         place = self._places[rank]
         return (
             f"rank {rank} on {place.host} (process {place.number}) is gone: it was killed, or its "
-            "machine is out of reach; --resume goes on from the last checkpoint"
+            "machine is out of reach; a training goes on from its last checkpoint: --resume"
         )
 
     def _is_gone(self, rank: int) -> bool:
@@ -288,7 +301,7 @@ class Peers:
         return not store.check([f"left/{rank}"])
 
     def _lost_store(self) -> None:
-        message = "the launcher of this run is out of reach; --resume goes on from the checkpoint"
+        message = "the launcher is out of reach; a training goes on from its checkpoint: --resume"
         if not _has_launcher_store() and 0 in self._places:
             message = self._gone(0)
         self._is_store_lost = True

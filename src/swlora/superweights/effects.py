@@ -14,6 +14,7 @@ import torch
 
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, context_tokens
+from swlora.processes import dealt, world
 from swlora.progress import Progress, Silent
 from swlora.superweights.ablate import zeroed
 from swlora.superweights.meter import Meter, rise_nats
@@ -79,15 +80,18 @@ def generations(
     """
     if not prompts:
         raise UserError("no prompt was given to be continued")
-    anatomy, texts = Anatomy(model), []
+    anatomy = Anatomy(model)
     with (progress or Silent()).task("write before and after", len(prompts)) as task:
-        for prompt in prompts:
+
+        def around(prompt: str) -> tuple[str, str]:
             before = _continuation(model, tokenizer, prompt, end_token_ids, max_new_tokens)
             with zeroed(anatomy, addresses):
                 after = _continuation(model, tokenizer, prompt, end_token_ids, max_new_tokens)
-            texts.append(Generation(prompt, before, after))
-            task.advance()
-    return tuple(texts)
+            task.advance(world().size)
+            return before, after
+
+        texts = dealt(prompts, around)
+    return tuple(Generation(prompt, *pair) for prompt, pair in zip(prompts, texts, strict=True))
 
 
 def _continuation(

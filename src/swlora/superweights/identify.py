@@ -16,8 +16,10 @@ from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, n_embeddings
 from swlora.models.load import LoadedModel
 from swlora.models.quantised_weight import has_quantised
+from swlora.processes import check_alike, world
 from swlora.progress import Progress, Silent
 from swlora.superweights import ablate, known, proof, search
+from swlora.superweights.dealt_meter import DealtMeter
 from swlora.superweights.detect import prompt_tokens, trace
 from swlora.superweights.effects import NEW_TOKENS, Generation, dose_curve, generations
 from swlora.superweights.findings import (
@@ -48,8 +50,9 @@ def identify(
     """Find candidates for super weights, ablate each beside random weights, follow the leading one.
 
     `windows` are what `check` gave, if asked before. `layers` of the result are those of candidates
-    that were proved, each by itself. The model is afterwards what it was, bit for bit. Raises
-    UserError where prompts or text do not suit it.
+    that were proved, each by itself. The model is afterwards what it was, bit for bit. Several
+    processes make the same search, and share the measurements. Raises UserError where prompts or
+    text do not suit it.
     """
     progress = progress or Silent()
     windows = check(loaded, spec) if windows is None else windows
@@ -57,8 +60,9 @@ def identify(
     prompts = spec.prompt or list(search.PROMPTS)
     with progress.task("search"):
         found = search.search(model, tokenizer, prompts, max_candidates=spec.max_candidates)
-    meter = Meter(model, windows)
     addresses = [finding.candidate.address for finding in found.candidates]
+    check_alike("candidates", {"weights": [str(address) for address in addresses]})
+    meter = DealtMeter(model, windows) if world().is_shared else Meter(model, windows)
     proved = proof.prove(meter, addresses, n_controls=spec.controls, seed=seed, progress=progress)
     candidates = _judged(found, proved)
     lead = _leading(proved)

@@ -109,7 +109,7 @@ class Meter:
             raise UserError("a weight can be scaled by a finite factor only")
         if not set(keep) <= set(range(self.anatomy.n_layers)):
             raise UserError(f"not all of layers {sorted(keep)} exist in this model")
-        changes = frozenset((a, float(f)) for a, f in scales.items() if f != 1)
+        changes = changes_of(scales)
         if (changes, self.n_windows) in self._measured:
             blocks_a_window = -(-(self.windows.shape[1] - 1) // BLOCK_TOKENS)
             return self._measured[changes, self.n_windows].first(n * blocks_a_window)
@@ -166,6 +166,11 @@ class Meter:
         while len(self._states) >= self._max_states:
             self._states.popitem(last=False)
         self._states[layer, _below(changes, layer)] = state
+
+
+def changes_of(scales: Mapping[WeightAddress, float]) -> Changes:
+    """Return what differs from the model as it is."""
+    return frozenset((a, float(f)) for a, f in scales.items() if f != 1)
 
 
 def _below(changes: Changes, layer: int) -> Changes:

@@ -23,6 +23,7 @@ import numpy as np
 
 from swlora.errors import UserError
 from swlora.models.anatomy import WeightAddress
+from swlora.processes import dealt, world
 from swlora.progress import Progress, Silent
 from swlora.result_json import NO_KEY
 from swlora.superweights.controls import Control, draw_controls
@@ -237,13 +238,15 @@ class _Judge:
         )
 
     def _control_effects(self, addresses: Sequence[WeightAddress], name: str) -> tuple[float, ...]:
-        effects = []
         with self.progress.task(f"random weights beside {name}", self.n_controls) as task:
-            for i in range(self.n_controls):
+
+            def effect(i: int) -> float:
                 controls = [self.controls[address][i].address for address in addresses]
-                effects.append(self._control_window_effect(controls))
-                task.advance()
-        return tuple(effects)
+                rise = self._control_window_effect(controls)
+                task.advance(world().size)
+                return rise
+
+            return tuple(dealt(range(self.n_controls), effect))
 
     def _control_window_effect(self, addresses: Sequence[WeightAddress]) -> float:
         n = self.control_windows

@@ -164,8 +164,10 @@ def test_the_same_in_python(tmp_path):
         f"    folder = {str(tmp_path)!r} + '/' + name\n"
         f"    trained = swlora.train(config={str(config)!r}, output=folder)\n"
         "print('trained', trained.course.steps, trained.adapter is None, flush=True)\n"
+        f"evaluated = swlora.evaluate(folder, config={str(config)!r})\n"
+        "print('evaluated', evaluated.nll, evaluated.scores is None, flush=True)\n"
         "try:\n"
-        f"    swlora.evaluate(trained.adapter, config={str(config)!r})\n"
+        f"    swlora.generate('A', config={str(config)!r})\n"
         "except Exception as error:\n"
         "    print('no:', error, flush=True)\n",
         encoding="utf-8",
@@ -176,8 +178,11 @@ def test_the_same_in_python(tmp_path):
     assert done.returncode == 0, done.stderr
     assert same_weights(tmp_path / "one/adapter", tmp_path / "two/adapter")
     lines = sorted(done.stdout.splitlines())
-    assert lines[2:] == ["trained 4 False", "trained 4 True"]
-    assert all("swlora eval works in one process" in line for line in lines[:2])
+    assert lines[4:] == ["trained 4 False", "trained 4 True"]
+    assert all("swlora generate works in one process" in line for line in lines[2:4])
+    (first, has_scores), (second, has_none) = (line.split()[1:] for line in lines[:2])
+    assert first == second
+    assert (has_scores, has_none) == ("False", "True")
 
 
 def test_accelerate_starts_one_process_on_cpus_which_is_noticed(tmp_path):
@@ -186,6 +191,6 @@ def test_accelerate_starts_one_process_on_cpus_which_is_noticed(tmp_path):
     assert launched.end() != 0
     assert launched.lines == [
         "swlora: --processes 2, and there is 1: start with torchrun --nproc-per-node 2 "
-        "-m swlora train ... (accelerate launch --cpu starts a single one)"
+        "-m swlora ... (accelerate launch --cpu starts a single one)"
     ]
     assert not launched.run.exists()

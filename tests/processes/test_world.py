@@ -87,7 +87,7 @@ def test_a_process_without_a_gpu_of_its_own_is_named(monkeypatch):
 
 def test_several_processes_need_a_cpu_or_cuda(monkeypatch):
     launch(monkeypatch, 0, 2)
-    with pytest.raises(UserError, match="train on CPUs and on CUDA, not on mps"):
+    with pytest.raises(UserError, match="work on CPUs and on CUDA, not on mps"):
         tensors.start_group("mps")
 
 

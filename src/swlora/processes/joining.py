@@ -78,8 +78,8 @@ def joined(n_asked: int | None = None) -> Iterator[None]:
 def _not_as_asked(n_asked: int, size: int) -> str:
     return (
         f"--processes {n_asked}, and there {'is 1' if size == 1 else f'are {size}'}: start with "
-        f"torchrun --nproc-per-node {n_asked} -m swlora train ... (accelerate launch --cpu starts "
-        "a single one)"
+        f"torchrun --nproc-per-node {n_asked} -m swlora ... (accelerate launch --cpu starts a "
+        "single one)"
     )
 
 

@@ -37,7 +37,7 @@ def start_group(device: str) -> None:
     if device == "cuda":
         _check_gpus(us.local_rank)
     elif device != "cpu":
-        raise UserError(f"several processes train on CPUs and on CUDA, not on {device}")
+        raise UserError(f"several processes work on CPUs and on CUDA, not on {device}")
     with failing_together("the exchange of tensors"):
         PartialState(cpu=device == "cpu", timeout=FOR_EVER)
     atexit.register(_end_group)

@@ -59,6 +59,13 @@ def test_messages_reach_all_in_order(meet):
     assert together(peers, lambda p: p.gathered(p.world.rank * 1.5)) == [[0.0, 1.5, 3.0]] * 3
 
 
+def test_messages_larger_than_the_store_takes_travel_in_parts(meet, monkeypatch):
+    monkeypatch.setattr(peers_module, "PART_CHARACTERS", 7)
+    peers, texts = meet(2), ["ä" * 30, "", "a text"]
+    assert together(peers, lambda p: p.gathered(texts[p.world.rank :])) == [[texts, texts[1:]]] * 2
+    assert together(peers, lambda p: p.from_main(texts)) == [texts] * 2
+
+
 def test_who_fails_is_believed_first_and_ends_a_wait(meet):
     first, second, third = meet(3)
     waiting = threading.Thread(target=lambda: time.sleep(0.1) or second.fail("no rows", 2))

@@ -142,7 +142,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     made = write_inputs(folder)
     path = folder / "model" / "model.safetensors"
     tensors = load_file(path)
-    tensors["model.layers.1.mlp.down_proj.weight"][5, 7] = 20.0
+    tensors["model.layers.1.mlp.down_proj.weight"][5, 7] = 60.0
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 10.0)
     save_file(tensors, path, {"format": "pt"})
     return made | {
@@ -155,7 +155,7 @@ def test_two_processes_identify_as_one(planted, tmp_path):
     one, two = (run("identify", tmp_path, planted, n) for n in (1, 2))
     ours, theirs = (result(output, "identify") for output in (one, two))
     same_numbers(ours, theirs)
-    assert len(ours["candidates"]) == 3
+    assert [of_one["verdict"] for of_one in ours["candidates"]] == ["super", "none", "none"]
     assert len(ours["candidates"][0]["control_effects_nats"]) == 5  # dealt by turns
     assert len(ours["generations"]["texts"]) == 3
 
@@ -167,8 +167,12 @@ def test_more_processes_than_windows(planted, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_as_one(inputs, tmp_path):
-    one, two = (run("train-eval", tmp_path, inputs, n) for n in (1, 2))
+def test_two_processes_train_in_the_layers_they_found_and_evaluate_as_one(
+    planted, inputs, tmp_path
+):
+    settings = inputs | planted | {"adapter.layers": "super"}
+    one, two = (run("train-eval", tmp_path, settings, n) for n in (1, 2))
+    assert result(one, "train")["layers"] == result(two, "train")["layers"] == [1]
     same_evaluation(one, two)
 
 

@@ -14,6 +14,7 @@ from swlora.adapters.methods import METHODS
 from swlora.adapters.saved import load_adapter, read_facts
 from swlora.config import RunSpec
 from swlora.errors import UserError
+from swlora.evaluation.dealt import dealt_losses
 from swlora.evaluation.loss import dataset_loss
 from swlora.job import Job
 from swlora.metrics_file import read_metrics
@@ -134,9 +135,9 @@ def test_its_time_does_not_count(
 
     def slow_loss(*arguments: Any) -> Any:
         now_s[0] += 1000.0
-        return dataset_loss(*arguments)
+        return dealt_losses(*arguments)
 
-    monkeypatch.setattr("swlora.evaluation.held_out.dataset_loss", slow_loss)
+    monkeypatch.setattr("swlora.evaluation.held_out.dealt_losses", slow_loss)
     monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
     spec = make_spec(model_folder("llama"), data, train__eval_every_steps=3)
     monkeypatch.setattr(Run, "append_metrics", lambda _run, values: seen.append(values))

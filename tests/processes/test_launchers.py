@@ -159,17 +159,19 @@ def test_the_same_in_python(tmp_path):
     config.write_text(dump_yaml(load_spec(None, settings)), encoding="utf-8")
     program = tmp_path / "program.py"
     program.write_text(
-        "import swlora\n"
+        "import os, swlora\n"
+        "def say(*words):\n"  # in one piece: torchrun's processes do not buffer, and share a pipe
+        "    os.write(1, (' '.join(map(str, words)) + '\\n').encode())\n"
         f"for name in ('one', 'two'):\n"
         f"    folder = {str(tmp_path)!r} + '/' + name\n"
         f"    trained = swlora.train(config={str(config)!r}, output=folder)\n"
-        "print('trained', trained.course.steps, trained.adapter is None, flush=True)\n"
+        "say('trained', trained.course.steps, trained.adapter is None)\n"
         f"evaluated = swlora.evaluate(folder, config={str(config)!r})\n"
-        "print('evaluated', evaluated.nll, evaluated.scores is None, flush=True)\n"
+        "say('evaluated', evaluated.nll, evaluated.scores is None)\n"
         "try:\n"
         f"    swlora.generate('A', config={str(config)!r})\n"
         "except Exception as error:\n"
-        "    print('no:', error, flush=True)\n",
+        "    say('no:', error)\n",
         encoding="utf-8",
     )
     cache = os.environ | {"SWLORA_CACHE": str(tmp_path / "cache")}

@@ -5,6 +5,7 @@ functions and nothing below them. Each returns what it found as a value, and wri
 the run folder where there is one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,21 +207,27 @@ def _score(
 ) -> "TextsScored | None":
     """Generate the text that follows each prompt; in the first process, score it."""
     from swlora.evaluation.dealt import dealt_texts
-    from swlora.evaluation.decode import chat_end_token_ids
+    from swlora.evaluation.decode import chat_end_token_ids, generate
     from swlora.evaluation.scoring import score_texts
 
-    loaded = job.loaded
+    loaded, prompts, decode = job.loaded, prepared.prompts, job.spec.decode
     with job.timed("generate"):
         ends = chat_end_token_ids(loaded) if prepared.is_chat else loaded.end_token_ids
-        texts = dealt_texts(
-            model,
-            loaded.tokenizer,
-            prepared.prompts,
-            job.spec.decode,
-            job.progress,
-            end_token_ids=ends,
-            seed=job.spec.seed,
-        )
+
+        def generate_some(numbers: Sequence[int]) -> list[str]:
+            return generate(
+                model,
+                loaded.tokenizer,
+                prompts,
+                decode,
+                job.progress,
+                end_token_ids=ends,
+                seed=job.spec.seed,
+                only=numbers,
+            )
+
+        sizes = [len(prompt) + decode.max_new_tokens for prompt in prompts]
+        texts = dealt_texts(sizes, generate_some)
     if not world().is_main:
         return None
     own = [losses[group] for group in prepared.groups]

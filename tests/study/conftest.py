@@ -229,7 +229,7 @@ class SilentView:
     def show(self, board: Any, folder: Path) -> None:
         """Draw what a terminal would show; interrupt as Ctrl-C would."""
         board_table(board, folder)
-        if self.stop_at and board.current and (folder / board.current / self.stop_at).exists():
+        if self.stop_at and any((folder / run / self.stop_at).exists() for run in board.running):
             raise KeyboardInterrupt
 
     def close(self) -> None:

@@ -1,15 +1,13 @@
 """Losses and texts of which each of several processes makes a share; with one, it makes all."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Any
 
 import numpy as np
 
-from swlora.config import DecodeSpec
 from swlora.data.dealing import deal, deal_by_size
 from swlora.data.token_sequences import Ints, TokenSequences
-from swlora.evaluation.decode import generate
 from swlora.evaluation.loss import grouped_losses
 from swlora.loss_sum import LossSum
 from swlora.models.sharded_weight import has_sharded
@@ -46,33 +44,15 @@ def dealt_losses(
     return totals
 
 
-def dealt_texts(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    spec: DecodeSpec,
-    progress: Progress,
-    *,
-    end_token_ids: Collection[int],
-    seed: int,
-) -> list[str]:
-    """Return what `generate` does, in all processes.
+def dealt_texts(sizes: Sequence[int], generate: Callable[[Sequence[int]], list[str]]) -> list[str]:
+    """Return the texts for all prompts, in all processes; `sizes` is the work that each one makes.
 
-    The prompts are dealt by the tokens that they and their texts may have.
+    `generate` takes the numbers of prompts, and returns a list with their texts in these places.
     """
     us = world()
-    share_of = deal_by_size([len(prompt) + spec.max_new_tokens for prompt in prompts], us.size)
+    share_of = deal_by_size(sizes, us.size)
     own: list[int] = np.flatnonzero(share_of == us.rank).tolist()
-    texts = generate(
-        model,
-        tokenizer,
-        prompts,
-        spec,
-        progress,
-        end_token_ids=end_token_ids,
-        seed=seed,
-        only=own,
-    )
+    texts = generate(own)
     for theirs in gathered([[i, texts[i]] for i in own]):
         for i, text in theirs:
             texts[i] = text

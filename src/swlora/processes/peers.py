@@ -140,10 +140,12 @@ class Peers:
 
     def gathered(self, value: Any) -> list[Any]:
         """Return what every process gives, by rank, in all of them."""
-        key = self._next_key()
+        key, values = self._next_key(), None
         with self._reaching():
             self._write(f"{key}/{self.world.rank}", value)
-            return [self._read_message(f"{key}/{rank}") for rank in range(self.world.size)]
+            if self.world.is_main:  # it reads for all, who would read as often as they are many
+                values = [self._read_message(f"{key}/{rank}") for rank in range(self.world.size)]
+        return self.from_main(values)  # type: ignore[no-any-return]
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:

@@ -58,11 +58,6 @@ class Board:
             self.seconds[task.folder] = seconds
         self.running.pop(task.folder, None)
 
-    @property
-    def current(self) -> str | None:
-        """The run that has been running longest, or None."""
-        return next(iter(self.running), None)
-
     def left_s(self) -> tuple[float, bool]:
         """Return (guessed seconds to the end of the study, whether every run could be guessed)."""
         total_s, complete, now_s = 0.0, True, time.monotonic()

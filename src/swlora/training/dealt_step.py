@@ -100,11 +100,10 @@ class DealtStep:
         return deal(sequences, groups, world().size, cut)
 
     def _deal(self, groups: Step) -> _Dealt:
-        step, shares = self._step, self.shares(groups)
-        own, n_trees = shares[world().rank].groups, 0
-        if isinstance(step, TreeStep) and step.is_sharded:
-            n_trees = max(len(step.parts(share.groups)) for share in shares)
-        return _Dealt(groups, own, n_trees)
+        step, own = self._step, self.shares(groups)[world().rank]
+        is_sharded = isinstance(step, TreeStep) and step.is_sharded
+        n_trees = len(own.groups) + own.n_empty if is_sharded else 0
+        return _Dealt(groups, own.groups, n_trees)
 
     def _run(self, dealt: _Dealt) -> LossSum:
         """Run what was dealt to this process."""

@@ -27,7 +27,7 @@ from swlora.disk_space import size
 from swlora.kernels.head_loss import CHUNK_ROWS
 from swlora.kernels.tree_layout import FEW_KEYS
 from swlora.memory import kept_for_steps
-from swlora.processes import gathered as from_all
+from swlora.processes import gathered
 from swlora.training.live_bytes import LiveBytes
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
@@ -90,9 +90,9 @@ def measured_memory(step: TreeStep, *, n_recomputed: int = 0) -> StepMemory:
     n_nodes = max(1, min(MEASURED_NODES, n_most - 1))
     n_kept = max(1, step.walk.n_suffix - n_recomputed)  # one is run again at a time
     scores = _scores_bytes(step.base_model.config, n_kept, _value_bytes(step))
-    gathered, peak_bytes = _Gathered.of(step), _measured_peak(step, n_nodes, n_recomputed)
-    own_bytes = peak_bytes - gathered.counted_bytes
-    return StepMemory(gathered.most_bytes, own_bytes / n_nodes + scores)
+    weights, peak_bytes = _Gathered.of(step), _measured_peak(step, n_nodes, n_recomputed)
+    own_bytes = peak_bytes - weights.counted_bytes
+    return StepMemory(weights.most_bytes, own_bytes / n_nodes + scores)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _measured_peak(step: TreeStep, n_nodes: int, n_recomputed: int) -> int:
     trial.close()
     for parameter in parameters:
         parameter.grad = None
-    peaks: list[int] = from_all(live.peak_bytes)
+    peaks: list[int] = gathered(live.peak_bytes)
     return max(peaks)  # all processes decide by the same number
 
 

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from tests.support.data_files import write_rows
-from tests.support.small_runs import ROWS, Heard, weights
+from tests.support.small_runs import ROWS, Heard, same_weights, weights
 from tests.support.whole_jobs import DEV
 
 import swlora
@@ -25,6 +25,7 @@ from swlora.metrics_file import read_metrics
 from swlora.result_json import as_json
 from swlora.runs import read_run
 from swlora.study import compare as study
+from swlora.training.callbacks import StepReport
 
 NOT_IN_MEMORY = ("adapter", "adapter_bytes", "loss_figure", "best_adapter", "predictions")
 OF_THE_CLOCK = ("train_s", "examples_per_s", "peak_memory_bytes")
@@ -243,3 +244,44 @@ def test_merge_returns_the_report_and_takes_the_settings_of_its_command(model_fo
         swlora.merge(adapter, tmp_path / "n", model=base, dtype="int8")
     with pytest.raises(UserError, match="no setting 'temperature'"):
         swlora.merge(adapter, tmp_path / "n", model=base, temperature=1.0)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_callback_ends_a_training_that_goes_on_later(method, settings) -> None:
+    """With its adapter, `full` too, whose checkpoints a training that is done does not keep."""
+    settings |= TRAINING | {"eval_every_steps": 4, "method": method}
+    if method == "full":
+        del settings["rank"]
+    whole = swlora.train(**settings, output="../whole")
+    held_out: dict[int, float] = {}
+
+    def enough(report: StepReport) -> None:
+        if report.held_out_loss is not None:
+            held_out[report.step] = report.held_out_loss
+        if report.step == 5:
+            report.stop()
+
+    heard = Heard()
+    ended = swlora.train(**settings, output="../ended", callbacks=enough, progress=heard)
+    assert (ended.course.steps, ended.course.planned_steps) == (5, 8)
+    assert ended.course.held_out.last == held_out.pop(4) and not held_out
+    assert "a callback ended the training after step 5 of 8" in heard.lines
+    facts = read_run(Path("../ended"))
+    assert (facts["status"], facts["stopped_after_step"]) == ("done", 5)
+    assert weights(ended.adapter).keys() == weights(whole.adapter).keys()
+    with pytest.raises(UserError, match=r"already holds a run \(done\).* or continue it with"):
+        swlora.train(**settings, output="../ended")
+    main(["train", "--output", "../ended", "--resume"])
+    assert same_weights(ended.adapter, whole.adapter)
+    facts = read_run(Path("../ended"))
+    assert facts["status"] == "done" and "stopped_after_step" not in facts
+    assert Path("../ended/checkpoint").exists() is (method == "lora")
+    with pytest.raises(SystemExit):
+        main(["train", "--output", "../ended", "--resume"])
+
+
+def test_a_training_that_is_ended_without_a_run_folder(settings) -> None:
+    trained = swlora.train(**settings, **TRAINING, callbacks=[lambda report: report.stop()])
+    assert trained.course.steps == 1 and os.listdir() == []
+    with pytest.raises(UserError, match="callbacks are functions"):
+        swlora.train(callbacks="wandb")

@@ -36,6 +36,7 @@ from swlora.runs import Run
 from swlora.settings import flag_name
 from swlora.study.compared import Compared, ComparedModels
 from swlora.superweights.findings import Identified
+from swlora.training.callbacks import Callback, as_callbacks
 from swlora.training.trained import Trained
 
 PathLike = str | os.PathLike[str]
@@ -62,17 +63,22 @@ def identify(
 def train(
     *,
     output: PathLike | None = None,
+    callbacks: Callback | Sequence[Callback] | None = None,
     config: PathLike | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Trained:
     """Train an adapter, as `swlora train` does; the result's `model` is the PeftModel.
 
-    Without `output` nothing is saved, and there is no checkpoint to resume from. Raises UserError
-    for what cannot be trained, and DivergedError where the loss is no number any more.
+    Without `output` nothing is saved, and there is no checkpoint to resume from. `callbacks` are
+    called with a `StepReport` after each step, in the first of several processes; its `stop()`
+    ends the training, with the adapter saved. What a callback raises ends the training too, behind
+    a checkpoint. Raises UserError for what cannot be trained, and DivergedError where the loss is
+    no number any more.
     """
-    spec = _spec("train", config, settings)
+    spec, called = _spec("train", config, settings), as_callbacks(callbacks)
     with _job("train", spec, output, progress) as job:
+        job.callbacks = called
         trained = pipeline.train(job)
     trained.model.eval()
     return trained

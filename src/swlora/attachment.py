@@ -15,6 +15,7 @@ from swlora.models.identity import identify_base
 from swlora.paths import cache_dir
 from swlora.preparation import PreparedTraining
 from swlora.processes import check_alike, from_main, wait, world
+from swlora.run_place import STOPPED
 
 if TYPE_CHECKING:
     from swlora.adapters.adapted import Adapted
@@ -102,7 +103,7 @@ def run_steps(
         torch.manual_seed(job.spec.seed)  # dropout
         try:
             with job.timed("train"), kept_for_steps(step_bytes, copies_bytes=copies_bytes):
-                return run_loop(
+                state = run_loop(
                     run_step,
                     prepared.schedule,
                     adapted,
@@ -111,11 +112,16 @@ def run_steps(
                     watch,
                     rows_of=rows_of,
                     stop=stop,
+                    callbacks=job.callbacks if world().is_main else (),
                 )
         except DivergedError as error:
             rows = _rows(job, error.sequence_ids)
             where = f" (rows of that step: {rows})" if rows else ""
             raise DivergedError(f"{error}{where}") from None
+    if stop.ends and (n_done := state.totals.step) < n_steps:
+        job.run.record(**{STOPPED: n_done})
+        job.progress.say(f"a callback ended the training after step {n_done} of {n_steps}")
+    return state
 
 
 def fit_steps(job: Job, schedule: "Schedule", step: "TreeStep | PlainStep") -> int:

@@ -1,7 +1,7 @@
 """A job: one configuration at work, with the model and the data that it needs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swlora.data.encode import Encoded
+    from swlora.training.callbacks import Callback
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Job:
     run: RunRecord
     progress: Progress
     verify: bool = False  # the model's files, whole
+    callbacks: Sequence["Callback"] = ()  # told of every step of a training
     _encoded: dict[tuple[str, int | None], "Encoded"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

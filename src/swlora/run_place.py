@@ -13,6 +13,7 @@ CONFIG = "config.yaml"
 DEFAULT_PARENT = Path("runs")
 RESUMABLE = ("train", "train-eval")
 NEEDED = ("status", "command")  # in run.json
+STOPPED = "stopped_after_step"  # there, of a training that a callback ended before its last step
 
 
 def check_free(folder: Path) -> None:
@@ -26,7 +27,8 @@ def check_free(folder: Path) -> None:
     never_began = facts["status"] == "running" and CONFIG not in names
     if names <= {RUN, CONFIG} and (never_began or facts["status"] in ("failed", "cancelled")):
         return
-    can_resume = facts["status"] != "done" and facts["command"] in RESUMABLE
+    has_ended = facts["status"] == "done" and STOPPED not in facts
+    can_resume = not has_ended and facts["command"] in RESUMABLE
     raise UserError(
         f"{folder} already holds a run ({facts['status']}); choose another --output"
         + (" or continue it with --resume" if can_resume else "")

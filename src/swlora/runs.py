@@ -40,6 +40,7 @@ from swlora.run_place import (
     NEEDED,
     RESUMABLE,
     RUN,
+    STOPPED,
     check_free,
     default_folder,
     made_default_folder,
@@ -186,6 +187,8 @@ class Run(WorkFolder):
         run = cls(folder, facts, RunSpec())
         run.has_begun = True
         run._tidy()
+        if facts.pop(STOPPED, None) is not None:
+            facts["status"] = "running"  # its steps are not all done
         if facts["status"] == "done":
             if not flags:
                 raise UserError(_nothing_to_resume(folder))
@@ -216,7 +219,8 @@ class Run(WorkFolder):
     def _can_be_extended(self) -> bool:
         """Whether checkpoints stay, for more epochs; those of `full` are three models each."""
         method = self.facts.get("settings", {}).get("adapter.method")
-        return self.facts["command"] in RESUMABLE and method != "full"
+        is_small = method != "full" or STOPPED in self.facts
+        return self.facts["command"] in RESUMABLE and is_small
 
     @property
     def checkpoint(self) -> Path:

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from swlora.loss_sum import LossSum
 from swlora.metrics_file import read_metrics
 from swlora.progress import Silent
 from swlora.runs import Run
+from swlora.training.callbacks import Callback
 from swlora.training.loop import train
 from swlora.training.schedule import Schedule, Step
 
@@ -80,12 +81,18 @@ def start(folder: Path) -> Run:
 
 
 def run_loop(
-    run: Run, train_spec: TrainSpec, before: Hook | None = None, device: str = "cpu"
+    run: Run,
+    train_spec: TrainSpec,
+    before: Hook | None = None,
+    device: str = "cpu",
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[dict[str, nn.Parameter], ToyStep]:
     parameters = fresh_parameters(device)
     step = ToyStep(parameters, before)
     with run:
-        train(step, schedule(train_spec), adapted(parameters), run, Silent())
+        train(
+            *(step, schedule(train_spec), adapted(parameters), run, Silent()), callbacks=callbacks
+        )
     return parameters, step
 
 

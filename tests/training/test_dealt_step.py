@@ -109,7 +109,12 @@ def test_a_wish_to_stop_of_one_process_is_that_of_all(
     stop.is_asked = True  # before this process knows that all do
     assert not stop.is_set
     processes.run(step, adapted, [np.arange(5)])
-    assert stop.is_set
+    assert stop.is_set and not stop.ends
+    stop.is_asked = False
+    stop.end()
+    assert not stop.ends
+    processes.run(step, adapted, [np.arange(5)])
+    assert stop.ends and not stop.is_set
 
 
 def test_the_share_of_the_next_step_is_made_ahead(

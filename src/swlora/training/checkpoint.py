@@ -7,7 +7,8 @@ stopped, after a kill too; only in float32 another number of threads sums in ano
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ class LoopState:
         torch.set_rng_state(tensors["rng"].cpu())
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng_cuda"].cpu(), self._device)
+
+    @contextmanager
+    def same_random_numbers(self) -> Iterator[None]:
+        """Leave the random generators as they are, whatever the body draws."""
+        before = self.random_state()
+        try:
+            yield
+        finally:
+            self.set_random_state(before)
 
     def save(self, folder: Path, keep: int = 1) -> None:
         """Save this state in `folder`; the `keep` - 1 that were saved before it stay."""

@@ -116,13 +116,15 @@ class DealtStep:
         """Have the gradients of all processes in every one, and return the loss of all."""
         parameters, device = self._parameters, self._parameters[0].device
         has_gradient = [p.grad is not None for p in parameters]
-        flags = on_device(np.array([self._stop.is_asked, *has_gradient], np.float64), device)
+        wishes = self._stop.wishes
+        flags = on_device(np.array([*wishes, *has_gradient], np.float64), device)
         numbers = torch.cat([nats_on(device, loss).reshape(1), flags])
         gradients = [_float32_gradient(p) for p in parameters]
         summed([*gradients, numbers])
-        self._stop.agree(numbers[1])
+        first = 1 + len(wishes)
+        self._stop.agree(numbers[1:first])
         # What no process has a gradient of stays without one: AdamW passes over it.
-        somewhere = has_gradient if all(has_gradient) else (numbers[2:] > 0).tolist()
+        somewhere = has_gradient if all(has_gradient) else (numbers[first:] > 0).tolist()
         for parameter, gradient, is_there in zip(parameters, gradients, somewhere, strict=True):
             parameter.grad = gradient.to(parameter.dtype) if is_there else None
         if device.type == "cuda":

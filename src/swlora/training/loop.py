@@ -10,7 +10,7 @@ Reported losses are without the method's own term.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from swlora.processes import StoppedTogether
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
 from swlora.threads import adapt_threads, adapted_threads, fix_threads
+from swlora.training.callbacks import Callback, StepReport
 from swlora.training.checkpoint import Checkpoints, LoopState, Totals
 from swlora.training.device_update import decides_on_device, update_where_finite
 from swlora.training.schedule import Schedule, Step
@@ -48,6 +49,7 @@ def train(
     watch: Watch | None = None,
     rows_of: Callable[[Step], str] = lambda _step: "",
     stop: StopRequest | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> LoopState:
     """Train `adapted` for the steps of `schedule`, checkpointing into `run`; return the state.
 
@@ -56,7 +58,8 @@ def train(
     state; it goes when the run is done. `watch` measures held-out examples off the clock, keeps the
     best adapter and may end the training early; `rows_of` names the rows of a step that is skipped;
     `stop` is what a `DealtStep` agrees on with other processes, which all have the state that the
-    first one loads. Raises DivergedError before a non-finite loss or
+    first one loads; `callbacks` are told of every step, may end the training, and where one fails
+    nothing is lost. Raises DivergedError before a non-finite loss or
     gradient could reach the weights, or weights that cannot be used a checkpoint.
     """
     spec = schedule.spec
@@ -75,7 +78,7 @@ def train(
     with progress.task("train", n_steps) as task, stop.heard():
         task.advance(state.totals.step)
         for groups in _ahead(step_function, schedule.steps(state.totals.step)):
-            if watch and watch.is_over(state.held_out):
+            if stop.ends or (watch and watch.is_over(state.held_out)):
                 break
             random_state = state.random_state()
             try:
@@ -95,6 +98,8 @@ def train(
                 report |= watch.after_step(state.held_out, state.totals.step, n_steps)
             run.append_metrics(report)
             task.advance(1, _note(report, state.held_out))
+            if callbacks:
+                _tell(callbacks, StepReport.of(report, n_steps, stop.end), state, checkpoints)
             stopping = stop.is_set  # asked once: the signal may come between two questions
             checkpoints.after_step(at_once=stopping or was_removed)
             if stopping:
@@ -105,6 +110,19 @@ def train(
     if state.totals.skipped == state.totals.step:
         raise DivergedError("no step of the training had a finite loss and gradient")
     return state
+
+
+def _tell(
+    callbacks: Sequence[Callback], report: StepReport, state: LoopState, checkpoints: Checkpoints
+) -> None:
+    """Call the callbacks; a checkpoint is written where one fails."""
+    try:
+        with state.same_random_numbers():
+            for callback in callbacks:
+                callback(report)
+    except BaseException:
+        checkpoints.save()
+        raise
 
 
 def _made_again(run: RunRecord) -> str:

@@ -1,4 +1,7 @@
-"""The wish that a training stops after the step under way: a signal, heard by all its processes."""
+"""The wish that a training stops after the step under way, heard by all its processes.
+
+A signal interrupts it; a callback that has seen enough ends it as if it had no more steps.
+"""
 
 import signal
 import threading
@@ -18,20 +21,36 @@ class StopRequest:
     """Whether to stop. With several processes that counts on which they agreed in the last step."""
 
     def __init__(self) -> None:
-        self.is_asked = False  # of this process
-        self._n_asked: Tensor | None = None
+        self.is_asked = False  # of this process, by a signal
+        self.is_enough = False  # for a callback of this process
+        self._agreed: Tensor | None = None
         self._asked_s = 0.0
 
     @property
     def is_set(self) -> bool:
-        """Whether the training is to stop after the step under way."""
-        if world().is_shared:
-            return self._n_asked is not None and float(self._n_asked) > 0
-        return self.is_asked
+        """Whether the training is to be interrupted after the step under way."""
+        return self._is_agreed(0) if world().is_shared else self.is_asked
 
-    def agree(self, n_asked: Tensor) -> None:
-        """Take how many processes were asked, as their sum has it, a scalar."""
-        self._n_asked = n_asked
+    @property
+    def ends(self) -> bool:
+        """Whether the training is to end after the step under way, with its adapter saved."""
+        return self._is_agreed(1) if world().is_shared else self.is_enough
+
+    def end(self) -> None:
+        """Let the training end after the step under way."""
+        self.is_enough = True
+
+    @property
+    def wishes(self) -> list[bool]:
+        """Those of this process, to be summed over all."""
+        return [self.is_asked, self.is_enough]
+
+    def agree(self, wishes: Tensor) -> None:
+        """Take how many processes have each of the `wishes`, as their sum has it, (2,)."""
+        self._agreed = wishes
+
+    def _is_agreed(self, number: int) -> bool:
+        return self._agreed is not None and float(self._agreed[number]) > 0
 
     @contextmanager
     def heard(self) -> Iterator[None]:

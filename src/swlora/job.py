@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from swlora.data.encode import Encoded
+    from swlora.trackers import Trackers
     from swlora.training.callbacks import Callback
 
 
@@ -34,6 +35,7 @@ class Job:
     progress: Progress
     verify: bool = False  # the model's files, whole
     callbacks: Sequence["Callback"] = ()  # told of every step of a training
+    trackers: "Trackers | None" = None  # that it reports to just now
     _encoded: dict[tuple[str, int | None], "Encoded"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

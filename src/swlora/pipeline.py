@@ -19,11 +19,13 @@ from swlora.memory import peak_memory_bytes
 from swlora.preparation import (
     PreparedEvaluation,
     PreparedTraining,
+    check_reporting,
     check_weights_alike,
     prepare_evaluation,
     prepare_training,
 )
 from swlora.processes import from_main, world
+from swlora.reporting import reporting, sampler_of
 
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import EnglishLoss, Evaluated
@@ -80,29 +82,31 @@ def train(
     layers, folder = layers or choose_layers(job), job.run.folder
     attached = attach(job, prepared.schedule, layers)
     adapted, watch = attached.adapted, None
-    if prepared.measurements and prepared.held_out:
-        best = folder / "best" if folder else None
-        watch = watch_of(adapted, prepared.held_out, prepared.measurements, attached.save, best)
-    state = run_steps(job, prepared, adapted, watch)
-    adapted.finish()
-    metrics, adapter_bytes = from_main(job.run.metrics), None
-    if folder:
-        adapter_bytes = attached.save(folder / "adapter", last_losses(metrics))
-        draw_loss(metrics, folder / "loss.png")
-    trained = Trained(
-        adapted.model,
-        method=job.spec.adapter.method,
-        layers=layers,
-        n_trainable=attached.n_trainable,
-        adapter_bytes=adapter_bytes,
-        course=course_of(state, prepared.schedule, metrics),
-        peak_memory_bytes=peak_memory_bytes(adapted.model.device.type),
-        adapter=folder / "adapter" if folder else None,
-        loss_figure=folder / "loss.png" if folder else None,
-        rank_pattern=adapted.ranks,
-        best_adapter=watch.best_folder if watch else None,
-    )
-    job.run.write_result({"train": trained})
+    if (planned := prepared.measurements) and (rows := prepared.held_out):
+        best, sampler = folder / "best" if folder else None, sampler_of(job, attached.facts)
+        watch = watch_of(adapted, rows, planned, attached.save, best, sampler)
+    with reporting(job) as trackers:
+        state = run_steps(job, prepared, adapted, watch)
+        adapted.finish()
+        metrics, adapter_bytes = from_main(job.run.metrics), None
+        if folder:
+            adapter_bytes = attached.save(folder / "adapter", last_losses(metrics))
+            draw_loss(metrics, folder / "loss.png")
+        trained = Trained(
+            adapted.model,
+            method=job.spec.adapter.method,
+            layers=layers,
+            n_trainable=attached.n_trainable,
+            adapter_bytes=adapter_bytes,
+            course=course_of(state, prepared.schedule, metrics),
+            peak_memory_bytes=peak_memory_bytes(adapted.model.device.type),
+            adapter=folder / "adapter" if folder else None,
+            loss_figure=folder / "loss.png" if folder else None,
+            rank_pattern=adapted.ranks,
+            best_adapter=watch.best_folder if watch else None,
+        )
+        job.run.write_result({"train": trained})
+        trackers.result(trained)
     return trained
 
 
@@ -288,9 +292,13 @@ def train_evaluate(job: Job, metric: "UserMetric | None" = None) -> "tuple[Train
     if job.spec.train.shard:
         raise UserError("train.shard is for swlora train; run that, then swlora eval")
     # What cannot be done shall be known before the training.
+    check_reporting(job)
     evaluation = prepare_evaluation(job, metric)
     training, layers = prepare_training(job), choose_layers(job)
     # In the dtype in which it is trained: a search for super weights may have had another.
     untouched = measure_untouched_english(job)
-    trained = train(job, training, layers)
-    return trained, evaluate(job, trained.model.eval(), evaluation, untouched, metric)
+    with reporting(job) as trackers:
+        trained = train(job, training, layers)
+        evaluated = evaluate(job, trained.model.eval(), evaluation, untouched, metric)
+        trackers.result(evaluated)
+    return trained, evaluated

@@ -67,13 +67,29 @@ class PreparedEvaluation:
         ]
 
 
+def check_reporting(job: Job) -> None:
+    """Raise UserError where a training cannot tell of itself as asked; nothing is loaded."""
+    from swlora.evaluation.samples import read_prompts
+    from swlora.trackers import check_trackers
+
+    if world().is_main:
+        check_trackers(job.spec.train, has_folder=job.run.folder is not None)
+    read_prompts(job.spec.train.sample_prompts)
+
+
 def prepare_training(job: Job) -> PreparedTraining:
     """Load, encode and check what a training needs, then begin the run."""
+    check_reporting(job)
     if job.spec.train.shard:
         job.load_shard()
     sequences = job.encoded("train").sequences
     schedule, planned = planned_schedule(job, sequences)
     held_out = encode_held_out(job, planned) if planned else None
+    if held_out is None and job.spec.train.sample_prompts:
+        raise UserError(
+            "--sample-prompts are continued where held-out rows are measured, and there are none: "
+            "leave it out, or name some (--eval-file, --eval-share)"
+        )
     record_tokens(job, sequences, held_out)
     check_adapter(job, schedule.n_steps)
     job.begin()

@@ -23,6 +23,8 @@ CHANGEABLE = frozenset(
         *("train.max_grad_norm", "train.early_stopping", "train.on_nonfinite"),
         *("train.cache_gb", "train.shard", "adapter.start"),
         *("train.save_every", "train.checkpoint_every_s", "train.keep_checkpoints"),
+        *("train.report_to", "train.project"),
+        *("train.sample_prompts", "train.sample_every", "train.sample_tokens"),
         *("model.threads", "model.memory_gb"),
     }
 )

@@ -12,6 +12,7 @@ from swlora.config import load_spec
 from swlora.data.sources import SAMPLE_SOURCE
 from swlora.files import write_json
 from swlora.runs import Run
+from swlora.samples_file import Sample, add_samples
 from swlora.web.pages.run_facts import MAX_OWN_SCORES, plain, scores
 from swlora.web.pages.run_files import read_predictions
 
@@ -128,6 +129,19 @@ def test_predictions_stand_beside_their_references(make, browse, root, column):
     assert "out9" not in page.text
 
 
+def test_samples_stand_under_their_prompts(make, browse, root):
+    folder = make_run(root / "mine", "train")
+    for step in range(1, 8):
+        add_samples(
+            folder, [Sample(step, "name[A], <b>", f"said {step} <i>"), Sample(step, "q", "")]
+        )
+    with browse(make(runs=root)) as client:
+        page = look(client, "/runs/mine")
+    for said in ("name[A], <b>", "step 7 said 7 <i>", "said 3 <i>", "nothing was generated"):
+        assert said in page.text
+    assert "said 2" not in page.text
+
+
 ODD_FILES = ["", "mr", "mr,prediction\n", "a,b\n1,2\n", "\0", '"', "mr,prediction\n" + "x" * 10**6]
 
 
@@ -141,9 +155,10 @@ def test_odd_predictions_are_none(tmp_path, content):
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
 def test_what_is_no_file_is_not_read(make, browse, root, tmp_path, kind):
     folder = make_run(root / "mine", "eval")
-    (tmp_path / "secret").write_text("mr,prediction\nSECRET,SECRET\n")
+    sample = '{"step": 1, "prompt": "SECRET", "text": "SECRET"}\n'
+    (tmp_path / "secret").write_text(f"mr,prediction\nSECRET,SECRET\n{sample}")
     (folder / "config.yaml").unlink()
-    for name in ("config.yaml", "predictions.csv"):
+    for name in ("config.yaml", "predictions.csv", "samples.jsonl"):
         if kind == "link":
             (folder / name).symlink_to(tmp_path / "secret")
         elif kind == "folder":

@@ -61,6 +61,14 @@ def _no_held_out_loss(command: str, spec: RunSpec) -> str | None:
     return None
 
 
+def _no_tracker(_command: str, spec: RunSpec) -> str | None:
+    return None if spec.train.report_to else "nothing is sent without --report-to"
+
+
+def _no_samples(_command: str, spec: RunSpec) -> str | None:
+    return None if spec.train.sample_prompts else "nothing is generated without --sample-prompts"
+
+
 def _greedy(command: str, spec: RunSpec) -> str | None:
     samples_by_default = command == "chat" and "temperature" not in spec.decode.model_fields_set
     if spec.decode.temperature > 0 or samples_by_default or spec.decode.top_p == 1:
@@ -115,6 +123,9 @@ _REASONS: dict[str, Reason] = {
     "data.eval_prompts": _no_held_out_loss,
     "train.row_tokens": _padded,
     "train.cache_gb": _no_prefix_cache,
+    "train.project": _no_tracker,
+    "train.sample_every": _no_samples,
+    "train.sample_tokens": _no_samples,
     "decode.top_p": _greedy,
     **{name: _no_search for name in setting_names(RunSpec) if name.startswith("identify.")},
     **{f"adapter.{name}": _of_another_method(name) for name in OPTIONAL_SETTINGS},

@@ -1,17 +1,19 @@
 """The section `train`."""
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from swlora.config.fields import Spec
+from swlora.config.fields import PromptList, Spec, split_list
 from swlora.config.save_every import SaveEvery, parse_save_every
 from swlora.settings import flag_name
 
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_SAVE_EVERY = "5min"
 SAY_THE_SAME = {"train.save_every": "train.checkpoint_every_s"}  # one of the two at most
+TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
+TrackerNames = Annotated[list[TrackerName], BeforeValidator(split_list)]
 
 
 class TrainSpec(Spec):
@@ -73,6 +75,27 @@ class TrainSpec(Spec):
         description="stop when N measurements of the held-out loss in a row were no better; keep "
         "the best adapter",
     )
+    report_to: TrackerNames = Field(
+        default_factory=list,
+        description="trackers that are sent settings, losses and rates: tensorboard, trackio "
+        "(local, both in swlora[track]), wandb, mlflow",
+    )
+    project: str | None = Field(
+        default=None,
+        min_length=1,
+        description="the project in the trackers of --report-to [default: swlora]",
+    )
+    sample_prompts: PromptList = Field(
+        default_factory=list,
+        description="prompts that are continued (of chats: answered) at every measurement of the "
+        "held-out loss, greedily: a text, which may be repeated, or a file with one on each line",
+    )
+    sample_every: int = Field(
+        default=1, ge=1, description="with --sample-prompts: at every N-th measurement only"
+    )
+    sample_tokens: int = Field(
+        default=64, ge=1, le=4096, description="with --sample-prompts: new tokens at most"
+    )
     shard: bool = Field(
         default=False,
         description="divide the model's frozen weights over the processes that torchrun started "
@@ -111,6 +134,12 @@ class TrainSpec(Spec):
         return text
 
     @model_validator(mode="after")
+    def _samples_need_whole_weights(self) -> Self:
+        if self.shard and self.sample_prompts:
+            raise ValueError("--sample-prompts needs whole weights; with --shard, leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _one_says_how_often_to_save(self) -> Self:
         if self.save_every is not None and self.checkpoint_every_s is not None:
             raise ValueError(
@@ -120,8 +149,8 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _held_out_rows_are_measured(self) -> Self:
-        for name in ("eval_rows", "early_stopping"):
-            if getattr(self, name) is not None and self.eval_every_steps == 0:
+        for name in ("eval_rows", "early_stopping", "sample_prompts"):
+            if getattr(self, name) not in (None, []) and self.eval_every_steps == 0:
                 flag = flag_name(f"train.{name}")
                 raise ValueError(
                     f"{flag} needs held-out losses; --eval-every-steps 0 measures none"

@@ -13,6 +13,7 @@ from swlora.adapters.methods import train_mode
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.evaluation.dealt import dealt_losses
+from swlora.evaluation.samples import Sampler
 from swlora.models.sharded_weight import has_sharded
 from swlora.processes import interruptible
 from swlora.processes.joining import failing_together
@@ -63,15 +64,22 @@ def watch_of(
     planned: Measurements,
     save: Callable[..., Any],
     best_folder: Path | None,
+    sampler: Sampler | None = None,
 ) -> Watch:
     """Return what the training loop measures on `sequences`; asked for, it keeps the best adapter
     in `best_folder`, unless that is None.
 
     `save(folder, losses_nats, step=...)` saves the model as it is; it is called while `adapted` is
     as it would be in the end. Several processes measure together, each a share of the sequences;
-    where they share the model's weights, all measure the same.
+    where they share the model's weights, all measure the same. `sampler` generates beside it.
     """
-    observe = held_out_observer(adapted.model, sequences)
+    observe_loss = held_out_observer(adapted.model, sequences)
+
+    def observe(step: int) -> dict[str, Any]:
+        found = observe_loss(step)
+        if sampler is not None:
+            sampler(adapted.model, step, -(-step // planned.every_steps))
+        return found
 
     def measure(step: int) -> dict[str, Any]:
         with interruptible():

@@ -19,6 +19,7 @@ from swlora.errors import UserError
 from swlora.study.arms import Arm, arms_of
 from swlora.study.spec import StudySpec
 from swlora.study.study_file import arm_problems
+from swlora.trackers import missing_trackers
 from swlora.training.schedule import sequences_per_step
 
 MANY_STEPS = 1_000_000_000  # where the number of rows is not known
@@ -102,6 +103,7 @@ class Checked:
 def check(spec: StudySpec, *, may_fetch: bool) -> Checked:
     """Look at everything that a study needs; `may_fetch` lets the embedded model be unpacked."""
     checked = Checked(spec)
+    checked.problems += missing_trackers(spec.train.report_to)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         checked.problems.append(f"missing packages: {', '.join(missing)}")

@@ -74,6 +74,7 @@ class Server(uvicorn.Server):
             create_app(service, policy),
             http=BoundedProtocol,  # of h11, which bounds the size of headers
             ws="none",
+            loop="asyncio",  # also where uvloop is installed: one loop, which the tests run
             log_config=None,
             access_log=False,  # the guard writes one, with what came from clients escaped
             proxy_headers=False,

@@ -15,10 +15,12 @@ import yaml
 from swlora.adapters.saved import WEIGHTS
 from swlora.bounded_read import UnreadableError, read_bounded
 from swlora.config.yaml_file import parse_yaml
+from swlora.samples_file import read_samples
 
 MAX_CONFIG_BYTES = 64 * 1024
 MAX_PREDICTIONS_BYTES = 512 * 1024  # of the beginning of the file
 MAX_PREDICTIONS = 10
+MAX_SAMPLES = 5  # shown of a prompt
 MAX_CHARACTERS = 2000  # of one cell
 PROMPT_COLUMNS = ("prompt", "mr")
 
@@ -30,6 +32,14 @@ class Prediction:
     prompt: str
     text: str
     references: list[str]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A prompt, and (step, what followed it then)."""
+
+    prompt: str
+    texts: list[tuple[int, str]]
 
 
 def read_start(path: Path, n_bytes: int) -> tuple[str, bool] | None:
@@ -72,6 +82,17 @@ def read_predictions(folder: Path) -> list[Prediction]:
         rows = rows[:-1]  # the last one is cut off
     shown = [_prediction(row) for row in rows[:MAX_PREDICTIONS]]
     return [one for one in shown if one is not None]
+
+
+def sampled_prompts(folder: Path) -> list[Sampled]:
+    """Return the prompts of samples.jsonl with what followed them, the newest first."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for sample in reversed(read_samples(folder)):
+        said = found.setdefault(sample.prompt, [])
+        if len(said) < MAX_SAMPLES:
+            said.append((sample.step, sample.text[:MAX_CHARACTERS]))
+    prompts = list(found.items())[::-1][:MAX_PREDICTIONS]
+    return [Sampled(prompt[:MAX_CHARACTERS], texts) for prompt, texts in prompts]
 
 
 def adapter_bytes(folder: Path) -> int | None:

@@ -21,7 +21,7 @@ from swlora.web.pages.charts import Chart, Series, finite, line_chart
 from swlora.web.pages.data_view import data_facts
 from swlora.web.pages.identified_view import Identified, identified_view
 from swlora.web.pages.run_facts import Fact, is_of_sample, part, plain, run_facts, scores
-from swlora.web.pages.run_files import Prediction, read_predictions
+from swlora.web.pages.run_files import Prediction, Sampled, read_predictions, sampled_prompts
 from swlora.work_folder import failure_of
 
 MAX_SHOWN = 200
@@ -65,6 +65,7 @@ class RunView:
     figures: list[str]
     facts: list[Fact]
     data: list[Fact]
+    samples: list[Sampled]
     predictions: list[Prediction]
     has_adapter: bool
     refusal: str  # why its adapter cannot be served
@@ -138,6 +139,7 @@ def _run_view(entry: RunEntry, adapters: Iterable[str], not_served: Mapping[str,
         figures=[name for name in run_figures(entry) if name not in drawn],
         facts=run_facts(entry.folder, facts, result, n_steps),
         data=data_facts(result),
+        samples=sampled_prompts(entry.folder),
         predictions=read_predictions(entry.folder),
         has_adapter=entry.name in adapters,
         refusal=not_served.get(entry.name, ""),

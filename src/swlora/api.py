@@ -45,6 +45,7 @@ PathLike = str | os.PathLike[str]
 def identify(
     *,
     figure: PathLike | None = None,
+    adapter: PathLike | None = None,
     output: PathLike | None = None,
     config: PathLike | None = None,
     progress: Progress | None = None,
@@ -52,12 +53,14 @@ def identify(
 ) -> Identified:
     """Find super weights and prove each by setting it to zero, as `swlora identify` does.
 
-    `figure` is a PNG, SVG or PDF to draw, with or without a run folder.
-    Raises UserError for a setting that is not one of that command, or has no such value.
+    `figure` is a PNG, SVG or PDF to draw, with or without a run folder. With an `adapter` (a
+    folder) the result's `fine_tuned` says what is otherwise with it.
+    Raises UserError for a setting that is not one of that command, or has no such value, and for
+    an adapter that cannot be added to the model's weights.
     """
     spec = _spec("identify", config, settings)
     with _job("identify", spec, output, progress) as job:
-        return pipeline.identify(job, _path(figure))
+        return pipeline.identify(job, _path(figure), _path(adapter))
 
 
 def train(

@@ -35,27 +35,39 @@ if TYPE_CHECKING:
     from swlora.training.trained import Trained
 
 
-def identify(job: Job, figure: Path | None = None) -> "Identified":
+def identify(job: Job, figure: Path | None = None, adapter: Path | None = None) -> "Identified":
     """Find super weights, prove each by ablation, write report and figures; return the findings.
 
     `layers` in the result are those of candidates whose ablation proved them. Leaves
     superweights.md and its figures in the run folder; `figure` names another place for the scan,
-    which is drawn there also where there is no folder. Several processes measure together.
+    which is drawn there also where there is no folder. With an `adapter` (a folder, or that of its
+    run) the model is searched once more with it, and both are compared. Several processes measure
+    together.
     """
+    from swlora.adapters.merged_in_memory import mergeable_folder
     from swlora.superweights import identify as identification
     from swlora.superweights.figure import check_target
+    from swlora.superweights.fine_tuned import check_merging, with_fine_tuned
     from swlora.superweights.report import draw_figure, publish
 
     if figure is not None:
         check_target(figure)
+    tuned = mergeable_folder(adapter) if adapter else None
     spec, loaded = job.spec, job.loaded_in_float32()
     windows = job.identification_windows
-    check_weights_alike(loaded)
+    adapter_sha256 = check_merging(loaded, tuned, job.progress.say) if tuned else None
+    check_weights_alike(loaded, adapter_sha256=adapter_sha256)
+    if tuned:
+        job.run.record(adapter=str(tuned), adapter_sha256=adapter_sha256)
     job.begin()
     with job.timed("identify"):
         found = identification.identify(
             loaded, spec.identify, windows, seed=spec.seed, progress=job.progress
         )
+        if tuned:
+            found = with_fine_tuned(
+                found, loaded, tuned, spec.identify, windows, seed=spec.seed, progress=job.progress
+            )
         if folder := job.run.folder:
             found = publish(found, folder, figure or folder / "superweights.png")
         elif figure is not None:

@@ -231,8 +231,37 @@ def test_identify(swlora, model_folder):
     result = json.loads(Path("p.json").read_text())
     assert result["prompts"] == ["One, two", "three"]
     assert (result["n_controls"], len(result["candidates"])) == (2, 1)
+    deep = swlora("identify", *flags, *chosen, "--deep", "--output", "deep")
+    assert "there is nothing that --deep could measure" in deep.err
     flags[-1] = 300
     assert "exceeds the model's context of 256" in swlora("identify", *flags).mistake
+
+
+def test_identify_with_an_adapter(swlora, model_folder, rows):
+    flags = ["--model", model_folder("llama"), "--windows", 1, "--window-tokens", 32]
+    flags += ["--controls", 2, "--max-candidates", 1, "--prompt", "one"]
+    trained = ["--dataset", rows, "--layers", "1", "--max-steps", 1, "--output", "trained"]
+    assert swlora("train", *flags[:2], *trained).code == 0
+    done = swlora("identify", *flags, "--adapter", "trained", "--output", "run")
+    assert done.code == 0
+    said = "with the adapter in trained/adapter: layers with a verified super weight: none"
+    assert said in done.out
+    result = json.loads(Path("run/result.json").read_text())["identify"]
+    assert set(result["fine_tuned"]) == {
+        *("adapter", "weights", "activations", "sinks_before", "sinks_after", "after")
+    }
+    assert "## Before and after fine-tuning" in Path("run/superweights.md").read_text()
+    facts = json.loads(Path("run/run.json").read_text())
+    assert facts["adapter"] == "trained/adapter" and len(facts["adapter_sha256"]) == 64
+    for folder, mistake in (
+        ("gone", "there is no adapter folder gone"),
+        (".", "is no adapter folder: it holds no adapter_config.json"),
+    ):
+        assert mistake in swlora("identify", *flags, "--adapter", folder).mistake
+    flags[1] = model_folder("gpt2")
+    done = swlora("identify", *flags, "--adapter", "trained", "--output", "other")
+    assert "cannot be merged: the model has no module model.layers.1" in done.mistake
+    assert not Path("other").exists()
 
 
 def test_score(swlora):

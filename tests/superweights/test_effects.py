@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from tests.support.plain_peft import greedy as plain_greedy
 
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.superweights.ablate import scaled, text_loss, zeroed
-from swlora.superweights.effects import DOSES, dose_curve, generations
+from swlora.superweights.effects import DOSES, dose_curve, dose_texts, generations, repeats_after
 from swlora.superweights.meter import Meter
 
 EOS = 257
@@ -79,3 +80,49 @@ def test_what_cannot_be_shown(make_model, tiny_tokenizer):
         with pytest.raises(UserError, match=rf"has {len(prompt)} tokens.* 24 new .* 1 to 232"):
             generations(model, tiny_tokenizer, [prompt], [address], end_token_ids=[EOS])
     assert len(generations(model, tiny_tokenizer, ["x" * 232], [address], end_token_ids=[EOS])) == 1
+
+
+def test_texts_at_every_dose_beside_the_model_as_it_is(make_model, tiny_tokenizer, weights_sha256):
+    model = make_model("llama")
+    address = planted(model)
+    before, scales = weights_sha256(model), (0.0, 0.5, 1.0, 2.0)
+    found = dose_texts(
+        model,
+        tiny_tokenizer,
+        PROMPTS,
+        address,
+        scales,
+        end_token_ids=[EOS],
+        max_new_tokens=9,
+    )
+    assert weights_sha256(model) == before
+    assert [(t.prompt, t.scale) for t in found] == [(p, s) for p in PROMPTS for s in scales]
+    for t in found:
+        ids = list(t.prompt.encode())
+        intact = plain_greedy(model, ids, 9)
+        with scaled(Anatomy(model), {address: t.scale}):
+            own = plain_greedy(model, ids, 9)
+        same = 0
+        while same < min(len(own), len(intact)) and own[same] == intact[same]:
+            same += 1
+        assert (t.text, t.n_tokens) == (tiny_tokenizer.decode(own), len(own))
+        assert (t.same_tokens, t.repeats_after) == (same, repeats_after(own))
+    assert any(t.same_tokens < t.n_tokens for t in found)
+    with pytest.raises(UserError, match="scale 1"):
+        dose_texts(model, tiny_tokenizer, PROMPTS, address, (0.0, 2.0), end_token_ids=[EOS])
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "after"),
+    [
+        ([], None),
+        ([1, 2, 3, 4, 5, 6], None),
+        ([1, 2, 3, 4, 1, 2, 3], None),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 8),
+        ([9, 1, 2, 3, 4, 8, 1, 2, 3, 4, 1, 2], 10),
+        ([7, 7, 7, 7], None),
+        ([7, 7, 7, 7, 7], 5),
+    ],
+)
+def test_a_text_repeats_itself_when_four_tokens_come_again(token_ids, after):
+    assert repeats_after(token_ids) == after

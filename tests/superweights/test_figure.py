@@ -12,7 +12,14 @@ from swlora.errors import UserError
 from swlora.models.anatomy import WeightAddress
 from swlora.superweights.detect import ModuleScan, Spike
 from swlora.superweights.effects import Dose
-from swlora.superweights.figure import FORMATS, check_target, draw_dose, draw_path, draw_scan
+from swlora.superweights.figure import (
+    FORMATS,
+    check_target,
+    draw_dose,
+    draw_path,
+    draw_scan,
+    draw_sinks,
+)
 from swlora.superweights.findings import ActivationPath, DoseCurve
 
 NAME = "layer 1 mlp.down_proj [out 7, in 9]"
@@ -59,7 +66,14 @@ def dose_drawn(target: Path) -> None:
     draw_dose(CURVE, target)
 
 
-DRAWINGS = [scan_drawn, path_drawn, dose_drawn]
+SINKS = {"the model as it is": [0.1, 0.6, 0.7], f"{NAME} at zero": [0.1, 0.6, 0.2]}
+
+
+def sinks_drawn(target: Path) -> None:
+    draw_sinks(MODEL, SINKS, target)
+
+
+DRAWINGS = [scan_drawn, path_drawn, dose_drawn, sinks_drawn]
 each_drawing = pytest.mark.parametrize("draw", DRAWINGS, ids=lambda draw: draw.__name__)
 
 
@@ -135,6 +149,13 @@ def test_the_dose_curve(drawn):
     assert curve == ([0, 0.5, 1, 2], [1e9, 80, 5, 5.5])
     assert mark[0] == [1, 1]
     assert "perplexity" in figure.axes[0].get_ylabel()
+
+
+def test_sinks_are_a_line_for_each_model(drawn):
+    (panel,) = drawn(draw_sinks, MODEL, SINKS).axes
+    assert lines(panel) == {name: ([0, 1, 2], masses) for name, masses in SINKS.items()}
+    assert panel.get_ylim() == (0, 1)
+    assert len({line.get_color() for line in panel.get_lines()}) == 2
 
 
 @each_drawing

@@ -38,15 +38,24 @@ def identify(
         Path | None,
         typer.Option(dir_okay=False, help="PNG, SVG or PDF [default: in the run folder]"),
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="adapter or run folder: the same once more with it in the weights, and both side "
+            "by side; takes twice as long",
+        ),
+    ] = None,
 ) -> None:
-    """Find super weights and prove each by setting it to zero.
+    """Find super weights, prove each by setting it to zero, and measure how they work.
 
     Example: `swlora identify --model builtin --figure spikes.png --json found.json`
+
+    Example: `swlora identify --model builtin --adapter runs/mine --deep`
     """
     with invocation.job() as job:
         from swlora import pipeline
 
-        result = pipeline.identify(job, figure)
+        result = pipeline.identify(job, figure, adapter)
     show_candidates(result)
     invocation.finish(result)
 

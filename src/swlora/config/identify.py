@@ -24,3 +24,8 @@ class IdentifySpec(Spec):
         default=4, ge=1, description="windows of text whose perplexity is measured"
     )
     window_tokens: int = Field(default=512, ge=16)
+    deep: bool = Field(
+        default=False,
+        description="of proved weights also: text at every dose, and int8 and int4 rounding with "
+        "and without them held out; takes about twice as long",
+    )

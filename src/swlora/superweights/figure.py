@@ -1,14 +1,15 @@
-"""Three pictures of an identification as PNG, SVG or PDF.
+"""Pictures of an identification as PNG, SVG or PDF.
 
     scan   the largest input and output of every projection against the layer
     path   the super activation through the residual stream, intact and with the weight at zero
     dose   perplexity against the factor on the weight
+    sinks  attention on the first position against the layer, of several models
 
 PNG has a white background. SVG and PDF have none: their text and lines are of a middle tone that
 can be read on white and on black.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,20 @@ def draw_dose(curve: DoseCurve, target: Path) -> None:
         panels[0].legend()
 
     _figure("Perplexity as one weight is scaled", curve.name, 1, draw, target)
+
+
+def draw_sinks(model: str, lines: Mapping[str, Sequence[float]], target: Path) -> None:
+    """Draw the mass on the first position of every layer, a line for each model named."""
+
+    def draw(panels: list[Any]) -> None:
+        for (label, masses), color in zip(lines.items(), cycle(_COLORS), strict=False):
+            panels[0].plot(masses, ".-", color=color, label=label)
+        panels[0].set_ylim(0, 1)
+        _layer_axis(panels[0], "layer")
+        panels[0].set_ylabel("share of attention, mean over heads and queries")
+        panels[0].legend()
+
+    _figure("Attention on the first position", model, 1, draw, target)
 
 
 def _log_axis(panel: Any) -> None:

@@ -8,8 +8,10 @@ from swlora.result_json import FLAT, IF_ANY
 from swlora.superweights.detect import Candidate, ModuleScan, Spike
 from swlora.superweights.effects import Dose, Generation
 from swlora.superweights.known import Agreement
-from swlora.superweights.proof import AddressProof, JointProof
-from swlora.superweights.search import Search
+from swlora.superweights.mechanism import Mechanism
+from swlora.superweights.proof import AddressProof, JointProof, Verdict
+from swlora.superweights.search import Activation, Search
+from swlora.superweights.sinks import Sinks
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,57 @@ class KnownAgreement:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MovedWeight:
+    """A weight that is proved before a fine-tuning, after it, or both.
+
+    A verdict is None where the weight is no candidate of that model's own search; its ratio is
+    measured there all the same.
+    """
+
+    address: WeightAddress = field(metadata=FLAT)
+    weight_before: float
+    weight_after: float
+    ratio_before: float
+    ratio_after: float
+    verdict_before: Verdict | None
+    verdict_after: Verdict | None
+
+
+@dataclass(frozen=True)
+class MovedActivation:
+    """The largest activation against the median that a prompt makes, before and after."""
+
+    prompt: str
+    has_bos: bool
+    before: Activation
+    after: Activation
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuned:
+    """The model with an adapter in its weights, beside the model without.
+
+    `weights` are those that are proved in either; `sinks` are of the whole models. `after` is what
+    the search and the proof found with the adapter.
+    """
+
+    adapter: str
+    weights: tuple[MovedWeight, ...]
+    activations: tuple[MovedActivation, ...]
+    sinks_before: Sinks
+    sinks_after: Sinks
+    after: "Identified"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Identified:
     """Everything that is known of a model's super weights.
 
     `layers` are those of candidates that were proved, each by itself. `perplexity` is that of the
     intact model. `prompt` and `tokens` are those of the scan, whose spikes are `modules` and
-    `residual`. `known` is None where nothing was published. Report and figures are None where they
-    were not written.
+    `residual`. `known` is None where nothing was published, `mechanism` where nothing was proved,
+    `fine_tuned` where no adapter was named. Report and figures are None where they were not
+    written.
     """
 
     setup: Setup = field(metadata=FLAT)
@@ -141,6 +187,8 @@ class Identified:
     generations: Generations
     modules: list[ModuleScan]
     residual: list[Spike]
+    mechanism: Mechanism | None = field(default=None, metadata=IF_ANY)
+    fine_tuned: FineTuned | None = field(default=None, metadata=IF_ANY)
     figure: Path | None = field(default=None, metadata=IF_ANY)
     figures: dict[str, Path] | None = field(default=None, metadata=IF_ANY)
     report: Path | None = field(default=None, metadata=IF_ANY)

@@ -1,12 +1,14 @@
 """Everything that is known of a model's super weights: search, proof, and pictures' numbers.
 
     search -> proof of every candidate -> path, dose curve and texts of the leading one
+           -> how those that are proved work
 
 Where no candidate is proved, that is the answer, and the leading one is the largest spike that was
 found.
 """
 
 import hashlib
+from typing import Any
 
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from swlora.superweights.findings import (
     Setup,
     Thresholds,
 )
+from swlora.superweights.mechanism import measure_mechanism
 from swlora.superweights.meter import Meter
 from swlora.threads import adapted_threads
 from swlora.versions import package_versions
@@ -62,12 +65,20 @@ def identify(
         found = search.search(model, tokenizer, prompts, max_candidates=spec.max_candidates)
     addresses = [finding.candidate.address for finding in found.candidates]
     check_alike("candidates", {"weights": [str(address) for address in addresses]})
-    meter = DealtMeter(model, windows) if world().is_shared else Meter(model, windows)
+    meter = make_meter(model, windows)
     proved = proof.prove(meter, addresses, n_controls=spec.controls, seed=seed, progress=progress)
     candidates = _judged(found, proved)
     lead = _leading(proved)
     doses = dose_curve(meter, lead, progress=progress)
     texts = _texts(loaded, found, lead, progress)
+    proven = sorted((c.address for c in candidates if c.is_proved), key=lambda a: a != lead)
+    mechanism = None
+    if proven:
+        mechanism = measure_mechanism(
+            loaded, meter, proven, prompts, deep=spec.deep, progress=progress
+        )
+    elif spec.deep:
+        progress.say("no weight is proved: there is nothing that --deep could measure")
     return Identified(
         setup=_setup(loaded, spec, windows.tolist(), seed, prompts),
         prompt=found.scan.prompt,
@@ -87,7 +98,13 @@ def identify(
         generations=Generations(str(lead), lead, texts),
         modules=found.scan.modules,
         residual=found.scan.residual,
+        mechanism=mechanism,
     )
+
+
+def make_meter(model: Any, windows: Tensor) -> Meter:
+    """Return a meter of a model over windows of text, which several processes share."""
+    return DealtMeter(model, windows) if world().is_shared else Meter(model, windows)
 
 
 def check(loaded: LoadedModel, spec: IdentifySpec) -> Tensor:

@@ -10,6 +10,7 @@ Losses travel as sums and counts over blocks of 64 tokens, so that intervals can
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -32,6 +33,7 @@ CACHE_BYTES = 1 << 30
 BATCH_TOKENS = 2048
 
 Changes = frozenset[tuple[WeightAddress, float]]
+_NO_CHANGES: Changes = frozenset()
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,28 @@ class Meter:
         """Return the losses with every addressed scalar zero."""
         return self.measure(dict.fromkeys(addresses, 0.0), n_windows=n_windows)
 
-    def _run(self, changes: Changes, n: int, keep: Collection[int]) -> Tensor:
-        """Run the model, already changed; return its losses (n, T - 1), not bounded yet."""
-        start, entry = self._deepest_state(changes)
+    def measure_within(
+        self, change: AbstractContextManager[None], *, lowest_layer: int = 0
+    ) -> BlockLosses:
+        """Return the losses over all windows while `change` is made to the model, by one process.
+
+        `change` touches nothing below block `lowest_layer`, sees every window once, in their order,
+        and gives the model back as it was. Nothing is remembered.
+        """
+        with change:
+            return _by_block(self._run(_NO_CHANGES, self.n_windows, (), lowest_layer))
+
+    def _run(
+        self, changes: Changes, n: int, keep: Collection[int], lowest_layer: int | None = None
+    ) -> Tensor:
+        """Run the model, already changed; return its losses (n, T - 1), not bounded yet.
+
+        `lowest_layer` is the block from which on it is changed in ways beside `changes`.
+        """
+        start, entry = self._deepest_state(changes, lowest_layer)
         wanted: list[int] = []
-        if n == self.n_windows:  # the state of some windows could not be used again
+        # A state of some windows, or of other changes, could not be used again.
+        if n == self.n_windows and lowest_layer is None:
             lowest = min((address.layer for address, _ in changes), default=0)
             wanted = sorted(layer for layer in {lowest, *keep} if layer > start)
             wanted = wanted[max(0, len(wanted) - self._max_states) :]
@@ -154,8 +173,11 @@ class Meter:
             self._keep_state(layer, changes, torch.cat(kept[layer]))
         return torch.cat(nats)
 
-    def _deepest_state(self, changes: Changes) -> tuple[int, Tensor | None]:
-        for layer in range(self.anatomy.n_layers - 1, 0, -1):
+    def _deepest_state(
+        self, changes: Changes, highest: int | None = None
+    ) -> tuple[int, Tensor | None]:
+        highest = self.anatomy.n_layers - 1 if highest is None else highest
+        for layer in range(highest, 0, -1):
             key = (layer, _below(changes, layer))
             if key in self._states:
                 self._states.move_to_end(key)

@@ -6,13 +6,19 @@ Made from the result of `identify` alone.
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 from swlora.files import write_text
-from swlora.superweights.figure import draw_dose, draw_path, draw_scan
+from swlora.superweights.figure import draw_dose, draw_path, draw_scan, draw_sinks
 from swlora.superweights.findings import Identified
+from swlora.superweights.report_fine_tuned import fine_tuned_answer, fine_tuned_sections
+from swlora.superweights.report_mechanism import (
+    mechanism_answer,
+    mechanism_sections,
+    sink_lines,
+)
 from swlora.superweights.search import Setting
+from swlora.superweights.tables import cell, interval, number, table
 
 COLUMNS = (
     *("layer", "module", "out", "in", "weight"),
@@ -48,6 +54,9 @@ def publish(result: Identified, folder: Path, scan_figure: Path) -> Identified:
         "Path of the super activation": path_figure,
         "Dose curve": dose_figure,
     }
+    if lines := sink_lines(result):
+        figures["Attention on the first position"] = folder / f"superweights-sinks{suffix}"
+        draw_sinks(result.setup.model, lines, figures["Attention on the first position"])
     report = folder / "superweights.md"
     whole = replace(drawn, figures=figures, report=report)
     write_report(whole, report)
@@ -62,6 +71,8 @@ def write_report(result: Identified, target: Path) -> None:
         *_candidates(result),
         *_search(result),
         *_texts(result),
+        *mechanism_sections(result),
+        *fine_tuned_sections(result),
         *_figures(result, target),
         *_repeat(result),
     ]
@@ -89,10 +100,11 @@ def answer(result: Identified) -> list[str]:
     for who, effect in together.items():
         ratio = f"ratio {number(effect.ratio)} ({interval(*effect.interval)})"
         said.append(f"{who} zeroed together: {ratio}, {effect.verdict}")
+    said += mechanism_answer(result)
     said.append(agreement(result.search.settings))
     if result.known:
         said.append(result.known.said)
-    return said
+    return [*said, *fine_tuned_answer(result)]
 
 
 def agreement(settings: Sequence[Setting]) -> str:
@@ -129,20 +141,10 @@ def rows(result: Identified) -> list[tuple[str, ...]]:
     ]
 
 
-def number(ratio: float) -> str:
-    """Write a ratio with two decimals, or as a power of ten where it is large."""
-    return f"{ratio:.2f}" if ratio < 1e5 else f"{ratio:.1e}"
-
-
-def interval(low: float, high: float) -> str:
-    """Write the bounds of an effect's ratio."""
-    return f"{number(low)} to {number(high)}"
-
-
 def _candidates(result: Identified) -> Iterable[str]:
     setup, limits = result.setup, result.setup.thresholds
     yield "## Candidates"
-    yield _table(COLUMNS, rows(result))
+    yield table(COLUMNS, rows(result))
     yield (
         f"Perplexity of the intact model: {result.perplexity:.3f}. `ratio` is the perplexity "
         "with the weight at zero over that, `95 %` its bootstrap interval, `control` the largest "
@@ -153,7 +155,7 @@ def _candidates(result: Identified) -> Iterable[str]:
         f"{limits.control_factor:g} times that of any control: `super` above a ratio of "
         f"{limits.super:g}, `strong` above {limits.strong:g}."
     )
-    yield _table(
+    yield table(
         ("candidate", "all but this one zeroed"),
         [(str(c.address), number(c.proof.leave_one_out_ratio)) for c in result.candidates],
     )
@@ -170,7 +172,7 @@ def _search(result: Identified) -> Iterable[str]:
     )
     cells = [
         (
-            _cell(s.prompt),
+            cell(s.prompt),
             "yes" if s.has_bos else "no",
             *map(str, (s.activation.layer, s.activation.token, s.activation.channel)),
             f"{s.activation.value:.1f}",
@@ -180,7 +182,7 @@ def _search(result: Identified) -> Iterable[str]:
         for s in found.settings
     ]
     head = ("prompt", "BOS", "layer", "token", "channel", "value", "times median", "removed in")
-    yield _table(head, cells)
+    yield table(head, cells)
 
 
 def _texts(result: Identified) -> Iterable[str]:
@@ -190,8 +192,8 @@ def _texts(result: Identified) -> Iterable[str]:
     if not written.texts:
         yield "None: no prompt leaves room for an answer in the model's context."
         return
-    cells = [tuple(map(_cell, (t.prompt, t.before, t.after))) for t in written.texts]
-    yield _table(("prompt", "as it is", "set to zero"), cells)
+    cells = [tuple(map(cell, (t.prompt, t.before, t.after))) for t in written.texts]
+    yield table(("prompt", "as it is", "set to zero"), cells)
 
 
 def _figures(result: Identified, target: Path) -> Iterable[str]:
@@ -211,25 +213,11 @@ def _repeat(result: Identified) -> Iterable[str]:
             f"{'each beginning with' if setup.windows_begin_with_bos else 'without'} BOS, as "
             f"the tokenizer has it; sha256 of the token ids {setup.text_tokens_sha256}"
         ),
-        "prompts": "; ".join(map(_cell, setup.prompts)),
+        "prompts": "; ".join(map(cell, setup.prompts)),
         "seed": setup.seed,
         "controls": f"{setup.n_controls} a candidate",
         "bootstrap": f"{bootstrap.draws} draws of blocks of {bootstrap.block_tokens} tokens",
         "thresholds": ", ".join(f"{k} {v:g}" for k, v in vars(setup.thresholds).items()),
         "packages": ", ".join(f"{k} {v}" for k, v in setup.packages.items()),
     }
-    yield _table(("what", "value"), [(what, str(value)) for what, value in facts.items()])
-
-
-def _table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Return any text as it may stand in a table: one line, nothing read as markup."""
-    plain = escape("\n".join(text.strip().expandtabs(4).splitlines()), quote=False)
-    for mark in "\\`*_[]|~":
-        plain = plain.replace(mark, f"\\{mark}")
-    printable = (c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in plain)
-    return "".join(printable).replace("\n", "<br>") or "(nothing)"
+    yield table(("what", "value"), [(what, str(value)) for what, value in facts.items()])

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from swlora.models.anatomy import WeightAddress
-from swlora.superweights.report import interval, number
+from swlora.superweights.tables import interval, number
 from swlora.web.folders import run_result
 from swlora.web.pages.identified_view import Identified, Result, identified_view, tried
 from swlora.web.service import Service

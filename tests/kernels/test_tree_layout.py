@@ -70,10 +70,11 @@ def test_parts_hold_every_node_once_and_few_scores(shape: str, window: int | Non
     parts = layout.parts(window)
     edges = [0, *(part.end for part in parts)]
     assert [part.start for part in parts] == edges[:-1] and edges[-1] == layout.n_nodes
-    assert shape != "path" or window or all(part.stretch for part in parts)
+    assert shape != "path" or window or all(len(part.stretches) == 1 for part in parts)
     for part in parts:
-        if part.stretch:
-            assert part.key_nodes.tolist() == [list(range(part.stretch.start, part.stretch.stop))]
+        if part.stretches:
+            nodes = [i for run in part.stretches for i in range(run.start, run.stop)]
+            assert part.key_nodes.tolist() == [nodes]
     found = torch.cat([nodes_seen(layout, part, window) for part in parts])
     visible = path_mask(tree, window)
     assert torch.equal(found, visible.long())
@@ -101,3 +102,16 @@ def test_a_path_is_cut_into_few_parts() -> None:
     late = [part for part in parts if part.start >= PATH_NODES]
     assert [part.n_nodes for part in late] == [PATH_NODES] * 7
     assert all(part.n_open == part.n_ancestors == part.start for part in late)
+
+
+def test_long_branches_are_cut_where_they_begin_and_copied_instead_of_gathered() -> None:
+    n_stem, n_branch = 40, 600
+    pairs = [([1] * n_stem, [k, *[2] * n_branch]) for k in range(3)]
+    parts = TreeLayout(build_tree(TokenSequences.from_lists(pairs), np.arange(3)), CPU).parts(None)
+    begins = [n_stem + k * n_branch for k in range(4)]
+    assert set(begins[1:]) <= {part.end for part in parts}
+    for part in parts:
+        branch = (max(part.start - n_stem, 0)) // n_branch
+        runs = [(0, n_stem), (begins[branch], part.end)] if branch else [(0, part.end)]
+        assert [(run.start, run.stop) for run in part.stretches] == runs
+        assert part.n_open == part.n_ancestors and part.n_nodes <= PATH_NODES

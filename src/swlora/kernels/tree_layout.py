@@ -27,6 +27,7 @@ GATHER_SCORES, PART_SCORES, MOST_SCORES = 16, 8192, 1 << 20
 # are more than the kernels that oneDNN keeps, and making them anew took a tenth of a step.
 PATH_NODES = 256
 FEW_KEYS = 160  # seen by a node
+MOST_STRETCHES = 8  # runs of neighbours that a chunk's keys are copied from, instead of gathered
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class NodeChunks:
     """Nodes `start` to `end` in S chunks of Lq neighbours; chunk s sees A ancestors and itself.
 
     key_nodes: (S, A + Lq) int64, the nodes that a chunk sees at most, its ancestors first; 0 where
-    is_padding, (S, A + Lq) bool. `stretch` are these nodes where one chunk sees neighbours alone,
-    as on the only path of a tree: they need not be gathered. The first `n_open` of the A ancestors
-    are seen by every node of every chunk: no mask is needed there.
+    is_padding, (S, A + Lq) bool. `stretches` are these nodes as few runs of neighbours where there
+    is one chunk, as on a path of a tree: they need not be gathered. The first `n_open` of the A
+    ancestors are seen by every node of every chunk: no mask is needed there.
     """
 
     start: int
@@ -45,7 +46,7 @@ class NodeChunks:
     n_open: int
     key_nodes: Tensor
     is_padding: Tensor
-    stretch: slice | None
+    stretches: tuple[slice, ...]
 
     @property
     def n_chunks(self) -> int:
@@ -111,6 +112,7 @@ class TreeLayout:
         self.depth = self.position_ids[0]
         self.sequence_tokens = tree.shortest_tokens, tree.longest_tokens
         self.tree = tree
+        self._path_edges = _path_edges(tree)
         self._parts: dict[int | None, list[NodeChunks]] = {}
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
 
@@ -131,12 +133,12 @@ class TreeLayout:
 
     def _halved(self, whole: NodeChunks, window: int | None) -> list[NodeChunks]:
         start, end, size = whole.start, whole.end, CHUNK_NODES[0]
-        is_path = whole.stretch is not None and whole.n_open == whole.n_ancestors > 0
+        is_path = bool(whole.stretches) and whole.n_open == whole.n_ancestors > 0
         if end - start <= size or whole.n_scores <= PART_SCORES:
             return [whole]
         if is_path and end - start <= PATH_NODES and whole.n_scores <= MOST_SCORES:
             return [whole]
-        middle = start + size * ((end - start + size) // (2 * size))
+        middle = self._middle(start, end)
         halves = [
             part
             for edges in ((start, middle), (middle, end))
@@ -144,6 +146,14 @@ class TreeLayout:
         ]
         n_scores = sum(part.n_scores + PART_SCORES for part in halves)
         return halves if min(n_scores, MOST_SCORES) < whole.n_scores + PART_SCORES else [whole]
+
+    def _middle(self, start: int, end: int) -> int:
+        """Return where to halve: where a long path begins or ends, else a whole number of chunks."""
+        size, middle = CHUNK_NODES[0], (start + end) // 2
+        edges = self._path_edges[(self._path_edges > start) & (self._path_edges < end)]
+        if len(edges):
+            return int(edges[np.abs(edges - middle).argmin()])
+        return start + size * ((end - start + size) // (2 * size))
 
     def cut(
         self, start: int, end: int, *, window: int | None = None, gather_cost: int = GATHER_SCORES
@@ -164,7 +174,7 @@ class TreeLayout:
             n_open=_n_open(self.tree, keys, start, end, size) if window is None else 0,
             key_nodes=on_device(keys.clip(min=0), device),
             is_padding=on_device(keys < 0, device),
-            stretch=_stretch(keys),
+            stretches=_stretches(keys),
         )
 
     def visible(self, chunks: NodeChunks, window: int | None) -> Tensor:
@@ -222,11 +232,23 @@ def _keys_of_chunks(
     return keys
 
 
-def _stretch(keys: NDArray[np.int64]) -> slice | None:
-    """Return the nodes of the only row of `keys` where they are neighbours."""
-    first = int(keys[0, 0])
-    is_one = len(keys) == 1 and first >= 0 and bool((np.diff(keys[0]) == 1).all())
-    return slice(first, first + keys.shape[1]) if is_one else None
+def _path_edges(tree: PrefixTree) -> NDArray[np.int64]:
+    """Return where paths of PATH_NODES nodes and more begin and end."""
+    begins = np.flatnonzero(np.diff(tree.position_ids, prepend=-2) != 1)
+    ends = np.append(begins[1:], len(tree.position_ids))
+    is_long = ends - begins >= PATH_NODES
+    return np.union1d(begins[is_long], ends[is_long])
+
+
+def _stretches(keys: NDArray[np.int64]) -> tuple[slice, ...]:
+    """Return the nodes of the only row of `keys` in runs of neighbours; none where they are many."""
+    if len(keys) > 1 or keys[0, 0] < 0:
+        return ()
+    breaks = np.flatnonzero(np.diff(keys[0]) != 1) + 1
+    if len(breaks) >= MOST_STRETCHES:
+        return ()
+    runs = np.split(keys[0], breaks)
+    return tuple(slice(int(run[0]), int(run[-1]) + 1) for run in runs)
 
 
 def _n_open(

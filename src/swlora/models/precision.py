@@ -1,7 +1,9 @@
-"""Whether this machine multiplies bfloat16 matrices natively, decided by the processor's flags.
+"""Whether this machine multiplies bfloat16 matrices fast, decided by the processor's flags.
 
-CPUs without such instructions emulate bfloat16 some forty times slower than float32. A stopwatch
-would be fooled by other programs: the same command would compute in another precision.
+CPUs without such instructions emulate bfloat16 some forty times slower than float32. Intel's with
+AVX-512 alone, where AMX is missing or hidden from a virtual machine, have them and multiply
+bfloat16 at half of the rate of float32 (docs/decisions.md). A stopwatch would be fooled by other
+programs: the same command would compute in another precision.
 """
 
 import sys
@@ -26,7 +28,13 @@ def bfloat16_is_native(device_type: str = "cpu") -> bool:
         return False
     flags = _cpu_flags()
     names = _X86_FLAGS if flags.get("architecture") == "x86_64" else _ARM_FLAGS
-    return any(flags.get(name, False) for name in names)
+    return any(flags.get(name, False) for name in names) and not _is_slower_than_float32(flags)
+
+
+def _is_slower_than_float32(flags: Mapping[str, Any]) -> bool:
+    """Say whether this is an Intel processor made for AMX (those have AVX512-FP16) without it."""
+    is_intel = "Intel" in flags.get("cpu_name", "")
+    return is_intel and bool(flags.get("avx512_fp16")) and not flags.get("amx_bf16")
 
 
 def resolve_dtype(name: str, device_type: str) -> torch.dtype:

@@ -148,7 +148,7 @@ class TreeLayout:
         return halves if min(n_scores, MOST_SCORES) < whole.n_scores + PART_SCORES else [whole]
 
     def _middle(self, start: int, end: int) -> int:
-        """Return where to halve: where a long path begins or ends, else a whole number of chunks."""
+        """Return where to halve: where a long path begins or ends, else after whole chunks."""
         size, middle = CHUNK_NODES[0], (start + end) // 2
         edges = self._path_edges[(self._path_edges > start) & (self._path_edges < end)]
         if len(edges):
@@ -241,7 +241,7 @@ def _path_edges(tree: PrefixTree) -> NDArray[np.int64]:
 
 
 def _stretches(keys: NDArray[np.int64]) -> tuple[slice, ...]:
-    """Return the nodes of the only row of `keys` in runs of neighbours; none where they are many."""
+    """Return the only row of `keys` as runs of neighbours; none where these are many."""
     if len(keys) > 1 or keys[0, 0] < 0:
         return ()
     breaks = np.flatnonzero(np.diff(keys[0]) != 1) + 1

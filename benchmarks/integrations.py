@@ -1,6 +1,6 @@
 """What each drop-in gains in the same loop: one's own, transformers' Trainer, TRL's SFTTrainer.
 
-    python -m benchmarks.integrations [--quick] --json F [--rounds N]
+    python -m benchmarks.integrations [--quick] --json F [--rounds N] [--data a,b] [--add]
     python -m benchmarks.integrations --table F    # the Markdown table of a result
 
 The embedded model in bfloat16, LoRA in all layers, on E2E's rows and on chats behind one system
@@ -48,6 +48,8 @@ def main() -> None:
     where.add_argument("--json", type=Path, help="where the results go")
     where.add_argument("--table", type=Path, help="print the table of these results; run nothing")
     parser.add_argument("--quick", action="store_true", help="one short round, five minutes")
+    parser.add_argument("--data", help=f"comma-separated, of: {', '.join(AMOUNTS)}")
+    parser.add_argument("--add", action="store_true", help="keep the other data that --json has")
     parser.add_argument("--rounds", type=int, help="how often every arm is run (1 quick, else 3)")
     parser.add_argument("--e2e", type=Path, help="folder with trainset.csv (default: SWLORA_E2E)")
     args = parser.parse_args()
@@ -56,19 +58,21 @@ def main() -> None:
         return
     from swlora.files import write_json
 
-    report = measured(args)
+    report = measured(cases.named(args.data, AMOUNTS, "data"), args)
+    if args.add and args.json.exists():
+        report = added(json.loads(args.json.read_text(encoding="utf-8")), report)
     write_json(args.json, report)
     print(markdown(report))
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """Run every arm on both kinds of data; return the report."""
+def measured(chosen: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Run every arm on the chosen kinds of data; return the report."""
     model, load = runner.builtin_model(), runner.load()
     n_rounds = args.rounds or (1 if args.quick else 3)
     turns = runner.Turns(QUICK_LIMIT_S * n_rounds if args.quick else None)
     with tempfile.TemporaryDirectory(prefix="swlora-bench-") as scratch:
         jobs = {}
-        for data in AMOUNTS:
+        for data in chosen:
             path = Path(scratch) / f"{data}.npz"
             _rows(data, model, args).save(path)
             for loop, drop_in in ARMS:
@@ -85,6 +89,19 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "wall_s": turns.elapsed_s,
         "arms": {name: _median([one[name] for one in turns.rounds]) for name in jobs},
         "rounds": turns.rounds,
+    }
+
+
+def added(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """Return the report with the data of an earlier one that it has not."""
+    new = {name.split(" ")[0] for name in report["arms"]}
+    kept = {name: one for name, one in before["arms"].items() if name.split(" ")[0] not in new}
+    wall_s = before["wall_s"] + report["wall_s"]
+    return {
+        **report,
+        "arms": kept | report["arms"],
+        "rounds": before["rounds"] + report["rounds"],
+        "wall_s": wall_s,
     }
 
 

@@ -1,5 +1,7 @@
 # make demo   set up, then find super weights, train and evaluate on the embedded model
 # make test   set up, then lint, type-check and run every test
+# make coverage   the quick tests, and which lines of the package they do not run
+# make test-newest   the engine's tests with the newest packages, torch among them: what broke
 # make faults kill and damage trainings, strain a server, half an hour: docs/results/faults.json
 # make lock   renew requirements.lock from the newest versions that pyproject.toml allows
 
@@ -17,8 +19,9 @@ LLAMA_CPP := .cache/llama-cpp/.installed-$(LLAMA_CPP_VERSION)
 LLAMA_CPP_PLATFORM = $(shell node -p '({darwin: {arm64: "mac-arm64-metal", x64: "mac-x64"}}[process.platform] || {})[process.arch] || `$${process.platform}-$${process.arch}`')
 # A process for every core, each of which computes with one thread (tests/conftest.py)
 PARALLEL := --numprocesses auto --maxprocesses 4
+QUICK := "not slow and not gpu and not browser"
 
-.PHONY: help demo test lint faults lock clean
+.PHONY: help demo test coverage test-newest lint faults lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,9 +32,25 @@ demo: $(PACKAGE)
 
 test: lint $(LLAMA_CPP)
 	$(BIN)/python -c "from swlora.models.builtin import builtin_folder; print('builtin model:', builtin_folder())"
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu and not browser" --cov --cov-report=
-	$(BIN)/python -m pytest -m browser
-	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu" --cov --cov-append --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(PARALLEL) -m $(QUICK)
+	$(BIN)/python -m pytest $(PARALLEL) -m browser
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu"
+
+# Apart from the tests: tracing every line of Python takes as long as half of what they do
+coverage: $(TOOLS)
+	$(BIN)/python -m pytest $(PARALLEL) -m $(QUICK) --cov --cov-report=term:skip-covered
+
+# Another Python: make PYTHON=python3.14 test-newest
+NEWEST := .cache/newest
+NEWEST_TESTS := tests/kernels tests/adapters tests/training tests/decoding
+test-newest:
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python tools/install_torch.py torch
+	$(NEWEST)/bin/python -m pip install --quiet --group dev --editable .
+	$(NEWEST)/bin/python tools/newest.py requirements.lock $(PARALLEL) -q \
+	  -m $(QUICK) $(NEWEST_TESTS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff check .
@@ -46,6 +65,7 @@ lock:
 	rm -rf .cache/lock
 	$(PYTHON) -m venv .cache/lock
 	.cache/lock/bin/pip install --quiet --upgrade pip
+	.cache/lock/bin/python tools/install_torch.py torch==$(TORCH)
 	.cache/lock/bin/pip install --quiet --group dev torch==$(TORCH) -e .
 	{ echo "# The versions that the tests run with; 'make lock' renews them."; \
 	  .cache/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > requirements.lock
@@ -67,6 +87,7 @@ $(BIN)/python:
 $(PACKAGE): pyproject.toml requirements.lock | $(BIN)/python
 	@echo "installing swlora and what it needs into $(VENV) (some minutes the first time)"
 	$(PIP) install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python tools/install_torch.py torch --constraint requirements.lock
 	$(PIP) install --progress-bar=on --constraint requirements.lock --editable .
 	@touch $@
 

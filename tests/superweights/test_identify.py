@@ -293,3 +293,12 @@ def test_the_super_weight_of_smollm2(builtin_dir):
     assert {28, 29} <= {c["layer"] for c in others}
     assert (result["layers"], result["removal_layers"]) == ([11], [28, 29])
     assert 10 < result["perplexity"] < 40
+    mechanism = result["mechanism"]
+    (of_best,) = mechanism["weights"]
+    assert [of_best[key] for key in KEYS] == [best[key] for key in KEYS]
+    mean = of_best["mean"]
+    assert mean["ratio_by_size"] < 1.02 < 3 < mean["ratio_everywhere"] < best["ratio"]
+    assert (mean["n_large"], mean["n_positions"]) == (4, 2048), "one position of each window"
+    intact, zeroed = mechanism["sinks"]["mass"], of_best["sinks"]["mass"]
+    assert intact[:12] == pytest.approx(zeroed[:12], abs=1e-6)
+    assert intact[29] > 0.2 > 0.05 > zeroed[29], "the last layer loses its sink"

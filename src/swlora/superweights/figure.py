@@ -119,7 +119,7 @@ def draw_sinks(model: str, lines: Mapping[str, Sequence[float]], target: Path) -
         panels[0].set_ylim(0, 1)
         _layer_axis(panels[0], "layer")
         panels[0].set_ylabel("share of attention, mean over heads and queries")
-        panels[0].legend()
+        panels[0].figure.legend(loc="outside lower center")  # lines may be anywhere
 
     _figure("Attention on the first position", model, 1, draw, target)
 

@@ -24,6 +24,11 @@ class Lock:
             self._descriptor = None
 
     @property
+    def descriptors(self) -> tuple[int, ...]:
+        """What a child process is handed so that it holds this, too, for as long as it lives."""
+        return () if self._descriptor is None else (self._descriptor,)
+
+    @property
     def is_held(self) -> bool:
         """Whether something is locked."""
         return self._descriptor is not None

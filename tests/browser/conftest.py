@@ -2,11 +2,7 @@
 
 import json
 import os
-import queue
 import shutil
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import pytest
 import torch
 from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 from tests.support.adapters import attach, randomise
+from tests.support.served_process import served
 from tests.support.summaries import SUMMARY
 
 from swlora.adapters.saved import save_adapter
@@ -116,25 +113,9 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def server(chromium, model, runs, data, tmp_path_factory) -> Iterator[str]:
     """The address of `swlora serve`, as a process."""
-    log = tmp_path_factory.mktemp("browser") / "log"
-    flags = {"--model": model, "--runs": runs, "--dataset": data, "--max-tokens": 4000, "--port": 0}
-    command = [sys.executable, "-m", "swlora", "serve", *map(str, sum(flags.items(), ()))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
-        )
-    assert process.stdout is not None
-    lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: [*map(lines.put, process.stdout)], daemon=True).start()
-    try:
-        said = lines.get(timeout=240)
-        assert said.startswith("serving http://127.0.0.1:"), log.read_text()
-        yield said.split()[1]
-        assert "Traceback" not in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
+    flags = {"--model": model, "--runs": runs, "--dataset": data, "--max-tokens": 4000}
+    with served(tmp_path_factory.mktemp("browser") / "log", flags) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")  # not longer: its event loop would be in the way of other tests

@@ -1,6 +1,9 @@
 """A tiny model behind the web server: in the test's own loop, or on a loopback socket."""
 
+import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -8,13 +11,15 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from tests.support import servers
+from tests.support import fake_training, servers
 from tests.support.adapters import attach, randomise
 from tests.support.data_files import write_rows
 from tests.support.fake_host import FakeHost
+from tests.support.page_training import ROWS
+from tests.support.page_training import write_rows as write_data_file
 
 from swlora.adapters.saved import save_adapter
-from swlora.config import AdapterSpec, ModelSpec, ServeSpec
+from swlora.config import AdapterSpec, ModelSpec, RunSpec, ServeSpec
 from swlora.files import write_json
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.models.load import LoadedModel, load_model
@@ -23,6 +28,8 @@ from swlora.web.guard import Guard, Policy
 from swlora.web.scheduler import Scheduler
 from swlora.web.service import make_service
 from swlora.web.tickets import Limits
+from swlora.web.training.desk import TrainingDesk
+from swlora.web.training.worker import Worker
 
 BASE = "tiny"
 ZEROED = WeightAddress(1, "mlp.down_proj", 7, 11)
@@ -132,6 +139,65 @@ def until() -> Callable[..., float]:
 def run_server() -> Callable[..., AbstractContextManager[servers.Running]]:
     """A context manager (service, policy=...) that serves from another thread."""
     return servers.running_server
+
+
+# Servers that may train, with a stand-in for the child
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder of data: two files that may be chosen, and what may not."""
+    folder = tmp_path / "data"
+    write_data_file(folder / "rows.jsonl", ROWS)
+    write_data_file(folder / "more/broken.jsonl", ROWS)
+    write_data_file(tmp_path / "outside.jsonl", ROWS)
+    (folder / "link.jsonl").symlink_to(tmp_path / "outside.jsonl")
+    (folder / "folder.jsonl").mkdir()
+    (folder / "elsewhere").symlink_to(tmp_path)
+    (folder / ".hidden.jsonl").write_text("{}")
+    (folder / "notes.md").write_text("no rows")
+    return folder
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch) -> Path:
+    """The note of the stand-in, which is the child from here on."""
+    script = shutil.copy(fake_training.__file__, tmp_path / "child.py")
+    monkeypatch.setattr("swlora.web.training.desk.SWLORA", (sys.executable, str(script)))
+    return tmp_path / "said.json"
+
+
+@pytest.fixture
+def open_app(loaded, data, tmp_path, monkeypatch, child) -> Iterator[Callable[..., TestClient]]:
+    """A function (policy=..., instead_of=...) -> a client of a server of the same folders."""
+    monkeypatch.setattr("swlora.web.folders.FRESH_S", 0.0)
+    monkeypatch.setattr("swlora.web.training.data_folder.FRESH_S", 0.0)
+    serve = ServeSpec(runs=tmp_path / "runs", allow_training=True, data_folder=data)
+    clients: list[TestClient] = []
+
+    def end(client: TestClient) -> None:
+        clients.remove(client)
+        client.__exit__(None, None, None)
+
+    def make(policy: Policy | None = None, instead_of: TestClient | None = None) -> TestClient:
+        if instead_of is not None:
+            end(instead_of)
+        desk = TrainingDesk.of(RunSpec(serve=serve), loaded.name)
+        app = create_app(make_service(serve, loaded, None, desk), policy or Policy())
+        client = TestClient(app, base_url="http://localhost:8000", follow_redirects=False)
+        clients.append(client)
+        return client.__enter__()
+
+    yield make
+    for job in filter(None, [Worker(tmp_path / "runs").now()]):
+        os.kill(job.pid, signal.SIGKILL)
+    for client in list(clients):
+        end(client)
+
+
+@pytest.fixture
+def trainer(open_app) -> TestClient:
+    return open_app()
 
 
 # Schedulers whose host only counts

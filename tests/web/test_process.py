@@ -1,65 +1,22 @@
 """`swlora serve` as a process: how it starts, how it does not, and how it ends."""
 
 import json
-import os
-import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
+from tests.support.served_process import ROOT, command, environment, started
 
 from swlora.web.server import listening_socket
 from swlora.web.variants import PREFILL_TOKENS
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
-
-
-def command(*arguments: str, module: str = "swlora") -> list[str]:
-    verb = ["serve"] if module == "swlora" else []
-    return [sys.executable, "-m", module, *verb, *arguments]
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k != "SWLORA_API_KEY"}
-    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
-
-
-@contextmanager
-def started(
-    log: Path, *arguments: str, module: str = "swlora"
-) -> Iterator[tuple[subprocess.Popen, str]]:
-    """Start a server on a free port, with stderr to a file; yield (process, URL)."""
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            command(*arguments, "--port", "0", module=module),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        )
-    lines: queue.Queue[str] = queue.Queue()
-    assert process.stdout is not None
-    threading.Thread(
-        target=lambda: [lines.put(line) for line in process.stdout], daemon=True
-    ).start()
-    try:
-        said = lines.get(timeout=120)
-        assert said.startswith("serving http://127.0.0.1:")
-        yield process, said.split()[1]
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.slow

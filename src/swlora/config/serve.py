@@ -1,8 +1,9 @@
 """The section `serve`."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 
 from swlora.config.fields import NameList, Spec
 
@@ -32,3 +33,18 @@ class ServeSpec(Spec):
     cors_origins: NameList = Field(
         default_factory=list, description="other web sites that may call the API"
     )
+    allow_training: bool = Field(
+        default=False,
+        description="let the page start trainings, of data in --data-folder, into --runs",
+    )
+    data_folder: Path | None = Field(
+        default=None, description="with --allow-training: the only folder whose data are offered"
+    )
+
+    @model_validator(mode="after")
+    def _training_has_its_data(self) -> Self:
+        if self.allow_training and self.data_folder is None:
+            raise ValueError("--allow-training needs --data-folder, which holds the data files")
+        if self.data_folder is not None and not self.allow_training:
+            raise ValueError("--data-folder is for trainings from the page: add --allow-training")
+        return self

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from swlora.caches import ENGLISH, PREFIX
@@ -35,8 +35,12 @@ def start_process(
     folder: Path,
     environment: Mapping[str, str],
     working_folder: Path | None = None,
+    descriptors: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
-    """Start a run's process, which writes what it says into the log of its folder."""
+    """Start a run's process, which writes what it says into the log of its folder.
+
+    `descriptors` are those of open files that it is handed, such as a lock's.
+    """
     with (folder / LOG).open("ab") as log:
         return subprocess.Popen(
             command,
@@ -45,6 +49,7 @@ def start_process(
             stderr=log,
             env={**os.environ, **environment},
             cwd=working_folder,
+            pass_fds=descriptors,
             start_new_session=True,  # Ctrl-C reaches the study alone, which then stops the run
         )
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from swlora.web import openai_api, page_api
 from swlora.web.generation import MODEL_FAILED
 from swlora.web.guard import Guard, Policy
-from swlora.web.pages import browsing, chatting, static, writing
+from swlora.web.pages import browsing, chatting, static, training, writing
 from swlora.web.pages.render import problem_page, wants_page
 from swlora.web.problems import ApiError, json_response, validation_problem
 from swlora.web.service import Service, service_of
@@ -50,7 +50,7 @@ def create_app(service: Service, policy: Policy) -> Guard:
             allow_headers=["authorization", "content-type"],
         )
     app.state.service = service
-    for part in (openai_api, page_api, writing, chatting, browsing, static):
+    for part in (openai_api, page_api, writing, chatting, browsing, training, static):
         app.include_router(part.router)
     for path, route in (
         ("/health", health),

@@ -273,6 +273,14 @@ def known_study(folder: Path) -> dict[str, Any]:
     return found
 
 
+def is_settled(entry: RunEntry) -> bool:
+    """Say whether what a run ended with has been found by now, such as its adapter."""
+    try:
+        return time.time() - (entry.folder / RUN).stat().st_mtime >= FRESH_S
+    except OSError:
+        return False
+
+
 def run_result(entry: RunEntry) -> dict[str, Any]:
     """Return result.json; empty where the run has come to none yet."""
     try:

@@ -18,6 +18,7 @@ from swlora.progress import Progress
 from swlora.web.connections import BoundedProtocol
 from swlora.web.guard import Policy
 from swlora.web.logs import configure_logging
+from swlora.web.training.allowed import check_allowed
 
 if TYPE_CHECKING:
     from swlora.web.service import Service
@@ -31,7 +32,9 @@ MAX_CONNECTIONS = 1000
 def serve(spec: RunSpec, make_progress: Callable[[], Progress]) -> None:
     """Serve until a signal comes; UserError where the server cannot start."""
     own = spec.serve
-    policy = Policy.of(own.host, api_key(own), own.allowed_hosts, own.cors_origins)
+    key = api_key(own)
+    policy = Policy.of(own.host, key, own.allowed_hosts, own.cors_origins)
+    check_allowed(own, has_key=key is not None)
     if own.runs != ServeSpec().runs and not own.runs.expanduser().is_dir():
         raise UserError(f"there is no folder {own.runs}; --runs names the folder of your runs")
     with closing(listening_socket(own.host, own.port)) as listener:

@@ -32,6 +32,7 @@ from swlora.web.restaurant import References
 from swlora.web.scheduler import Scheduler
 from swlora.web.schemas import SamplingBody
 from swlora.web.tickets import Limits, Ticket, Variant
+from swlora.web.training.desk import TrainingDesk
 from swlora.web.variants import ModelHost
 from swlora.web.weights import ServedWeights
 
@@ -50,6 +51,7 @@ class Service:
     metrics: Metrics
     references: References | None
     started_s: int
+    training: TrainingDesk | None = None  # where the page may train
 
     @property
     def base_name(self) -> str:
@@ -186,8 +188,10 @@ class Service:
         self.scheduler.start()
 
     def close(self) -> None:
-        """End the model's thread."""
+        """End the model's thread, and looks at data; a training goes on."""
         self.scheduler.stop()
+        if self.training is not None:
+            self.training.close()
 
 
 def service_of(request: Request) -> Service:
@@ -208,14 +212,18 @@ def load_service(spec: RunSpec, progress: Progress) -> Service:
             dataset = load_dataset(DataSpec(name=spec.serve.dataset))
             references = References.of(dataset)
         progress.say(f"references: {dataset.source}")
-    service = make_service(spec.serve, loaded, references)
+    training = TrainingDesk.of(spec, loaded.name)
+    service = make_service(spec.serve, loaded, references, training)
     first = DecodeRequest(-1, [loaded.tokenizer.eos_token_id], 1)  # lays the weights out
     service.scheduler.submit([Ticket(first, Variant(), deliver=lambda _news: None)])
     return service
 
 
 def make_service(
-    spec: ServeSpec, loaded: LoadedModel, references: References | None = None
+    spec: ServeSpec,
+    loaded: LoadedModel,
+    references: References | None = None,
+    training: TrainingDesk | None = None,
 ) -> Service:
     """Put a service together; UserError for a model whose texts cannot be decoded together."""
     folders, metrics = RunFolders(spec.runs.expanduser()), Metrics()
@@ -226,7 +234,10 @@ def make_service(
     scheduler = Scheduler(host, limits)
     metrics.watch("waiting", "Requests that wait", lambda: scheduler.n_waiting)
     metrics.watch("active", "Texts that are being written", lambda: scheduler.n_active)
-    return Service(spec, loaded, folders, weights, scheduler, metrics, references, int(time.time()))
+    started_s = int(time.time())
+    return Service(
+        spec, loaded, folders, weights, scheduler, metrics, references, started_s, training
+    )
 
 
 def public_name(name: str) -> str:

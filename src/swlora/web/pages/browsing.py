@@ -7,20 +7,22 @@ that the page has.
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from markupsafe import Markup
 from starlette.responses import FileResponse, Response
 
 from swlora.errors import UserError
-from swlora.web.folders import FIGURE_TYPES, run_figures
+from swlora.web.folders import FIGURE_TYPES, RunEntry, is_settled, run_figures
 from swlora.web.page_api import FIGURE_POLICY
 from swlora.web.pages import runs_view, study_view
-from swlora.web.pages.render import READ, Name, fragment, html, page, version_of
+from swlora.web.pages.render import READ, Name, fragment, live, page
+from swlora.web.pages.training_view import RunWork, run_work
 from swlora.web.problems import ApiError
-from swlora.web.service import service_of
+from swlora.web.service import Service, service_of
 
 router = APIRouter(include_in_schema=False)
 Part = Annotated[str, Query(max_length=20)]
 Seen = Annotated[str, Query(max_length=40)]
+# The part of a run's page that says what is done in it; also of the page before its first step
+WORK, BEGINNING = "work", "beginning"
 All = Annotated[int, Query(alias="all", ge=0, le=1)]
 
 
@@ -44,7 +46,7 @@ def runs(request: Request, part: Part = "", seen: Seen = "", everything: All = 0
     }
     if part:
         return fragment(seen, "part_runs.html", **values)
-    shown = _live("part_runs.html", **values)
+    shown = live("part_runs.html", **values)
     return page(request, "runs.html", list=shown, everything=everything)
 
 
@@ -53,6 +55,9 @@ def run(request: Request, name: str, part: Part = "", seen: Seen = "") -> Respon
     """Show a run; its curve grows while it trains."""
     service = service_of(request)
     entry = service.folders.runs().get(name)
+    work = _work(service, name, entry)
+    if entry is None and work is not None:
+        return _run_that_begins(request, name, work, part, seen)
     try:
         if entry is None:
             raise UserError("no such run")
@@ -60,17 +65,43 @@ def run(request: Request, name: str, part: Part = "", seen: Seen = "") -> Respon
         found = runs_view.run_view(entry, folders.adapters(), folders.not_served())
     except UserError as error:
         raise ApiError(404, "there is no such run here, or it cannot be read") from error
-    is_over = found.row.status != "running"
+    has_ended = work is None or work.is_over
+    is_over = found.row.status != "running" and has_ended and is_settled(entry)
+    values: dict[str, Any] = {"run": found, "base_name": service.base_name}
+    if part in (WORK, BEGINNING):
+        at_work = {"is_over": has_ended, "is_other_page": part == BEGINNING}
+        return fragment(seen, "part_run_work.html", **at_work, name=name, work=work)
     if part:
-        return fragment(seen, _part("run", part), is_over=is_over, run=found)
+        return fragment(seen, _part("run", part), is_over=is_over, **values)
     return page(
         request,
         "run.html",
         run=found,
         is_over=is_over,
-        curve=_live("part_run_curve.html", run=found),
-        results=_live("part_run_results.html", run=found),
+        curve=live("part_run_curve.html", **values),
+        results=live("part_run_results.html", **values),
+        name=name,
+        work=work,
+        work_part=live("part_run_work.html", name=name, work=work),
     )
+
+
+def _run_that_begins(request: Request, name: str, work: RunWork, part: str, seen: str) -> Response:
+    """Show a training that the page has started and that has no run folder yet."""
+    values: dict[str, Any] = {"name": name, "work": work}
+    if part:
+        return fragment(seen, "part_run_work.html", is_over=work.is_over, **values)
+    return page(request, "run_begins.html", part=live("part_run_work.html", **values), **values)
+
+
+def _work(service: Service, name: str, entry: RunEntry | None) -> RunWork | None:
+    """Return what the page does in a run, where this server may train."""
+    if service.training is None:
+        return None
+    try:
+        return run_work(service.training, name, entry)
+    except UserError:  # it is just being removed
+        return None
 
 
 @router.api_route("/studies/{name:path}", methods=READ)
@@ -90,7 +121,7 @@ def study(request: Request, name: str, part: Part = "", seen: Seen = "") -> Resp
     except UserError:
         current = None
     is_over = found.row.status != "running"
-    values = {
+    values: dict[str, Any] = {
         "study": found,
         "current": current,
         "tables": study_view.study_tables(entry),
@@ -103,8 +134,8 @@ def study(request: Request, name: str, part: Part = "", seen: Seen = "") -> Resp
         "study.html",
         study=found,
         is_over=is_over,
-        board=_live("part_study_board.html", **values),
-        results=_live("part_study_results.html", **values),
+        board=live("part_study_board.html", **values),
+        results=live("part_study_results.html", **values),
     )
 
 
@@ -125,9 +156,3 @@ def _part(kind: str, part: str) -> str:
     if part not in known:
         raise ApiError(404, "a page has no such part")
     return f"part_{kind}_{part}.html"
-
-
-def _live(template: str, **values: Any) -> dict[str, Any]:
-    """Return a part of a page and its version."""
-    text = html(template, **values)
-    return {"text": Markup(text), "version": version_of(text)}

@@ -39,15 +39,18 @@ History = TypeAdapter(Annotated[list[Turn], Field(max_length=MAX_TURNS)])
 
 
 @router.api_route("/chat", methods=READ)
-def chat(request: Request, model: Name = "") -> Response:
-    """Show an empty chat with `model`, else with the base model."""
+def chat(request: Request, model: Name = "", compare: Name = "") -> Response:
+    """Show an empty chat with `model`, else with the base model; beside it, `compare`."""
     service = service_of(request)
     if not service.has_chat:
         raise ApiError(404, "this model has no chat template; the format Text continues a prompt")
     filled = _form(service)
-    if model in service.model_names():
+    names = service.model_names()
+    if model in names:
         filled.values["model"] = model
-        filled.panes = _panes(filled)
+    if compare in names and compare != filled.values["model"]:
+        filled.values["compare"] = compare
+    filled.panes = _panes(filled)
     return _page(request, filled, [])
 
 

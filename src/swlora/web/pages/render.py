@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from fastapi import Query, Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
 from swlora.web.guard import API_PREFIXES
@@ -21,6 +22,7 @@ SECTIONS = (  # where it leads, its name, the pages that are part of it
     ("/super-weights", "Super weights", ()),
     ("/runs", "Runs", ("/runs/", "/studies/")),
 )
+TRAINING = ("/train", "Train", ("/train/",))  # where the server may train
 UNCHANGED = 204
 READ = ["GET", "HEAD"]
 Name = Annotated[str, Query(max_length=600)]
@@ -38,7 +40,7 @@ def environment() -> Environment:
         auto_reload=False,
     )
     found.filters["path"] = lambda name: quote(name, safe="/")
-    found.globals |= {"asset": asset_url, "sections": SECTIONS}
+    found.globals |= {"asset": asset_url}
     return found
 
 
@@ -56,18 +58,27 @@ def page(
 ) -> Response:
     """Answer with a page."""
     service = service_of(request)
-    text = html(template, path=request.url.path, base_name=service.base_name, **values)
+    frame = {
+        "path": request.url.path,
+        "base_name": service.base_name,
+        "sections": SECTIONS if service.training is None else (*SECTIONS, TRAINING),
+    }
+    text = html(template, **frame, **values)
     return _response(text, status, headers or {})
 
 
-def fragment(seen: str, template: str, *, is_over: bool = False, **values: Any) -> Response:
+def fragment(
+    seen: str, template: str, *, is_over: bool = False, is_other_page: bool = False, **values: Any
+) -> Response:
     """Answer with a part of a page, or with nothing where the page has it already.
 
-    `seen` is the version that the page has, `is_over` says that nothing will change any more.
+    `seen` is the version that the page has, `is_over` says that nothing will change any more,
+    `is_other_page` that the whole page has become another one.
     """
     text = html(template, **values)
     version = version_of(text)
-    headers = {"x-version": version} | ({"x-over": "1"} if is_over else {})
+    headers = {"x-version": version}
+    headers |= ({"x-over": "1"} if is_over else {}) | ({"x-reload": "1"} if is_other_page else {})
     if seen == version:
         return Response(status_code=UNCHANGED, headers=headers)
     return _response(text, 200, headers)
@@ -76,6 +87,12 @@ def fragment(seen: str, template: str, *, is_over: bool = False, **values: Any) 
 def version_of(text: str) -> str:
     """Return a short name for a text as it is."""
     return hashlib.sha256(_bytes(text)).hexdigest()[:16]
+
+
+def live(template: str, **values: Any) -> dict[str, Any]:
+    """Return a part of a page, which is asked for again, and its version."""
+    text = html(template, **values)
+    return {"text": Markup(text), "version": version_of(text)}
 
 
 def wants_page(request: Request) -> bool:

@@ -29,10 +29,11 @@ router = APIRouter(include_in_schema=False)
 
 
 @router.api_route("/", methods=READ)
-def home(request: Request, model: Name = "") -> Response:
+def home(request: Request, model: Name = "", compare: Name = "") -> Response:
     """Open the format that fits the model, or the adapter that `model` names."""
-    is_chat = forms.opens_in_chat(service_of(request), model)
-    return (chatting.chat if is_chat else write)(request, model)
+    if forms.opens_in_chat(service_of(request), model):
+        return chatting.chat(request, model, compare)
+    return write(request, model)  # beside the base model anyway
 
 
 @router.api_route("/write", methods=READ)

@@ -26,6 +26,7 @@ async function refresh(part) {
     part.dataset.version = response.headers.get("x-version");
     replace(part, text);
   }
+  if (response.headers.has("x-reload")) location.reload();
   return response.headers.has("x-over");
 }
 

@@ -1,0 +1,228 @@
+"""What the page shows of trainings: data to choose from, rows as the model sees them, work."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from swlora.data.summary import DataSummary, Fact, doubtful_facts, split_facts, step_facts
+from swlora.disk_space import size
+from swlora.preview import DataPreview, ShownRow, Span
+from swlora.result_json import from_json
+from swlora.web.folders import RunEntry, known_run, without_folders
+from swlora.web.training import wanted
+from swlora.web.training.data_folder import DataFile
+from swlora.web.training.desk import GGUF_TYPES, MERGED, TrainingDesk, gguf_path, is_at_work
+from swlora.web.training.errands import Errand
+from swlora.web.training.worker import Job, last_line
+
+MAX_CHARACTERS = 1200  # shown of a span
+BROKEN = "what it found cannot be read; the server's log and versions may say why"
+AT_WORK = {
+    "train": "It trains in a process of its own, which goes on where this server is stopped.",
+    "merge": "The adapter is being added to its base's weights; the result is compared with both.",
+    "gguf": "The merged model is being written as GGUF, and read back before it gets its name.",
+}
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """A line in the list of data."""
+
+    name: str
+    size: str
+    changed: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at data: running, done, failed with a problem, or not asked for ("")."""
+
+    state: str
+    problem: str = ""
+    facts: list[Fact] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    rows: list[ShownRow] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self.state != "running"
+
+
+@dataclass(frozen=True)
+class Action:
+    """A button: where it leads, what it says; `choices` are values of its field `type`."""
+
+    url: str
+    label: str
+    is_primary: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunWork:
+    """What is done in a run from the page, what can be, and files to take away (url, label)."""
+
+    said: str = ""
+    problem: str = ""
+    log: str = ""
+    actions: list[Action] = field(default_factory=list)
+    files: list[tuple[str, str]] = field(default_factory=list)
+    is_over: bool = True
+    waits_for: str = ""  # the run in which something else is at work
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.said or self.problem or self.actions or self.files)
+
+
+def data_rows(files: Sequence[DataFile]) -> list[DataRow]:
+    """Return the list of data."""
+    stamp = "%Y-%m-%d %H:%M"
+    return [
+        DataRow(file.name, size(file.n_bytes), time.strftime(stamp, time.gmtime(file.changed_s)))
+        for file in files
+    ]
+
+
+def look_view(errand: Errand | None) -> Look:
+    """Return what is shown of a look at data."""
+    if errand is None:
+        return Look("")
+    if not errand.is_over:
+        return Look("running")
+    if errand.result is None:
+        return Look("failed", wanted.with_labels(without_folders(errand.problem)))
+    try:
+        found = from_json(DataPreview, errand.result)
+    except (KeyError, TypeError, ValueError):
+        return Look("failed", BROKEN)
+    return Look(
+        "done",
+        facts=[
+            (name[:1].upper() + name[1:], without_folders(said))
+            for name, said in _facts(found.summary)
+        ],
+        doubts=_doubts(found),
+        rows=[replace(row, place=without_folders(row.place)) for row in found.shown],
+    )
+
+
+def shown_text(span: Span) -> str:
+    """Return the text of a span with its line ends visible; a long one without its middle."""
+    text = span.text
+    if (n_left_out := len(text) - MAX_CHARACTERS) > 0:
+        half = MAX_CHARACTERS // 2
+        text = f"{text[:half]} … {n_left_out:,} characters … {text[-half:]}"
+    return text.replace("\n", "↵\n")
+
+
+def _facts(summary: DataSummary) -> list[Fact]:
+    facts = split_facts(summary.train)
+    if held_out := summary.held_out:
+        facts.append(("held out", f"{held_out.n_rows:,} rows of {held_out.n_prompts:,} prompts"))
+    if summary.steps:
+        facts += step_facts(summary.steps)
+    return facts + doubtful_facts(summary)
+
+
+def _doubts(found: DataPreview) -> list[str]:
+    """Say what a training would refuse, and which tick lets it pass."""
+    summary = found.summary
+    n_bad = sum(summary.bad_rows.values())
+    n_cut = sum(split.n_cut for split in (summary.train, summary.held_out) if split)
+    doubts = []
+    if n_bad:
+        doubts.append(f"{n_bad:,} rows cannot be used: correct them, or tick “Leave out bad rows”.")
+    if n_cut:
+        doubts.append(
+            f"{n_cut:,} rows are longer than the model's context: tick “Shorten long rows”."
+        )
+    return doubts
+
+
+# Work in a run
+
+
+def run_work(desk: TrainingDesk, name: str, entry: RunEntry | None) -> RunWork | None:
+    """Return what the page does, or may do, in a run; None for a run that is none of its own."""
+    job, folder = desk.worker.now(), desk.runs / name
+    if job is not None and job.run == name:
+        has_begun = entry is not None and known_run(entry.folder)["status"] == "running"
+        return _at_work(job, folder, has_begun=has_begun)
+    last = desk.worker.last()
+    if entry is None:
+        if last is None or last.run != name:
+            return None
+        said = without_folders(last_line(folder))
+        return RunWork(problem=f"The training did not begin: {said or 'its process ended'}")
+    facts = known_run(entry.folder)
+    if facts["command"] != "train" or not desk.owns(entry) or is_at_work(entry.folder):
+        return None
+    waits_for = job.run if job else ""
+    if facts["status"] != "done":
+        return _stopped(desk, entry, facts, waits_for)
+    return _done(entry.folder, name, last, waits_for)
+
+
+def _at_work(job: Job, folder: Path, *, has_begun: bool) -> RunWork:
+    if job.is_stopping:
+        said = "It is stopping: a training ends after its present step and leaves a checkpoint."
+        action = Action("/train/kill", "End it at once")
+        return RunWork(said, actions=[action], is_over=False)
+    said, log = AT_WORK.get(job.kind, "Something is at work."), ""
+    if job.kind != "train" or not has_begun:
+        log = without_folders(last_line(folder))
+    if job.kind == "train" and not has_begun:
+        said = "The training is starting: it loads the model and reads the data."
+    return RunWork(said, log=log, actions=[Action("/train/stop", "Stop")], is_over=False)
+
+
+def _stopped(
+    desk: TrainingDesk, entry: RunEntry, facts: Mapping[str, Any], waits_for: str
+) -> RunWork:
+    problem = ""
+    if facts["status"] == "running":
+        problem = (
+            "Its process is gone, though it had not come to its end: it was killed, by the system "
+            "for want of memory, say, or by somebody."
+        )
+    if reason := desk.why_not_resumed(entry):
+        return RunWork(f"It cannot go on from here: {reason}.", problem, waits_for=waits_for)
+    said = "It goes on from its newest checkpoint, as if it had never stopped."
+    actions = [Action("/train/resume", "Resume", is_primary=True)]
+    return RunWork(said, problem, actions=actions, waits_for=waits_for)
+
+
+def _done(folder: Path, name: str, last: Job | None, waits_for: str) -> RunWork:
+    problem, actions, files = "", [], []
+    own = last if last is not None and last.run == name else None
+    merged = folder / MERGED
+    if (folder / "adapter").is_dir():
+        files.append(("/train/adapter", "Adapter, for PEFT (.zip)"))
+    if merged.is_dir():
+        there = [kind for kind in GGUF_TYPES if gguf_path(folder, kind).is_file()]
+        for kind in there:
+            n_bytes = size(gguf_path(folder, kind).stat().st_size)
+            files.append((f"/train/gguf/{kind}", f"Merged model as GGUF, {kind} ({n_bytes})"))
+        if missing := tuple(kind for kind in GGUF_TYPES if kind not in there):
+            actions.append(Action("/train/export", "Write as GGUF", choices=missing))
+    else:
+        actions.append(Action("/train/merge", "Merge into a model"))
+    if own and _has_failed(own, folder):
+        problem = f"That did not work: {without_folders(last_line(folder))}"
+    said = f"The merged model is in the run's folder, as {MERGED}." if merged.is_dir() else ""
+    return RunWork(said, problem, actions=actions, files=files, waits_for=waits_for)
+
+
+def _has_failed(job: Job, folder: Path) -> bool:
+    """Say whether a merge or an export ended without what it should have made."""
+    if job.kind == "merge":
+        return not (folder / MERGED).is_dir()
+    if job.kind != "gguf":
+        return False
+    made = [gguf_path(folder, kind) for kind in GGUF_TYPES]
+    return not any(p.is_file() and p.stat().st_mtime >= job.started_s - 1 for p in made)

@@ -1,0 +1,191 @@
+"""What the page may do of trainings: look at data, start, stop, resume, merge, export.
+
+Whatever a request names was listed by the server before: data by `DataFolder`, runs by
+`RunFolders`. The name of a new run is checked letter by letter. What is started is the command line
+of swlora with a list of arguments, no shell.
+"""
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from swlora.config import RunSpec
+from swlora.errors import UserError
+from swlora.files import make_folder
+from swlora.locks import lock
+from swlora.snapshots import has_snapshot
+from swlora.study.one_process import LOG
+from swlora.web.folders import RunEntry, known_run
+from swlora.web.pages.run_facts import part
+from swlora.web.pages.run_files import read_config
+from swlora.web.training.data_folder import DataFile, DataFolder
+from swlora.web.training.errands import Errand, Errands
+from swlora.web.training.wanted import check_run_name, data_flags, model_flags, training_flags
+from swlora.web.training.worker import Worker
+
+ROWS_SHOWN = 4
+MERGED = "merged"
+GGUF_TYPES = ("q8_0", "f16")
+TOKENIZER = ("model.name", "model.tokenizer", "model.revision")
+SWLORA = (sys.executable, "-m", "swlora")
+
+
+@dataclass(frozen=True)
+class TrainingDesk:
+    """The trainings of one server: of its model, from one folder of data, into one of runs."""
+
+    data: DataFolder
+    runs: Path
+    worker: Worker
+    model: tuple[str, ...] = field(repr=False)  # flags
+    tokenizer: tuple[str, ...] = field(repr=False)  # those of them that a look at data takes
+    model_name: str = field(repr=False)
+    errands: Errands = field(default_factory=Errands)
+
+    @classmethod
+    def of(cls, spec: RunSpec, loaded_name: str) -> "TrainingDesk | None":
+        """Return the desk of a server that was started with --allow-training; else None.
+
+        What may be wrong with its folders was checked before (`allowed.check_allowed`).
+        """
+        own = spec.serve
+        if not own.allow_training or own.data_folder is None:
+            return None
+        runs = own.runs.expanduser().resolve()
+        make_folder(runs)
+        flags = model_flags(spec.model, loaded_name)
+        return cls(
+            DataFolder(own.data_folder.expanduser(), runs),
+            runs,
+            Worker(runs),
+            tuple(flags),
+            tuple(model_flags(spec.model, loaded_name, TOKENIZER)),
+            flags[0].partition("=")[2],
+        )
+
+    # Errands
+
+    def look(self, file: DataFile, values: Mapping[str, str]) -> None:
+        """Start a look at a file; UserError for columns that cannot be."""
+        own = data_flags(file, values)
+        command = [*SWLORA, "data", *self.tokenizer, f"--rows={ROWS_SHOWN}", *own]
+        self.errands.ask(_key(file, own), lambda result: [*command, f"--json={result}"])
+
+    def look_of(self, file: DataFile, values: Mapping[str, str]) -> Errand | None:
+        """Return what became of a look."""
+        return self.errands.of(_key(file, data_flags(file, values)))
+
+    # Work
+
+    def start(self, file: DataFile, values: Mapping[str, str]) -> str:
+        """Start a training; return the name of its run. UserError where it cannot begin."""
+        name = values.get("name", "").strip()
+        check_run_name(name)
+        own = training_flags(file, values)
+        folder = self.runs / name
+        self._check_idle()
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if not _holds_no_run(folder):
+                raise UserError(f"there is a run named {name} already: choose another") from None
+        except OSError as error:
+            raise UserError(f"its folder cannot be made: {error.strerror}") from error
+        (folder / LOG).unlink(missing_ok=True)  # of a training that did not begin
+        self.worker.start("train", name, self._train(folder, [*self.model, *own]))
+        return name
+
+    def stop(self, run: str, *, at_once: bool) -> None:
+        """Stop what is at work in a run; UserError where nothing is."""
+        self.worker.stop(run, at_once=at_once)
+
+    def resume(self, entry: RunEntry) -> None:
+        """Let a training go on where it stopped; UserError where it cannot."""
+        if reason := self.why_not_resumed(entry):
+            raise UserError(reason)
+        self.worker.start("train", entry.name, self._train(entry.folder, ["--resume"]))
+
+    def merge(self, entry: RunEntry) -> None:
+        """Make a plain model of a run's adapter and its base, in the run's folder."""
+        self._check_done(entry)
+        flags = [f"--adapter={entry.folder}", f"--output={entry.folder / MERGED}"]
+        self.worker.start("merge", entry.name, [*SWLORA, "merge", *self.tokenizer, *flags])
+
+    def export(self, entry: RunEntry, kind: str) -> None:
+        """Write the merged model as a GGUF file, in the run's folder."""
+        if kind not in GGUF_TYPES:
+            raise UserError(f"Type: one of {', '.join(GGUF_TYPES)}")
+        self._check_done(entry)
+        if not (entry.folder / MERGED).is_dir():
+            raise UserError("merge it first: the file is written of the merged model")
+        made = [f"--gguf={gguf_path(entry.folder, kind)}", f"--type={kind}"]
+        model = f"--model={entry.folder / MERGED}"
+        self.worker.start("gguf", entry.name, [*SWLORA, "export", model, *made])
+
+    def why_not_resumed(self, entry: RunEntry) -> str:
+        """Say why a run is none that the page can let go on; "" where it is one."""
+        facts, folder = known_run(entry.folder), entry.folder
+        if facts["command"] != "train" or facts["status"] == "done":
+            return "there is nothing to resume"
+        if not self.owns(entry):
+            return "it does not lie in the folder of runs itself"
+        if is_at_work(folder):
+            return "it is at work"
+        if not has_snapshot(folder / "checkpoint"):
+            return "it was stopped before its first step; start it again"
+        config = read_config(folder)
+        data, model = part(config, "data"), part(config, "model")
+        if data.get("eval_file") or not self.data.holds(Path(str(data.get("name")))):
+            return "its data do not lie in the folder that this server trains from"
+        if model.get("name") != self.model_name:
+            return "it is of another model than the one that is served"
+        return ""
+
+    def owns(self, entry: RunEntry) -> bool:
+        """Say whether a run lies where the page starts its own, directly in the folder of runs."""
+        return entry.folder.resolve() == self.runs / entry.name and "/" not in entry.name
+
+    def close(self) -> None:
+        """End the errands; what is at work in a run goes on."""
+        self.errands.close()
+
+    def _check_idle(self) -> None:
+        if job := self.worker.now():
+            raise UserError(f"{job.run} is at work: one at a time. Stop it, or wait for its end")
+
+    def _check_done(self, entry: RunEntry) -> None:
+        facts = known_run(entry.folder)
+        if not self.owns(entry) or facts["command"] != "train" or facts["status"] != "done":
+            raise UserError("this run is no training that is done")
+
+    def _train(self, folder: Path, flags: list[str]) -> list[str]:
+        return [*SWLORA, "train", *flags, f"--output={folder}"]
+
+
+def is_at_work(folder: Path) -> bool:
+    """Say whether a process is at work in the folder of a run."""
+    try:
+        held = lock(folder, alone=False)
+    except OSError:
+        return False
+    if held is None:
+        return True
+    held.release()
+    return False
+
+
+def gguf_path(folder: Path, kind: str) -> Path:
+    """Return where the merged model of a run is written as a GGUF file."""
+    return folder / f"merged-{kind}.gguf"
+
+
+def _holds_no_run(folder: Path) -> bool:
+    """Say whether a folder is one in which a training did not begin."""
+    return not folder.is_symlink() and {path.name for path in folder.iterdir()} <= {LOG}
+
+
+def _key(file: DataFile, flags: list[str]) -> str:
+    text = repr((file.name, file.version, flags))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

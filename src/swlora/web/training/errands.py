@@ -1,0 +1,122 @@
+"""Short child processes whose result is a JSON file: looks at data.
+
+One runs at a time, and another one takes its place: whoever asks last is waiting. They end with the
+server. Nothing is computed in the server's own process, whose texts go on.
+"""
+
+import os
+import subprocess
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swlora.bounded_read import UnreadableError, read_tail
+from swlora.errors import UserError
+from swlora.files import read_json
+from swlora.web.training.worker import MAX_LOG_BYTES, WITHOUT_KEY
+
+TIMEOUT_S = 300.0
+ENDING_S = 10.0
+MAX_KEPT = 16
+MAX_RESULT_BYTES = 8 << 20
+
+
+@dataclass
+class Errand:
+    """What was asked for: its result when it is there, or why there is none."""
+
+    result: dict[str, Any] | None = None
+    problem: str = ""
+    is_over: bool = False
+    child: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
+
+    def end(self) -> None:
+        """Have it end without a result; it says so itself."""
+        if self.child is not None:
+            self.child.terminate()
+
+
+class Errands:
+    """Errands by what they were asked, the last ones kept."""
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._mutex = threading.Lock()
+        self._known: OrderedDict[str, Errand] = OrderedDict()
+
+    def ask(self, key: str, command: Callable[[Path], list[str]]) -> None:
+        """Start `command(file of the result)`, unless its result is there or under way.
+
+        What else is under way ends: it was asked for before.
+        """
+        with self._mutex:
+            known = self._known.get(key)
+            if known and (not known.is_over or known.result is not None):
+                return
+            for other in self._known.values():
+                other.end()
+            errand = self._known[key] = Errand()
+            self._known.move_to_end(key)
+            while len(self._known) > MAX_KEPT:
+                self._known.popitem(last=False)
+            folder = tempfile.TemporaryDirectory(prefix="swlora-errand-")
+            log = Path(folder.name) / "log.txt"
+            with log.open("wb") as said:
+                errand.child = subprocess.Popen(
+                    command(Path(folder.name) / "result.json"),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=said,
+                    env={**os.environ, **WITHOUT_KEY},
+                    start_new_session=True,  # Ctrl-C reaches the server alone
+                )
+        threading.Thread(target=self._wait, args=(errand, folder), daemon=True).start()
+
+    def of(self, key: str) -> Errand | None:
+        """Return what became of an errand; None where it was not asked for, or is forgotten."""
+        with self._mutex:
+            return self._known.get(key)
+
+    def close(self) -> None:
+        """End what is under way."""
+        with self._mutex:
+            for errand in self._known.values():
+                errand.end()
+
+    def _wait(self, errand: Errand, folder: "tempfile.TemporaryDirectory[str]") -> None:
+        child = errand.child
+        assert child is not None
+        with folder:
+            try:
+                code = child.wait(self._timeout_s)
+                errand.result, errand.problem = _outcome(Path(folder.name), code)
+            except subprocess.TimeoutExpired:
+                child.terminate()
+                errand.problem = f"it took more than {self._timeout_s:.0f} s and was ended"
+                try:
+                    child.wait(ENDING_S)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                    child.wait()
+            errand.is_over = True
+
+
+def _outcome(folder: Path, code: int) -> tuple[dict[str, Any] | None, str]:
+    """Return (the result, "") of a child that ended, or (None, why there is none)."""
+    if code == 0:
+        try:
+            return read_json(folder / "result.json", max_bytes=MAX_RESULT_BYTES), ""
+        except UserError:
+            return None, "its result is too large to be shown here"
+    if code < 0:
+        return None, "it was ended before it was done; ask again"
+    try:
+        lines = read_tail(folder / "log.txt", MAX_LOG_BYTES).decode("utf-8", "replace").split("\n")
+    except UnreadableError:
+        lines = []
+    said = [line.strip() for line in lines if line.strip()]
+    return None, said[-1][:500].removeprefix("swlora: ") if said else "it failed"

@@ -1,0 +1,136 @@
+"""What a person fills in to train: checked as the command line would, and turned into its flags.
+
+An empty field takes the default. Everything else keeps the default of the command line, too.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from swlora.config import BUILTIN_MODEL, ModelSpec, RunSpec, load_spec
+from swlora.errors import UserError
+from swlora.models.builtin import unpacked_folder
+from swlora.settings import flag_name
+from swlora.web.training.data_folder import DataFile
+
+MAX_CHARACTERS = 300  # of a field
+MAX_EPOCHS, MAX_STEPS = 1_000, 10_000_000
+METHODS = ("lora", "lora+", "rslora", "dora", "pissa")  # whose adapters can be tried in the chat
+LAYERS = ("all", "last:4", "every:4", "auto:0.5", "super")
+# The fields of the form: the setting of each, and what it is called on the page
+FIELDS = {
+    "layers": ("adapter.layers", "Layers"),
+    "method": ("adapter.method", "Method"),
+    "rank": ("adapter.rank", "Rank"),
+    "epochs": ("train.epochs", "Epochs"),
+    "max_steps": ("train.max_steps", "Steps at most"),
+    "learning_rate": ("train.learning_rate", "Learning rate"),
+    "eval_share": ("data.eval_share", "Held-out share"),
+    "columns": ("data.columns", "Columns"),
+}
+TICKS = {
+    "skip_bad_rows": ("data.skip_bad_rows", "Leave out bad rows"),
+    "truncate": ("data.truncate", "Shorten long rows"),
+}
+NOT_OF_E2E = ("eval_share", "columns")  # it has its own
+OF_DATA = ("columns",)  # that a look at the data takes, too
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+
+
+def defaults() -> dict[str, str]:
+    """Return what the form shows at first."""
+    spec = RunSpec()
+    return {
+        **dict.fromkeys((*FIELDS, *TICKS, "name"), ""),
+        "layers": str(spec.adapter.layers),
+        "method": spec.adapter.method,
+        "rank": str(spec.adapter.rank),
+        "epochs": str(spec.train.epochs),
+        "learning_rate": f"{spec.train.learning_rate:g}",
+        "eval_share": "0.05",
+    }
+
+
+def training_flags(file: DataFile, values: Mapping[str, str]) -> list[str]:
+    """Return the flags of `swlora train` for the fields of the form; UserError for wrong ones."""
+    overrides = {setting: values.get(name, "").strip() for name, (setting, _) in FIELDS.items()}
+    for name in NOT_OF_E2E if file.is_e2e else ():
+        overrides[FIELDS[name][0]] = ""
+    given: dict[str, Any] = {setting: text for setting, text in overrides.items() if text}
+    if values.get("method", "lora") not in ("", *METHODS):
+        raise UserError(f"Method: one of {', '.join(METHODS)}")
+    given |= {setting: True for name, (setting, _) in TICKS.items() if values.get(name)}
+    _check(given)
+    return flags(given | {"data.name": str(file.path)})
+
+
+def data_flags(file: DataFile, values: Mapping[str, str]) -> list[str]:
+    """Return the flags of `swlora data` for a file; UserError for wrong columns."""
+    given = {
+        FIELDS[name][0]: text
+        for name in (() if file.is_e2e else OF_DATA)
+        if (text := values.get(name, "").strip())
+    }
+    _check(given)
+    return flags(given | {"data.name": str(file.path)})
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    if any(isinstance(text, str) and len(text) > MAX_CHARACTERS for text in given.values()):
+        raise UserError(f"a field holds more than {MAX_CHARACTERS} characters")
+    try:
+        train = load_spec(None, dict(given)).train
+    except UserError as error:
+        raise UserError(with_labels(str(error))[:400]) from error
+    if train.epochs > MAX_EPOCHS or (train.max_steps or 0) > MAX_STEPS:
+        raise UserError(
+            f"the page takes {MAX_EPOCHS:,} epochs and {MAX_STEPS:,} steps at most; "
+            "the command line takes more"
+        )
+
+
+def with_labels(message: str) -> str:
+    """Return a message in which settings are called as they are on the page."""
+    for setting, label in (FIELDS | TICKS).values():
+        message = re.sub(rf"{flag_name(setting)}(?![\w-])", label, message)
+    return message
+
+
+def flags(given: Mapping[str, Any]) -> list[str]:
+    """Return settings as arguments of the command line."""
+    arguments: list[str] = []
+    for setting, value in given.items():
+        flag = flag_name(setting)
+        arguments += [flag] if value is True else [f"{flag}={value}"]
+    return arguments
+
+
+def model_flags(spec: ModelSpec, loaded_name: str, only: Sequence[str] = ()) -> list[str]:
+    """Return the flags that name the model that is served, for a child; `only` some settings."""
+    name = BUILTIN_MODEL if loaded_name == str(unpacked_folder()) else loaded_name
+    given = {
+        f"model.{field}": getattr(spec, field)
+        for field in ("tokenizer", "revision", "dtype", "frozen", "device", "memory_gb", "threads")
+        if getattr(spec, field) != getattr(ModelSpec(), field)
+    }
+    known = {"model.name": name, **given}
+    return flags({setting: v for setting, v in known.items() if not only or setting in only})
+
+
+def check_run_name(name: str) -> None:
+    """Raise UserError for a name that no folder of a run should have."""
+    if not _RUN_NAME.fullmatch(name):
+        raise UserError(
+            "Name of the run: letters, digits, dots, hyphens and underscores, 64 at most, and a "
+            "letter or digit first"
+        )
+
+
+def free_name(file: DataFile, taken: "Mapping[str, Any]") -> str:
+    """Return a name for a run on a file that no run has yet."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", file.name.strip("/").rpartition("/")[2].split(".")[0])
+    stem = stem.strip("-_")[:40] or "run"
+    number = 1
+    while (name := stem if number == 1 else f"{stem}-{number}") in taken:
+        number += 1
+    return name

@@ -1,0 +1,132 @@
+"""The one child process that works for the page: a training, or what is made of an adapter.
+
+It outlives the server that started it. A file in the folder of runs is locked for as long as the
+child lives, since the child is handed the lock; the file beside it says what the child does. So
+whichever server looks at the folder finds the child, and no two start one.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from swlora.bounded_read import UnreadableError, read_tail
+from swlora.errors import UserError
+from swlora.files import read_json, write_json
+from swlora.locks import lock
+from swlora.result_json import as_json, from_json
+from swlora.study.one_process import LOG, start_process
+
+LOCK, NOTE = ".page-work.lock", ".page-work.json"
+MAX_NOTE_BYTES = 64 << 10
+MAX_LOG_BYTES = 8 << 10  # of the end of a log
+WITHOUT_KEY = {"SWLORA_API_KEY": ""}  # a child needs no secret of the server
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the child does: train, merge or gguf; in which run; since when, in s since the epoch."""
+
+    kind: str
+    run: str
+    pid: int
+    started_s: float
+    is_stopping: bool = False
+
+
+class Worker:
+    """Starts, finds and stops the child that works in the folder of runs `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._mutex = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def now(self) -> Job | None:
+        """Return what the child does; None where there is none."""
+        with self._mutex:
+            return self._last() if self._is_at_work() else None
+
+    def last(self) -> Job | None:
+        """Return what the child does, or did last."""
+        with self._mutex:
+            return self._last()
+
+    def start(self, kind: str, run: str, command: list[str]) -> Job:
+        """Start a child that works in the folder of a run; UserError where one is at work."""
+        with self._mutex:
+            held = None if self._is_at_work() else lock(self._root / LOCK, alone=True, make=True)
+            if held is None:
+                raise UserError(f"{said_of(self._last())} is at work: one at a time")
+            with held:
+                child = start_process(
+                    command, self._root / run, WITHOUT_KEY, descriptors=held.descriptors
+                )
+            self._child, job = child, Job(kind, run, child.pid, time.time())
+            try:
+                write_json(self._root / NOTE, as_json(job))
+            except BaseException:
+                child.kill()
+                raise
+            return job
+
+    def stop(self, run: str, *, at_once: bool) -> None:
+        """Ask the child to end after its present step, or kill it; UserError for another's run."""
+        with self._mutex:
+            job = self._last() if self._is_at_work() else None
+            if job is None or job.run != run:
+                raise UserError("nothing is at work in this run")
+            if not self._is_ours(job):
+                raise UserError("its process cannot be found; it may have just ended")
+            with suppress(ProcessLookupError):
+                os.kill(job.pid, signal.SIGKILL if at_once else signal.SIGTERM)
+            write_json(self._root / NOTE, as_json(replace(job, is_stopping=True)))
+
+    def _is_at_work(self) -> bool:
+        if self._child is not None and self._child.poll() is None:  # and is reaped if not
+            return True
+        try:
+            held = lock(self._root / LOCK, alone=False)
+        except OSError:  # nothing was ever started here
+            return False
+        if held is None:
+            return True
+        held.release()
+        return False
+
+    def _last(self) -> Job | None:
+        try:
+            return from_json(Job, read_json(self._root / NOTE, max_bytes=MAX_NOTE_BYTES))
+        except (UserError, KeyError, ValueError, TypeError):
+            return None
+
+    def _is_ours(self, job: Job) -> bool:
+        """Say whether the process of a note is the one that it was written of."""
+        try:
+            return str(self._root / job.run) in " ".join(psutil.Process(job.pid).cmdline())
+        except (psutil.Error, ValueError, OverflowError):
+            return False
+
+
+def said_of(job: Job | None) -> str:
+    """Return what a child does, in a few words."""
+    if job is None:
+        return "something"
+    what = {"train": "a training", "merge": "a merge", "gguf": "an export"}
+    return f"{what.get(job.kind, 'something')} in {job.run}"
+
+
+def last_line(folder: Path) -> str:
+    """Return the last line of the log in a run's folder; "" where there is none."""
+    try:
+        text = read_tail(folder / LOG, MAX_LOG_BYTES).decode("utf-8", "replace")
+    except UnreadableError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500].removeprefix("swlora: ") if lines else ""

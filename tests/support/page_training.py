@@ -1,0 +1,36 @@
+"""What a person does on the page that trains, as a program; and data to train on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.support import data_files
+
+HTML = {"accept": "text/html"}
+ROWS = [{"prompt": f"{k}: ", "completion": "yes"} for k in range(6)]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data_files.write_rows(path, rows)
+
+
+def start(client, status=303, **fields) -> str:
+    """Start a training; return where it leads, or what it says."""
+    form = {"data": "rows.jsonl", "name": "mine", "epochs": "2"} | fields
+    answer = client.post("/train/start", data=form, headers=HTML)
+    assert answer.status_code == status, answer.text
+    return answer.headers.get("location", answer.text)
+
+
+def press(client, action, run="mine", status=303, **fields) -> str:
+    answer = client.post(f"/train/{action}", data={"run": run} | fields)
+    assert answer.status_code == status, answer.text
+    return answer.text
+
+
+def status_of(runs: Path, name: str = "mine") -> str:
+    try:
+        return str(json.loads((runs / name / "run.json").read_text())["status"])
+    except FileNotFoundError:
+        return ""

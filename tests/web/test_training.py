@@ -1,0 +1,201 @@
+"""Trainings from the page at work: one at a time, over restarts of the server; what is left."""
+
+import io
+import json
+import os
+import shutil
+import sys
+import zipfile
+
+import pytest
+from tests.support import fake_training
+from tests.support.page_reading import look
+from tests.support.page_training import HTML, press, start, status_of, write_rows
+from tests.support.servers import until
+
+from swlora.errors import UserError
+from swlora.web.training.errands import Errands
+from swlora.web.training.worker import Worker
+
+KEY = "a-key-of-sixteen-or-more"
+
+
+# A look at data
+
+
+def test_a_look_shows_rows_with_trained_tokens_marked(trainer):
+    answer = trainer.post("/train/look", data={"data": "rows.jsonl"})
+    url = answer.headers["location"]
+    assert (answer.status_code, url) == (303, "/train/with?data=rows.jsonl")
+    until(lambda: "x-over" in trainer.get(f"{url}&part=look").headers)
+    text = trainer.get(url, headers=HTML).text
+    assert "<span>&lt;b&gt;Hi&lt;/b&gt;↵\n</span><mark>you</mark>" in text
+    assert '<mark class="special">&lt;/s&gt;</mark>' in text
+    assert "rows.jsonl, line 1: 4 tokens" in text and "/srv" not in text
+    assert "2 rows cannot be used" in text and "1 rows are longer" in text
+    look(trainer, url)
+
+
+def test_a_look_that_fails_says_why_without_a_path(trainer, tmp_path):
+    answer = trainer.post("/train/look", data={"data": "more/broken.jsonl", "columns": "text=a"})
+    url = answer.headers["location"]
+    assert url == "/train/with?data=more%2Fbroken.jsonl&columns=text%3Da"
+    until(lambda: "x-over" in trainer.get(f"{url}&part=look").headers)
+    text = look(trainer, url).text
+    assert "broken.jsonl: name yours with Columns" in text and str(tmp_path) not in text
+    wrong = trainer.post("/train/look", data={"data": "rows.jsonl", "columns": "x=y"})
+    assert wrong.status_code == 400 and "Columns: " in wrong.text
+
+
+def test_the_last_look_takes_the_place_of_others(tmp_path):
+    errands, fake = Errands(), fake_training.__file__
+    command = [sys.executable, shutil.copy(fake, tmp_path), "data"]
+    for key in ("slow", "quick"):
+        errands.ask(key, lambda result, key=key: [*command, f"--dataset={key}", f"--json={result}"])
+    until(lambda: all(errand.is_over for errand in map(errands.of, ("slow", "quick")) if errand))
+    slow, quick = errands.of("slow"), errands.of("quick")
+    assert slow and slow.result is None and "ended before" in slow.problem
+    assert quick and quick.result == fake_training.LOOK
+
+
+def test_a_look_has_its_time(tmp_path):
+    errands = Errands(timeout_s=0.1)
+    command = [sys.executable, fake_training.__file__, "data", "--dataset=slow"]
+    command[1] = str(shutil.copy(command[1], tmp_path))
+    errands.ask("x", lambda result: [*command, f"--json={result}"])
+    found = errands.of("x")
+    assert found
+    until(lambda: found.is_over)
+    assert "more than 0 s" in found.problem
+
+
+# A training
+
+
+def test_a_training_is_a_list_of_arguments(trainer, child, data, tmp_path, loaded, monkeypatch):
+    monkeypatch.setenv("SWLORA_API_KEY", KEY)
+    layers = "last:2"
+    assert start(trainer, layers=layers, epochs="1", rank="", skip_bad_rows="1") == "/runs/mine"
+    until(child.exists)
+    said = json.loads(child.read_text())
+    assert said["key"] == ""
+    assert said["arguments"][0] == "train" and set(said["arguments"][1:]) == {
+        f"--model={loaded.name}",
+        f"--dataset={data / 'rows.jsonl'}",
+        f"--layers={layers}",
+        "--method=lora",
+        "--epochs=1",
+        "--learning-rate=0.002",
+        "--eval-share=0.05",
+        "--skip-bad-rows",
+        f"--output={tmp_path / 'runs/mine'}",
+    }
+    until(lambda: status_of(tmp_path / "runs") == "done")
+    until(lambda: "Merge into a model" in look(trainer, "/runs/mine").text)
+    assert "there is a run named mine already" in start(trainer, 400)
+
+
+def test_one_at_a_time_whichever_server_looks(open_app, tmp_path):
+    """A server that ends leaves the training at work; the next one finds it, and stops it."""
+    runs, first = tmp_path / "runs", open_app()
+    start(first)
+    assert "one at a time" in start(first, 400, name="other")
+    until((runs / "mine/ready").exists)
+    second = open_app(instead_of=first)
+    assert status_of(runs) == "running"
+    assert "mine is at work" in start(second, 400, name="other")
+    assert sorted(path.name for path in runs.iterdir() if path.is_dir()) == ["mine"]
+    assert "At work now: mine" in look(second, "/train").text
+    assert "goes on where this server is stopped" in look(second, "/runs/mine").text
+    press(second, "resume", status=409)
+    press(second, "stop", run="other", status=409)
+    press(second, "stop")
+    until(lambda: status_of(runs) == "cancelled")
+    until(lambda: "Resume" in look(second, "/runs/mine").text)
+    press(second, "stop", status=409)
+    press(second, "resume")
+    until(lambda: status_of(runs) == "done")
+
+
+def test_a_training_that_was_killed_is_said_to_be_gone(trainer, tmp_path):
+    start(trainer)
+    until((tmp_path / "runs/mine/ready").exists)
+    press(trainer, "kill")
+    until(lambda: "Its process is gone" in look(trainer, "/runs/mine").text)
+    assert status_of(tmp_path / "runs") == "running"
+    press(trainer, "resume")
+    until(lambda: status_of(tmp_path / "runs") == "done")
+
+
+def test_a_training_that_does_not_begin_says_why_and_leaves_its_name(trainer, tmp_path):
+    start(trainer, data="more/broken.jsonl")
+    until(lambda: "did not begin" in trainer.get("/runs/mine").text)
+    page = look(trainer, "/runs/mine")
+    assert "broken.jsonl, line 2: no prompt" in page.text and str(tmp_path) not in page.text
+    start(trainer, epochs="1")
+    until(lambda: status_of(tmp_path / "runs") == "done")
+
+
+def test_only_runs_of_this_model_and_these_data_go_on(trainer, data, loaded, tmp_path):
+    run = tmp_path / "runs/mine"
+    write_rows(run / "checkpoint/state-1.json", [{}])
+    facts = {"command": "train", "status": "failed", "started_at": "2030-01-01T10:00:00Z"}
+    (run / "run.json").write_text(json.dumps(facts))
+    config = {"data": {"name": str(data / "rows.jsonl")}, "model": {"name": loaded.name}}
+    for changed, said in (
+        ({"data": {"name": str(tmp_path / "outside.jsonl")}}, "its data do not lie in"),
+        ({"data": {"name": str(data / "../outside.jsonl")}}, "its data do not lie in"),
+        ({"data": config["data"] | {"eval_file": "/etc/passwd"}}, "its data do not lie in"),
+        ({"model": {"name": "other"}}, "of another model"),
+        ({}, ""),
+    ):
+        (run / "config.yaml").write_text(json.dumps(config | changed))
+        text = look(trainer, "/runs/mine").text
+        assert (said in text) if said else "Resume" in text
+        if said:
+            assert said in press(trainer, "resume", status=409)
+
+
+def test_an_adapter_is_taken_away_merged_and_exported(trainer, tmp_path):
+    run = tmp_path / "runs/mine"
+    for action in ("merge", "export"):
+        press(trainer, action, status=404)
+    start(trainer, epochs="1")
+    until(lambda: "Merge into a model" in trainer.get("/runs/mine", headers=HTML).text)
+    (run / "adapter/link").symlink_to(tmp_path / "outside.jsonl")
+    answer = trainer.get("/train/adapter?run=mine")
+    packed = zipfile.ZipFile(io.BytesIO(answer.content))
+    assert packed.namelist() == ["adapter/adapter_model.safetensors"]
+    assert 'filename="mine-adapter.zip"' in answer.headers["content-disposition"]
+    assert "merge it first" in press(trainer, "export", status=409, type="q8_0")
+    press(trainer, "merge")
+    until(lambda: "Write as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
+    for kind in ("", "../x", "q4"):
+        press(trainer, "export", status=409, type=kind)
+    press(trainer, "export", type="f16")
+    until(lambda: "That did not work: else: the disk is full" in look(trainer, "/runs/mine").text)
+    press(trainer, "export", type="q8_0")
+    until(lambda: "Merged model as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
+    assert trainer.get("/train/gguf/q8_0?run=mine").content == b"GGUF"
+    for path in ("/train/gguf/f16?run=mine", "/train/gguf/x?run=mine", "/train/adapter?run=no"):
+        assert trainer.get(path).status_code == 404
+
+
+def test_a_note_of_another_process_stops_nothing(tmp_path):
+    """Its number may belong to somebody else by now."""
+    from swlora.locks import lock
+    from swlora.web.training.worker import LOCK, NOTE
+
+    note = {
+        "kind": "train",
+        "run": "mine",
+        "pid": os.getpid(),
+        "started_s": 0,
+        "is_stopping": False,
+    }
+    (tmp_path / NOTE).write_text(json.dumps(note))
+    held = lock(tmp_path / LOCK, alone=True, make=True)
+    assert held
+    with held, pytest.raises(UserError, match="cannot be found"):
+        Worker(tmp_path).stop("mine", at_once=False)
+    assert Worker(tmp_path).now() is None

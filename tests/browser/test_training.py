@@ -118,7 +118,7 @@ def talk_with_both(page: Page) -> None:
 
 
 def test_columns_are_named_where_they_have_other_names(visit, picture):
-    page = visit("/train")
+    page = visit("/train", refusals=1)  # of a wrong rank
     page.get_by_role("button", name="questions.jsonl").click()
     expect(page.locator(".problem")).to_contain_text("question", timeout=WAIT_MS)
     columns = page.get_by_label("Columns", exact=True)

@@ -137,6 +137,8 @@ def ours(model: Any, rows: TokenRows, plan: Plan, *, flat: bool = False) -> dict
         busy = busy_share(lambda: step(steps[-1]), plan.device)
     step.close()
     trees = [[build(sequences, ids) for ids in groups] for groups in steps[N_WARMUP:]]
+    from swlora.training.necessary_work import necessary_flops
+
     timed = [tree for groups in trees for tree in groups]
     n_nodes = sum(len(tree.token_ids) for tree in timed)
     n_scored = sum(len(np.unique(tree.target_position)) for tree in timed)
@@ -148,9 +150,7 @@ def ours(model: Any, rows: TokenRows, plan: Plan, *, flat: bool = False) -> dict
         "tokens_run": int(sequences.lengths[ids].sum()),
         "nodes_run": n_nodes,
         "trees_a_step": len(timed) / len(trees),
-        "necessary_flops": measure.necessary_flops(
-            anatomy, 0, n_nodes, n_scored, prefix_read=False
-        ),
+        "necessary_flops": necessary_flops(anatomy, 0, n_nodes, n_scored, prefix_read=False),
         "busy_share": busy,
         "train_loss": losses[-1],
         "said": said,

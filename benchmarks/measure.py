@@ -1,12 +1,8 @@
 """Stopwatch, memory and floating-point yardsticks, the same for every arm.
 
-    necessary FLOPs = 2 P T forward and 2 P T for the input gradient above the lowest adapted block
-                      + 4 D V S for the head and its gradient
     share of peak   = necessary FLOPs / seconds / FLOP/s of the best 2048^3 product
 
-P: weights of a block's frozen matrices, T: nodes, S: scored nodes, D: width, V: vocabulary. Of the
-last block only keys and values are needed everywhere, the rest at scored nodes. Attention scores,
-adapters, norms and the optimizer are left out: work, but not counted as necessary.
+Necessary FLOPs are those of `swlora.training.necessary_work`.
 """
 
 import os
@@ -135,48 +131,6 @@ def rates(ticks: list[float], rows: list[int], tokens: list[int], n_warmup: int)
         "tokens_run": steady_tokens,
         "warmup_s": max(0.0, float(warmup_s)),
     }
-
-
-def necessary_flops(
-    anatomy: Any, cut: int, n_nodes: int, n_scored: int, *, prefix_read: bool
-) -> float:
-    """Return the FLOPs that a pass needs whose lowest adapted block is `cut`.
-
-    `prefix_read` says that the states below it came from a cache.
-    """
-    blocks = [_block_weights(anatomy, layer) for layer in range(anatomy.n_layers)]
-    total = 0.0
-    for layer, (entry, rest) in enumerate(blocks):
-        last = layer == anatomy.n_layers - 1
-        # Queries belong to the entry; of the last block they are needed at scored nodes only.
-        queries = _query_weights(anatomy, layer)
-        everywhere, scored = (entry - queries, queries + rest) if last else (entry + rest, 0)
-        forward = 2.0 * (everywhere * n_nodes + scored * n_scored)
-        if layer >= cut or not prefix_read:
-            total += forward
-        if layer > cut:
-            total += forward
-        elif layer == cut:  # what comes into the lowest adapted block needs no gradient
-            total += 2.0 * rest * (n_scored if last else n_nodes)
-    head = anatomy.head.weight
-    return total + 4.0 * head.numel() * n_scored
-
-
-def _block_weights(anatomy: Any, layer: int) -> tuple[int, int]:
-    """Return the frozen weights that read the block's input, and those of its other matrices."""
-    family = anatomy.family
-    sizes = {p.name: _frozen(p.module) for p in anatomy.projections(layer)}
-    entry = sum(sizes[name] for name in family.attention_in)
-    return entry, sum(sizes.values()) - entry
-
-
-def _query_weights(anatomy: Any, layer: int) -> int:
-    names = [n for n in anatomy.family.attention_in if n.endswith("q_proj")]
-    return sum(_frozen(p.module) for p in anatomy.projections(layer) if p.name in names)
-
-
-def _frozen(module: Any) -> int:
-    return int(getattr(module, "base_layer", module).weight.numel())
 
 
 def machine_state() -> dict[str, Any]:

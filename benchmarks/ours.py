@@ -28,6 +28,7 @@ from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Silent
 from swlora.runs import Run
 from swlora.training import step as training_step
+from swlora.training.necessary_work import necessary_flops
 
 
 class StepClock(Silent):
@@ -158,7 +159,7 @@ def _epochs(
         n_nodes = sum(nodes[n_warmup:])
         n_scored = sum(len(np.unique(tree.target_position)) for tree in timed)
         ids = np.concatenate([tree.sequence_ids for tree in timed])
-        flops = measure.necessary_flops(anatomy, cut, n_nodes, n_scored, prefix_read=epoch > 0)
+        flops = necessary_flops(anatomy, cut, n_nodes, n_scored, prefix_read=epoch > 0)
         epochs.append(
             {
                 **report,

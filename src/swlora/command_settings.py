@@ -30,6 +30,10 @@ CHAT = ("decode.temperature", "decode.top_p", "decode.max_new_tokens")
 SERVE = _settings("serve")
 SEED = ("seed",)
 TOKENIZER = ("model.name", "model.tokenizer", "model.revision")
+OF_A_FILE = tuple(  # which rows there are, and how they are read
+    f"data.{name}"
+    for name in ("name", "eval_file", "columns", "config_name", "dataset_revision", "train_split")
+)
 STEPS = tuple(
     f"train.{name}" for name in ("epochs", "batch_size", "max_steps", "order", "row_tokens")
 )
@@ -39,6 +43,7 @@ SHARED = frozenset({"identify", "train", "eval", "train-eval"})
 SETTINGS = {
     "identify": (*MODEL, *IDENTIFY, *SEED),
     "train": (*MODEL, *DATA, *ADAPTER, *TRAIN, *IDENTIFY, *SEED),
+    "init": (*TOKENIZER, *OF_A_FILE),
     "data": (*TOKENIZER, *DATA, *STEPS, *SEED),
     "eval": (*MODEL, *EVAL_DATA, *EVALUATION, *DECODE, *SEED),
     "train-eval": (

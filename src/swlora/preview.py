@@ -15,13 +15,14 @@ from swlora.data.summary import DataSummary, SplitSummary, summarise_split, summ
 from swlora.data.token_sequences import TokenSequences
 from swlora.job import Job
 from swlora.progress import Progress
-from swlora.result_json import FLAT
+from swlora.result_json import FLAT, NO_KEY
 from swlora.run_record import MemoryRecord
 
 if TYPE_CHECKING:
     from swlora.training.schedule import Schedule
 
 MAX_SEQUENCES = 4  # shown of a row
+SAMPLED_SEQUENCES = 10_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class DataPreview:
     summary: DataSummary = field(metadata=FLAT)
     refused: list[str]
     shown: list[ShownRow]
+    trained_p99_tokens: int = field(default=0, metadata=NO_KEY)
 
 
 def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
@@ -77,7 +79,8 @@ def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
     job = Job(spec.model_copy(update={"data": lenient}), MemoryRecord(), progress)
     dataset = job.dataset
     job.load_skeleton()
-    schedule = Schedule.of(job.encoded("train").sequences, spec.train, spec.seed)
+    sequences = job.encoded("train").sequences
+    schedule = Schedule.of(sequences, spec.train, spec.seed)
     split = spec.data.eval_split
     has_held_out = len(dataset.dev if split == "dev" else dataset.test) > 0
     if not has_held_out:
@@ -85,9 +88,17 @@ def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
     summary = summarise(job, schedule, held_out=split if has_held_out else None)
     first_rows = np.unique(job.encoded("train").example_ids)[:n_rows].tolist()
     shown = [_shown_row(job, row) for row in first_rows]
-    return DataPreview(
-        job.loaded.source, dataset.source, summary, _refusals(spec.data, summary), shown
-    )
+    p99 = _trained_tokens(sequences, 0.99)
+    refused = _refusals(spec.data, summary)
+    return DataPreview(job.loaded.source, dataset.source, summary, refused, shown, p99)
+
+
+def _trained_tokens(sequences: TokenSequences, share: float) -> int:
+    """Return so many trained tokens that a share of the first sequences have no more."""
+    n = min(len(sequences), SAMPLED_SEQUENCES)
+    offsets = sequences.offsets[: n + 1]
+    is_trained = sequences.weights[: offsets[-1]] > 0
+    return int(np.quantile(np.add.reduceat(is_trained, offsets[:-1], dtype=np.int64), share))
 
 
 def summarise(job: Job, schedule: "Schedule", held_out: str | None = None) -> DataSummary:

@@ -74,6 +74,34 @@ class ThreadChoice:
         return time.monotonic() - self._last.wall_s
 
 
+class OthersShare:
+    """Measures the part of the cores that other programs use, over the last WINDOW_S or longer."""
+
+    def __init__(self, read: Callable[[], CpuClock], n_cores: int) -> None:
+        self._read, self._n_cores = read, n_cores
+        self._last = read()
+        self.share: float | None = None
+
+    def look(self) -> float | None:
+        """Return the newest measurement, from 0 to 1; None before there is one."""
+        if time.monotonic() - self._last.wall_s >= WINDOW_S:
+            before, now = self._last, self._read()
+            others_s = (now.all_s - before.all_s) - (now.own_s - before.own_s)
+            share = others_s / ((now.wall_s - before.wall_s) * self._n_cores)
+            self._last, self.share = now, min(1.0, max(0.0, share))
+        return self.share
+
+
+def others_share() -> OthersShare | None:
+    """Begin to measure what other programs use of the cores that this process may run on.
+
+    None where the machine does not tell how busy it is.
+    """
+    with suppress(OSError, NotImplementedError, RuntimeError):
+        return OthersShare(read_clock, len(_allowed(os.cpu_count() or 1)))
+    return None
+
+
 def read_clock() -> CpuClock:
     """Read the clocks of this process and of the cores that it may run on.
 
@@ -85,6 +113,11 @@ def read_clock() -> CpuClock:
     kinds = ("user", "nice", "system", "irq", "softirq")
     all_s = sum(getattr(times, kind, 0.0) for times in ours for kind in kinds)
     return CpuClock(time.monotonic(), time.process_time(), all_s)
+
+
+def n_usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(_allowed(os.cpu_count() or 1))
 
 
 def _allowed(n_cores: int) -> set[int]:

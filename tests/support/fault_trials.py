@@ -22,7 +22,7 @@ from swlora.runs import Run, read_run
 LAYERS = "last:1"  # with states below it for the prefix cache
 STEPS = 4
 # What depends on the clock alone
-TIMES = re.compile(r'"(elapsed_s|examples_per_s|eval_s|crc32)": [^,}]+')
+TIMES = re.compile(r'"(elapsed_s|[a-z]+_per_s|(busy|peak)_share|eval_s|crc32)": [^,}]+,? ?')
 
 
 def write_inputs(folder: Path) -> dict[str, Any]:

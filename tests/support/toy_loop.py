@@ -21,7 +21,7 @@ from swlora.training.loop import train
 from swlora.training.schedule import Schedule, Step
 
 N_ROWS = 11
-TIMES = ("elapsed_s", "examples_per_s")
+TIMES = ("elapsed_s", "examples_per_s", "nodes_per_s", "tokens_per_s", "busy_share")
 Hook = Callable[[int], None]
 
 

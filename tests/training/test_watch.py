@@ -29,7 +29,7 @@ from swlora.training.watch import HeldOutState, Watch
 
 # After steps 2, 4, ..., 16: the best is the third; equal is no better; one better again later.
 LOSSES = (3.0, 2.0, 1.5, 1.75, 1.5, 1.625, 1.25, 1.375)
-TIMES = ("elapsed_s", "examples_per_s")
+TIMES = ("elapsed_s", "examples_per_s", "nodes_per_s", "tokens_per_s", "busy_share")
 
 
 class Killed(BaseException):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from swlora import caches
-from swlora.cli import chat, export, merge, share
+from swlora.cli import chat, export, merge, share, start
 from swlora.cli.command import (
     CONFIG,
     JSON,
@@ -28,7 +28,7 @@ from swlora.cli.verbs import Adapter, Metrics, app, named_metric, verb
 from swlora.command_settings import SETTINGS
 from swlora.errors import UserError
 
-__all__ = ["app", "export", "merge", "share"]
+__all__ = ["app", "export", "merge", "share", "start"]
 
 
 @verb("identify", OUTPUT, PROCESSES, CONFIG, JSON, settings=SETTINGS["identify"])

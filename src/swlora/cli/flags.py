@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from swlora.command_settings import section_class
 from swlora.config import RunSpec
-from swlora.config.fields import join_list
+from swlora.config.fields import JOINED
 from swlora.settings import flag_name
 
 
@@ -62,7 +61,7 @@ def _type(field: FieldInfo) -> Any:
     """Return what typer shall parse: pydantic checks the rest."""
     annotation = field.annotation
     arguments = [a for a in get_args(annotation) if a is not type(None)]
-    if get_origin(annotation) is list or BeforeValidator(join_list) in field.metadata:
+    if get_origin(annotation) is list or JOINED in field.metadata:
         return list[str]  # the flag may be repeated
     if arguments and all(isinstance(a, str) for a in arguments):
         return str

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from swlora.evaluation.evaluated import Evaluated, Scored
     from swlora.recovery import Recovered
     from swlora.superweights.findings import Identified
+    from swlora.training.pace import MeanPace
     from swlora.training.trained import Trained
     from swlora.training.watch import HeldOutLosses
 
@@ -46,6 +47,8 @@ def show_training(trained: "Trained") -> None:
         f"trained {course.rows} rows in {course.train_s:.0f} s, "
         f"{course.examples_per_s:.1f} examples/s"
     )
+    if said := _pace(course.pace):
+        print(said)
     n_steps, n_averaged = course.steps, course.final_loss_steps
     which = "last step" if n_averaged == 1 else f"mean of the last {n_averaged} of {n_steps} steps"
     print(f"loss: {course.final_loss:.3f} ({which})")
@@ -56,6 +59,20 @@ def show_training(trained: "Trained") -> None:
     print(f"adapter: {trained.adapter}")
     if trained.best_adapter is not None:
         print(f"best adapter: {trained.best_adapter}")
+
+
+def _pace(pace: "MeanPace") -> str:
+    """Say how fast the steps were, and what the machine had to do with it."""
+    from swlora.training.pace import SHOWN_BUSY
+
+    parts = []
+    if pace.nodes_per_s is not None and pace.tokens_per_s is not None:
+        parts.append(f"{pace.nodes_per_s:,.0f} nodes/s for {pace.tokens_per_s:,.0f} tokens/s")
+    if pace.peak_share is not None:
+        parts.append(f"{pace.peak_share:.0%} of what matrix products reach here")
+    if pace.busy_share is not None and pace.busy_share >= SHOWN_BUSY:
+        parts.append(f"other programs used {pace.busy_share:.0%} of the cores")
+    return ", ".join(parts)
 
 
 def _show_held_out(held_out: "HeldOutLosses", trained: "Trained") -> None:

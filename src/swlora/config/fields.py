@@ -34,6 +34,9 @@ def split_list(value: object) -> object:
     return [item for item in items if item != ""]
 
 
+SPLIT = BeforeValidator(split_list, json_schema_input_type=str | list[str])
+
+
 def join_list(value: object) -> object:
     """Turn `[2, 11]`, `["2", "11"]` or 2 into "2,11" or "2"; leave other types alone."""
     items = value if isinstance(value, list | tuple) else [value]
@@ -42,7 +45,7 @@ def join_list(value: object) -> object:
     return value
 
 
-NameList = Annotated[list[str], BeforeValidator(split_list)]
+NameList = Annotated[list[str], SPLIT]
 
 
 def one_or_many(value: object) -> object:
@@ -50,8 +53,9 @@ def one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+_Text = Annotated[str, StringConstraints(min_length=1)]
 PromptList = Annotated[
-    list[Annotated[str, StringConstraints(min_length=1)]], BeforeValidator(one_or_many)
+    list[_Text], BeforeValidator(one_or_many, json_schema_input_type=_Text | list[_Text])
 ]
 
 
@@ -67,6 +71,5 @@ def read_policy(value: object) -> LayerPolicy:
         raise ValueError(str(error)) from error
 
 
-Layers = Annotated[
-    LayerPolicy, PlainValidator(read_policy), PlainSerializer(str), BeforeValidator(join_list)
-]
+JOINED = BeforeValidator(join_list, json_schema_input_type=str | int | list[int | str])
+Layers = Annotated[LayerPolicy, PlainValidator(read_policy), PlainSerializer(str), JOINED]

@@ -1,7 +1,7 @@
 """The section `train`."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -13,7 +13,11 @@ DEFAULT_BATCH_SIZE = 32
 DEFAULT_SAVE_EVERY = "5min"
 SAY_THE_SAME = {"train.save_every": "train.checkpoint_every_s"}  # one of the two at most
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
-TrackerNames = Annotated[list[TrackerName], BeforeValidator(split_list)]
+TRACKERS: tuple[str, ...] = get_args(TrackerName)
+TrackerNames = Annotated[
+    list[TrackerName],
+    BeforeValidator(split_list, json_schema_input_type=str | list[TrackerName]),
+]
 
 
 class TrainSpec(Spec):

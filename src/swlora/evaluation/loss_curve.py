@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.files import atomic_path
 from swlora.loss_sum import LossSum
+from swlora.training.pace import mean_pace
 from swlora.training.trained import TrainingCourse
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def course_of(
         final_loss=loss,
         final_loss_steps=n_averaged,
         held_out=held_out.losses(),
+        pace=mean_pace(metrics),
         skipped_steps=totals.skipped or None,
     )
 

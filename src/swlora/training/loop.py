@@ -23,10 +23,11 @@ from swlora.loss_sum import LossSum
 from swlora.processes import StoppedTogether
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
-from swlora.threads import adapt_threads, adapted_threads, fix_threads
+from swlora.threads import adapt_threads, adapted_threads, fix_threads, others_share
 from swlora.training.callbacks import Callback, StepReport
 from swlora.training.checkpoint import Checkpoints, LoopState, Totals
 from swlora.training.device_update import decides_on_device, update_where_finite
+from swlora.training.pace import SHOWN_BUSY, Pace
 from swlora.training.schedule import Schedule, Step
 from swlora.training.stopping import StopRequest
 from swlora.training.watch import HeldOutState, Watch
@@ -75,6 +76,8 @@ def train(
     if watch:
         watch.resume(state.held_out)
     checkpoints = Checkpoints(state, run, spec)
+    weight = next(iter(adapted.model.parameters()))
+    pace = Pace(step_function, weight, others_share())
     with progress.task("train", n_steps) as task, stop.heard():
         task.advance(state.totals.step)
         for groups in _ahead(step_function, schedule.steps(state.totals.step)):
@@ -82,7 +85,10 @@ def train(
                 break
             random_state = state.random_state()
             try:
+                pace.begin()
+                before_s = state.totals.elapsed_s
                 report = _one_step(step_function, groups, state, accelerator, schedule)
+                report |= pace.of_step(state.totals.elapsed_s - before_s)
             except RunFailedError as error:
                 if isinstance(error, DivergedError):
                     error.sequence_ids = np.concatenate(groups).tolist()
@@ -174,6 +180,10 @@ def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
 def _note(report: dict[str, Any], held_out: HeldOutState) -> str:
     loss = f"loss {report['loss']:.3f}" if "loss" in report else "skipped"
     parts = [loss, f"{report['examples_per_s']:.1f} examples/s"]
+    if (share := report.get("peak_share")) is not None:
+        parts.append(f"{share:.0%} of peak")
+    if (busy := report.get("busy_share", 0.0)) >= SHOWN_BUSY:
+        parts.append(f"other programs use {busy:.0%} of the cores")
     if held_out.last is not None:
         parts.insert(1, f"held-out {held_out.last:.3f} (best {held_out.best:.3f})")
     return "  ".join(parts)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels.rotary import RotaryLengths
 from swlora.loss_sum import LossSum, as_count
+from swlora.training.necessary_work import Work
 
 IGNORED = -100
 
@@ -44,6 +45,7 @@ class PlainStep:
         self.sequences = sequences
         self.label_smoothing = label_smoothing
         self._rotary = RotaryLengths(model)
+        self.work = Work(flops=None)
 
     def __call__(self, groups: Sequence[np.ndarray]) -> LossSum:
         """Add the gradient of the summed loss of the step; return that loss."""
@@ -52,6 +54,8 @@ class PlainStep:
             batch = pad(self.sequences, ids, self.model.device)
             loss, n_tokens = weighted_loss(self.model, batch, self.label_smoothing)
             torch.autograd.backward(loss)
+            self.work.n_nodes += batch.token_ids.numel()  # padding too: it is run
+            self.work.n_tokens += int(batch.attention_mask.sum())
             total += LossSum(float(loss.detach()), n_tokens)
         return total
 

@@ -33,6 +33,7 @@ from swlora.loss_sum import LossSum
 from swlora.models.sharded_weight import has_sharded
 from swlora.training.device_update import DeviceLoss
 from swlora.training.frozen_prefix import PrefixCache
+from swlora.training.necessary_work import FlopCounter, Work
 from swlora.training.plain import PlainStep
 from swlora.training.schedule import Step
 
@@ -102,6 +103,7 @@ class TreeStep:
         self._say = say
         self.most_nodes: int | None = None  # of a tree: larger groups are cut
         self.n_recomputed: Callable[[int], int] = lambda _nodes: 0  # blocks, of a tree so large
+        self.work, self._flops = Work(), FlopCounter(walk.anatomy, walk.cut)
         self._n_parts = 1  # every group is run in so many parts, doubled when memory runs out
         self.works_ahead = self.base_model.device.type == "cuda"  # a CPU has no core to spare
         self._trees_ahead: _TreesAhead | None = None
@@ -145,11 +147,27 @@ class TreeStep:
 
     def _nats(self, tree: PrefixTree, layout: TreeLayout) -> Tensor:
         """Return the summed loss of a tree, with a graph."""
+        n_read = self._n_read_trees
         entry = self.prefix_source(tree, layout)
+        self._count(tree, prefix_read=self._n_read_trees > n_read)
         with recomputing():
             n_recomputed = self.n_recomputed(layout.n_nodes)
             hidden = self.walk.suffix(layout, entry, n_recomputed=n_recomputed)
         return tree_nats(self.walk, tree, hidden, self.label_smoothing)
+
+    @property
+    def _n_read_trees(self) -> int:
+        source = self.prefix_source
+        return source.n_read_trees if isinstance(source, PrefixCache) else 0
+
+    def _count(self, tree: PrefixTree, *, prefix_read: bool) -> None:
+        """Add a tree to the work that is done."""
+        work, n_nodes = self.work, len(tree.token_ids)
+        n_scored = len(np.unique(tree.target_position))
+        flops = self._flops(n_nodes, n_scored, prefix_read=prefix_read)
+        work.n_nodes += n_nodes
+        work.n_tokens += int(self.sequences.lengths[tree.sequence_ids].sum())
+        work.flops = None if flops is None or work.flops is None else work.flops + flops
 
     @torch.no_grad()
     def try_attention(self, groups: Sequence[np.ndarray]) -> None:

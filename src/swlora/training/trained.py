@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.result_json import FLAT, IF_ANY, NO_KEY
+from swlora.training.pace import MeanPace
 from swlora.training.watch import HeldOutLosses
 
 
@@ -27,6 +28,7 @@ class TrainingCourse:
     final_loss: float
     final_loss_steps: int
     held_out: HeldOutLosses | None = field(metadata=IF_ANY)
+    pace: MeanPace = field(metadata=FLAT)
     skipped_steps: int | None = field(default=None, metadata=IF_ANY)
 
 

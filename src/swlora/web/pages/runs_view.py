@@ -273,6 +273,9 @@ def _progress(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         "step": ("steps", "{:,.0f}"),
         "rows": ("rows", "{:,.0f}"),
         "examples_per_s": ("examples/s", "{:.1f}"),
+        "nodes_per_s": ("nodes/s", "{:,.0f}"),
+        "peak_share": ("of peak", "{:.0%}"),
+        "busy_share": ("cores used by others", "{:.0%}"),
         "learning_rate": ("learning rate", "{:.2g}"),
     }
     numbers = []

@@ -1,0 +1,184 @@
+"""A configuration looked at before anything runs: what is wrong with it, and what it comes to.
+
+Of models the configuration and the tokenizer's files are read, never the weights; of data the rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from swlora.config import RunSpec
+from swlora.config.yaml_file import read_mapping
+from swlora.errors import UserError
+from swlora.layer_policy import layer_ranges
+from swlora.settings import problem_lines
+from swlora.study.check import Checked, check
+from swlora.study.overview import PlannedArm, plan_of
+from swlora.study.study_file import read_studies
+
+Fact = tuple[str, str]
+
+
+@dataclass
+class ConfigCheck:
+    """What was found: `kind` is run or study; `problems` are empty where all is well.
+
+    `resolved` says what it comes to, `unchecked` what was not at hand to be looked at.
+    """
+
+    file: str
+    kind: str
+    problems: list[str] = field(default_factory=list)
+    resolved: list[Fact] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def check_config(path: Path) -> ConfigCheck:
+    """Check a YAML file of a run, or of a study (which has `arms`).
+
+    Raises UserError for a file that cannot be read as a configuration at all.
+    """
+    tree = read_mapping(path)
+    if "arms" in tree:
+        return _check_study(path)
+    found = ConfigCheck(str(path), "run")
+    try:
+        spec = RunSpec.model_validate(tree)
+    except ValidationError as error:
+        found.problems += problem_lines(error, RunSpec)
+        return found
+    _check_run(found, spec)
+    return found
+
+
+def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
+    from swlora.job import Job
+    from swlora.models.precision import resolve_device, resolve_dtype
+    from swlora.progress import Silent
+    from swlora.run_record import MemoryRecord
+
+    with _noted(found, "train"):
+        _check_telling(spec)
+    if (text := spec.identify.text) is not None and not text.is_file():
+        found.problems.append(f"identify.text: there is no file {text}")
+    job = None
+    with _noted(found, "adapter.start"):
+        job = Job(spec, MemoryRecord(), Silent())
+    if job is None:
+        return
+    with _noted(found, "model"):
+        device = resolve_device(spec.model.device)
+        dtype = str(resolve_dtype(spec.model.dtype, device.type)).removeprefix("torch.")
+        job.load_skeleton()
+        found.resolved += [("model", job.loaded.source), ("computes", f"in {dtype} on {device}")]
+    _check_data(found, job)
+    if "loaded" in vars(job):
+        with _noted(found, "adapter"):
+            _check_adapter(found, job)
+
+
+def _check_telling(spec: RunSpec) -> None:
+    """Raise UserError where trackers or prompts of samples are missing."""
+    from swlora.evaluation.samples import read_prompts
+    from swlora.trackers import check_trackers
+
+    check_trackers(spec.train, has_folder=True)
+    read_prompts(spec.train.sample_prompts)
+
+
+def _check_data(found: ConfigCheck, job: Any) -> None:
+    from swlora.data.hub_data import HubUnreachableError
+    from swlora.data.sources import load_dataset
+    from swlora.training.schedule import sequences_per_step
+
+    spec = job.spec
+    try:
+        dataset = load_dataset(spec.data)
+    except HubUnreachableError as error:
+        found.unchecked.append(f"data: {error}")
+        return
+    except UserError as error:
+        found.problems.append(f"data: {error}")
+        return
+    n_train, n_dev, n_test = map(len, (dataset.train, dataset.dev, dataset.test))
+    rows = f"{n_train:,} to train on, {n_dev:,} dev, {n_test:,} test"
+    found.resolved += [("data", dataset.source), ("rows", rows)]
+    if not n_train:
+        return
+    size, train = sequences_per_step(spec.train, n_train), spec.train
+    n_steps = min(train.epochs * -(-n_train // size), train.max_steps or 10**9)
+    epochs = f"{train.epochs} epoch{'s' if train.epochs > 1 else ''}"
+    shown = f"about {n_steps:,} of {size} rows ({epochs}), learning rate {train.learning_rate:g}"
+    found.resolved.append(("steps", f"{shown}, {train.schedule}"))
+
+
+def _check_adapter(found: ConfigCheck, job: Any) -> None:
+    """Put the adapter into the model without weights, where its layers are known."""
+    from swlora.adapters.methods import adapt, check_fit
+    from swlora.models.anatomy import Anatomy
+
+    adapter, anatomy = job.spec.adapter, Anatomy(job.loaded.model)
+    if not adapter.is_settled:
+        found.resolved.append(("adapter", f"that in {adapter.start}, trained on"))
+        return
+    policy = adapter.layers
+    layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
+    check_fit(anatomy, adapter, layers, n_steps=10**9)
+    if policy.needs_search:
+        found.resolved.append(
+            ("adapter", f"{adapter.method} in layers that are searched: {policy}")
+        )
+        return
+    where = f"{adapter.method} in layers {layer_ranges(layers)} of {anatomy.n_layers}"
+    try:
+        adapted = adapt(job.loaded.model, adapter, layers, seed=0, n_steps=10**9)
+    except (RuntimeError, NotImplementedError):  # PiSSA decomposes weights, which are not here
+        found.resolved.append(("adapter", where))
+        return
+    n = sum(parameter.numel() for parameter in adapted.parameters.values())
+    found.resolved.append(("adapter", f"{where}, {n:,} trained weights"))
+
+
+@contextmanager
+def _noted(found: ConfigCheck, section: str) -> Iterator[None]:
+    """Note a UserError of the body as a problem of a section."""
+    try:
+        yield
+    except UserError as error:
+        found.problems.append(f"{section}: {error}")
+
+
+def _check_study(path: Path) -> ConfigCheck:
+    found = ConfigCheck(str(path), "study")
+    files = read_studies(path, {})
+    for file in files:
+        which = f"{file.name}: " if len(files) > 1 else ""
+        found.problems += [which + line for line in file.problems]
+        if file.spec is None:
+            continue
+        checked = check(file.spec, may_fetch=False)
+        found.problems += [which + line for line in checked.problems]
+        found.unchecked += [which + line for line in checked.unchecked]
+        if not found.problems:
+            found.resolved += _planned(file.name, checked)
+    return found
+
+
+def _planned(name: str, checked: Checked) -> list[Fact]:
+    from swlora.study.overview import arms_before
+
+    plan = plan_of(name, checked, [arm.name for arm in arms_before(checked)])
+    rows = ", ".join(f"{n:,} {split}" for split, n in plan.n_rows.items())
+    runs = f"{plan.n_runs} runs, {plan.n_short_runs} short ones, {plan.n_beam_runs} with beams"
+    facts = [("study", name), ("model", plan.model), ("data", f"{plan.data}; rows: {rows}")]
+    return [*facts, *(("arm", _arm(arm)) for arm in plan.arms), ("runs", runs)]
+
+
+def _arm(arm: PlannedArm) -> str:
+    layers = layer_ranges(arm.layers) if arm.layers else f"as {arm.policy} finds them"
+    n = "" if arm.n_trainable is None else f", {arm.n_trainable:,} trained weights"
+    return f"{arm.name}: {arm.method}, layers {layers}{n}"

@@ -1,0 +1,195 @@
+"""A configuration to start from, written for a model and its data, with the reason of each value.
+
+Values are those that a training would take by itself where that is enough; they stand there to be
+changed. Of the model only tokenizer and configuration are read, of the data all rows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from swlora.command_settings import OF_A_FILE
+from swlora.config import RunSpec, TrainSpec
+from swlora.config_schema import run_schema
+from swlora.errors import UserError
+from swlora.files import check_writable, write_text
+from swlora.preview import DataPreview, preview_data
+from swlora.progress import Progress
+
+FEW_ROWS = 2000  # of which a training makes several passes
+PASSES = 3
+PATIENCE = 3
+STEP_OF_TOKENS = 16
+SCHEMA = "swlora.schema.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value of a section, and why it is that one; `is_hint`: written as a comment."""
+
+    section: str
+    name: str
+    value: Any
+    why: str
+    is_hint: bool = False
+
+
+@dataclass(frozen=True)
+class StartingConfig:
+    """What was written where; `settings` are what was chosen, by dotted names."""
+
+    file: Path
+    schema: Path | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def write_starting_config(
+    path: Path, spec: RunSpec, progress: Progress, *, force: bool = False, schema: bool = False
+) -> StartingConfig:
+    """Look at the model and the data of `spec`, and write a commented YAML file for them.
+
+    `schema` also writes the schema for editors beside it. Raises UserError for a file that is
+    there, unless `force`, and what a training raises for model and data.
+    """
+    beside = path.parent / SCHEMA if schema else None
+    for target in filter(None, (path, beside)):
+        if target.exists() and not force:
+            raise UserError(f"{target} is there already; --force writes over it")
+    check_writable(path.parent, str(path))
+    chosen = chosen_settings(spec, preview_data(spec, 0, progress))
+    write_text(path, as_yaml(chosen, path, schema=schema))
+    if beside:
+        write_text(beside, json.dumps(run_schema(), indent=1) + "\n")
+    values = {f"{s.section}.{s.name}": s.value for s in chosen if not s.is_hint}
+    return StartingConfig(path, beside, values)
+
+
+def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
+    """Choose values for a model and its data, as they were found."""
+    train, held_out, steps = found.summary.train, found.summary.held_out, found.summary.steps
+    n_rows = train.n_rows
+    epochs = PASSES if n_rows < FEW_ROWS else 1
+    sized = TrainSpec(epochs=epochs)
+    batch, n_steps = _steps(sized, train.n_sequences)
+    settings = [
+        Setting("model", "name", spec.model.name, found.model),
+        *(
+            Setting("model", name, value, "as it was named")
+            for name in ("tokenizer", "revision")
+            if (value := getattr(spec.model, name)) is not None
+        ),
+        Setting(
+            "model", "dtype", "auto", "bfloat16 where the processor multiplies it, else float32"
+        ),
+        Setting("data", "name", spec.data.name, f"{n_rows:,} rows to train on"),
+        *_data_settings(spec, found),
+        Setting("adapter", "method", "lora", "dora, rslora, pissa, lora+, adalora are others"),
+        Setting("adapter", "rank", 4, "enough for one task; 16 or more where it is a wide one"),
+        Setting(
+            "adapter",
+            "layers",
+            "all",
+            "the best scores; last:4, or auto:0.5 for half of the time, are faster",
+        ),
+        Setting("train", "epochs", epochs, _why_epochs(n_rows)),
+        Setting("train", "batch_size", batch, f"rows a step: {n_steps:,} steps in all"),
+        Setting(
+            "train",
+            "learning_rate",
+            sized.learning_rate,
+            "suits LoRA of a small rank; ten times less for --method full",
+        ),
+    ]
+    if steps is not None and steps.ideal_ratio > 1.05:
+        why = f"rows of a prompt share a step: {steps.ideal_ratio:.1f} times fewer tokens to run"
+        settings.append(Setting("train", "order", "prompts", why))
+    settings += _watching(held_out is not None, epochs)
+    settings.append(Setting("decode", "max_new_tokens", _answer_tokens(found), _WHY_TOKENS))
+    return settings
+
+
+_WHY_TOKENS = "of a text in eval: nearly every trained one is that short"
+
+
+def _data_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
+    data, summary = spec.data, found.summary
+    settings = []
+    for name in (setting.removeprefix("data.") for setting in OF_A_FILE[1:]):
+        if name in data.model_fields_set and (value := getattr(data, name)):
+            shown = value if isinstance(value, list) else str(value)
+            settings.append(Setting("data", name, shown, "as it was named"))
+    splits = [split for split in (summary.train, summary.held_out) if split]
+    if n_cut := sum(split.n_cut for split in splits):
+        why = f"{n_cut:,} rows are longer than the context of {summary.train.context_tokens:,}"
+        settings.append(Setting("data", "truncate", True, why))
+    if n_bad := sum(summary.bad_rows.values()):
+        why = f"{n_bad:,} rows cannot be used: {', '.join(list(summary.bad_rows)[:3])}"
+        settings.append(Setting("data", "skip_bad_rows", True, why))
+    if summary.held_out is not None and data.eval_file is None:
+        why = f"{summary.held_out.n_rows:,} rows that are not trained on"
+        settings.append(Setting("data", "eval_split", data.eval_split, why))
+    return settings
+
+
+def _why_epochs(n_rows: int) -> str:
+    if n_rows < FEW_ROWS:
+        return f"passes over the data, which are few ({n_rows:,} rows)"
+    return f"one pass over {n_rows:,} rows; more may still help"
+
+
+def _steps(train: TrainSpec, n_sequences: int) -> tuple[int, int]:
+    """Return (rows a step, steps) as a training would take them."""
+    from swlora.training.schedule import sequences_per_step
+
+    size = sequences_per_step(train, n_sequences)
+    return size, train.epochs * -(-n_sequences // size)
+
+
+def _watching(has_held_out: bool, epochs: int) -> list[Setting]:
+    if not has_held_out:
+        why = "there are no held-out rows: nothing is measured while it trains"
+        return [Setting("train", "eval_every_steps", 0, why)]
+    tell = "shows what it says to a prompt, at every measurement"
+    prompt = Setting("train", "sample_prompts", ["a prompt of yours"], tell, is_hint=True)
+    board = Setting("train", "report_to", ["tensorboard"], "pip install 'swlora[track]'", True)
+    if epochs == 1:
+        return [prompt, board]
+    why = "ends where so many held-out losses in a row are no better; best/ keeps the best"
+    return [Setting("train", "early_stopping", PATIENCE, why), prompt, board]
+
+
+def _answer_tokens(found: DataPreview) -> int:
+    """Return room for nearly every trained text, in tokens."""
+    longest = max(found.trained_p99_tokens, 1)
+    return int(np.clip(-(-longest // STEP_OF_TOKENS) * STEP_OF_TOKENS, 32, 1024))
+
+
+def as_yaml(settings: Sequence[Setting], path: Path, *, schema: bool = False) -> str:
+    """Write settings by their sections, each with its reason behind it."""
+    lines = [f"# yaml-language-server: $schema={SCHEMA}"] if schema else []
+    lines += [
+        f"# swlora check {path.name}: what it comes to, and what is wrong with it",
+        f"# swlora train-eval --config {path.name}: trains, evaluates; a flag wins over the file",
+        "# What is not here has its default: `swlora train-eval --help` names all of it.",
+    ]
+    section = None
+    for setting in settings:
+        if setting.section != section:
+            section = setting.section
+            lines += ["", f"{section}:"]
+        shown = _flow(setting.value)
+        mark = "# " if setting.is_hint else ""
+        line = f"  {mark}{setting.name}: {shown}"
+        lines.append(f"{line.ljust(34)}  # {' '.join(setting.why.split())}")
+    return "\n".join(lines) + "\n"
+
+
+def _flow(value: Any) -> str:
+    """Write a value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,201 @@
+"""`swlora env`, `init`, `check` and `schema`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tests.support.data_files import write_rows
+
+from swlora import matrix_peak
+from swlora.config import load_spec
+from swlora.config_schema import run_schema, study_schema
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted([*ROOT.glob("examples/*.yaml"), *ROOT.glob("studies/*.yaml")])
+
+
+@pytest.fixture
+def model(model_folder) -> str:
+    return str(model_folder("llama"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swlora.models.load.hub_reachable", lambda: False)
+
+
+# Schema
+
+
+def validated(tree: Any, schema: dict[str, Any]) -> list[str]:
+    jsonschema = pytest.importorskip("jsonschema")
+    checker = jsonschema.Draft202012Validator
+    checker.check_schema(schema)
+    return [error.message for error in checker(schema).iter_errors(tree)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_files_here_fit_the_schema(path):
+    tree = yaml.safe_load(path.read_text())
+    assert validated(tree, study_schema() if "arms" in tree else run_schema()) == []
+
+
+def test_the_schema_says_what_is_wrong():
+    wrong = {"adapter": {"method": "lorra", "rank": 0, "rang": 4}, "train": {"epochs": "many"}}
+    said = " ".join(validated(wrong, run_schema()))
+    for part in ("lorra", "rang", "many", "0 is not valid" if "0 is not valid" in said else "0"):
+        assert part in said
+    forms = {"layers": [2, "11"], "targets": "q_proj,v_proj"}, {"layers": 2}, None
+    for adapter in forms:
+        assert validated({"adapter": adapter, "model": None}, run_schema()) == []
+
+
+def test_the_schema_describes(swlora):
+    done = swlora("schema")
+    assert done.code == 0
+    schema = json.loads(done.out)
+    assert schema == run_schema()
+    train = schema["$defs"]["TrainSpec"]["properties"]
+    assert "one of" not in train["row_tokens"] and train["row_tokens"]["description"]
+    assert train["schedule"]["enum"] == ["linear", "cosine", "constant"]
+    arms = json.loads(swlora("schema", "--study").out)["properties"]["arms"]
+    assert arms == study_schema()["properties"]["arms"]
+
+
+# Check
+
+
+def test_a_good_file(swlora, model, rows):
+    Path("good.yaml").write_text(
+        yaml.safe_dump({"model": {"name": model}, "data": {"name": str(rows), "eval_share": 0.5}})
+    )
+    done = swlora("check", "good.yaml", "--json", "found.json")
+    assert done.code == 0 and done.err == ""
+    found = json.loads(Path("found.json").read_text())
+    assert found["problems"] == [] and found["kind"] == "run"
+    resolved = dict(found["resolved"])
+    assert resolved["model"].endswith(model)
+    assert resolved["adapter"].startswith("lora in layers 0-2 of 3, ")
+    assert resolved["rows"].startswith("4 to train on, 4 dev")
+    assert "good.yaml: nothing is wrong with this run" in done.out
+
+
+def test_every_fault_has_a_line(swlora):
+    Path("bad.yaml").write_text("adapter: {rank: 0, layrs: all}\ntrain: {epochs: x}\n")
+    done = swlora("check", "bad.yaml")
+    assert done.code == 2
+    assert done.err.splitlines() == [
+        "bad.yaml: adapter.rank: must be greater than or equal to 1, not 0",
+        "bad.yaml: adapter.layrs: there is no such setting (do you mean adapter.layers?)",
+        "bad.yaml: train.epochs: must be a valid integer, not 'x'",
+    ]
+
+
+def test_what_is_not_there(swlora, model):
+    tree = {
+        "model": {"name": model},
+        "data": {"name": "no-rows.jsonl"},
+        "identify": {"text": "no-text.txt"},
+        "train": {"sample_prompts": "no-prompts.txt"},
+        "adapter": {"layers": "2,11"},
+    }
+    Path("bad.yaml").write_text(yaml.safe_dump(tree))
+    done = swlora("check", "bad.yaml")
+    assert done.code == 2
+    lines = done.err.splitlines()
+    places = [line.removeprefix("bad.yaml: ").split(":")[0] for line in lines]
+    assert sorted(places) == ["adapter", "data", "identify.text", "train"]
+
+
+def test_no_model(swlora, rows):
+    Path("bad.yaml").write_text(f"model: {{name: ./nowhere}}\ndata: {{name: '{rows}'}}\n")
+    done = swlora("check", "bad.yaml")
+    assert (done.code, done.err) == (2, "bad.yaml: model: there is no model folder ./nowhere\n")
+    assert "rows" in done.out  # the rest is looked at all the same
+
+
+def test_no_configuration(swlora):
+    Path("list.yaml").write_text("[1]")
+    assert swlora("check", "list.yaml").mistake.startswith("list.yaml must hold a mapping")
+    assert swlora("check", "nothing.yaml").mistake.startswith("cannot read the configuration")
+
+
+def test_a_study(swlora, model, rows):
+    sections = {
+        "model": {"name": model, "dtype": "float32"},
+        "data": {"name": str(rows), "eval_share": 0.5},
+        "decode": {"max_new_tokens": 8},
+    }
+    Path("study.yaml").write_text(yaml.safe_dump({**sections, "arms": ["lora", "last:1"]}))
+    done = swlora("check", "study.yaml")
+    assert done.code == 0, done
+    assert "last-1: lora, layers 2" in done.out
+    Path("study.yaml").write_text(yaml.safe_dump({**sections, "arms": ["lorra"], "sed": 1}))
+    done = swlora("check", "study.yaml")
+    assert done.code == 2
+    assert {line.split(":")[1].strip() for line in done.err.splitlines()} == {"sed", "arm lorra"}
+
+
+# Init
+
+
+def test_init_writes_what_check_and_train_take(swlora, model, rows):
+    done = swlora("init", "--model", model, "--dataset", rows, "--schema", "--json", "made.json")
+    assert done.code == 0, done
+    text = Path("swlora.yaml").read_text()
+    assert text.startswith("# yaml-language-server: $schema=swlora.schema.json\n")
+    settings = [line for line in text.splitlines() if line.startswith("  ")]
+    assert all("  # " in line for line in settings)  # each says why
+    spec = load_spec(Path("swlora.yaml"), {})
+    assert (spec.model.name, spec.data.name, spec.train.epochs) == (model, str(rows), 3)
+    assert spec.train.early_stopping == 3 and spec.decode.max_new_tokens == 32
+    assert validated(yaml.safe_load(text), json.loads(Path("swlora.schema.json").read_text())) == []
+    assert json.loads(Path("made.json").read_text())["settings"]["train.epochs"] == 3
+    assert swlora("check", "swlora.yaml").code == 0
+    done = swlora("train", "--config", "swlora.yaml", "--device", "cpu", "--output", "run")
+    assert done.code == 0, done
+
+
+def test_init_writes_over_nothing(swlora, model, rows):
+    Path("mine.yaml").write_text("precious")
+    arguments = ("init", "mine.yaml", "--model", model, "--dataset", rows)
+    assert swlora(*arguments).mistake == "mine.yaml is there already; --force writes over it"
+    assert Path("mine.yaml").read_text() == "precious"
+    assert swlora(*arguments, "--force").code == 0
+    assert load_spec(Path("mine.yaml"), {}).data.name == str(rows)
+
+
+def test_init_needs_data(swlora, model):
+    assert "--dataset rows.jsonl" in swlora("init", "--model", model).mistake
+    assert not Path("swlora.yaml").exists()
+
+
+def test_init_sees_bad_and_long_rows(swlora, model, tmp_path):
+    long = {"prompt": "x" * 400, "completion": "y" * 400}
+    rows = [{"prompt": f"p: {k}", "completion": f"# '{k}': " + "z" * 40} for k in range(9)]
+    path = write_rows(tmp_path / "odd: rows.jsonl", [*rows, long, {"prompt": "p", "completion": 3}])
+    done = swlora("init", "--model", model, "--dataset", path)
+    assert done.code == 0, done
+    spec = load_spec(Path("swlora.yaml"), {})
+    assert spec.data.name == str(path)
+    assert spec.data.truncate and spec.data.skip_bad_rows
+    assert spec.decode.max_new_tokens >= 48
+
+
+# Env
+
+
+def test_env(swlora, monkeypatch):
+    monkeypatch.setattr(matrix_peak, "N_CPU", 32)
+    done = swlora("env", "--json", "env.json")
+    assert done.code == 0, done
+    found = json.loads(Path("env.json").read_text())
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["dtype"] in ("float32", "bfloat16") and found["device"] in ("cpu", "cuda")
+    assert found["peaks_flops"]["float32"] > 0 and found["n_cores"] >= 1
+    assert matrix_peak.known_peak(torch.float32, found["device"]) > 0  # later runs compare
+    for name in ("processor", "matrix peak, TFLOP/s", "llama.cpp", "cache", "a training here"):
+        assert name in done.out

@@ -2,6 +2,7 @@
 # make test   set up, then lint, type-check and run every test
 # make coverage   the quick tests, and which lines of the package they do not run
 # make test-newest   the engine's tests with the newest packages, torch among them: what broke
+# make site   build the documents' site into build/site; a warning is an error
 # make faults kill and damage trainings, strain a server, half an hour: docs/results/faults.json
 # make lock   renew requirements.lock from the newest versions that pyproject.toml allows
 
@@ -21,7 +22,7 @@ LLAMA_CPP_PLATFORM = $(shell node -p '({darwin: {arm64: "mac-arm64-metal", x64: 
 PARALLEL := --numprocesses auto --maxprocesses 4
 QUICK := "not slow and not gpu and not browser"
 
-.PHONY: help demo test coverage test-newest lint faults lock clean
+.PHONY: help demo test coverage test-newest lint site faults lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,7 +31,7 @@ help:
 demo: $(PACKAGE)
 	@BIN=$(BIN) bash examples/demo.sh
 
-test: lint $(LLAMA_CPP)
+test: lint site $(LLAMA_CPP)
 	$(BIN)/python -c "from swlora.models.builtin import builtin_folder; print('builtin model:', builtin_folder())"
 	$(BIN)/python -m pytest $(PARALLEL) -m $(QUICK)
 	$(BIN)/python -m pytest $(PARALLEL) -m browser
@@ -57,6 +58,9 @@ lint: $(TOOLS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+site: $(TOOLS)
+	$(BIN)/zensical build --clean --strict
 
 faults: $(TOOLS)
 	$(BIN)/python -m benchmarks.faults --json docs/results/faults.json

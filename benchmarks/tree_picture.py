@@ -1,0 +1,61 @@
+"""Draw what a prefix tree saves on the example of docs/one-step.md, as an SVG.
+
+python -m benchmarks.tree_picture docs/pictures/tree.svg
+"""
+
+import sys
+from pathlib import Path
+
+ROWS = ("the cat sat ON THE MAT", "the cat sat ON A CHAIR", "the cat ran AWAY")
+STEP_X, STEP_Y, LEFT, TOP = 78, 34, 14, 66  # pixels between tokens and rows
+
+
+def _token(word: str, x: float, y: float) -> str:
+    fill = "#cfe8dd" if word.isupper() else "#e7e7ea"
+    return (
+        f'<rect x="{x}" y="{y}" width="66" height="24" rx="4" fill="{fill}"/>'
+        f'<text x="{x + 33}" y="{y + 17}" text-anchor="middle">{word.lower()}</text>'
+    )
+
+
+def picture() -> str:
+    """Return the SVG: each row by itself on the left, the tree of them on the right."""
+    rows = [row.split() for row in ROWS]
+    seen: dict[tuple[str, ...], tuple[float, float]] = {}
+    right = LEFT + STEP_X * 6 + 50
+    drawn, links = [], []
+    for r, row in enumerate(rows):
+        y = TOP + STEP_Y * r
+        for i, word in enumerate(row):
+            drawn.append(_token(word, LEFT + STEP_X * i, y))
+            prefix = tuple(row[: i + 1])
+            if prefix not in seen:
+                x = right + STEP_X * i
+                seen[prefix] = (x, y)
+                drawn.append(_token(word, x, y))
+                if i:
+                    px, py = seen[prefix[:-1]]
+                    links.append(
+                        f'<path d="M{px + 66} {py + 12}L{x} {y + 12}" stroke="#888" fill="none"/>'
+                    )
+    n_flat = sum(map(len, rows))
+    width, height = right + STEP_X * 6 + 10, TOP + STEP_Y * len(rows) + 10
+    label = f"{n_flat} tokens in rows, {len(seen)} in the tree"
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'role="img" aria-label="{label}" font-family="sans-serif" font-size="14" fill="#222">',
+            f'<rect width="{width}" height="{height}" fill="white"/>',
+            f'<text x="{LEFT}" y="24" font-weight="bold">Row by row: {n_flat} tokens</text>',
+            f'<text x="{right}" y="24" font-weight="bold">As a tree: {len(seen)} tokens</text>',
+            f'<text x="{LEFT}" y="46">grey: prompt, green: trained</text>',
+            *links,
+            *drawn,
+            "</svg>",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(picture(), encoding="utf-8")

@@ -38,25 +38,33 @@ def test_the_starter_works_offline_and_shows_the_defaults_of_all_else() -> None:
     assert set(shown) == set(RunSpec.model_fields)
 
 
-def _commands() -> list[tuple[str, str]]:
-    """List (document, command) for every `swlora VERB ...` in code of the documents."""
+def _commands() -> list[tuple[str, str, bool]]:
+    """List (document, command, is it a mention) for every `swlora VERB ...` in the documents.
+
+    A mention is code within a sentence: it may leave out what the command must have.
+    """
     found = []
     for name in DOCUMENTS:
         text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
         inline = re.findall(r"`(swlora [a-z][^`\n]*)`", text)
         lines = re.findall(r"^(?:#? {4,}|\$ )(swlora [a-z].*)$", text, flags=re.MULTILINE)
-        found += [(name, command) for command in [*inline, *lines]]
+        found += [(name, command, True) for command in inline]
+        found += [(name, command, False) for command in lines]
     return found
 
 
 def test_the_list_of_commands_has_an_example_of_each() -> None:
-    verbs = {command.split()[1] for name, command in _commands() if name == "docs/commands.md"}
+    verbs = {command.split()[1] for name, command, _ in _commands() if name == "docs/commands.md"}
     assert verbs >= set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("document", "command"), _commands())
-def test_every_command_shown_parses(document: str, command: str) -> None:
+@pytest.mark.parametrize(("document", "command", "is_mention"), _commands())
+def test_every_command_shown_parses(document: str, command: str, is_mention: bool) -> None:
     verb, *arguments = shlex.split(command, comments=True)[1:]
     group = typer.main.get_command(app)
     parser = group.commands[verb]  # type: ignore[attr-defined]
-    parser.make_context(verb, arguments)  # raises for an unknown flag or a value of another type
+    try:  # raises for an unknown flag or a value of another type
+        parser.make_context(verb, arguments)
+    except Exception as error:  # typer brings its own click, whose classes have no public place
+        if not (is_mention and type(error).__name__ in ("MissingParameter", "BadOptionUsage")):
+            raise

@@ -89,14 +89,15 @@ class _FastBlock:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return h (B, T, D) behind the block; arguments are those of its class."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # since transformers 5.24
         if cache is None or args or not self._is_plain():
             return self._plain(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         b, t, width = shape = hidden_states.shape
         heads = self._qkv(self._norm(hidden_states).view(-1, width)).view(
             b, t, -1, self._attention.head_dim
         )
-        attended = self._attend(heads, cache, **kwargs)
+        mask = kwargs.get("attention_mask")
+        attended = self._attend(heads, cache, kwargs["position_embeddings"], mask)
         h = self._out(attended.reshape(b * t, -1)).view(shape).add_(hidden_states)
         gate, up = self._gate_up(self._mlp_norm(h).view(-1, width)).chunk(2, dim=-1)
         return self._down(gated(gate, up)).view(shape).add_(h)
@@ -110,10 +111,8 @@ class _FastBlock:
         self,
         heads: Tensor,
         cache: Any,
-        *,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **_kwargs: Any,
+        attention_mask: Tensor | None,
     ) -> Tensor:
         """Return (B, T, H, h) for the maps' heads (B, T, H + 2 H_kv, h)."""
         own, n_query = self._attention, self._n_query

@@ -64,9 +64,9 @@ def run_sequences(
 ) -> dict[str, Any]:
     """Train an adapter on the sequences that `sequences_of` makes; return what was measured."""
     from swlora.adapters.methods import adapt, train_mode
+    from swlora.training.fitting import copies_worth_bytes, fit_into_memory
     from swlora.training.schedule import Schedule, step_plan
     from swlora.training.step import make_step
-    from swlora.training.step_memory import copies_worth_bytes, fit_into_memory
 
     watch, clock = measure.Stopwatch(), clock or StepClock()
     with watch("load_model"):
@@ -95,7 +95,8 @@ def run_sequences(
     schedule = Schedule(spec.train, plans.__getitem__, len(plans[0]))
     build = flat.tree if arm.layout == "flat" else build_tree
     with watch("fit_into_memory"):
-        step_bytes = fit_into_memory(step, schedule, steps_limit_bytes(), clock.say)
+        fitted = fit_into_memory(step, schedule, steps_limit_bytes(), clock.say)
+        step_bytes = fitted.needed_bytes
     plans = [[step.parts(groups) for groups in steps] for steps in plans]
     with (
         patch.object(training_step, "build_tree", build),

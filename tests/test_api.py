@@ -30,7 +30,7 @@ from swlora.training.callbacks import StepReport
 NOT_IN_MEMORY = ("adapter", "adapter_bytes", "loss_figure", "best_adapter", "predictions")
 OF_THE_CLOCK = (
     *("train_s", "examples_per_s", "nodes_per_s", "tokens_per_s", "busy_share"),
-    "peak_memory_bytes",
+    *("peak_memory_bytes", "foreseen"),
 )
 
 

@@ -1,29 +1,31 @@
 """An adapter on the model of a job: attached, trained step by step, saved."""
 
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from swlora.disk_space import check_space, on_one_disk, total_bytes
 from swlora.errors import DivergedError
 from swlora.job import Job
 from swlora.layer_policy import layer_ranges
-from swlora.memory import FREE_SHARE, kept_for_steps, steps_limit_bytes
+from swlora.memory import kept_for_steps
 from swlora.models.identity import identify_base
-from swlora.paths import cache_dir
 from swlora.preparation import PreparedTraining
-from swlora.processes import check_alike, from_main, wait, world
+from swlora.processes import check_alike, from_main, world
+from swlora.room import check_disk, disk_needs, fit_steps, memory_line
 from swlora.run_place import STOPPED
+from swlora.time_foreseen import TimeForeseen
 
 if TYPE_CHECKING:
     from swlora.adapters.adapted import Adapted
     from swlora.adapters.card import Facts
+    from swlora.training.callbacks import Callback
     from swlora.training.checkpoint import LoopState
-    from swlora.training.plain import PlainStep
     from swlora.training.schedule import Schedule
     from swlora.training.step import TreeStep
+    from swlora.training.trained import Foreseen
     from swlora.training.watch import Watch
 
 ROWS_NAMED = 5  # of a step that failed
@@ -73,36 +75,56 @@ def attach(job: Job, schedule: "Schedule", layers: list[int]) -> Attached:
     return Attached(adapted, n_trainable, facts, loaded.tokenizer)
 
 
+class Ran(NamedTuple):
+    """How the steps of a training ended, and what they were foreseen to take and took."""
+
+    state: "LoopState"
+    foreseen: "Foreseen"
+
+
 def run_steps(
     job: Job, prepared: PreparedTraining, adapted: "Adapted", watch: "Watch | None"
-) -> "LoopState":
-    """Run all steps of a training, or those that an earlier process left undone."""
+) -> Ran:
+    """Run all steps of a training, or those that an earlier process left undone.
+
+    Raises UserError before the first one where memory or disk have no room for them.
+    """
     import torch
 
     from swlora.training.dealt_step import DealtStep
     from swlora.training.loop import train as run_loop
-    from swlora.training.step import make_step
+    from swlora.training.step import TreeStep, make_step
     from swlora.training.stopping import StopRequest
+    from swlora.training.trained import Foreseen
 
     def rows_of(groups: Sequence[Any]) -> str:
         return _rows(job, [int(i) for ids in groups for i in ids])
 
+    spec, say = job.spec.train, job.progress.say
     n_steps, keeps_best = prepared.schedule.n_steps, bool(watch and watch.best_folder)
     with job.timed("prepare"):
-        kept_bytes = check_disk(job, adapted, n_steps=n_steps, keeps_best=keeps_best)
-        ready = make_step(
-            adapted.model, prepared.sequences, job.spec.train, job.progress.say, kept_bytes
-        )
+        needs = disk_needs(job, adapted, n_steps=n_steps, keeps_best=keeps_best)
+        kept_bytes = check_disk(job.run.folder, needs, spec.keep_checkpoints)
+        ready = make_step(adapted.model, prepared.sequences, spec, say, kept_bytes)
     with closing(ready) as step:
         with job.timed("prepare"):
-            step_bytes = fit_steps(job, prepared.schedule, step)
-            copies_bytes = worth_copies(prepared.schedule, step)
+            if isinstance(step, TreeStep) and step.base_model.device.type == "cuda":
+                choose_attention(job, prepared.schedule, step)
+            fit = fit_steps(job, prepared, adapted, step)
+            if fit.memory:
+                say(memory_line(fit.memory))
+            foresees = TimeForeseen.of(job, prepared, step)
+            told: list[Callback] = [*([foresees] if foresees else []), *job.callbacks]
         stop = StopRequest()
         job.run.record(processes=world().size)
         run_step = DealtStep(step, adapted, stop) if world().is_shared else step
         torch.manual_seed(job.spec.seed)  # dropout
+        start_s = time.perf_counter()
         try:
-            with job.timed("train"), kept_for_steps(step_bytes, copies_bytes=copies_bytes):
+            with (
+                job.timed("train"),
+                kept_for_steps(fit.step_bytes, copies_bytes=fit.copies_bytes),
+            ):
                 state = run_loop(
                     run_step,
                     prepared.schedule,
@@ -112,52 +134,19 @@ def run_steps(
                     watch,
                     rows_of=rows_of,
                     stop=stop,
-                    callbacks=job.callbacks if world().is_main else (),
+                    callbacks=told if world().is_main else (),
                 )
         except DivergedError as error:
             rows = _rows(job, error.sequence_ids)
             where = f" (rows of that step: {rows})" if rows else ""
             raise DivergedError(f"{error}{where}") from None
-    if stop.ends and (n_done := state.totals.step) < n_steps:
+    used_s, n_done = time.perf_counter() - start_s, state.totals.step
+    if stop.ends and n_done < n_steps:
         job.run.record(**{STOPPED: n_done})
         job.progress.say(f"a callback ended the training after step {n_done} of {n_steps}")
-    return state
-
-
-def fit_steps(job: Job, schedule: "Schedule", step: "TreeStep | PlainStep") -> int:
-    """Let a step run trees that fit into memory; return the bytes that it takes.
-
-    A run that goes on has the trees with which it began, which decide its last bits. Padded
-    batches, and steps on a GPU, whose memory runs out without harm, are left alone.
-    """
-    from swlora.training.step import TreeStep
-    from swlora.training.step_memory import fit_into_memory
-
-    if not isinstance(step, TreeStep):
-        return 0
-    if (device := step.base_model.device.type) != "cpu":
-        if device == "cuda":
-            choose_attention(job, schedule, step)
-        return 0
-    wait()  # for all to have their models
-    began_with = job.run.facts.get("tokens_at_once")
-    step.most_nodes = began_with if isinstance(began_with, int) else None
-    is_resumed, say = bool(job.run.facts.get("resumed")), job.progress.say
-    share = 1 if is_resumed else FREE_SHARE
-    # Of several processes the first one's memory stands for all.
-    limit_bytes = from_main(lambda: steps_limit_bytes(share=share))
-    needed = fit_into_memory(step, schedule, limit_bytes, say, keeps_trees=is_resumed)
-    needed, step.most_nodes = from_main(lambda: (needed, step.most_nodes))
-    job.run.record(tokens_at_once=step.most_nodes)
-    return needed
-
-
-def worth_copies(schedule: "Schedule", step: "TreeStep | PlainStep") -> int | None:
-    """Return the most bytes of copies of weights that pay for themselves in a step; None: any."""
-    from swlora.training.step import TreeStep
-    from swlora.training.step_memory import copies_worth_bytes
-
-    return copies_worth_bytes(step, schedule) if isinstance(step, TreeStep) else None
+    peak_bytes = fit.memory.peak_bytes if fit.memory else None
+    train_s = foresees.seconds if foresees and n_done == n_steps else None
+    return Ran(state, Foreseen(peak_bytes, train_s, used_s))
 
 
 def choose_attention(job: Job, schedule: "Schedule", step: "TreeStep") -> None:
@@ -177,28 +166,6 @@ def choose_attention(job: Job, schedule: "Schedule", step: "TreeStep") -> None:
     job.run.record(attention=(choice := from_main(chosen)))
     if not world().is_main:
         cuda_attention.prefer(choice)
-
-
-def check_disk(job: Job, adapted: "Adapted", *, n_steps: int, keeps_best: bool) -> int:
-    """Raise UserError where the run folder's disk has no room for what a training writes.
-
-    Returns the bytes that it takes of the disk on which the cache lies.
-    """
-    from swlora.training.disk_needs import training_needs
-
-    folder, checkpoint = job.run.folder, job.run.checkpoint
-    if folder is None or checkpoint is None:
-        return 0
-    needs = training_needs(
-        adapted,
-        job.loaded.tokenizer,
-        checkpoint,
-        n_steps=n_steps,
-        n_checkpoints=job.spec.train.keep_checkpoints + 1,
-        keeps_best=keeps_best,
-    )
-    check_space(folder, needs, f"free some, then --resume --output {folder}")
-    return total_bytes(needs) if on_one_disk(folder, cache_dir()) else 0
 
 
 def _rows(job: Job, sequence_ids: Sequence[int]) -> str:

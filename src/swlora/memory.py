@@ -96,6 +96,11 @@ def limit_memory(n_gb: float | None) -> None:
     _asked_bytes = None if n_gb is None else int(n_gb * 1e9)
 
 
+def is_limited() -> bool:
+    """Say whether --memory-gb says what steps may take."""
+    return bool(_asked_bytes)
+
+
 def steps_limit_bytes(*, share: float = FREE_SHARE) -> int:
     """Return what a step may take: as limited, else a share of what is free now.
 

@@ -6,6 +6,7 @@ the run folder where there is one.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,13 @@ def train(
         best, sampler = folder / "best" if folder else None, sampler_of(job, attached.facts)
         watch = watch_of(adapted, rows, planned, attached.save, best, sampler)
     with reporting(job) as trackers:
-        state = run_steps(job, prepared, adapted, watch)
+        state, foreseen = run_steps(job, prepared, adapted, watch)
         adapted.finish()
         metrics, adapter_bytes = from_main(job.run.metrics), None
         if folder:
             adapter_bytes = attached.save(folder / "adapter", last_losses(metrics))
             draw_loss(metrics, folder / "loss.png")
+        peak_bytes = peak_memory_bytes(adapted.model.device.type)
         trained = Trained(
             adapted.model,
             method=job.spec.adapter.method,
@@ -111,11 +113,12 @@ def train(
             n_trainable=attached.n_trainable,
             adapter_bytes=adapter_bytes,
             course=course_of(state, prepared.schedule, metrics),
-            peak_memory_bytes=peak_memory_bytes(adapted.model.device.type),
+            peak_memory_bytes=peak_bytes,
             adapter=folder / "adapter" if folder else None,
             loss_figure=folder / "loss.png" if folder else None,
             rank_pattern=adapted.ranks,
             best_adapter=watch.best_folder if watch else None,
+            foreseen=replace(foreseen, used_peak_memory_bytes=peak_bytes),
         )
         job.run.write_result({"train": trained})
         trackers.result(trained)

@@ -66,8 +66,8 @@ class RunRecord(Protocol):
 class MemoryRecord:
     """A record that leaves nothing on disk, and that nothing can be resumed from."""
 
-    folder = None
-    checkpoint = None
+    folder: Path | None = None
+    checkpoint: Path | None = None
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
@@ -118,3 +118,12 @@ class MemoryRecord:
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far."""
         return dict(self._result)
+
+
+class DryRecord(MemoryRecord):
+    """A record of work that is only looked at: it has the folder of a run, and writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.checkpoint = folder / "checkpoint"

@@ -14,15 +14,10 @@ from swlora.adapters.methods import adapt, train_mode, trainable_parameters
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.models.anatomy import FAMILIES
+from swlora.training.fitting import fit_into_memory
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
-from swlora.training.step_memory import (
-    RESIDENT,
-    Recomputing,
-    StepMemory,
-    fit_into_memory,
-    measured_memory,
-)
+from swlora.training.step_memory import RESIDENT, Recomputing, StepMemory, measured_memory
 
 MODEL_TYPES = [f.model_types[0] for f in FAMILIES if f.has_attention_interface]
 SEQUENCES = TokenSequences.from_lists(
@@ -125,7 +120,7 @@ def test_a_sequence_that_would_not_fit_runs_blocks_again(make_model: MakeModel) 
     alone = measured_memory(step).peak_bytes(899)
     room = int(0.7 * alone)
     own = 3 * sum(p.nbytes for p in parameters.values())
-    needed = fit_into_memory(step, schedule, room + own, said.append)
+    needed = fit_into_memory(step, schedule, room + own, said.append).needed_bytes
     assert needed <= room
     assert len(said) == 2  # fewer sequences at once, then blocks
     assert "at most" in said[0] and "are run at once, with the same gradient" in said[0]

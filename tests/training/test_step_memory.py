@@ -1,5 +1,6 @@
 """The memory of steps is foreseen, and steps that would not fit are run in smaller trees."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,21 @@ from tests.training.test_step import adapted
 from swlora.adapters.methods import adapt, train_mode, trainable_parameters
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
+from swlora.errors import UserError
+from swlora.training.fitting import (
+    CHEAP_COPIES_BYTES,
+    MANY_NODES,
+    TOO_MANY_NODES,
+    Fitted,
+    check_fits,
+    copies_worth_bytes,
+    fit_into_memory,
+    trained_bytes,
+)
 from swlora.training.live_bytes import LiveBytes
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
-from swlora.training.step_memory import (
-    CHEAP_COPIES_BYTES,
-    MANY_NODES,
-    RESIDENT,
-    TOO_MANY_NODES,
-    StepMemory,
-    copies_worth_bytes,
-    fit_into_memory,
-    measured_memory,
-    rough_memory,
-)
+from swlora.training.step_memory import RESIDENT, StepMemory, measured_memory, rough_memory
 
 ROOM = {"llama": {"max_position_embeddings": 2048}, "gpt2": {"n_positions": 2048}}
 
@@ -68,10 +70,9 @@ def test_a_short_sequence_tells_of_a_longer_one_and_of_many(
     for n, n_tokens in ((1, 1200), (30, 60)):
         sequences = random_sequences(n, n_tokens)
         step = TreeStep(peft_model, sequences)
-        found = measured_memory(step)
         n_nodes = int((sequences.lengths - 1).sum())
-        foreseen = found.peak_bytes(n_nodes) / RESIDENT
         peak = peak_bytes(step, [np.arange(n)])
+        foreseen = measured_memory(step).peak_bytes(n_nodes) / RESIDENT
         assert 0.95 * peak < foreseen < 3 * peak
 
 
@@ -98,13 +99,14 @@ def test_less_memory_makes_smaller_trees_and_the_same_gradient(make_model: MakeM
     step = TreeStep(peft_model, sequences)
     schedule = Schedule.of(sequences, TrainSpec(batch_size=12), seed=0)
     parameters = trainable_parameters(peft_model)
-    assert fit_into_memory(step, schedule, 1 << 40, said.append) > 0
+    assert fit_into_memory(step, schedule, 1 << 40, said.append).needed_bytes > 0
     assert step.most_nodes is None and not said
     own = 3 * sum(p.nbytes for p in parameters.values())
     steps = schedule.epoch(0)
     whole = [measure(step, parameters, groups) for groups in steps]
     peak = RESIDENT * peak_bytes(step, list(steps[0]))
-    assert fit_into_memory(step, schedule, own + int(peak / 2), said.append) <= peak / 2
+    fitted = fit_into_memory(step, schedule, own + int(peak / 2), said.append)
+    assert fitted.needed_bytes <= peak / 2
     assert len(said) == 1 and "tokens at once would take" in said[0]
     assert all(p.grad is None for p in parameters.values())
     for groups, expected in zip(steps, whole, strict=True):
@@ -148,3 +150,64 @@ def test_copies_of_weights_are_few_where_trees_are_large(make_model: MakeModel) 
         assert copies_worth_bytes(step, schedule) == expected
     assert 7 * 200 / 2 < MANY_NODES <= 4 * 200 * 0.99
     assert 4 * 200 < TOO_MANY_NODES <= 7 * 200 * 0.99
+
+
+def long_rows(n_tokens: int) -> tuple[TokenSequences, Schedule]:
+    sequences = random_sequences(3, n_tokens)
+    return sequences, Schedule.of(sequences, TrainSpec(batch_size=3), seed=0)
+
+
+def fitted_step(
+    make_model: MakeModel, n_tokens: int, layers: Any, limit_bytes: int, method: str = "lora"
+) -> tuple[TreeStep, Fitted]:
+    sizes = {"num_hidden_layers": 8, "hidden_size": 96, "intermediate_size": 400}
+    model = make_model("llama", **ROOM["llama"] | sizes)
+    peft_model = attach(model, adapter_spec(method), layers, seed=1)
+    train_mode(peft_model)
+    sequences, schedule = long_rows(n_tokens)
+    step = TreeStep(peft_model, sequences)
+    return step, fit_into_memory(step, schedule, limit_bytes, str)
+
+
+def refused(make_model: MakeModel, n_tokens: int, limit_bytes: int, method: str = "lora") -> str:
+    step, fitted = fitted_step(make_model, n_tokens, range(8), limit_bytes, method)
+    with pytest.raises(UserError) as refusal:
+        check_fits(step, fitted, limit_bytes, "--memory-gb allows")
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def limit_of(make_model: MakeModel, n_tokens: int, layers: Any, share: float) -> int:
+    """Return a share of what a row takes at the least."""
+    step, _ = fitted_step(make_model, n_tokens, layers, 1 << 40)
+    least = measured_memory(step, n_recomputed=len(layers)).peak_bytes(n_tokens - 1)
+    return int(share * least) + 3 * trained_bytes(step)
+
+
+def test_what_does_not_fit_is_refused_with_rows_that_do(make_model: MakeModel) -> None:
+    limit = limit_of(make_model, 1200, range(8), 0.7)
+    said = refused(make_model, 1200, limit)
+    assert said.startswith("a step over 1,199 tokens, the fewest that can run at once, takes about")
+    (n_tokens,) = (int(n.replace(",", "")) for n in re.findall(r"rows of up to ([\d,]+)", said))
+    assert 200 < n_tokens < 1200
+    step, fitted = fitted_step(make_model, n_tokens, range(8), limit)
+    check_fits(step, fitted, limit, "--memory-gb allows")
+
+
+def test_and_with_layers_that_do(make_model: MakeModel) -> None:
+    """Where fewer layers alone make room: their gradients and moments are what is too much."""
+    step, _ = fitted_step(make_model, 40, range(8), 1 << 40, "full")
+    limit = measured_memory(step).peak_bytes(39) + 3 * trained_bytes(step) // 2
+    said = refused(make_model, 40, limit, "full")
+    assert "rows of up to" not in said
+    (n_last,) = map(int, re.findall(r"--layers last:(\d)", said))
+    assert 1 <= n_last < 8
+    step, fitted = fitted_step(make_model, 40, range(8 - n_last, 8), limit, "full")
+    check_fits(step, fitted, limit, "--memory-gb allows")
+
+
+def test_what_fits_is_not_refused(make_model: MakeModel) -> None:
+    limit = limit_of(make_model, 600, range(8), 1.05)
+    step, fitted = fitted_step(make_model, 600, range(8), limit)
+    assert fitted.recomputing is not None and fitted.needed_bytes <= limit
+    check_fits(step, fitted, limit, "there are")

@@ -82,6 +82,11 @@ class AdaLora(Adapted):
         """Score all triplets by their gradients; set those beyond the budget to zero."""
         self.model.base_model.update_and_allocate(n_done)
 
+    @property
+    def score_bytes(self) -> int:
+        """As many as the weights: PEFT keeps the last, the smoothed and the uncertainty of each."""
+        return sum(p.nbytes for p in self.parameters.values())
+
     def state(self) -> dict[str, Tensor]:
         """Return the smoothed scores, and which triplets are kept."""
         scores = self._allocator.exp_avg_ipt.items()

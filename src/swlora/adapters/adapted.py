@@ -38,6 +38,14 @@ class Adapted:
         The gradients of the step are still there.
         """
 
+    @property
+    def score_bytes(self) -> int:
+        """The bytes of one score for every trained weight, where the method keeps scores; else 0.
+
+        They are there from the first step on: what `state` returns before it has none.
+        """
+        return 0
+
     def state(self) -> dict[str, Tensor]:
         """Return what an exact resume needs besides the parameters, by name."""
         return {}

@@ -16,6 +16,7 @@ from swlora.cli.command import (
     RESUME,
     Invocation,
 )
+from swlora.cli.estimate import DryRun, estimated
 from swlora.cli.process import no_library_notes, sigterm_interrupts
 from swlora.cli.show import (
     show_candidates,
@@ -65,11 +66,16 @@ def identify(
     *(OUTPUT, RESUME, PROCESSES, CONFIG, JSON),
     settings=SETTINGS["train"],
 )
-def train(invocation: Invocation) -> None:
+def train(invocation: Invocation, dry_run: DryRun = False) -> None:
     """Train a LoRA adapter in the chosen layers.
 
     Example: `swlora train --model builtin --dataset e2e-dataset --layers last:4 --output run`
+
+    Example: `swlora train --model builtin --dataset e2e-dataset --dry-run --json estimate.json`
     """
+    if dry_run:
+        invocation.finish(estimated(invocation))
+        return
     with invocation.job() as job:
         from swlora import pipeline
 
@@ -144,12 +150,17 @@ def evaluate(invocation: Invocation, adapter: Adapter = None, metrics: Metrics =
     *(OUTPUT, RESUME, PROCESSES, CONFIG, JSON),
     settings=SETTINGS["train-eval"],
 )
-def train_evaluate(invocation: Invocation, metrics: Metrics = None) -> None:
+def train_evaluate(
+    invocation: Invocation, metrics: Metrics = None, dry_run: DryRun = False
+) -> None:
     """Train an adapter, then evaluate it.
 
     Example: `swlora train-eval --model builtin --dataset sample --layers super --output run`
     """
     metric = named_metric(metrics)
+    if dry_run:
+        invocation.finish(estimated(invocation))
+        return
     with invocation.job() as job:
         from swlora import pipeline
 

@@ -145,6 +145,17 @@ class Invocation:
             self._run = run if isinstance(run, Run) else None
             yield Job(spec, run, self.progress, self.verify)
 
+    def dry_job(self) -> "Job":
+        """Return a job that begins no run, and writes nothing; it knows where one would write."""
+        from swlora.job import Job
+        from swlora.run_record import DryRecord
+        from swlora.runs import Run
+
+        if self._goes_on:
+            raise UserError("--dry-run is for a training that has not begun; leave out --resume")
+        folder = Run.prepare(self.output, self.spec, self.command).folder
+        return Job(self.spec, DryRecord(folder), self.progress, self.verify)
+
     def _asked(self) -> dict[str, Any]:
         """Return what several processes of one run must have been given alike."""
         if not self._goes_on:

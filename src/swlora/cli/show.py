@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from swlora.recovery import Recovered
     from swlora.superweights.findings import Identified
     from swlora.training.pace import MeanPace
-    from swlora.training.trained import Trained
+    from swlora.training.trained import Foreseen, Trained
     from swlora.training.watch import HeldOutLosses
 
 
@@ -56,6 +56,8 @@ def show_training(trained: "Trained") -> None:
         print(f"skipped steps: {course.skipped_steps} (loss or gradient not finite)")
     if course.held_out is not None:
         _show_held_out(course.held_out, trained)
+    if trained.foreseen is not None:
+        _show_foreseen(trained.foreseen)
     print(f"adapter: {trained.adapter}")
     if trained.best_adapter is not None:
         print(f"best adapter: {trained.best_adapter}")
@@ -73,6 +75,17 @@ def _pace(pace: "MeanPace") -> str:
     if pace.busy_share is not None and pace.busy_share >= SHOWN_BUSY:
         parts.append(f"other programs used {pace.busy_share:.0%} of the cores")
     return ", ".join(parts)
+
+
+def _show_foreseen(foreseen: "Foreseen") -> None:
+    memory, used_bytes = foreseen.peak_memory_bytes, foreseen.used_peak_memory_bytes
+    said = []
+    if memory is not None and used_bytes is not None:
+        said.append(f"memory {memory / 1e9:.2f} GB foreseen, {used_bytes / 1e9:.2f} GB used")
+    if foreseen.train_s is not None:
+        said.append(f"time {foreseen.train_s:.0f} s foreseen, {foreseen.used_train_s:.0f} s used")
+    if said:
+        print("; ".join(said))
 
 
 def _show_held_out(held_out: "HeldOutLosses", trained: "Trained") -> None:

@@ -56,21 +56,13 @@ def grouped_losses(
     walk = TreeWalk(base_model, 0)
     n_groups = int(group_of.max()) + 1
     node_numbers = number_nodes(sequences) if n_groups > 1 else np.empty(0, dtype=np.int64)
-    steps = plan_steps(
-        sequences,
-        sequences_per_step=SEQUENCES_AT_ONCE,
-        max_tokens_per_tree=4096,
-        order="neighbours",
-        seed=0,
-        epoch=0,
-    )
     totals = [LossSum()] * n_groups
     is_fast = is_covered(model)
     has_trees = is_fast and walk.anatomy.family.has_attention_interface
     forwards = patched_forwards(fast_forwards(model)) if is_fast else nullcontext()
     no_graph = without_graph(base_model)
     with progress.task("loss", len(sequences)) as task, forwards, no_graph:
-        trees = (ids for step in steps for ids in step)
+        trees = trees_at_once(sequences)
         for ids in (part for tree in trees for part in walk.rotary.sides(tree, sequences.lengths)):
             if has_trees:
                 tree = build_tree(sequences, ids)
@@ -83,6 +75,19 @@ def grouped_losses(
                     totals[group] += _padded_loss(model, sequences, ids[group_of[ids] == group])
             task.advance(len(ids))
     return totals
+
+
+def trees_at_once(sequences: TokenSequences) -> list[Ints]:
+    """Return the sequences that are run together, those of one tree each."""
+    steps = plan_steps(
+        sequences,
+        sequences_per_step=SEQUENCES_AT_ONCE,
+        max_tokens_per_tree=4096,
+        order="neighbours",
+        seed=0,
+        epoch=0,
+    )
+    return [ids for step in steps for ids in step]
 
 
 def without_graph(model: Any) -> AbstractContextManager[None]:

@@ -75,7 +75,7 @@ class FastLora:
 
     def __init__(self, layer: Any, frozen: FrozenLinear) -> None:
         name = layer.active_adapters[0]
-        self._frozen = frozen
+        self.frozen = frozen
         self.scale = float(layer.scaling[name])
         self.dropout = layer.lora_dropout[name]
         self.p = float(getattr(self.dropout, "p", 0.0))
@@ -93,7 +93,7 @@ class FastLora:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return y (..., out) for x (..., in)."""
-        return self.product(x, self._frozen.bias)
+        return self.product(x, self.frozen.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x (W + s B A)' + bias, with the adapter's dropout where it is on."""
@@ -101,7 +101,7 @@ class FastLora:
         if not torch.is_grad_enabled() and not drops:
             return self._without_graph(x, bias)
         x_dropped = F.dropout(x, self.p) if drops else x.detach()
-        return _lora_linear(x, x_dropped, self._frozen, bias, *self.matrices(), self.scale)
+        return _lora_linear(x, x_dropped, self.frozen, bias, *self.matrices(), self.scale)
 
     def _without_graph(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Generation calls this for every token: the adapter is scaled and cast only once."""
@@ -110,7 +110,7 @@ class FastLora:
             self._cast = a.to(x.dtype), (b * self.scale).t().to(x.dtype).contiguous()
         a, b = self._cast
         rows = x.reshape(-1, x.shape[-1])
-        y = self._frozen.product(rows, bias).addmm_(F.linear(rows, a), b)
+        y = self.frozen.product(rows, bias).addmm_(F.linear(rows, a), b)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -153,7 +153,7 @@ class FastDora(FastLora):
         if self._norm is None:
             self._norm = self._channel_norms()
         y = self.product(x, None) * (self._magnitude / self._norm)
-        bias = self._frozen.bias
+        bias = self.frozen.bias
         return (y if bias is None else y + bias).to(x.dtype)
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class FastDora(FastLora):
         ||w + s A' b||^2 = ||w||^2 + 2 s b (A w) + s^2 b A A' b'
         """
         a, b = self.matrices()
-        weight = self._frozen.weight
+        weight = self.frozen.weight
         across = F.linear(weight, a.to(weight.dtype)).to(b.dtype)  # (out, r)
         own = torch.linalg.vector_norm(weight, dim=1, dtype=b.dtype).square()
         update = 2 * across + self.scale * (b @ (a @ a.t()))

@@ -4,6 +4,7 @@ The cut makes a frozen prefix and a trained suffix. All blocks that run must att
 and its sequences must lie on one side of every limit of the model's rotary frequencies.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,12 +36,17 @@ class TreeWalk:
         self.cut = cut
         self.rotary = RotaryLengths(base_model)
         self._walk = Walk(self.anatomy)
+        self.n_below_nodes, self.below_s = 0, 0.0  # of all calls of `prefix` so far
 
     @torch.no_grad()
     def prefix(self, layout: TreeLayout) -> Tensor:
         """Return the hidden state at the input of block `cut`, (1, T, D), without a graph."""
+        start_s = time.perf_counter()
         with self._following(layout, n_blocks=self.cut):
-            return self._walk.run(_inputs(layout), stop=self.cut)[0]
+            hidden = self._walk.run(_inputs(layout), stop=self.cut)[0]
+        self.n_below_nodes += layout.n_nodes
+        self.below_s += time.perf_counter() - start_s
+        return hidden
 
     def whole(self, layout: TreeLayout) -> Tensor:
         """Return the final normed hidden state (1, T, D), nothing cut."""

@@ -13,11 +13,14 @@ _MAX_NUMBERS_PER_STORED = 2
 _MAX_NUMBERS_PER_PACKED = 16  # of 2 bits, in numbers of 32
 
 
-def check_declared_size(folder: Path) -> None:
-    """Raise UserError where config.json describes other or far more weights than lie beside it."""
+def check_declared_size(folder: Path) -> int:
+    """Return how many numbers the weights of a model are.
+
+    Raises UserError where config.json describes other or far more weights than lie beside it.
+    """
     weights = SafetensorsWeights(folder)
     if (model := weights.skeleton) is None:
-        return
+        return weights.n_numbers
     described = {name: tuple(p.shape) for name, p in model.named_parameters()}
     is_packed = getattr(model.config, "quantization_config", None) is not None
     for name in () if is_packed else weights.names:
@@ -26,7 +29,7 @@ def check_declared_size(folder: Path) -> None:
                 f"the model {folder} cannot be loaded: its config.json makes {name} "
                 f"{_times(shape)}, and the weights beside it have {_times(weights.shape(name))}"
             )
-    n_described = sum(p.numel() for p in model.parameters())
+    n_described = int(sum(p.numel() for p in model.parameters()))
     most = weights.n_numbers * (_MAX_NUMBERS_PER_PACKED if is_packed else _MAX_NUMBERS_PER_STORED)
     if n_described > most:
         raise UserError(
@@ -34,6 +37,7 @@ def check_declared_size(folder: Path) -> None:
             f"numbers in {model.config.num_hidden_layers:,} layers, and the weights beside it are "
             f"{weights.n_numbers:,}"
         )
+    return n_described
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -24,12 +24,13 @@ def training_needs(
 
     `n_checkpoints` are there at once: those that are kept, and a new one until it is complete.
 
-    A checkpoint has every trained weight three times, with AdamW's two moments; what lies in the
+    A checkpoint has every trained weight three times, with AdamW's two moments, and AdaLoRA's two
+    scores of each, which are made in the first step; what lies in the
     folder `checkpoint` is there already. A saved adapter has it once, PiSSA's twice; best/ is
     written beside the one that it replaces.
     """
     weights = sum(p.nbytes for p in adapted.parameters.values())
-    state = sum(t.nbytes for t in adapted.state().values())
+    state = max(2 * adapted.score_bytes, sum(t.nbytes for t in adapted.state().values()))
     saved = weights * (2 if adapted.spec.method == "pissa" else 1)
     there = disk_bytes(checkpoint) if checkpoint.is_dir() else 0
     saved += VOCABULARY_ENTRY_BYTES * len(tokenizer)

@@ -92,7 +92,7 @@ class PrefixCache:
             return
         self._numbers = number_nodes(sequences)
         self._groups = fixed_groups(sequences)
-        folder = cache_dir() / PREFIX / (content_key(walk, sequences) + _of_machine())
+        folder = cache_folder(walk, sequences)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             if world().local_rank == 0:
@@ -157,6 +157,16 @@ class PrefixCache:
             self._write(int(groups.first_node[group]), hidden[0, groups.n_shared[group] :])
             self.n_computed_groups += 1
 
+    @property
+    def is_open(self) -> bool:
+        """Whether states are read and kept."""
+        return self._data is not None
+
+    @property
+    def missing_share(self) -> float:
+        """How many of the states are not there yet, as a share of all."""
+        return float((self._checksums == 0).mean())
+
     def close(self) -> None:
         """Let go of the files; the cache stays for later runs."""
         self._data = None
@@ -184,8 +194,7 @@ class PrefixCache:
         n_whole = os.fstat(self._data).st_size // self._state_bytes  # a cut file lost the others
         n_saved = min(len(saved) // CHECKSUM.itemsize, n_whole)
         self._checksums[:n_saved] = np.frombuffer(saved, CHECKSUM, n_saved)
-        share = float((self._checksums != 0).mean())
-        if share:
+        if share := 1 - self.missing_share:
             self._say(f"prefix cache: {share:.0%} of the states are there from an earlier run")
 
     def _open_file(self, path: Path) -> int:
@@ -238,6 +247,11 @@ class PrefixCache:
         reason = getattr(error, "strerror", None) or error
         self._say(f"going on without the prefix cache: {reason}")
         self.close()
+
+
+def cache_folder(walk: TreeWalk, sequences: TokenSequences) -> Path:
+    """Return where the states are kept, whether it is there or not."""
+    return cache_dir() / PREFIX / (content_key(walk, sequences) + _of_machine())
 
 
 def _of_machine() -> str:

@@ -27,8 +27,9 @@ from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.threads import adapt_threads
+from swlora.training.fitting import fit_trial
 from swlora.training.frozen_prefix import GIB, n_cache_bytes
-from swlora.training.schedule import Step
+from swlora.training.schedule import Schedule, Step
 from swlora.training.step import TreeStep, tree_nats
 
 # Methods that leave the weights below them alone; LoRA stands in for the others.
@@ -99,6 +100,8 @@ def profile(
     every_layer = range(int(model.config.num_hidden_layers))
     with temporary_adapters(model, lora, every_layer, spec.seed) as adapted:
         step = TreeStep(adapted.model, sequences, say=say)
+        planned = [list(groups) for groups in steps]
+        fit_trial(step, Schedule(spec.train, lambda _epoch: planned, len(planned)), say)
         parameters = list(adapted.parameters.values())
         step(steps[0])  # memory and kernels warm up
         _clear_gradients(parameters)

@@ -21,6 +21,7 @@ from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.loss_sum import LossSum
+from swlora.training.fitting import fit_trial
 from swlora.training.layer_profile import temporary_adapters
 from swlora.training.loop import reports
 from swlora.training.schedule import Schedule, Step
@@ -122,10 +123,11 @@ def try_layers(
         temporary_adapters(model, spec.adapter, layers, spec.seed) as adapted,
         torch.random.fork_rng(devices=[]),
     ):
-        torch.manual_seed(spec.seed)  # dropout
         step = TreeStep(
             adapted.model, sequences, label_smoothing=spec.train.label_smoothing, say=_say_nothing
         )
+        fit_trial(step, schedule, _say_nothing)
+        torch.manual_seed(spec.seed)  # dropout
         before = _held_out_loss(step, plan.held_out)
         try:
             for report in reports(step, schedule, adapted):

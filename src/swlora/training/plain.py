@@ -50,7 +50,7 @@ class PlainStep:
     def __call__(self, groups: Sequence[np.ndarray]) -> LossSum:
         """Add the gradient of the summed loss of the step; return that loss."""
         total = LossSum()
-        for ids in self._rotary.sides(np.concatenate(list(groups)), self.sequences.lengths):
+        for ids in self._batches(groups):
             batch = pad(self.sequences, ids, self.model.device)
             loss, n_tokens = weighted_loss(self.model, batch, self.label_smoothing)
             torch.autograd.backward(loss)
@@ -58,6 +58,14 @@ class PlainStep:
             self.work.n_tokens += int(batch.attention_mask.sum())
             total += LossSum(float(loss.detach()), n_tokens)
         return total
+
+    def padded_tokens(self, groups: Sequence[np.ndarray]) -> int:
+        """Return the tokens that a step runs, padding included."""
+        lengths = (self.sequences.lengths[ids] for ids in self._batches(groups))
+        return sum(int(own.max()) * len(own) for own in lengths)
+
+    def _batches(self, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(self._rotary.sides(np.concatenate(list(groups)), self.sequences.lengths))
 
     def close(self) -> None:
         """Do nothing: only a tree step holds files that must be closed."""

@@ -65,7 +65,7 @@ def make_step(
         return step
     if spec.engine == "plain" or not family.has_attention_interface:
         return PlainStep(peft_model, sequences, label_smoothing=spec.label_smoothing)
-    if spec.cache_gb and step.walk.cut > 0 and _one_side(step, sequences, say):
+    if spec.cache_gb and step.walk.cut > 0 and has_one_side(step, sequences, say):
         step.prefix_source = PrefixCache(
             step.walk, sequences, limit_gb=spec.cache_gb, kept_bytes=kept_bytes, say=say
         )
@@ -90,13 +90,15 @@ class TreeStep:
         *,
         label_smoothing: float = 0.0,
         say: Callable[[str], None] = print,
+        cut: int | None = None,  # the lowest block with a graph; None: the lowest adapted one
     ) -> None:
         self.peft_model = peft_model
         self.base_model = peft_model.get_base_model()
         self.sequences = sequences
         self.label_smoothing = label_smoothing
         self.is_sharded = has_sharded(self.base_model)
-        walk = self.walk = TreeWalk(self.base_model, adapted_layers(peft_model)[0])
+        cut = adapted_layers(peft_model)[0] if cut is None else cut
+        walk = self.walk = TreeWalk(self.base_model, cut)
         self.prefix_source: PrefixSource = lambda _tree, layout: walk.prefix(layout)  # no cycle
         if self.is_sharded:
             self.prefix_source = lambda *_: None  # every block is gathered once in a tree
@@ -132,8 +134,8 @@ class TreeStep:
 
     def _run(self, trees: Iterable[_LaidOut], n_trees: int) -> LossSum:
         losses: list[tuple[Tensor, float]] = []
-        refresh(self._forwards)
-        with patched_forwards(self._forwards):
+        refresh(self.forwards)
+        with patched_forwards(self.forwards):
             for tree, layout in trees:
                 loss = self._nats(tree, layout)
                 torch.autograd.backward(loss)
@@ -208,7 +210,7 @@ class TreeStep:
         return tree, TreeLayout(tree, self.base_model.device)
 
     @cached_property
-    def _forwards(self) -> dict[nn.Module, Callable[..., Tensor]]:
+    def forwards(self) -> dict[nn.Module, Callable[..., Tensor]]:
         """The fast forwards, made before the first step and used in all of them."""
         forwards = fast_forwards(self.peft_model)
         head = forwards.get(self.walk.anatomy.head)
@@ -218,7 +220,7 @@ class TreeStep:
 
     def close(self) -> None:
         """Let go of copies of weights, and of the prefix cache's files, which stay for later."""
-        self.__dict__.pop("_forwards", None)
+        self.__dict__.pop("forwards", None)
         if isinstance(self.prefix_source, PrefixCache):
             self.prefix_source.close()
 
@@ -245,7 +247,7 @@ def _summed(losses: Sequence[tuple[Tensor, float]]) -> LossSum:
     return total
 
 
-def _one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], None]) -> bool:
+def has_one_side(step: TreeStep, sequences: TokenSequences, say: Callable[[str], None]) -> bool:
     """Say whether every prefix has one state, however long the sequence is that it belongs to."""
     if len(step.parts([np.arange(len(sequences))])) == 1:
         return True

@@ -1,46 +1,32 @@
-"""The memory of a training step, foreseen, and what is done where it would not fit.
+"""The memory of a training step, foreseen.
 
     peak bytes of a tree = a + b T        T: nodes of the tree
 
 Attention keeps no more than FEW_KEYS scores of a node. A rough b is enough where there is plenty of
-memory; else it is measured on a short sequence. Where that is too much, two things are done, in
-this order, neither of which changes the gradient:
-
-1. fewer sequences run at once, which costs little: some sharing, and less full products;
-2. a tree that is still too large, such as one long sequence, keeps only the inputs of so many of
-   its lowest blocks as it takes, and these run again in backward: up to a third more arithmetic.
-
-A run that goes on has the trees of its first part, which decide its last bits; there blocks are run
-again first. Blocks that run again change no bit, so they are counted anew in every process.
+memory; else it is measured on a short sequence. What is done where a step would not fit is in
+`fitting`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from swlora.adapters.methods import trainable_parameters
-from swlora.data.prefix_tree import count_group_nodes
-from swlora.data.token_sequences import Ints, TokenSequences
-from swlora.disk_space import size
+from swlora.data.prefix_tree import build_tree
+from swlora.data.token_sequences import TokenSequences
+from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.head_loss import CHUNK_ROWS
-from swlora.kernels.tree_layout import FEW_KEYS
-from swlora.memory import kept_for_steps
+from swlora.kernels.patched_forwards import patched_forwards
+from swlora.kernels.tree_layout import FEW_KEYS, TreeLayout
 from swlora.processes import gathered
 from swlora.training.live_bytes import LiveBytes
-from swlora.training.schedule import Schedule
-from swlora.training.step import TreeStep
+from swlora.training.step import TreeStep, tree_nats
 
-LEAST_NODES = 64  # that are run at once, as of --row-tokens
 MEASURED_NODES = 384
 RESIDENT = 1.4  # what a process held over what its tensors took: measured 1.2 to 1.47
 MARGIN = 1.5  # of the rough formula
-# Copies of weights save the same time in every product, however many rows it has: 1.15 times the
-# rate with 511 nodes and 1.08 with 1,022 (1.1 B), 1.00 with 1,600 (135 M). From here on, less than
-# a tenth is gained; from TOO_MANY_NODES on nothing that would be worth the memory.
-MANY_NODES, TOO_MANY_NODES = 768, 1280
-CHEAP_COPIES_BYTES = 1 << 30  # twice those of the embedded model
 
 
 @dataclass(frozen=True)
@@ -80,19 +66,44 @@ def rough_memory_of(config: Any, n_with_graph: int, value_bytes: int) -> StepMem
     return StepMemory(logits, per_node + 2 * _scores_bytes(config, n_with_graph, value_bytes))
 
 
-def measured_memory(step: TreeStep, *, n_recomputed: int = 0) -> StepMemory:
+def measured_memory(
+    step: TreeStep, *, n_recomputed: int = 0, n_suffix: int | None = None
+) -> StepMemory:
     """Return what forward and backward of a short sequence took; the gradients are dropped.
 
     Its nodes need not keep all scores that those of another tree do. `n_recomputed` blocks keep
-    their input alone.
+    their input alone; `n_suffix` blocks have a graph, by default those from the lowest adapted one
+    on.
     """
-    n_most = int(getattr(step.base_model.config, "max_position_embeddings", None) or 1 << 20)
-    n_nodes = max(1, min(MEASURED_NODES, n_most - 1))
-    n_kept = max(1, step.walk.n_suffix - n_recomputed)  # one is run again at a time
+    n_suffix = step.walk.n_suffix if n_suffix is None else n_suffix
+    path, n_nodes = _path(step)
+    n_kept = max(1, n_suffix - n_recomputed)  # one is run again at a time
     scores = _scores_bytes(step.base_model.config, n_kept, _value_bytes(step))
-    weights, peak_bytes = _Gathered.of(step), _measured_peak(step, n_nodes, n_recomputed)
+    weights, peak_bytes = _Gathered.of(step), _measured_peak(step, path, n_recomputed, n_suffix)
     own_bytes = peak_bytes - weights.counted_bytes
     return StepMemory(weights.most_bytes, own_bytes / n_nodes + scores)
+
+
+def measured_without_graph(step: TreeStep) -> StepMemory:
+    """Return what all blocks and the loss take without a gradient, one block's states at a time."""
+    path, n_nodes = _path(step)
+    tree, live = build_tree(path, np.array([0])), LiveBytes()
+    layout = TreeLayout(tree, step.base_model.device)
+    with torch.inference_mode(), patched_forwards(fast_forwards(step.peft_model)), live:
+        tree_nats(step.walk, tree, step.walk.whole(layout))
+    return StepMemory(0, live.peak_bytes / n_nodes)
+
+
+def head_bytes(step: TreeStep) -> int:
+    """Return the bytes of a whole chunk of logits."""
+    return CHUNK_ROWS * int(step.base_model.config.vocab_size) * _value_bytes(step)
+
+
+def _path(step: TreeStep) -> tuple[TokenSequences, int]:
+    """Return the short sequence that is measured, alone, and its nodes."""
+    n_most = int(getattr(step.base_model.config, "max_position_embeddings", None) or 1 << 20)
+    n_nodes = max(1, min(MEASURED_NODES, n_most - 1))
+    return TokenSequences.from_lists([([1], [1] * n_nodes)]), n_nodes
 
 
 @dataclass(frozen=True)
@@ -130,17 +141,17 @@ def _value_bytes(step: TreeStep) -> int:
     return int(step.base_model.dtype.itemsize)
 
 
-def _measured_peak(step: TreeStep, n_nodes: int, n_recomputed: int) -> int:
-    """Return the most bytes of tensors while a sequence with so many nodes is run."""
-    sequence = TokenSequences.from_lists([([1], [1] * n_nodes)])
-    trial = TreeStep(step.peft_model, sequence, label_smoothing=step.label_smoothing)
+def _measured_peak(step: TreeStep, path: TokenSequences, n_recomputed: int, n_suffix: int) -> int:
+    """Return the most bytes of tensors while a sequence is run."""
+    cut, groups = step.walk.anatomy.n_layers - n_suffix, [np.array([0])]
+    trial = TreeStep(step.peft_model, path, label_smoothing=step.label_smoothing, cut=cut)
     trial.n_recomputed = lambda _nodes: n_recomputed
     parameters = trainable_parameters(step.peft_model).values()
     live = LiveBytes()
     if step.is_sharded:
-        trial([np.array([0])])  # FSDP2 makes at its first step what it fills and frees from then on
+        trial(groups)  # FSDP2 makes at its first step what it fills and frees from then on
     with live:
-        trial([np.array([0])])
+        trial(groups)
     trial.close()
     for parameter in parameters:
         parameter.grad = None
@@ -175,88 +186,3 @@ class Recomputing:
 
     def _saved_bytes(self, n_nodes: int) -> int:
         return self.kept.peak_bytes(n_nodes) - self.recomputed.peak_bytes(n_nodes)
-
-
-def fit_into_memory(
-    step: TreeStep,
-    schedule: Schedule,
-    limit_bytes: int,
-    say: Callable[[str], None],
-    *,
-    keeps_trees: bool = False,
-) -> int:
-    """Let a step whose largest tree would exceed the limit take less; return what it takes then.
-
-    The limit is for tensors, gradients and the optimizer's two moments. The gradients are the same.
-    `keeps_trees`: where it suffices, blocks run again in backward and the trees stay as they are.
-    Random generators move on. A sequence that does not fit by itself is said and run.
-    """
-    trained = trainable_parameters(step.peft_model).values()
-    room = max(0, limit_bytes - 3 * sum(p.nbytes for p in trained))
-    largest = _largest_tree(step, schedule)
-    if (needed := rough_memory(step).peak_bytes(largest)) <= room:
-        return needed
-    with kept_for_steps(None):  # no copies of weights for the trial
-        kept = measured_memory(step)
-    if not keeps_trees and kept.peak_bytes(largest) > room:
-        largest = _cut_trees(step, schedule, kept, room, say)
-    if (needed := kept.peak_bytes(largest)) <= room:
-        return needed
-    n_blocks = step.walk.n_suffix
-    with kept_for_steps(None):
-        recomputed = measured_memory(step, n_recomputed=n_blocks)
-    step.n_recomputed = recomputing = Recomputing(n_blocks, kept, recomputed, room)
-    if keeps_trees and recomputing.peak_bytes(largest) > room:
-        largest = _cut_trees(step, schedule, recomputed, room, say)
-    needed = recomputing.peak_bytes(largest)
-    say(
-        f"memory: {largest:,} tokens at once would take {size(kept.peak_bytes(largest))}, and "
-        f"there are {size(room)}; {recomputing(largest)} of {n_blocks} blocks keep only their "
-        f"input and run again in backward, with the same gradient"
-    )
-    if needed > room and largest > LEAST_NODES:
-        say(
-            f"memory: the longest sequence takes about {size(needed)}, and there are {size(room)}: "
-            "the system may end this; --truncate makes it shorter"
-        )
-    return needed
-
-
-def _cut_trees(
-    step: TreeStep,
-    schedule: Schedule,
-    memory: StepMemory,
-    room: int,
-    say: Callable[[str], None],
-) -> int:
-    """Let a step run so few nodes at once that they fit; return those of its largest tree then."""
-    asked = _largest_tree(step, schedule)
-    needed = size(memory.peak_bytes(asked))
-    step.most_nodes = max(LEAST_NODES, memory.most_nodes(room))
-    say(
-        f"memory: a step over {asked:,} tokens at once would take {needed}, and there are "
-        f"{size(room)}; at most {step.most_nodes:,} are run at once, with the same gradient"
-    )
-    return _largest_tree(step, schedule)
-
-
-def copies_worth_bytes(step: TreeStep, schedule: Schedule) -> int | None:
-    """Return the most bytes of copies that pay for themselves in a step; None: any number.
-
-    Where trees are large few of them do, the head's first, whose products are narrow whatever the
-    tree; where they are larger still, none.
-    """
-    n_nodes = _nodes(step, schedule).mean()
-    if n_nodes >= TOO_MANY_NODES:
-        return 0
-    return CHEAP_COPIES_BYTES if n_nodes >= MANY_NODES else None
-
-
-def _largest_tree(step: TreeStep, schedule: Schedule) -> int:
-    return int(_nodes(step, schedule).max())
-
-
-def _nodes(step: TreeStep, schedule: Schedule) -> Ints:
-    """Return the nodes of every tree of the first epoch."""
-    parts = [ids for groups in schedule.epoch(0) for ids in step.parts(groups)]
-    return count_group_nodes(step.sequences, parts)

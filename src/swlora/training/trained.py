@@ -33,6 +33,22 @@ class TrainingCourse:
 
 
 @dataclass(frozen=True)
+class Foreseen:
+    """What a training was foreseen to take, and what it took.
+
+    Memory is the peak of the whole process; the seconds are those of all steps and of what is
+    measured and saved between them. None is what was not foreseen: memory on a GPU, of padded
+    batches and in several processes; time in a run that was over in seconds or went on from a
+    checkpoint.
+    """
+
+    peak_memory_bytes: int | None
+    train_s: float | None
+    used_train_s: float
+    used_peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class Trained:
     """A training: the adapted model, and what was done to it.
 
@@ -52,3 +68,4 @@ class Trained:
     loss_figure: Path | None
     rank_pattern: dict[str, int] | None = field(default=None, metadata=IF_ANY)
     best_adapter: Path | None = field(default=None, metadata=IF_ANY)
+    foreseen: Foreseen | None = field(default=None, metadata=IF_ANY)

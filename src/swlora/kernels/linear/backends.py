@@ -63,6 +63,11 @@ class TorchProducts:
         """Return dy W, (N, in)."""
         return d_y @ self.weight
 
+    @property
+    def copy_bytes(self) -> int:
+        """The bytes of a copy of the weights, one for each direction; 0 where none is made."""
+        return 0
+
     def refresh(self) -> None:
         """Follow weights that were written through `.data`; other writes are followed anyway."""
 
@@ -130,6 +135,11 @@ class PackedProducts(TorchProducts):
         """Return dy W, (N, in)."""
         packed = self._copy(transposed=True) if self._serves(d_y) else None
         return super().input_gradient(d_y) if packed is None else linear(d_y, packed.tensor())
+
+    @property
+    def copy_bytes(self) -> int:
+        """The bytes of one copy."""
+        return sum(m.weight.nbytes for m in self.maps)
 
     def refresh(self) -> None:
         """Drop copies whose weights were written through `.data`."""

@@ -37,6 +37,11 @@ class FrozenLinear:
         """The bias (out,); None where there is none."""
         return self._module.bias  # type: ignore[no-any-return]
 
+    @property
+    def copy_bytes(self) -> int:
+        """The bytes of a copy of its weight in the kernels' layout; 0 where none is made."""
+        return self._backend.copy_bytes
+
     def reserve(self) -> None:
         """Take the room of both copies now, before others do."""
         if isinstance(self._backend, PackedProducts):

@@ -36,6 +36,11 @@ LOOK = {
     **{"model": "tiny", "data": "rows of rows.jsonl", "refused": [], "shown": [ROW]},
     **{"train": SPLIT, "n_duplicates": 0, "n_leaked": 0, "bad_rows": {"no prompt": 2}},
 }
+ESTIMATE = {
+    **{"time": {"train_s": 125.0}, "n_steps": 1200, "memory": {"peak_bytes": 2_500_000_000}},
+    **{"layers": [1, 2], "n_trainable": 4608, "disk": {"checkpoints": 2_000_000, "adapter": 10}},
+    **{"refused": "/tmp/runs: the disk has less room; use fewer --epochs"},
+}
 
 
 def main() -> None:
@@ -49,6 +54,9 @@ def main() -> None:
 
 
 def _train(flags: dict[str, str]) -> None:
+    if "--dry-run" in flags:
+        _write(Path(flags["--json"]), ESTIMATE)
+        return
     folder = Path(flags["--output"])
     if "broken" in flags.get("--dataset", ""):
         sys.exit(f"swlora: {flags['--dataset']}, line 2: no prompt")

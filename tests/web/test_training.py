@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -45,6 +46,20 @@ def test_a_look_that_fails_says_why_without_a_path(trainer, tmp_path):
     assert "broken.jsonl: name yours with Columns" in text and str(tmp_path) not in text
     wrong = trainer.post("/train/look", data={"data": "rows.jsonl", "columns": "x=y"})
     assert wrong.status_code == 400 and "Columns: " in wrong.text
+
+
+def test_an_estimate_shows_time_memory_and_a_refusal_and_nothing_begins(trainer, tmp_path):
+    page = start(trainer, 200, action="estimate", layers="last:2")
+    (url,) = re.findall(r'data-live="(/train/estimate\?key=\w+)"', page)
+    until(lambda: "x-over" in trainer.get(url + "&seen=").headers)
+    text = trainer.get(url + "&seen=").text
+    for said in ("about 2 min", "1,200", "2.5 GB", "2.0 MB", "1–2", "4,608"):
+        assert f"<dd>{said}</dd>" in text
+    assert "would not begin: runs: the disk has less room; use fewer Epochs" in text
+    assert 'value="last:2"' in page and list((tmp_path / "runs").iterdir()) == []
+    assert start(trainer, 400, action="estimate", rank="0")
+    start(trainer)
+    assert "one at a time" in start(trainer, 400, action="estimate", epochs="3")
 
 
 def test_the_last_look_takes_the_place_of_others(tmp_path):

@@ -19,6 +19,7 @@ from swlora.errors import UserError
 from swlora.web.folders import without_folders
 from swlora.web.page_api import find_run
 from swlora.web.pages import training_view
+from swlora.web.pages.estimate_view import estimate_view
 from swlora.web.pages.forms import Filled, read_form
 from swlora.web.pages.render import READ, Name, fragment, live, page
 from swlora.web.problems import ApiError
@@ -88,6 +89,13 @@ def with_data(
     return _form_page(request, file, filled)
 
 
+@router.api_route("/estimate", methods=READ)
+def estimate(request: Request, key: Short = "", seen: Short = "") -> Response:
+    """Say what became of an estimate, for the page that asked for it."""
+    found = estimate_view(_desk(service_of(request)).errands.of(key))
+    return fragment(seen, "part_train_estimate.html", is_over=found.is_over, estimate=found)
+
+
 @router.post("/start")
 async def start(request: Request) -> Response:
     """Start a training and lead to its run; show the form again where it cannot begin."""
@@ -100,15 +108,20 @@ def _started(request: Request, filled: Filled) -> Response:
     desk = _desk(service_of(request))
     file = _file(desk, filled.values["data"])
     try:
+        if filled.values.get("action") == "estimate":
+            return _form_page(request, file, filled, desk.estimate(file, filled.values))
         return _to(_run_url(desk.start(file, filled.values)))
     except UserError as error:
         filled.refuse(ApiError(400, without_folders(str(error))))
         return _form_page(request, file, filled)
 
 
-def _form_page(request: Request, file: DataFile, filled: Filled) -> Response:
+def _form_page(
+    request: Request, file: DataFile, filled: Filled, estimate_key: str = ""
+) -> Response:
     desk = _desk(service_of(request))
     found = _look(desk, file, filled.values)
+    estimate = estimate_view(desk.errands.of(estimate_key))
     return page(
         request,
         "train_with.html",
@@ -118,6 +131,9 @@ def _form_page(request: Request, file: DataFile, filled: Filled) -> Response:
         look=found,
         part=live("part_train_look.html", **_shown(file, filled.values, found)),
         part_url=urlencode({"data": file.name, "columns": filled.values["columns"]}),
+        estimate=estimate,
+        estimate_part=live("part_train_estimate.html", estimate=estimate),
+        estimate_key=estimate_key,
         methods=wanted.METHODS,
         layers=wanted.LAYERS,
         job=desk.worker.now(),

@@ -1,4 +1,4 @@
-"""What the page may do of trainings: look at data, start, stop, resume, merge, export.
+"""What the page may do of trainings: look at data, estimate, start, stop, resume, merge, export.
 
 Whatever a request names was listed by the server before: data by `DataFolder`, runs by
 `RunFolders`. The name of a new run is checked letter by letter. What is started is the command line
@@ -76,6 +76,18 @@ class TrainingDesk:
     def look_of(self, file: DataFile, values: Mapping[str, str]) -> Errand | None:
         """Return what became of a look."""
         return self.errands.of(_key(file, data_flags(file, values)))
+
+    def estimate(self, file: DataFile, values: Mapping[str, str]) -> str:
+        """Start an estimate of a training and return its key.
+
+        Raises UserError for wrong settings, and beside other work.
+        """
+        own = training_flags(file, values)
+        self._check_idle()  # which would take the time and memory that are measured
+        command = [*SWLORA, "train", *self.model, *own, "--dry-run"]
+        key = _key(file, own)
+        self.errands.ask(key, lambda result: [*command, f"--json={result}"])
+        return key
 
     # Work
 

@@ -1,4 +1,4 @@
-"""Short child processes whose result is a JSON file: looks at data.
+"""Short child processes whose result is a JSON file: looks at data, and estimates.
 
 One runs at a time, and another one takes its place: whoever asks last is waiting. They end with the
 server. Nothing is computed in the server's own process, whose texts go on.

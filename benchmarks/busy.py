@@ -122,6 +122,7 @@ def measured(name: str, model: str, data: Path, args: argparse.Namespace) -> lis
             return phases(log, args.seconds)
     command = ["-m", "benchmarks.busy_arm", kind, "--model", model, "--data"]
     if kind == "unsloth":
+        command[2:2] = ["--dtype", cases.fast_dtype()]
         return measured_unsloth([args.unsloth_python, *command], model, args)
     with working([sys.executable, *command, str(data), *threads]) as log:
         return phases(log, args.seconds)

@@ -26,9 +26,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--threads", type=int, help="a fixed number of threads")
+    parser.add_argument("--dtype", help="of Unsloth's weights: what swlora chooses here")
     args = parser.parse_args()
     if args.name == "unsloth":
-        train_unsloth(args.model, args.data)
+        train_unsloth(args.model, args.data, args.dtype)
         return
 
     from benchmarks import rows
@@ -72,7 +73,7 @@ def train(name: str, model: str, dataset: Any) -> None:
         peers.run(peft_arm, model, dataset.separator, pool, POOL_ROWS, clock)
 
 
-def train_unsloth(model: str, tokens: Path) -> None:
+def train_unsloth(model: str, tokens: Path, dtype: str) -> None:
     """Train for ever by Unsloth, on the rows of a file."""
     from benchmarks import unsloth_peer
     from benchmarks.arms import ARMS, SCENARIO_ARMS
@@ -81,7 +82,7 @@ def train_unsloth(model: str, tokens: Path) -> None:
     arm = replace(SCENARIO_ARMS["unsloth"], batch=ARMS["peft-8"].batch)
     rows = TokenRows.load(tokens)
     with redirect_stdout(sys.stderr):  # it greets on stdout
-        unsloth_peer.run(arm, model, rows, len(rows), lambda: telling_clock(arm.batch))
+        unsloth_peer.run(arm, model, rows, len(rows), dtype, lambda: telling_clock(arm.batch))
 
 
 def telling_clock(batch: int) -> Any:

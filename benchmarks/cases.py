@@ -152,8 +152,17 @@ def job(case: Case, arm: str, unsloth_python: str | None) -> runner.Job | str:
     if case.layers is not None:
         arguments += ["--layers", ",".join(map(str, case.layers))]
     is_unsloth = SCENARIO_ARMS[arm].kind == "unsloth"
+    if is_unsloth:
+        arguments += ["--dtype", fast_dtype()]
     python = str(unsloth_python) if is_unsloth else sys.executable
     return runner.Job("benchmarks.scenario_arm", arguments, python)
+
+
+def fast_dtype() -> str:
+    """Return the dtype that swlora and the other arms choose on this machine."""
+    from swlora.models.precision import resolve_dtype
+
+    return str(resolve_dtype("auto", "cpu")).removeprefix("torch.")
 
 
 def missing(arm: str, unsloth_python: str | None) -> str | None:

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--batch", required=True, type=int, help="rows a step")
     parser.add_argument("--rows", required=True, type=int, help="rows that are timed")
     parser.add_argument("--layers", help="comma-separated numbers of the adapted ones (all)")
+    parser.add_argument("--dtype", help="of Unsloth's weights: what swlora chooses here")
     parser.add_argument("--json", required=True, type=Path)
     args = parser.parse_args()
     args.json.write_text(json.dumps(measured(args)), encoding="utf-8")
@@ -39,7 +40,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     if arm.kind == "unsloth":
         from benchmarks import unsloth_peer
 
-        result = unsloth_peer.run(arm, args.model, rows, args.rows)
+        result = unsloth_peer.run(arm, args.model, rows, args.rows, args.dtype)
     elif arm.kind == "ours":
         from benchmarks import ours
         from swlora.data.token_sequences import TokenSequences

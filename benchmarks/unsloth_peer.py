@@ -1,13 +1,14 @@
-"""The arm of Unsloth, which runs in an environment of its own and imports nothing of swlora.
+"""The arm of Unsloth, which runs in an environment of its own, without what swlora needs.
 
     python -m venv unsloth && unsloth/bin/pip install torch==2.13.0 unsloth==2026.10.9
 
 (and `unsloth/bin/pip uninstall torchvision`, where that is not made for this torch). On a CPU it is
-stock transformers, PEFT and TRL with a chunked cross entropy; weights in bfloat16, gradient
-checkpointing off. It compiles decoder layers, one graph for all lengths, where UNSLOTH_CPU_COMPILE
-is 1 (UNSLOTH_COMPILE_DISABLE and its kin belong to GPUs), and trains uncompiled where it finds no
-C++ compiler; that is an error here. After the training its loss on the longest batch is held
-against that of plain PEFT with the same adapter: both are in the result as `loss_check`.
+stock transformers, PEFT and TRL with a chunked cross entropy; weights in the dtype that is fast on
+this machine, gradient checkpointing off. It compiles decoder layers, one graph for all lengths,
+where UNSLOTH_CPU_COMPILE is 1 (UNSLOTH_COMPILE_DISABLE and its kin belong to GPUs), and trains
+uncompiled where it finds no C++ compiler; that is an error here. After the training its loss on the
+longest batch is held against that of plain PEFT with the same adapter: both are in the result as
+`loss_check`.
 """
 
 import importlib.metadata
@@ -29,14 +30,16 @@ def run(
     model_folder: str,
     rows: TokenRows,
     n_rows: int,
+    dtype: str,
     new_clock: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
-    """Train on about `n_rows` of the rows; return what was measured.
+    """Train on about `n_rows` of the rows, weights in `dtype`; return what was measured.
 
     `new_clock` makes a TickCallback. It is called once Unsloth is there, which wants to be imported
     before transformers is.
     """
     os.environ["UNSLOTH_CPU_COMPILE"] = str(int(arm.compiled))  # read when adapters are added
+    import torch
     import unsloth  # before transformers and TRL, which it changes
 
     from benchmarks import trainer_steps
@@ -46,6 +49,7 @@ def run(
         model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
             model_folder,
             max_seq_length=max(rows.lengths),
+            dtype=getattr(torch, dtype),
             load_in_4bit=False,
             use_gradient_checkpointing=False,
         )

@@ -87,5 +87,6 @@ def test_no_more_is_read_than_was_asked_for(tmp_path):
     assert read_bounded(path, 9) == (b"012345678", False)
     assert read_tail(path, 3) == b"789"
     assert read_tail(path, 30) == b"0123456789"
+    assert [read_tail(path, 3, at) for at in (2, 8, 20)] == [b"789", b"89", b""]
     with pytest.raises(UnreadableError, match="longer than 9 bytes"):
         read_json_value(path, max_bytes=9)

@@ -9,6 +9,7 @@ names another index (of ROCm builds, say), which is then used or the command fai
 this off. A torch that is installed already and fits stays.
 """
 
+import http.client
 import os
 import platform
 import shutil
@@ -67,8 +68,10 @@ def why_unreachable(
         context = ssl.create_default_context(cafile=certificates)
         with urllib.request.urlopen(f"{index}/torch/", timeout=limit_s, context=context) as page:
             page.read(1)
-    except OSError as error:  # URLError, time-outs and refused certificates are all of its kind
-        return str(getattr(error, "reason", error))
+    # URLError, time-outs and refused certificates are OSErrors; a proxy may answer anything at all
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        said = str(getattr(error, "reason", error))
+        return " ".join(said.split())[:200] or type(error).__name__
     return None
 
 

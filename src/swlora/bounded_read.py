@@ -36,10 +36,13 @@ def read_bounded(path: Path, max_bytes: int, *, follow_links: bool = True) -> tu
     return content[:max_bytes], len(content) <= max_bytes
 
 
-def read_tail(path: Path, max_bytes: int) -> bytes:
-    """Return the last `max_bytes` of a regular file that is no link; UnreadableError."""
+def read_tail(path: Path, max_bytes: int, from_byte: int = 0) -> bytes:
+    """Return the last `max_bytes` of a regular file that is no link, none before `from_byte`.
+
+    Raises UnreadableError.
+    """
     with regular_file(path, follow_links=False) as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - max_bytes))
+        file.seek(max(from_byte, file.seek(0, os.SEEK_END) - max_bytes))
         return file.read(max_bytes)
 
 

@@ -55,6 +55,8 @@ def main() -> None:
 
 def _train(flags: dict[str, str]) -> None:
     if "--dry-run" in flags:
+        if "slow" in flags["--dataset"]:
+            time.sleep(60)
         _write(Path(flags["--json"]), ESTIMATE)
         return
     folder = Path(flags["--output"])

@@ -101,6 +101,20 @@ def test_an_index_that_does_not_answer_costs_seconds(linux, monkeypatch, pip_cal
     assert "does not answer (" in said and "CUDA libraries of gigabytes" in said
 
 
+@pytest.mark.parametrize("answer", [b"", b"no such host\r\n\r\n"])
+def test_whatever_a_proxy_answers_is_no_index(answer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def once() -> None:
+            client, _ = proxy.accept()
+            client.recv(4096)
+            client.sendall(answer)
+            client.close()
+
+        threading.Thread(target=once, daemon=True).start()
+        assert install_torch.why_unreachable(f"http://127.0.0.1:{proxy.getsockname()[1]}")
+
+
 def test_a_page_that_is_missing_is_no_index(index) -> None:
     assert install_torch.why_unreachable(index) is None
     assert install_torch.why_unreachable(f"{index}/elsewhere") == "File not found"

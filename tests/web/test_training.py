@@ -1,11 +1,14 @@
 """Trainings from the page at work: one at a time, over restarts of the server; what is left."""
 
+import errno
 import io
 import json
 import os
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import zipfile
 
 import pytest
@@ -15,8 +18,10 @@ from tests.support.page_training import HTML, press, start, status_of, write_row
 from tests.support.servers import until
 
 from swlora.errors import UserError
+from swlora.locks import lock
+from swlora.result_json import as_json
 from swlora.web.training.errands import Errands
-from swlora.web.training.worker import Worker
+from swlora.web.training.worker import LOCK, NOTE, Job, Worker
 
 KEY = "a-key-of-sixteen-or-more"
 
@@ -62,6 +67,39 @@ def test_an_estimate_shows_time_memory_and_a_refusal_and_nothing_begins(trainer,
     assert "one at a time" in start(trainer, 400, action="estimate", epochs="3")
 
 
+def test_an_estimate_is_of_the_folder_of_runs_made_anew_and_ended_by_a_training(
+    trainer, child, tmp_path
+):
+    (key,) = re.findall(r"key=(\w+)", start(trainer, 200, action="estimate"))
+    until(lambda: "x-over" in trainer.get(f"/train/estimate?key={key}").headers)
+    arguments = json.loads(child.read_text())["arguments"]  # not of where the server was started
+    assert f"--output={tmp_path / 'runs/mine'}" in arguments
+    child.unlink()
+    assert f"key={key}" in start(trainer, 200, action="estimate")
+    until(child.exists)
+    (tmp_path / "data/slow.txt").write_text("text")
+    (key,) = re.findall(r"key=(\w+)", start(trainer, 200, action="estimate", data="slow.txt"))
+    start(trainer)
+    until(lambda: "x-over" in trainer.get(f"/train/estimate?key={key}").headers)
+    assert "ended before it was done" in trainer.get(f"/train/estimate?key={key}").text
+
+
+def test_what_cannot_be_started_says_so_and_can_be_asked_for_again(trainer, monkeypatch, tmp_path):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(subprocess, "Popen", full)
+        answer = trainer.post("/train/look", data={"data": "rows.jsonl"})
+        assert answer.status_code == 400 and "No space left on device" in answer.text
+        assert "it cannot be started: No space left" in start(trainer, 400)
+    url = trainer.post("/train/look", data={"data": "rows.jsonl"}).headers["location"]
+    until(lambda: "x-over" in trainer.get(f"{url}&part=look").headers)
+    assert "line 1: 4 tokens" in look(trainer, url).text
+    start(trainer, epochs="1")
+    until(lambda: status_of(tmp_path / "runs") == "done")
+
+
 def test_the_last_look_takes_the_place_of_others(tmp_path):
     errands, fake = Errands(), fake_training.__file__
     command = [sys.executable, shutil.copy(fake, tmp_path), "data"]
@@ -71,6 +109,11 @@ def test_the_last_look_takes_the_place_of_others(tmp_path):
     slow, quick = errands.of("slow"), errands.of("quick")
     assert slow and slow.result is None and "ended before" in slow.problem
     assert quick and quick.result == fake_training.LOOK
+    errands.ask("slow", lambda _: [sys.executable, "-c", "pass"])
+    first = errands.of("slow")
+    errands.end()
+    errands.ask("slow", lambda _: [sys.executable, "-c", "pass"])
+    assert errands.of("slow") is not first  # which was ending
 
 
 def test_a_look_has_its_time(tmp_path):
@@ -107,7 +150,8 @@ def test_a_training_is_a_list_of_arguments(trainer, child, data, tmp_path, loade
     }
     until(lambda: status_of(tmp_path / "runs") == "done")
     until(lambda: "Merge into a model" in look(trainer, "/runs/mine").text)
-    assert "there is a run named mine already" in start(trainer, 400)
+    for action in ("", "estimate"):
+        assert "there is a run named mine already" in start(trainer, 400, action=action)
 
 
 def test_one_at_a_time_whichever_server_looks(open_app, tmp_path):
@@ -171,17 +215,23 @@ def test_only_runs_of_this_model_and_these_data_go_on(trainer, data, loaded, tmp
             assert said in press(trainer, "resume", status=409)
 
 
-def test_an_adapter_is_taken_away_merged_and_exported(trainer, tmp_path):
+def test_an_adapter_is_taken_away_merged_and_exported(trainer, tmp_path, monkeypatch):
     run = tmp_path / "runs/mine"
     for action in ("merge", "export"):
         press(trainer, action, status=404)
     start(trainer, epochs="1")
     until(lambda: "Merge into a model" in trainer.get("/runs/mine", headers=HTML).text)
     (run / "adapter/link").symlink_to(tmp_path / "outside.jsonl")
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     answer = trainer.get("/train/adapter?run=mine")
     packed = zipfile.ZipFile(io.BytesIO(answer.content))
     assert packed.namelist() == ["adapter/adapter_model.safetensors"]
     assert 'filename="mine-adapter.zip"' in answer.headers["content-disposition"]
+    for part, status in (("bytes=0-1", 206), ("bytes=x", 400), ("bytes=999999-", 416)):
+        answer = trainer.get("/train/adapter?run=mine", headers={"range": part})
+        assert answer.status_code == status
+    assert list((tmp_path / "scratch").iterdir()) == []
     assert "merge it first" in press(trainer, "export", status=409, type="q8_0")
     press(trainer, "merge")
     until(lambda: "Write as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
@@ -196,19 +246,35 @@ def test_an_adapter_is_taken_away_merged_and_exported(trainer, tmp_path):
         assert trainer.get(path).status_code == 404
 
 
+def test_an_adapter_that_is_a_link_out_of_its_run_is_not_sent(trainer, tmp_path):
+    start(trainer, epochs="1")
+    until(lambda: "Merge into a model" in trainer.get("/runs/mine", headers=HTML).text)
+    (tmp_path / "runs/mine/adapter").rename(tmp_path / "elsewhere")
+    (tmp_path / "runs/mine/adapter").symlink_to(tmp_path / "elsewhere")
+    assert trainer.get("/train/adapter?run=mine").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("is_stopping", "said"),
+    [(True, "It was stopped before its end"), (False, "ended without a word")],
+)
+def test_a_merge_that_was_killed_is_not_told_by_the_log_of_the_training(
+    trainer, tmp_path, is_stopping, said
+):
+    run = tmp_path / "runs/mine"
+    start(trainer, epochs="1")
+    until(lambda: "Merge into a model" in trainer.get("/runs/mine", headers=HTML).text)
+    (run / "log.txt").write_text("run folder: mine\n")
+    job = Job("merge", "mine", 1, 0.0, (run / "log.txt").stat().st_size, is_stopping)
+    (run.parent / NOTE).write_text(json.dumps(as_json(job)))
+    text = look(trainer, "/runs/mine").text
+    assert said in text and "run folder: mine" not in text
+
+
 def test_a_note_of_another_process_stops_nothing(tmp_path):
     """Its number may belong to somebody else by now."""
-    from swlora.locks import lock
-    from swlora.web.training.worker import LOCK, NOTE
-
-    note = {
-        "kind": "train",
-        "run": "mine",
-        "pid": os.getpid(),
-        "started_s": 0,
-        "is_stopping": False,
-    }
-    (tmp_path / NOTE).write_text(json.dumps(note))
+    note = Job("train", "mine", os.getpid(), 0.0)
+    (tmp_path / NOTE).write_text(json.dumps(as_json(note)))
     held = lock(tmp_path / LOCK, alone=True, make=True)
     assert held
     with held, pytest.raises(UserError, match="cannot be found"):

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Query, Request
-from starlette.background import BackgroundTask
 from starlette.responses import FileResponse, RedirectResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from swlora.errors import UserError
 from swlora.web.folders import without_folders
@@ -191,6 +191,8 @@ def adapter(request: Request, run: Name) -> Response:
     service = service_of(request)
     _desk(service)
     folder = find_run(service, run).folder / "adapter"
+    if folder.is_symlink():
+        raise ApiError(404, "this run has no adapter of its own")
     handle, name = tempfile.mkstemp(".zip", "swlora-adapter-")
     try:
         with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as packed:
@@ -200,9 +202,7 @@ def adapter(request: Request, run: Name) -> Response:
     except OSError as error:
         os.unlink(name)
         raise ApiError(404, "this run has no adapter that can be read") from error
-    return _download(
-        Path(name), f"{run.replace('/', '-')}-adapter.zip", BackgroundTask(os.unlink, name)
-    )
+    return _download(Path(name), f"{run.replace('/', '-')}-adapter.zip", OnceSent)
 
 
 @router.get("/gguf/{kind}")
@@ -216,15 +216,20 @@ def gguf(request: Request, kind: str, run: Name) -> Response:
     return _download(path, f"{run.replace('/', '-')}-{kind}.gguf")
 
 
-def _download(path: Path, name: str, after: BackgroundTask | None = None) -> Response:
+class OnceSent(FileResponse):
+    """A file that goes once it was sent, or was not: a background task runs only after success."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file, or what is wrong with the part of it that was asked for."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            os.unlink(self.path)
+
+
+def _download(path: Path, name: str, kind: type[FileResponse] = FileResponse) -> Response:
     headers = {"cache-control": "no-store"}
-    return FileResponse(
-        path,
-        media_type="application/octet-stream",
-        filename=name,
-        headers=headers,
-        background=after,
-    )
+    return kind(path, media_type="application/octet-stream", filename=name, headers=headers)
 
 
 # What they have in common

@@ -19,6 +19,7 @@ from swlora.web.training.worker import Job, last_line
 
 MAX_CHARACTERS = 1200  # shown of a span
 BROKEN = "what it found cannot be read; the server's log and versions may say why"
+ENDED = "its process ended without a word; the system may have killed it for want of memory"
 AT_WORK = {
     "train": "It trains in a process of its own, which goes on where this server is stopped.",
     "merge": "The adapter is being added to its base's weights; the result is compared with both.",
@@ -157,8 +158,10 @@ def run_work(desk: TrainingDesk, name: str, entry: RunEntry | None) -> RunWork |
     if entry is None:
         if last is None or last.run != name:
             return None
-        said = without_folders(last_line(folder))
-        return RunWork(problem=f"The training did not begin: {said or 'its process ended'}")
+        if last.is_stopping:
+            return RunWork(problem="The training was stopped before it began.")
+        said = without_folders(last_line(folder, last))
+        return RunWork(problem=f"The training did not begin: {said or ENDED}")
     facts = known_run(entry.folder)
     if facts["command"] != "train" or not desk.owns(entry) or is_at_work(entry.folder):
         return None
@@ -175,7 +178,7 @@ def _at_work(job: Job, folder: Path, *, has_begun: bool) -> RunWork:
         return RunWork(said, actions=[action], is_over=False)
     said, log = AT_WORK.get(job.kind, "Something is at work."), ""
     if job.kind != "train" or not has_begun:
-        log = without_folders(last_line(folder))
+        log = without_folders(last_line(folder, job))
     if job.kind == "train" and not has_begun:
         said = "The training is starting: it loads the model and reads the data."
     return RunWork(said, log=log, actions=[Action("/train/stop", "Stop")], is_over=False)
@@ -213,7 +216,10 @@ def _done(folder: Path, name: str, last: Job | None, waits_for: str) -> RunWork:
     else:
         actions.append(Action("/train/merge", "Merge into a model"))
     if own and _has_failed(own, folder):
-        problem = f"That did not work: {without_folders(last_line(folder))}"
+        said = without_folders(last_line(folder, own))
+        problem = f"That did not work: {said or ENDED}"
+        if own.is_stopping:
+            problem = "It was stopped before its end."
     said = f"The merged model is in the run's folder, as {MERGED}." if merged.is_dir() else ""
     return RunWork(said, problem, actions=actions, files=files, waits_for=waits_for)
 

@@ -6,6 +6,7 @@ of swlora with a list of arguments, no shell.
 """
 
 import hashlib
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,32 +83,24 @@ class TrainingDesk:
 
         Raises UserError for wrong settings, and beside other work.
         """
-        own = training_flags(file, values)
-        self._check_idle()  # which would take the time and memory that are measured
-        command = [*SWLORA, "train", *self.model, *own, "--dry-run"]
+        own, folder = training_flags(file, values), self._new_folder(values)
+        command = [*self._train(folder, [*self.model, *own]), "--dry-run"]
         key = _key(file, own)
-        self.errands.ask(key, lambda result: [*command, f"--json={result}"])
+        # Measured anew: how much is free changes
+        self.errands.ask(key, lambda result: [*command, f"--json={result}"], keeps_result=False)
         return key
 
     # Work
 
     def start(self, file: DataFile, values: Mapping[str, str]) -> str:
         """Start a training; return the name of its run. UserError where it cannot begin."""
-        name = values.get("name", "").strip()
-        check_run_name(name)
-        own = training_flags(file, values)
-        folder = self.runs / name
-        self._check_idle()
+        own, folder = training_flags(file, values), self._new_folder(values)
         try:
-            folder.mkdir()
-        except FileExistsError:
-            if not _holds_no_run(folder):
-                raise UserError(f"there is a run named {name} already: choose another") from None
+            folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"its folder cannot be made: {error.strerror}") from error
-        (folder / LOG).unlink(missing_ok=True)  # of a training that did not begin
-        self.worker.start("train", name, self._train(folder, [*self.model, *own]))
-        return name
+        self._begin("train", folder.name, self._train(folder, [*self.model, *own]))
+        return folder.name
 
     def stop(self, run: str, *, at_once: bool) -> None:
         """Stop what is at work in a run; UserError where nothing is."""
@@ -117,13 +110,13 @@ class TrainingDesk:
         """Let a training go on where it stopped; UserError where it cannot."""
         if reason := self.why_not_resumed(entry):
             raise UserError(reason)
-        self.worker.start("train", entry.name, self._train(entry.folder, ["--resume"]))
+        self._begin("train", entry.name, self._train(entry.folder, ["--resume"]))
 
     def merge(self, entry: RunEntry) -> None:
         """Make a plain model of a run's adapter and its base, in the run's folder."""
         self._check_done(entry)
         flags = [f"--adapter={entry.folder}", f"--output={entry.folder / MERGED}"]
-        self.worker.start("merge", entry.name, [*SWLORA, "merge", *self.tokenizer, *flags])
+        self._begin("merge", entry.name, [*SWLORA, "merge", *self.tokenizer, *flags])
 
     def export(self, entry: RunEntry, kind: str) -> None:
         """Write the merged model as a GGUF file, in the run's folder."""
@@ -134,7 +127,7 @@ class TrainingDesk:
             raise UserError("merge it first: the file is written of the merged model")
         made = [f"--gguf={gguf_path(entry.folder, kind)}", f"--type={kind}"]
         model = f"--model={entry.folder / MERGED}"
-        self.worker.start("gguf", entry.name, [*SWLORA, "export", model, *made])
+        self._begin("gguf", entry.name, [*SWLORA, "export", model, *made])
 
     def why_not_resumed(self, entry: RunEntry) -> str:
         """Say why a run is none that the page can let go on; "" where it is one."""
@@ -161,7 +154,24 @@ class TrainingDesk:
 
     def close(self) -> None:
         """End the errands; what is at work in a run goes on."""
-        self.errands.close()
+        self.errands.end()
+
+    def _new_folder(self, values: Mapping[str, str]) -> Path:
+        """Return the folder of a run that could begin now; UserError for a name that is none.
+
+        Beside other work none begins: what an estimate measures would be that of both.
+        """
+        name = values.get("name", "").strip()
+        check_run_name(name)
+        self._check_idle()
+        folder = self.runs / name
+        if os.path.lexists(folder) and not _holds_no_run(folder):
+            raise UserError(f"there is a run named {name} already: choose another")
+        return folder
+
+    def _begin(self, kind: str, run: str, command: list[str]) -> None:
+        self.errands.end()  # an estimate holds memory that is needed now
+        self.worker.start(kind, run, command)
 
     def _check_idle(self) -> None:
         if job := self.worker.now():
@@ -195,7 +205,8 @@ def gguf_path(folder: Path, kind: str) -> Path:
 
 def _holds_no_run(folder: Path) -> bool:
     """Say whether a folder is one in which a training did not begin."""
-    return not folder.is_symlink() and {path.name for path in folder.iterdir()} <= {LOG}
+    is_plain = folder.is_dir() and not folder.is_symlink()
+    return is_plain and {path.name for path in folder.iterdir()} <= {LOG}
 
 
 def _key(file: DataFile, flags: list[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.bounded_read import UnreadableError, read_tail
-from swlora.errors import UserError
+from swlora.errors import RunFailedError, UserError
 from swlora.files import read_json
 from swlora.web.training.worker import MAX_LOG_BYTES, WITHOUT_KEY
 
@@ -32,12 +32,20 @@ class Errand:
     result: dict[str, Any] | None = None
     problem: str = ""
     is_over: bool = False
+    is_ending: bool = False
     child: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
 
     def end(self) -> None:
         """Have it end without a result; it says so itself."""
+        self.is_ending = True
         if self.child is not None:
             self.child.terminate()
+
+    def serves(self, *, keeps_result: bool) -> bool:
+        """Say whether who asks for it again gets an answer of it."""
+        if self.is_over:
+            return keeps_result and self.result is not None
+        return not self.is_ending
 
 
 class Errands:
@@ -48,32 +56,25 @@ class Errands:
         self._mutex = threading.Lock()
         self._known: OrderedDict[str, Errand] = OrderedDict()
 
-    def ask(self, key: str, command: Callable[[Path], list[str]]) -> None:
-        """Start `command(file of the result)`, unless its result is there or under way.
+    def ask(
+        self, key: str, command: Callable[[Path], list[str]], *, keeps_result: bool = True
+    ) -> None:
+        """Start `command(file of the result)`, unless it is under way, or its result is kept.
 
-        What else is under way ends: it was asked for before.
+        What else is under way ends: it was asked for before. Raises RunFailedError where no
+        process can be started.
         """
         with self._mutex:
             known = self._known.get(key)
-            if known and (not known.is_over or known.result is not None):
+            if known and known.serves(keeps_result=keeps_result):
                 return
             for other in self._known.values():
                 other.end()
-            errand = self._known[key] = Errand()
+            child, folder = _start(command)
+            errand = self._known[key] = Errand(child=child)
             self._known.move_to_end(key)
             while len(self._known) > MAX_KEPT:
                 self._known.popitem(last=False)
-            folder = tempfile.TemporaryDirectory(prefix="swlora-errand-")
-            log = Path(folder.name) / "log.txt"
-            with log.open("wb") as said:
-                errand.child = subprocess.Popen(
-                    command(Path(folder.name) / "result.json"),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=said,
-                    env={**os.environ, **WITHOUT_KEY},
-                    start_new_session=True,  # Ctrl-C reaches the server alone
-                )
         threading.Thread(target=self._wait, args=(errand, folder), daemon=True).start()
 
     def of(self, key: str) -> Errand | None:
@@ -81,7 +82,7 @@ class Errands:
         with self._mutex:
             return self._known.get(key)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End what is under way."""
         with self._mutex:
             for errand in self._known.values():
@@ -103,6 +104,30 @@ class Errands:
                     child.kill()
                     child.wait()
             errand.is_over = True
+
+
+def _start(
+    command: Callable[[Path], list[str]],
+) -> "tuple[subprocess.Popen[bytes], tempfile.TemporaryDirectory[str]]":
+    """Start a child; return it and the folder of its result and its log."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="swlora-errand-")
+    except OSError as error:
+        raise RunFailedError(f"it cannot be started: {error.strerror}") from error
+    try:
+        with (Path(folder.name) / "log.txt").open("wb") as said:
+            child = subprocess.Popen(
+                command(Path(folder.name) / "result.json"),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                env={**os.environ, **WITHOUT_KEY},
+                start_new_session=True,  # Ctrl-C reaches the server alone
+            )
+    except OSError as error:
+        folder.cleanup()
+        raise RunFailedError(f"it cannot be started: {error.strerror}") from error
+    return child, folder
 
 
 def _outcome(folder: Path, code: int) -> tuple[dict[str, Any] | None, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from swlora.bounded_read import UnreadableError, read_tail
-from swlora.errors import UserError
+from swlora.errors import RunFailedError, UserError
 from swlora.files import read_json, write_json
 from swlora.locks import lock
 from swlora.result_json import as_json, from_json
@@ -37,6 +37,7 @@ class Job:
     run: str
     pid: int
     started_s: float
+    log_from_byte: int = 0  # of the run's log; what stands before is of other work
     is_stopping: bool = False
 
 
@@ -59,16 +60,27 @@ class Worker:
             return self._last()
 
     def start(self, kind: str, run: str, command: list[str]) -> Job:
-        """Start a child that works in the folder of a run; UserError where one is at work."""
+        """Start a child that works in the folder of a run; UserError where one is at work.
+
+        Raises RunFailedError where no process can be started, such as on a full disk.
+        """
         with self._mutex:
-            held = None if self._is_at_work() else lock(self._root / LOCK, alone=True, make=True)
-            if held is None:
-                raise UserError(f"{said_of(self._last())} is at work: one at a time")
-            with held:
-                child = start_process(
-                    command, self._root / run, WITHOUT_KEY, descriptors=held.descriptors
+            folder = self._root / run
+            try:
+                held = (
+                    None if self._is_at_work() else lock(self._root / LOCK, alone=True, make=True)
                 )
-            self._child, job = child, Job(kind, run, child.pid, time.time())
+                if held is None:
+                    raise UserError(f"{said_of(self._last())} is at work: one at a time")
+                with held:
+                    n_bytes = _n_bytes(folder / LOG)
+                    child = start_process(
+                        command, folder, WITHOUT_KEY, descriptors=held.descriptors
+                    )
+            except OSError as error:
+                raise RunFailedError(f"it cannot be started: {error.strerror}") from error
+            self._child = child
+            job = Job(kind, run, child.pid, time.time(), n_bytes)
             try:
                 write_json(self._root / NOTE, as_json(job))
             except BaseException:
@@ -86,7 +98,8 @@ class Worker:
                 raise UserError("its process cannot be found; it may have just ended")
             with suppress(ProcessLookupError):
                 os.kill(job.pid, signal.SIGKILL if at_once else signal.SIGTERM)
-            write_json(self._root / NOTE, as_json(replace(job, is_stopping=True)))
+            with suppress(RunFailedError):  # a full disk: it was told to stop all the same
+                write_json(self._root / NOTE, as_json(replace(job, is_stopping=True)))
 
     def _is_at_work(self) -> bool:
         if self._child is not None and self._child.poll() is None:  # and is reaped if not
@@ -122,11 +135,19 @@ def said_of(job: Job | None) -> str:
     return f"{what.get(job.kind, 'something')} in {job.run}"
 
 
-def last_line(folder: Path) -> str:
-    """Return the last line of the log in a run's folder; "" where there is none."""
+def last_line(folder: Path, job: Job) -> str:
+    """Return the last line that a child has written into the log of its run; "" for none."""
     try:
-        text = read_tail(folder / LOG, MAX_LOG_BYTES).decode("utf-8", "replace")
+        tail = read_tail(folder / LOG, MAX_LOG_BYTES, job.log_from_byte)
+        text = tail.decode("utf-8", "replace")
     except UnreadableError:
         return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:500].removeprefix("swlora: ") if lines else ""
+
+
+def _n_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -5,6 +5,7 @@
 # make site   build the documents' site into build/site; a warning is an error
 # make faults kill and damage trainings, strain a server, half an hour: docs/results/faults.json
 # make lock   renew requirements.lock from the newest versions that pyproject.toml allows
+# make settings   renew the typed keyword arguments of the Python functions, after a change of src/swlora/config
 
 PYTHON ?= python3
 TORCH := 2.13.0
@@ -22,7 +23,7 @@ LLAMA_CPP_PLATFORM = $(shell node -p '({darwin: {arm64: "mac-arm64-metal", x64: 
 PARALLEL := --numprocesses auto --maxprocesses 4
 QUICK := "not slow and not gpu and not browser"
 
-.PHONY: help demo test coverage test-newest lint site faults lock clean
+.PHONY: help demo test coverage test-newest lint site faults lock settings clean
 .DELETE_ON_ERROR:
 
 help:
@@ -74,6 +75,9 @@ lock:
 	{ echo "# The versions that the tests run with; 'make lock' renews them."; \
 	  .cache/lock/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > requirements.lock
 	rm -rf .cache/lock
+
+settings: $(TOOLS)
+	$(BIN)/python -m tests.support.typed_settings
 
 clean:
 	rm -rf $(VENV) .cache build dist .coverage .mypy_cache .pytest_cache .ruff_cache

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import measure, runner
 from benchmarks.random_model import SHAPES, VOCABULARY, write_model
-from swlora.deploy.gguf_types import TypeName
+from swlora.deploy.export_request import TypeName
 
 ARMS = ("gguf", "dequantised", "peft")
 

@@ -1,6 +1,7 @@
 """Which settings each command takes, on the command line and in Python; all others are refused."""
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from swlora.config import RunSpec
 from swlora.errors import UserError
@@ -12,6 +13,12 @@ def section_class(name: str) -> type[BaseModel]:
     section = RunSpec.model_fields[name].annotation
     assert isinstance(section, type) and issubclass(section, BaseModel)
     return section
+
+
+def setting_field(path: str) -> FieldInfo:
+    """Return the field of a setting such as "model.name" or "seed"."""
+    group, _, name = path.partition(".")
+    return section_class(group).model_fields[name] if name else RunSpec.model_fields[path]
 
 
 def _settings(section: str) -> tuple[str, ...]:

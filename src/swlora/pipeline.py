@@ -107,7 +107,7 @@ def train(
             draw_loss(metrics, folder / "loss.png")
         peak_bytes = peak_memory_bytes(adapted.model.device.type)
         trained = Trained(
-            adapted.model,
+            replace(job.loaded, model=adapted.model, adapter_facts=attached.facts),
             method=job.spec.adapter.method,
             layers=layers,
             n_trainable=attached.n_trainable,

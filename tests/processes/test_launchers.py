@@ -196,3 +196,39 @@ def test_accelerate_starts_one_process_on_cpus_which_is_noticed(tmp_path):
         "-m swlora ... (accelerate launch --cpu starts a single one)"
     ]
     assert not launched.run.exists()
+
+
+PROGRAM = """
+import os, sys, swlora
+
+told = []
+
+def enough(report):
+    told.append(report.step)
+    if report.step == 3:
+        report.stop()
+
+trained = swlora.train(config=sys.argv[1], output=sys.argv[2], callbacks=enough)
+print(f"rank {os.environ['RANK']}: {trained.course.steps} steps, told of {told}", flush=True)
+"""
+
+
+def test_a_callback_of_the_first_process_ends_the_training_of_all(tmp_path):
+    """After the next step, with whose sum they agree on it."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    settings = write_inputs(tmp_path) | {"train.epochs": 50, "train.max_steps": None}
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(load_spec(None, settings)), encoding="utf-8")
+    command = [sys.executable, *TORCHRUN, "program.py", str(config), str(tmp_path / "run")]
+    environment = os.environ | {"SWLORA_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert said == [
+        "rank 0: 4 steps, told of [1, 2, 3, 4]",
+        "rank 1: 4 steps, told of []",
+    ]
+    facts = read_run(tmp_path / "run")
+    assert (facts["status"], facts["stopped_after_step"]) == ("done", 4)

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from swlora.deploy.gguf_types import TypeName
+from swlora.deploy.export_request import TypeName
 from swlora.deploy.gguf_write import ModelParts, write_gguf
 from swlora.models.weight_source import open_weights
 from swlora.progress import Silent

@@ -9,13 +9,11 @@ from swlora.cli.command import JSON, Invocation
 from swlora.cli.process import sigterm_interrupts
 from swlora.cli.verbs import verb
 from swlora.command_settings import SETTINGS
+from swlora.deploy.export_request import export_request
 from swlora.disk_space import size
-from swlora.errors import UserError
 
 if TYPE_CHECKING:
     from swlora.deploy.gguf_export import Exported
-
-TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 @verb("export", JSON, settings=SETTINGS["export"])
@@ -58,47 +56,14 @@ def export(
 
     Example: `swlora export --gguf-lora mine-lora.gguf --model builtin --adapter runs/mine`
     """
-    _check_flags(gguf, gguf_lora, adapter, kind, base_gguf)
-    from swlora.deploy import gguf_export
+    paths = (gguf, gguf_lora, adapter, base_gguf, llama_cpp)
+    request = export_request(invocation.spec.model, *paths, kind=kind)
+    from swlora.deploy.gguf_export import export as export_model
 
-    output = gguf or gguf_lora
-    assert output is not None
-    request = gguf_export.ExportRequest(
-        model=invocation.spec.model,
-        output=output,
-        adapter=adapter,
-        kind=kind,  # type: ignore[arg-type] # checked above
-        base_gguf=base_gguf,
-        llama_cpp=llama_cpp,
-    )
     with sigterm_interrupts():
-        exported = gguf_export.export(request, invocation.progress)
-    _show(exported, output)
+        exported = export_model(request, invocation.progress)
+    _show(exported, request.output)
     invocation.finish(exported)
-
-
-def _check_flags(
-    gguf: Path | None,
-    gguf_lora: Path | None,
-    adapter: Path | None,
-    kind: str | None,
-    base_gguf: Path | None,
-) -> None:
-    if (gguf is None) == (gguf_lora is None):
-        raise UserError("give either --gguf FILE for a model or --gguf-lora FILE for an adapter")
-    if gguf_lora is not None and adapter is None:
-        raise UserError("--gguf-lora needs the adapter: --adapter FOLDER")
-    if gguf is not None and adapter is not None:
-        raise UserError(
-            "--gguf writes a model; merge the adapter into it first (swlora merge), or write the "
-            "adapter alone with --gguf-lora"
-        )
-    if gguf_lora is not None and base_gguf is not None:
-        raise UserError("--base-gguf goes with --gguf")
-    if base_gguf is not None and not base_gguf.is_file():
-        raise UserError(f"--base-gguf: there is no file {base_gguf}")
-    if kind is not None and kind not in TYPES:
-        raise UserError(f"--type is {', '.join(TYPES[:-1])} or {TYPES[-1]}, not {kind!r}")
 
 
 def _show(exported: "Exported", output: Path) -> None:

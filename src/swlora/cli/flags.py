@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from swlora.command_settings import section_class
-from swlora.config import RunSpec
+from swlora.command_settings import setting_field
 from swlora.config.fields import JOINED
 from swlora.settings import flag_name
 
@@ -29,25 +28,31 @@ def setting_options(
 
 def _option(path: str, shown_default: Any) -> inspect.Parameter:
     group, _, name = path.partition(".")
-    field = section_class(group).model_fields[name] if name else RunSpec.model_fields[path]
-    default = shown_default
-    if default is None:
-        default = field.get_default(call_default_factory=True)
+    field = setting_field(path)
     flag = flag_name(path)
     kind = _type(field)
     negative = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    shown = ",".join(default) if isinstance(default, list) else default
-    help_text = "; ".join(filter(None, (_choices(field), field.description)))
-    if default not in (None, []):
-        help_text = f"{help_text} [default: {shown}]".strip()
     panel = group.capitalize() if name else None
-    option = typer.Option(negative, help=help_text, rich_help_panel=panel, show_default=False)
+    option = typer.Option(
+        negative, help=described(path, shown_default), rich_help_panel=panel, show_default=False
+    )
     return inspect.Parameter(
         path.replace(".", "__"),
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[kind | None, option],
     )
+
+
+def described(path: str, shown_default: Any = None) -> str:
+    """Say what a setting is, its values where they are few, and its default where there is one."""
+    field = setting_field(path)
+    default = shown_default
+    if default is None:
+        default = field.get_default(call_default_factory=True)
+    shown = ",".join(default) if isinstance(default, list) else default
+    text = "; ".join(filter(None, (_choices(field), field.description)))
+    return text if default in (None, []) else f"{text} [default: {shown}]".strip()
 
 
 def _choices(field: FieldInfo) -> str:

@@ -24,8 +24,9 @@ from swlora.deploy.agreement import (
     held_texts,
     measure_effect,
 )
+from swlora.deploy.export_request import TypeName
 from swlora.deploy.gguf_layout import GgufLayout
-from swlora.deploy.gguf_types import TypeName, rounded, tensor_type
+from swlora.deploy.gguf_types import rounded, tensor_type
 from swlora.deploy.gguf_write import copied_fields
 from swlora.deploy.llama_cpp import LEAST_LOG_PROBABILITY, Answer, LlamaCpp, Question, ask
 from swlora.errors import RunFailedError, UserError

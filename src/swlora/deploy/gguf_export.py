@@ -11,6 +11,7 @@ from typing import Any
 from swlora.adapters.saved import CONFIG, adapter_folder, with_adapter
 from swlora.config import ModelSpec
 from swlora.deploy.agreement import held_texts
+from swlora.deploy.export_request import ExportRequest, TypeName
 from swlora.deploy.gguf_check import (
     Checked,
     check_in_llama_cpp,
@@ -23,7 +24,6 @@ from swlora.deploy.gguf_hyperparameters import context_tokens
 from swlora.deploy.gguf_layout import GgufLayout, gguf_family
 from swlora.deploy.gguf_lora import lora_refusal, read_pairs, write_lora
 from swlora.deploy.gguf_read_back import check_by_reading
-from swlora.deploy.gguf_types import TypeName
 from swlora.deploy.gguf_write import ModelParts, n_tensors, tensor_bytes, write_gguf
 from swlora.deploy.llama_cpp import INSTALL, TESTED_VERSION, LlamaCpp, Question, find_llama_cpp
 from swlora.disk_space import Need, check_space
@@ -36,21 +36,6 @@ from swlora.progress import Progress
 from swlora.result_json import as_json
 
 OTHER_DISK = "write it to another disk"
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What is exported, and to where; `adapter` makes it a LoRA alone.
-
-    `kind` None is f16 for a model and f32 for a LoRA. `base_gguf` gives its metadata.
-    """
-
-    model: ModelSpec
-    output: Path
-    adapter: Path | None = None
-    kind: TypeName | None = None
-    base_gguf: Path | None = None
-    llama_cpp: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from swlora.adapters.adapted import NAME
 from swlora.adapters.reach import switch_refusal
+from swlora.deploy.export_request import TypeName
 from swlora.deploy.gguf_layout import GgufLayout
-from swlora.deploy.gguf_types import TypeName, encoded
+from swlora.deploy.gguf_types import encoded
 from swlora.errors import UserError
 
 ALPHA = "adapter.lora.alpha"

@@ -1,14 +1,14 @@
 """The types in which tensors are written to a GGUF file."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from swlora.deploy.export_request import TypeName
 from swlora.errors import UserError
 
-TypeName = Literal["f32", "f16", "bf16", "q8_0"]
 FILE_TYPES: dict[TypeName, int] = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # LlamaFileType
 _BLOCK = 32  # values of a block of q8_0
 

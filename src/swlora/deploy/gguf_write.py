@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swlora.deploy.export_request import TypeName
 from swlora.deploy.gguf_hyperparameters import extra_tensors, write_hyperparameters
 from swlora.deploy.gguf_layout import GgufLayout, Place
 from swlora.deploy.gguf_tokenizer import write_tokenizer
-from swlora.deploy.gguf_types import FILE_TYPES, TypeName, encoded, tensor_type
+from swlora.deploy.gguf_types import FILE_TYPES, encoded, tensor_type
 from swlora.errors import UserError
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.gguf_config import MISREAD_NAME

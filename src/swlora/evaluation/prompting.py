@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.card import Facts
-from swlora.adapters.saved import adapter_folder, read_facts, with_adapter
+from swlora.adapters.saved import load_with_adapter
 from swlora.config import RunSpec
 from swlora.data.encode import encode_prompts, encode_turns
 from swlora.data.examples import Example, Message
 from swlora.errors import UserError
 from swlora.evaluation.decode import chat_end_token_ids, generate
-from swlora.models.load import LoadedModel, load_model
+from swlora.models.load import LoadedModel
 from swlora.progress import Progress
 
 Say = Callable[[str], None]
@@ -51,38 +50,51 @@ def generate_text(
     An adapter that was trained here gets its prompt as in training: through the chat template, or
     with its separator.
     """
-    folder = adapter_folder(adapter) if adapter else None
-    if prompt.chat is False and prompt.system is not None:
-        raise UserError("--system is a turn of a chat: leave out --no-chat")
-    loaded = load_model(spec.model)
-    progress.say(f"model: {loaded.source}")
-    facts = read_facts(folder) if folder else {}
-    is_chat = choose_form(prompt, None if folder is None else facts, loaded, progress.say)
-    if folder:
-        loaded = with_adapter(loaded, folder, progress.say)
+    check_form(prompt)
+    loaded = load_with_adapter(spec.model, adapter, progress.say)
+    return generate_texts(spec, [prompt], loaded, progress)[0]
+
+
+def generate_texts(
+    spec: RunSpec, prompts: Sequence[Prompt], loaded: LoadedModel, progress: Progress
+) -> list[Generated]:
+    """Continue or answer prompts, all in the form of the first, as `generate_text` does one."""
+    check_form(prompts[0])
+    is_chat, system = choose_form(prompts[0], loaded, progress.say), prompts[0].system
+    texts = [prompt.text for prompt in prompts]
     if is_chat:
-        prompt_ids = chat_ids([("user", prompt.text)], prompt.system, loaded.tokenizer)
+        ids = [chat_ids([("user", text)], system, loaded.tokenizer) for text in texts]
     else:
-        separator = facts.get("separator", "")
-        (prompt_ids,) = encode_prompts([Example(prompt.text, "")], separator, loaded.tokenizer)
-    (text,) = generate(
+        separator = (loaded.adapter_facts or {}).get("separator", "")
+        examples = [Example(text, "") for text in texts]
+        ids = encode_prompts(examples, separator, loaded.tokenizer)
+    generated = generate(
         loaded.model,
         loaded.tokenizer,
-        [prompt_ids],
+        ids,
         spec.decode,
         progress,
         end_token_ids=chat_end_token_ids(loaded) if is_chat else loaded.end_token_ids,
         seed=spec.seed,
     )
-    return Generated(loaded.source, prompt.text, is_chat, prompt.system, text, spec.seed)
+    return [
+        Generated(loaded.source, prompt, is_chat, system, text, spec.seed)
+        for prompt, text in zip(texts, generated, strict=True)
+    ]
 
 
-def choose_form(prompt: Prompt, facts: Facts | None, loaded: LoadedModel, say: Say) -> bool:
+def check_form(prompt: Prompt) -> None:
+    """Raise UserError for a system turn of what is no chat."""
+    if prompt.chat is False and prompt.system is not None:
+        raise UserError("--system is a turn of a chat: leave out --no-chat")
+
+
+def choose_form(prompt: Prompt, loaded: LoadedModel, say: Say) -> bool:
     """Return whether a prompt is written as a chat, and say so where a person could wonder.
 
-    `facts` are those of the adapter, None without one. Raises UserError where a chat is asked for
-    and the tokenizer has no template.
+    Raises UserError where a chat is asked for and the tokenizer has no template.
     """
+    facts = loaded.adapter_facts
     has_template = bool(getattr(loaded.tokenizer, "chat_template", None))
     trained_on_chats = (facts or {}).get("is_chat")
     asked = True if prompt.system is not None else prompt.chat

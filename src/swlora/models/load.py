@@ -5,6 +5,7 @@ never run. Where no model was named and the default cannot be had from the Hub, 
 takes its place and `source` says so; a model that was named is loaded or refused.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from swlora.threads import settle_threads
 class LoadedModel:
     """A model ready for use, and where it came from (`revision` is a commit or None).
 
-    A text ends at any of `end_token_ids`, which is no part of it.
+    A text ends at any of `end_token_ids`, which is no part of it. `adapter_facts` are what training
+    noted of the adapter that is on the model; None without one.
     """
 
     model: Any
@@ -40,6 +42,7 @@ class LoadedModel:
     revision: str | None
     source: str
     end_token_ids: tuple[int, ...]
+    adapter_facts: Mapping[str, Any] | None = None
 
     @property
     def context_tokens(self) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from swlora.models.load import LoadedModel
 from swlora.result_json import FLAT, IF_ANY, NO_KEY
 from swlora.training.pace import MeanPace
 from swlora.training.watch import HeldOutLosses
@@ -52,12 +53,12 @@ class Foreseen:
 class Trained:
     """A training: the adapted model, and what was done to it.
 
-    `model` is a PeftModel as it was saved. `adapter`, `adapter_bytes`, `loss_figure` and
-    `best_adapter` are None where there is no such file. `rank_pattern` is what AdaLoRA's pruning
-    left of each module's rank, None for the other methods.
+    `model` is a PeftModel as it was saved, `loaded` the same with its tokenizer. `adapter`,
+    `adapter_bytes`, `loss_figure` and `best_adapter` are None where there is no such file.
+    `rank_pattern` is what AdaLoRA's pruning left of each module's rank, None for other methods.
     """
 
-    model: Any = field(metadata=NO_KEY, repr=False, compare=False)
+    loaded: LoadedModel = field(metadata=NO_KEY, repr=False, compare=False)
     method: str
     layers: list[int]
     n_trainable: int
@@ -69,3 +70,8 @@ class Trained:
     rank_pattern: dict[str, int] | None = field(default=None, metadata=IF_ANY)
     best_adapter: Path | None = field(default=None, metadata=IF_ANY)
     foreseen: Foreseen | None = field(default=None, metadata=IF_ANY)
+
+    @property
+    def model(self) -> Any:
+        """The PeftModel."""
+        return self.loaded.model

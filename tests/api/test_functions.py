@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.support.whole_jobs import DEV
 
 import swlora
 from swlora.adapters.methods import trainable_parameters
-from swlora.api import keyword
+from swlora.api.call import keyword
 from swlora.cli import main
 from swlora.command_settings import SETTINGS
 from swlora.errors import UserError
@@ -225,10 +226,14 @@ def test_a_study_without_a_folder_is_temporary(monkeypatch, tmp_path) -> None:
     assert os.listdir() == ["kept"]
 
 
-def test_import_alone_imports_no_torch() -> None:
+def test_what_a_program_imports_at_first_is_light() -> None:
     code = (
-        "import sys, swlora; assert 'torch' not in sys.modules; assert 'train' in dir(swlora); "
-        "swlora.train; assert 'torch' in sys.modules"
+        "import sys, swlora\n"
+        "import swlora.api\n"
+        "for name in (*swlora.api.__all__, 'StepReport'): getattr(swlora, name)\n"
+        "assert 'train' in dir(swlora) and callable(swlora.train)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'numpy', 'rich', 'tqdm'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert set(swlora.__all__) <= set(dir(swlora))
@@ -288,3 +293,91 @@ def test_a_training_that_is_ended_without_a_run_folder(settings) -> None:
     assert trained.course.steps == 1 and os.listdir() == []
     with pytest.raises(UserError, match="callbacks are functions"):
         swlora.train(callbacks="wandb")
+
+
+def test_a_run_goes_on_as_with_the_flag(settings) -> None:
+    """In steps that change it, and not where that is said in two ways, or of no run."""
+    settings |= TRAINING
+    whole = swlora.train(**settings, output="../whole")
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        swlora.train(**settings, output="../run", callbacks=interrupt)
+    seen: list[int] = []
+    trained = swlora.train(
+        output="../run", resume=True, callbacks=lambda report: seen.append(report.step)
+    )
+    assert seen == [4, 5, 6, 7, 8]
+    assert same_weights(trained.adapter, whole.adapter)
+    longer = swlora.train(output="../run", resume=True, epochs=3)
+    assert longer.course.steps == 12
+    with pytest.raises(UserError, match="nothing to resume"):
+        swlora.train(output="../run", resume=True)
+    with pytest.raises(UserError, match="resume=True needs the run's folder: output="):
+        swlora.train(resume=True)
+    with pytest.raises(UserError, match="verify=True is for a run that can go on"):
+        swlora.train(verify=True)
+    with pytest.raises(UserError, match="leave out config"):
+        swlora.train(output="../run", resume=True, config="c.yaml")
+    with pytest.raises(UserError, match="keeps its --rank"):
+        swlora.train(output="../run", resume=True, rank=5, epochs=4)
+
+
+def test_resume_is_forced_where_the_run_is_not_what_it_was(settings) -> None:
+    swlora.train(**settings, **TRAINING, output="../run", callbacks=lambda report: report.stop())
+    rows = Path(settings["dataset"])
+    rows.write_text(rows.read_text().replace("serves", "sells"))
+    with pytest.raises(UserError, match="data_sha256"):
+        swlora.train(output="../run", resume=True)
+    heard = Heard()
+    swlora.train(output="../run", force_resume=True, progress=heard)
+    assert any(line.startswith("goes on although data_sha256") for line in heard.lines)
+
+
+def test_prompts_in_a_list_get_their_texts_from_a_model_at_hand(settings) -> None:
+    trained = swlora.train(**settings, **TRAINING, output="../run")
+    model = {name: settings[name] for name in ("model", "dtype", "device")}
+    prompts = ["name[E]", "name[Fritz], food[yy]"]
+    each = [swlora.generate(p, adapter="../run", max_new_tokens=4, **model) for p in prompts]
+    loaded = swlora.load("../run", **model)
+    for at_hand in (loaded, trained.loaded):
+        assert swlora.generate(prompts, model=at_hand, max_new_tokens=4) == each
+    assert swlora.generate(prompts[0], model=loaded, max_new_tokens=4) == each[0]
+    swlora.generate(prompts, model=loaded, max_new_tokens=4, output="../texts")
+    assert json.loads(Path("../texts/result.json").read_text()) == {"texts": as_json(each)}
+    with pytest.raises(UserError, match="loaded already: leave out adapter, dtype, or give it to"):
+        swlora.generate("a", model=loaded, adapter="../run", dtype="float32")
+    with pytest.raises(UserError, match="no prompt"):
+        swlora.generate([], model=loaded)
+    with pytest.raises(UserError, match="--system is a turn of a chat"):
+        swlora.generate(["a"], model="nowhere", chat=False, system="be brief")
+
+
+def test_an_adapter_that_was_loaded_with_its_model_gets_prompts_in_its_form(settings) -> None:
+    """With the separator that training put behind a prompt, and as chats where it saw chats."""
+    loaded = swlora.load(model=settings["model"], dtype="float32")
+    chats = replace(loaded, adapter_facts={"is_chat": True})
+    assert swlora.generate("a", model=chats, max_new_tokens=1).chat
+    apart = replace(loaded, adapter_facts={"separator": "name"})
+    found = swlora.generate("a", model=apart, max_new_tokens=6).text
+    assert found == swlora.generate("aname", model=loaded, max_new_tokens=6).text
+    assert found != swlora.generate("a", model=loaded, max_new_tokens=6).text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        ({}, "give either --gguf FILE for a model or --gguf-lora"),
+        ({"gguf": "m.gguf", "adapter": "a"}, "merge the adapter into it first"),
+        ({"gguf_lora": "m.gguf"}, "--gguf-lora needs the adapter"),
+        ({"gguf": "m.gguf", "type": "int8"}, "f32, f16, bf16 or q8_0, not 'int8'"),
+        ({"gguf": "m.gguf", "rank": 3}, "export takes no setting 'rank'"),
+        ({"gguf": "m.bin", "model": "builtin"}, "end it with .gguf"),
+    ],
+)
+def test_mistakes_in_an_export_are_named(arguments, mistake) -> None:
+    with pytest.raises(UserError, match=mistake):
+        swlora.export(**arguments)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tests.support import data_files
 
 HTML = {"accept": "text/html"}
@@ -34,3 +35,11 @@ def status_of(runs: Path, name: str = "mine") -> str:
         return str(json.loads((runs / name / "run.json").read_text())["status"])
     except FileNotFoundError:
         return ""
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Say whether a process that is nobody's child any more has ended."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

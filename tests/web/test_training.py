@@ -11,10 +11,11 @@ import sys
 import tempfile
 import zipfile
 
+import psutil
 import pytest
 from tests.support import fake_training
 from tests.support.page_reading import look
-from tests.support.page_training import HTML, press, start, status_of, write_rows
+from tests.support.page_training import HTML, is_gone, press, start, status_of, write_rows
 from tests.support.servers import until
 
 from swlora.errors import UserError
@@ -77,6 +78,7 @@ def test_an_estimate_is_of_the_folder_of_runs_made_anew_and_ended_by_a_training(
     child.unlink()
     assert f"key={key}" in start(trainer, 200, action="estimate")
     until(child.exists)
+    assert "ask again" in trainer.get("/train/estimate?key=of-another-server").text
     (tmp_path / "data/slow.txt").write_text("text")
     (key,) = re.findall(r"key=(\w+)", start(trainer, 200, action="estimate", data="slow.txt"))
     start(trainer)
@@ -269,6 +271,21 @@ def test_a_merge_that_was_killed_is_not_told_by_the_log_of_the_training(
     (run.parent / NOTE).write_text(json.dumps(as_json(job)))
     text = look(trainer, "/runs/mine").text
     assert said in text and "run folder: mine" not in text
+
+
+def test_what_is_ended_at_once_takes_along_what_it_has_started(tmp_path):
+    (tmp_path / "mine").mkdir()
+    code = (
+        "import pathlib, subprocess, sys, time; other = subprocess.Popen(['sleep', '60']); "
+        "pathlib.Path(sys.argv[1], 'pid').write_text(str(other.pid)); time.sleep(60)"
+    )
+    worker, run = Worker(tmp_path), tmp_path / "mine"
+    worker.start("gguf", "mine", [sys.executable, "-c", code, str(run)])
+    until(lambda: (run / "pid").exists() and (run / "pid").read_text())
+    other = psutil.Process(int((run / "pid").read_text()))
+    worker.stop("mine", at_once=True)
+    until(lambda: worker.now() is None)
+    until(lambda: is_gone(other))
 
 
 def test_a_note_of_another_process_stops_nothing(tmp_path):

@@ -19,7 +19,7 @@ from swlora.errors import UserError
 from swlora.web.folders import without_folders
 from swlora.web.page_api import find_run
 from swlora.web.pages import training_view
-from swlora.web.pages.estimate_view import estimate_view
+from swlora.web.pages.estimate_view import EstimateView, estimate_view
 from swlora.web.pages.forms import Filled, read_form
 from swlora.web.pages.render import READ, Name, fragment, live, page
 from swlora.web.problems import ApiError
@@ -93,6 +93,10 @@ def with_data(
 def estimate(request: Request, key: Short = "", seen: Short = "") -> Response:
     """Say what became of an estimate, for the page that asked for it."""
     found = estimate_view(_desk(service_of(request)).errands.of(key))
+    if not found.state:
+        found = EstimateView(
+            "failed", "it is not known any more, such as after a restart; ask again"
+        )
     return fragment(seen, "part_train_estimate.html", is_over=found.is_over, estimate=found)
 
 

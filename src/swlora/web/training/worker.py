@@ -97,7 +97,10 @@ class Worker:
             if not self._is_ours(job):
                 raise UserError("its process cannot be found; it may have just ended")
             with suppress(ProcessLookupError):
-                os.kill(job.pid, signal.SIGKILL if at_once else signal.SIGTERM)
+                if at_once:  # its session, with what it has started, such as llama.cpp
+                    os.killpg(job.pid, signal.SIGKILL)
+                else:
+                    os.kill(job.pid, signal.SIGTERM)
             with suppress(RunFailedError):  # a full disk: it was told to stop all the same
                 write_json(self._root / NOTE, as_json(replace(job, is_stopping=True)))
 

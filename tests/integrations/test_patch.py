@@ -1,5 +1,6 @@
 """The fast forwards in a model of somebody else's loop: the same outputs, and all undone after."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -148,6 +149,41 @@ def test_trees_of_a_patched_model(model: Any) -> None:
         found = tree_loss(model, **BATCH)
         assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert_same_gradients(gradients(model, found), expected)
+
+
+def test_copies_are_not_patched(model: Any) -> None:
+    with patch(model):
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(1.5)
+        found = gradients(copied, plain_loss(copied, BATCH))
+        with patch(copied):
+            assert_same_gradients(gradients(copied, plain_loss(copied, BATCH)), found)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert_same_gradients(found, gradients(model, plain_loss(model, BATCH)))
+
+
+HOOKED = ("self_attn.q_proj.lora_A.default", "self_attn.q_proj.base_layer", "mlp.act_fn")
+
+
+@pytest.mark.parametrize("name", [*(f"model.layers.1.{name}" for name in HOOKED), "lm_head"])
+def test_hooks_run(model: Any, name: str) -> None:
+    """Added before or later: a module of which a part has hooks computes as it did."""
+    module, batch = model.train().get_base_model().get_submodule(name), BATCH | {"use_cache": False}
+    with patch(model):
+        before = float(model(**batch).loss.detach())
+        module.register_forward_hook(lambda _m, _x, out: 2 * out)
+        later = model(**batch).loss
+    loss = model(**batch).loss
+    assert float(loss.detach()) != pytest.approx(before, rel=1e-5)
+    expected = gradients(model, loss)
+    with patch(model):
+        for found in (later, model(**batch).loss):
+            assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+            assert_same_gradients(gradients(model, found), expected)
 
 
 def test_generation(model: Any) -> None:

@@ -175,6 +175,10 @@ def test_other_losses_models_and_orders_are_refused(new_model: Any, tmp_path: Pa
         TreeTrainer(new_model(), args, collate, ROWS, compute_loss_func=lambda *_: None)
     with pytest.raises(UserError, match="falcon models cannot run prefix trees"):
         TreeTrainer(new_model("falcon"), args, collate, ROWS)
+    routed = new_model("mixtral")
+    routed.get_base_model().config.output_router_logits = True
+    with pytest.raises(UserError, match=r"router_aux_loss_coef.*adds a loss of the routers"):
+        TreeTrainer(routed, args, collate, ROWS)
     with pytest.raises(UserError, match=r"lora_dropout\.default drops at random"):
         TreeTrainer(new_model(dropout=0.1), args, collate, ROWS).train()
     by_length = TrainingArguments(

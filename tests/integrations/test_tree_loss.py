@@ -223,6 +223,15 @@ def test_autocast_of_the_weights_own_dtype(make_model: MakeModel) -> None:
             assert torch.equal(tree_loss(model, **batch), alone)
 
 
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.gate_proj", "input_layernorm"])
+def test_hooks_in_the_blocks_run(model: Any, name: str) -> None:
+    module = model.base_model.model.model.layers[1].get_submodule(name)
+    before = float(tree_loss(model, **padded(ROWS, "right")).detach())
+    module.register_forward_hook(lambda _m, _x, out: 2 * out)
+    assert_same(model, padded(ROWS, "right"))
+    assert float(tree_loss(model, **padded(ROWS, "right")).detach()) != pytest.approx(before)
+
+
 def _without(name: str) -> Callable[[Batch], Batch]:
     return lambda batch: {key: value for key, value in batch.items() if key != name}
 
@@ -320,6 +329,22 @@ def _noisy(model: Any) -> Any:
     return model.train()
 
 
+def _hooked(name: str) -> Callable[[Any], Any]:
+    def hook(model: Any) -> Any:
+        config = LoraConfig(r=2, target_modules=["q_proj"])
+        peft_model = get_peft_model(model, config).eval()
+        peft_model.get_submodule(name).register_forward_hook(lambda _m, _x, out: out)
+        return peft_model
+
+    return hook
+
+
+def _replicated(model: Any) -> Any:
+    config = LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3]])
+    return get_peft_model(model, config)
+
+
+BLOCK = "base_model.model.model.layers.1"
 BAD_MODELS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any], str]] = {
     "falcon": ("falcon", {}, lambda m: m, "falcon models cannot run"),
     "dropout of the adapter": ("llama", {}, _with_dropout, "lora_dropout.default drops at random"),
@@ -338,6 +363,16 @@ BAD_MODELS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any], str]] = {
         lambda m: get_peft_model(m, _prompt_config()),
         "depends on where a token stands",
     ),
+    "replicated blocks": ("llama", {}, _replicated, "a block has a configuration of its own"),
+    "hook of all": ("llama", {}, _hooked(""), "the model has hooks, and trees do not call it"),
+    "hook of the head": ("llama", {}, _hooked("base_model.model.lm_head"), "lm_head has hooks"),
+    "hook inside an adapter": (
+        "llama",
+        {},
+        _hooked(f"{BLOCK}.self_attn.q_proj.lora_A.default"),
+        "lora_A.default has hooks",
+    ),
+    "hook inside an MLP": ("llama", {}, _hooked(f"{BLOCK}.mlp.act_fn"), "act_fn has hooks"),
     "no model": ("llama", {}, torch.nn.DataParallel, "not a DataParallel"),
 }
 

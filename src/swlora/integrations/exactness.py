@@ -51,6 +51,10 @@ def check_model(model: Any) -> None:
     for name, config in getattr(model, "peft_config", {}).items():
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             refuse(f"adapter {name!r} ({config.peft_type.value}) depends on where a token stands")
+    attention = anatomy.family.attention_out.rpartition(".")[0]
+    if any(block.get_submodule(attention).config is not base.config for block in anatomy.blocks):
+        refuse("a block has a configuration of its own, as PEFT's layer_replication gives it, and "
+               "would not attend along a tree")  # fmt: skip
     for name in trained_outside_blocks(base, anatomy):
         refuse(f"{name} is trained, and only weights of the decoder's blocks may be")
 
@@ -79,7 +83,7 @@ def other_loss(base: Any) -> str | None:
     if base.loss_function is not ForCausalLMLoss:
         return "the model has a loss function of its own"
     if getattr(base.config, "output_router_logits", False):
-        return "output_router_logits adds a loss of the routers"
+        return "output_router_logits (TRL: router_aux_loss_coef) adds a loss of the routers"
     return None
 
 

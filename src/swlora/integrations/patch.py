@@ -1,9 +1,11 @@
 """The fast forwards of adapters, norms, MLPs, frozen maps and the head in anybody's own loop."""
 
+import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from types import MethodType
 from typing import Any, Self
 
 import torch
@@ -13,14 +15,13 @@ from swlora.errors import UserError
 from swlora.integrations.batch_rows import IGNORED
 from swlora.integrations.exactness import base_of, in_weights_dtype, other_loss, unreadable_weights
 from swlora.integrations.tree_loss import adapter_state
-from swlora.kernels.forwards import fast_forwards, refresh
+from swlora.kernels.forwards import fast_forwards, has_hooks, refresh, uncalled
 from swlora.kernels.head_loss import Targets, head_loss
 from swlora.kernels.linear.frozen import is_frozen
 from swlora.kernels.lora import FastLora
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.models.anatomy import Anatomy
 
-_PATCHED = "_swlora_patch"
 # Arguments with which a forward of transformers gives a loss and logits, and nothing else
 _PLAIN_ARGUMENTS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"),
@@ -35,8 +36,9 @@ def patch(model: Any) -> "Patch":
     Outputs and gradients are the same to rounding; no trees, no sharing. In training mode a
     forward with labels makes the loss some rows at a time, and its `logits` are None; in eval mode
     they are there. Whoever disables, merges or switches adapters meanwhile gets PEFT's own forward
-    where the adapter is not as it was. Raises UserError where nothing of the model is known, or it
-    is patched already.
+    where the adapter is not as it was, and so do modules whose parts have hooks. A deep copy of the
+    model is not patched. Raises UserError where nothing of the model is known, or it is patched
+    already.
 
         with swlora.patch(model) as patched:
             print(patched.replaced)
@@ -52,9 +54,9 @@ class Patch:
         base = base_of(model)
         if why := unreadable_weights(base):
             raise UserError(f"patch: {why}; the model runs as it is, unpatched")
-        if getattr(base, _PATCHED, False):
-            raise UserError("patch: the model is patched already; undo that first")
         anatomy = Anatomy(base)
+        if isinstance(vars(anatomy.backbone).get("forward"), _Forward):
+            raise UserError("patch: the model is patched already; undo that first")
         fast = fast_forwards(model)
         if not is_frozen(anatomy.head):
             fast.pop(anatomy.head, None)  # it would be torch's own product
@@ -73,20 +75,40 @@ class Patch:
         forwards[anatomy.backbone] = _followed(base, anatomy.backbone, fast)
         if has_head_loss:
             forwards[base] = _with_head_loss(base, anatomy)
-        self._base, self._undo = base, ExitStack()
-        self._undo.enter_context(patched_forwards(forwards))
-        vars(base)[_PATCHED] = True
+        self._undo = ExitStack()
+        self._undo.enter_context(
+            patched_forwards({m: _Forward(m, forward) for m, forward in forwards.items()})
+        )
 
     def undo(self) -> None:
         """Give every module the forward that it had; a second time does nothing."""
         self._undo.close()
-        vars(self._base).pop(_PATCHED, None)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+class _Forward:
+    """A forward in the place of a module's own, which copies of the module have again.
+
+    A copied function would go on computing with the weights of the module that it was made for.
+    """
+
+    def __init__(self, module: nn.Module, compute: Callable[..., Any]) -> None:
+        self._module, self._compute = module, compute
+        self._own = vars(module).get("forward")
+        self.__signature__ = inspect.signature(compute)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compute(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._own is not None:
+            return copy.deepcopy(self._own, memo)
+        return MethodType(type(self._module).forward, copy.deepcopy(self._module, memo))
 
 
 def _kind(module: nn.Module, anatomy: Anatomy) -> str:
@@ -101,18 +123,19 @@ def _kind(module: nn.Module, anatomy: Anatomy) -> str:
 
 def _guarded(module: Any, fast: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     """Return a forward that is the module's own where it is no longer what `fast` was made for."""
-    own = module.forward
+    own, parts = module.forward, uncalled(module, fast)
     if isinstance(fast, FastLora):
         state = adapter_state(module)
 
         def forward_adapted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             is_same = not args and not kwargs and adapter_state(module) == state
-            return fast(x) if is_same and is_frozen(module.base_layer) else own(x, *args, **kwargs)
+            is_same = is_same and is_frozen(module.base_layer) and not any(map(has_hooks, parts))
+            return fast(x) if is_same else own(x, *args, **kwargs)
 
         return forward_adapted
 
     def forward(x: Tensor) -> Any:
-        return fast(x) if is_frozen(module) else own(x)
+        return fast(x) if is_frozen(module) and not any(map(has_hooks, parts)) else own(x)
 
     return forward
 
@@ -132,7 +155,7 @@ def _followed(base: Any, backbone: nn.Module, fast: Any) -> Callable[..., Any]:
 
 def _has_head_loss(base: Any, anatomy: Anatomy) -> bool:
     is_plain_head = isinstance(anatomy.head, nn.Linear) and is_frozen(anatomy.head)
-    return is_plain_head and other_loss(base) is None
+    return is_plain_head and not has_hooks(anatomy.head) and other_loss(base) is None
 
 
 def _with_head_loss(base: Any, anatomy: Anatomy) -> Callable[..., Any]:

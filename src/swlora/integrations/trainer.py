@@ -8,8 +8,8 @@ from torch import Tensor
 
 from swlora.data.steps import StepOrder
 from swlora.errors import UserError
-from swlora.integrations.batch_rows import IGNORED
-from swlora.integrations.exactness import check_model
+from swlora.integrations.batch_rows import IGNORED, refuse
+from swlora.integrations.exactness import base_of, check_model, other_loss
 from swlora.integrations.prefix_sampler import PrefixSampler
 from swlora.integrations.tree_loss import release, tree_loss
 from swlora.loss_sum import LossSum
@@ -57,6 +57,8 @@ class TreeTrainerMixin:
                 "leave the mixin out"
             )
         check_model(self._own.model)
+        if why := other_loss(base_of(self._own.model)):
+            refuse(why)
 
     @property
     def _own(self) -> Any:

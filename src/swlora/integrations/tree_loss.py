@@ -22,7 +22,7 @@ from swlora.integrations.exactness import (
     check_model,
     in_weights_dtype,
 )
-from swlora.kernels.forwards import fast_forwards, refresh
+from swlora.kernels.forwards import fast_forwards, has_hooks, refresh, uncalled
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.recomputed import recomputing
 from swlora.kernels.tree_layout import TreeLayout
@@ -56,7 +56,8 @@ def tree_loss(
 
     Raises UserError, which names the plain way, for what would not be the same: an unknown family,
     dropout, a mask that is no padding, labels that are other tokens, another loss, gradient
-    checkpointing, weights that are trained outside the decoder's blocks.
+    checkpointing, weights that are trained outside the decoder's blocks, hooks on modules that a
+    tree does not call.
 
         loss = swlora.tree_loss(model, **batch)
         loss.backward()
@@ -94,10 +95,18 @@ class _Engine:
         # Rotary angles matter by their differences alone; learned positions do not.
         self._is_rotary = any(hasattr(module, "rope_type") for module in base.modules())
         self._forwards: dict[nn.Module, Callable[..., Tensor]] = fast_forwards(model)
+        inside = [part for m, fast in self._forwards.items() for part in uncalled(m, fast)]
+        wrappers = [] if model is base else [model, model.base_model]
+        skipped = {*wrappers, base, base.get_output_embeddings(), *inside}
+        named = [(name or "the model", m) for name, m in model.named_modules()]
+        self._uncalled = [(name, m) for name, m in named if m in skipped]
 
     def nats(self, rows: BatchRows) -> Tensor:
         """Return the summed loss of the rows in nats."""
         assert rows.sequences is not None
+        for name, module in self._uncalled:
+            if has_hooks(module):
+                refuse(f"{name} has hooks, and trees do not call it as a module")
         first = np.zeros_like(rows.first_positions) if self._is_rotary else rows.first_positions
         refresh(self._forwards)
         with patched_forwards(self._forwards):

@@ -23,6 +23,23 @@ def fast_forwards(model: Any) -> dict[nn.Module, Callable[..., Tensor]]:
     return {**fused_forwards(model), **lora_forwards(model)}
 
 
+def uncalled(module: nn.Module, fast: Callable[..., Tensor]) -> list[nn.Module]:
+    """Return the parts of a module that its own forward calls, and its fast one does not."""
+    if isinstance(fast, FastLora):
+        return list(module.modules())[1:]
+    return [part for part in module.children() if next(part.parameters(), None) is None]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Say whether somebody's hooks run when a module is called, or its gradient is made."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def refresh(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> None:
     """Let the forwards follow weights that have changed, as those of an adapter do in a step."""
     for forward in forwards.values():

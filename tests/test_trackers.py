@@ -141,6 +141,22 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
     assert [step for _, step in fake_wandb.runs[0].log_calls] == [1]
 
 
+def test_a_tracker_that_asks_for_a_key_does_not_wait(
+    fake_wandb, accelerated, monkeypatch, tmp_path
+):
+    def init(**_how: Any) -> FakeRun:
+        assert not sys.stdin.isatty(), "this would wait for an answer"
+        raise RuntimeError("No API key configured. Use `wandb login`")
+
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    fake_wandb.init, said = init, Heard()
+    started(["wandb"], tmp_path / "run", said).report({"step": 1, "loss": 1.0})
+    (failure,) = said.lines
+    assert failure.startswith("no more reports to wandb: No API key configured. Use `wandb login`")
+    assert sys.stdin is terminal
+
+
 def test_what_is_sent(fake_wandb, accelerated, tmp_path):
     sent = started(["wandb"], tmp_path / "run", Heard(), "my project")
     report = {"step": 3, "loss": 1.5, "eval_nll": 2.0, "rows": 12, "sum_nats": 9.0}

@@ -1,7 +1,8 @@
 """Reports of a training to TensorBoard, trackio, Weights & Biases or MLflow, through Accelerate.
 
 A tracker that fails is told of once and left out from then on: what watches a training, and what
-lies on the other side of a network, must not end it.
+lies on the other side of a network, must not end it. Nor must a question, such as that of W&B for a
+key, on a terminal that nobody sits at.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ import importlib.util
 import io
 import math
 import re
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -135,7 +137,7 @@ class Trackers:
         What trackers print is no result of the command, and would tear its bars.
         """
         try:
-            with redirect_stdout(io.StringIO()):
+            with redirect_stdout(io.StringIO()), _nobody_to_ask():
                 yield
         except Exception as error:  # of many libraries
             self._working.pop(name, None)
@@ -183,6 +185,16 @@ class Trackers:
                 own = {"id": self._known["id"], "name": self.run_name, "resume": "allow"}
                 return {**own, **folder}
         return {"run_id": before} if before else {"run_name": self.run_name}
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Let what asks a person see no terminal, which it takes for a refusal instead of waiting."""
+    before, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = before
 
 
 def _finish(name: str, tracker: Any) -> None:

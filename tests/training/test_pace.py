@@ -101,6 +101,22 @@ def test_what_others_use(monkeypatch):
     assert others.look() == 0.0
 
 
+def test_no_memory_for_the_peak_does_not_end_a_training(monkeypatch, fresh_cache):
+    asked: list[Any] = []
+
+    def full(*how: Any) -> float:
+        asked.append(how)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(matrix_peak, "matrix_flops", full)
+    others: Any = SimpleNamespace(look=lambda: 0.0)
+    pace = Pace(SimpleNamespace(work=Work()), torch.zeros(1), others)
+    for _ in range(3):
+        pace.begin()
+        assert "peak_share" not in pace.of_step(15.0)
+    assert len(asked) == 1
+
+
 def test_the_peak_is_measured_once_and_late(monkeypatch, fresh_cache):
     asked: list[Any] = []
     monkeypatch.setattr(matrix_peak, "matrix_flops", lambda *how: asked.append(how) or 1000.0)

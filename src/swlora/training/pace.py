@@ -8,6 +8,7 @@ PROBE_AFTER_S and other programs leave the cores alone: it takes half a second t
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -65,7 +66,7 @@ class Pace:
         self._dtype, self._device = weight.dtype, str(weight.device)
         self._others, self._elapsed_s = others, 0.0
         self._peak: float | None = None
-        self._is_looked_up = False
+        self._is_looked_up = self._can_measure = False
         self._before = (0, 0, 0.0)
 
     def begin(self) -> None:
@@ -93,7 +94,10 @@ class Pace:
     def _known_peak(self, busy_share: float | None) -> float | None:
         if not self._is_looked_up:
             self._peak, self._is_looked_up = known_peak(self._dtype, self._device), True
+            self._can_measure = self._peak is None
         is_quiet = busy_share is not None and busy_share < QUIET_SHARE
-        if self._peak is None and self._elapsed_s > PROBE_AFTER_S and is_quiet:
-            self._peak = measured_peak(self._dtype, self._device)
+        if self._can_measure and self._elapsed_s > PROBE_AFTER_S and is_quiet:
+            self._can_measure = False
+            with suppress(RuntimeError):  # the training has all memory, and goes on
+                self._peak = measured_peak(self._dtype, self._device)
         return self._peak

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from swlora.bounded_read import UnreadableError, parse_json, read_bounded
+from swlora.bounded_read import UnreadableError, parse_json, read_tail
 from swlora.files import write_text
 
 SAMPLES = "samples.jsonl"
-MAX_BYTES = 16 << 20  # that are read
+MAX_BYTES = 16 << 20  # of the end, that are shown
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,21 @@ def add_samples(folder: Path, samples: Sequence[Sample]) -> None:
 
     Raises OSError where the disk is full.
     """
-    kept = [sample for sample in read_samples(folder) if sample.step < samples[0].step]
-    write_text(folder / SAMPLES, "".join(_lines([*kept, *samples])))
+    path = folder / SAMPLES
+    n_bytes = path.stat().st_size if path.exists() else 0  # all, however many
+    kept = [one for one in _read_end(path, n_bytes) if one.step < samples[0].step]
+    write_text(path, "".join(_lines([*kept, *samples])))
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """Return the samples so far, without lines that are torn or of another kind."""
+    """Return the samples so far, the newest of very many, without lines of another kind."""
+    return _read_end(folder / SAMPLES, MAX_BYTES)
+
+
+def _read_end(path: Path, n_bytes: int) -> list[Sample]:
+    """Return the samples in the last bytes of a file, without lines that are torn."""
     try:
-        content, _ = read_bounded(folder / SAMPLES, MAX_BYTES, follow_links=False)
+        content = read_tail(path, n_bytes)
     except UnreadableError:
         return []
     return [sample for line in content.splitlines() if (sample := _read(line))]

@@ -125,6 +125,14 @@ def test_lines_that_are_torn_are_left_out(tmp_path):
     assert read_samples(tmp_path / "nowhere") == []
 
 
+def test_of_a_long_file_of_samples_the_newest_are_shown_and_none_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("swlora.samples_file.MAX_BYTES", 150)
+    for step in range(1, 6):
+        add_samples(tmp_path, [Sample(step, "p", "t" * 20)])
+    assert [s.step for s in read_samples(tmp_path)] == [4, 5]
+    assert (tmp_path / SAMPLES).read_text().count("\n") == 5
+
+
 def test_what_is_shown_is_short_and_harmless():
     samples = [Sample(5, "a\nb", "\x1b[31m" + "x" * 300)] * 5
     lines = shown(samples)

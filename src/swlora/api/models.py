@@ -98,8 +98,8 @@ def generate(
     >>> import swlora
     >>> loaded = swlora.load(model="builtin")
     >>> texts = swlora.generate(["good day", "hello"], model=loaded, max_new_tokens=2)
-    >>> [generated.prompt for generated in texts]
-    ['good day', 'hello']
+    >>> len(texts), texts[0].prompt
+    (2, 'good day')
     """
     from swlora.adapters.saved import load_with_adapter
     from swlora.evaluation.prompting import Prompt, check_form, generate_texts

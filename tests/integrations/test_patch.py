@@ -166,6 +166,21 @@ def test_copies_are_not_patched(model: Any) -> None:
     assert_same_gradients(found, gradients(model, plain_loss(model, BATCH)))
 
 
+@pytest.mark.parametrize("shape", ["gpt2", LLAMA])
+def test_second_derivatives_are_refused(make_model: MakeModel, shape: str) -> None:
+    """They would be wrong: torch takes what a backward has saved for constants."""
+    peft_model = without_dropout(adapted(make_model, shape))
+    parameters = list(trainable_parameters(peft_model).values())
+
+    def refused(loss: torch.Tensor) -> None:
+        with pytest.raises(UserError, match="first derivatives alone"):
+            torch.autograd.grad(loss, parameters, create_graph=True)
+
+    refused(tree_loss(peft_model, **BATCH))
+    with patch(peft_model):
+        refused(plain_loss(peft_model, BATCH))
+
+
 HOOKED = ("self_attn.q_proj.lora_A.default", "self_attn.q_proj.base_layer", "mlp.act_fn")
 
 

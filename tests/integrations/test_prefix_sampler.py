@@ -20,6 +20,9 @@ PAIRS = [(p, RNG.integers(3, 20, 1 + k).tolist()) for k in range(4) for p in PRO
 SEQUENCES = TokenSequences.from_lists(PAIRS)
 ROWS = [{"input_ids": [*p, *c], "labels": [-100] * len(p) + c} for p, c in PAIRS]
 
+UNLABELLED = [{"input_ids": row["input_ids"]} for row in ROWS]
+ALL_LABELLED = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in ROWS]
+
 
 def nodes(order: Iterable[int], batch: int = BATCH) -> int:
     ids = np.fromiter(order, np.int64)
@@ -51,13 +54,17 @@ def test_batches_share_prompts() -> None:
     assert unlabelled <= together + sum(len(p) + 3 for p in PROMPTS)
 
 
+def test_labels_that_leave_nothing_out_tell_of_no_prompts() -> None:
+    found = list(PrefixSampler(ALL_LABELLED, BATCH))
+    assert found == list(PrefixSampler(UNLABELLED, BATCH))
+
+
 def test_rows_in_every_form_give_one_order() -> None:
     expected = list(PrefixSampler(ROWS, BATCH))
     assert list(PrefixSampler(Dataset.from_list(ROWS), BATCH)) == expected
-    bare = [{"input_ids": row["input_ids"]} for row in ROWS]
     by_ids = list(PrefixSampler([row["input_ids"] for row in ROWS], BATCH))
-    assert list(PrefixSampler(bare, BATCH)) == by_ids
-    assert list(PrefixSampler(Dataset.from_list(bare), BATCH)) == by_ids
+    assert list(PrefixSampler(UNLABELLED, BATCH)) == by_ids
+    assert list(PrefixSampler(Dataset.from_list(UNLABELLED), BATCH)) == by_ids
 
 
 def test_rows_without_labels_or_with_few_tokens() -> None:
@@ -88,6 +95,8 @@ def test_in_loaders_of_torch() -> None:
         (Dataset.from_list([{"text": "x"}]), {}, "no column input_ids"),
         (ROWS, {"batch_size": 0}, "batch_size must be at least 1"),
         (ROWS, {"seed": -1}, "seed at least 0"),
+        (UNLABELLED, {"order": "prompts"}, "'prompts' needs labels of -100 on prompts"),
+        (ALL_LABELLED, {"order": "pairs"}, "no row has any; 'neighbours' needs none"),
         (ROWS, {"order": "best"}, "no order is called 'best'; there are prompts"),
     ],
 )

@@ -25,7 +25,8 @@ class PrefixSampler(Sampler[int]):
     single rows. None is "prompts", or "neighbours" where no labels say where a prompt ends.
 
     Each pass takes another order, the same one for the same seed and epoch; `set_epoch` names the
-    epoch, which trainers do. Raises UserError for rows without token ids.
+    epoch, which trainers do. Raises UserError for rows without token ids, and for "prompts" and
+    "pairs" where no labels say where a prompt ends.
 
         sampler = swlora.PrefixSampler(rows, batch_size=16, seed=1)
         loader = DataLoader(rows, batch_size=16, sampler=sampler, collate_fn=collate)
@@ -45,9 +46,15 @@ class PrefixSampler(Sampler[int]):
         ids, labels = _column(rows, "input_ids"), _column(rows, "labels")
         if ids is None:
             raise UserError("PrefixSampler: the rows have no column input_ids; tokenise them first")
-        self._sequences = _sequences(ids, labels)
         self._batch_size, self._seed = batch_size, seed
-        self._order: StepOrder = order or ("neighbours" if labels is None else "prompts")
+        has_prompts = labels is not None and any(map(_leaves_prompt_out, labels))
+        if order in ("prompts", "pairs") and not has_prompts:
+            raise UserError(
+                f"PrefixSampler: {order!r} needs labels of {IGNORED} on prompts, and no row has "
+                "any; 'neighbours' needs none"
+            )
+        self._sequences = _sequences(ids, labels if has_prompts else None)
+        self._order: StepOrder = order or ("prompts" if has_prompts else "neighbours")
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -79,6 +86,10 @@ def _column(rows: Any, name: str) -> Sequence[Any] | None:
     if isinstance(first, Mapping):
         return [row[name] for row in rows] if name in first else None
     return rows if name == "input_ids" and not isinstance(first, str) else None
+
+
+def _leaves_prompt_out(labels: Sequence[Any]) -> bool:
+    return len(labels) > 1 and int(labels[1]) == IGNORED  # nothing predicts the first
 
 
 def _sequences(ids: Sequence[Any], labels: Sequence[Any] | None) -> TokenSequences:

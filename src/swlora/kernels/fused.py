@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swlora.kernels.first_order import first_order
 from swlora.kernels.linear.frozen import is_frozen
 from swlora.kernels.recomputed import made_by
 from swlora.kernels.wide import wide, wide_dtype
@@ -29,6 +30,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
         scaled = wide(grads[0] * weight)
@@ -60,6 +62,7 @@ class _SiluMul(torch.autograd.Function):
         return gated(gate, up)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         d_gate = torch.ops.aten.silu_backward(grads[0] * up, gate)

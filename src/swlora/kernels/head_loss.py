@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from swlora.kernels.first_order import first_order
 from swlora.kernels.linear.frozen import FrozenLinear
 from swlora.kernels.wide import wide, wide_dtype
 
@@ -97,6 +98,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return loss.to(wide_dtype(hidden.dtype))
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d_hidden,) = ctx.saved_tensors
         return d_hidden * grads[0].to(d_hidden.dtype), None, None, None, None

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.methods import adapted_modules
+from swlora.kernels.first_order import first_order
 from swlora.kernels.linear.frozen import FrozenLinear, frozen_forwards, reshaped
 
 
@@ -47,6 +48,7 @@ class _LoraLinear(torch.autograd.Function):
         return reshaped(y, shape)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
         x, xa, a, b = ctx.saved_tensors
         d_y = grads[0].reshape(-1, b.shape[0])

@@ -14,6 +14,7 @@ from torch import Tensor
 from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.cuda_attention import attend
+from swlora.kernels.first_order import first_order
 from swlora.kernels.tree_layout import NodeChunks, TreeLayout
 from swlora.kernels.wide import wide, wide_dtype
 from swlora.threads import adapt_threads
@@ -68,6 +69,7 @@ class _ChunkAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         adapt_threads()
         query, key, value, *kept = ctx.saved_tensors

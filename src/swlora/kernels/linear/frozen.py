@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swlora.kernels.first_order import first_order
 from swlora.kernels.linear.backends import WITH_COPIES, PackedProducts, backend_of, select_fast
 
 
@@ -68,6 +69,7 @@ class _FrozenLinear(torch.autograd.Function):
         return reshaped(y, x.shape)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_y = grads[0].reshape(-1, grads[0].shape[-1])
         return ctx.frozen.input_gradient(d_y).view(ctx.shape), None

@@ -75,6 +75,14 @@ def test_the_first_steps_run(beginner: str) -> None:
     assert Path("merged/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_what_is_generated_for_is_the_prompt_that_was_trained(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    row = json.loads(next(re.finditer(r'^ {4}({"prompt": .*})$', text, re.M))[1])
+    (command,) = re.findall(r"^ {4}swlora (generate .*)$", text, re.M)
+    assert shlex.split(command)[-1] == row["prompt"]
+
+
 def test_the_pictures_are_those_of_the_committed_result() -> None:
     docs = ROOT / "docs"
     result = json.loads((docs / "results" / "scenarios-quick.json").read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ changed. Of the model only tokenizer and configuration are read, of the data all
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,9 +173,10 @@ def _answer_tokens(found: DataPreview) -> int:
 def as_yaml(settings: Sequence[Setting], path: Path, *, schema: bool = False) -> str:
     """Write settings by their sections, each with its reason behind it."""
     lines = [f"# yaml-language-server: $schema={SCHEMA}"] if schema else []
+    named = shlex.quote(str(path))  # from where it was written, as are the paths in it
     lines += [
-        f"# swlora check {path.name}: what it comes to, and what is wrong with it",
-        f"# swlora train-eval --config {path.name}: trains, evaluates; a flag wins over the file",
+        f"# swlora check {named}: what it comes to, and what is wrong with it",
+        f"# swlora train-eval --config {named}: trains, evaluates; a flag wins over the file",
         "# What is not here has its default: `swlora train-eval --help` names all of it.",
     ]
     section = None

@@ -1,6 +1,7 @@
 """`swlora env`, `init`, `check`, `schema`: before a training, the machine and the configuration."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -60,7 +61,8 @@ def init(
     print(f"configuration: {file}")
     if written.schema:
         print(f"schema: {written.schema}")
-    print(f"next: swlora check {file}; swlora train-eval --config {file}")
+    shown = shlex.quote(str(file))
+    print(f"next: swlora check {shown}; swlora train-eval --config {shown}")
     invocation.finish(written)
 
 

@@ -9,7 +9,7 @@ from swlora.bounded_read import UnreadableError, parse_json, read_tail
 from swlora.files import write_text
 
 SAMPLES = "samples.jsonl"
-MAX_BYTES = 16 << 20  # of the end, that are shown
+MAX_BYTES = 2 << 20  # of the end, that are shown: a page reads them every few seconds
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,12 @@ def test_what_a_program_imports_at_first_is_light() -> None:
         swlora.trian  # noqa: B018
 
 
+def test_a_metric_that_is_no_function_is_refused_before_anything_is_loaded() -> None:
+    name: Any = "mine.py:score"
+    with pytest.raises(UserError, match="metrics is a function of texts and references, not str"):
+        swlora.evaluate(model="no-such-model", metrics=name)
+
+
 def test_merge_returns_the_report_and_takes_the_settings_of_its_command(model_folder, tmp_path):
     from tests.deploy.test_merge import adapter_of
 
@@ -250,6 +256,9 @@ def test_merge_returns_the_report_and_takes_the_settings_of_its_command(model_fo
     assert merged.dtype == "float16" and (tmp_path / "m" / "config.json").is_file()
     with pytest.raises(UserError, match="takes no dtype 'int8'"):
         swlora.merge(adapter, tmp_path / "n", model=base, dtype="int8")
+    for shard_gb in (0.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"shard_gb must be at least 0\.001 and finite"):
+            swlora.merge(adapter, tmp_path / "n", model=base, shard_gb=shard_gb)
     with pytest.raises(UserError, match="no setting 'temperature'"):
         swlora.merge(adapter, tmp_path / "n", model=base, temperature=1.0)
 

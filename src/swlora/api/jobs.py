@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from swlora.api.call import Call, PathLike, ShowProgress, path_of, takes_settings
 from swlora.api.settings import EvalSettings, IdentifySettings, TrainSettings
 from swlora.command_settings import check_processes
+from swlora.errors import UserError
 from swlora.training.callbacks import Callback, as_callbacks
 
 if TYPE_CHECKING:
@@ -129,6 +130,11 @@ def evaluate(
     """
     call = Call.of("eval", config, settings)
     metric = None
+    if metrics is not None and not callable(metrics):
+        raise UserError(
+            "metrics is a function of texts and references, not "
+            f"{type(metrics).__name__}; --metrics FILE.py:function is of the command line"
+        )
     if metrics is not None:
         from swlora.evaluation.user_metrics import UserMetric
 

@@ -1,5 +1,6 @@
 """Models at hand: load, generate, and make files of them for other programs."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
@@ -177,6 +178,8 @@ def merge(
     model = Call.of("merge", config, settings).spec().model
     if dtype not in (None, *DTYPES):
         raise UserError(f"merge takes no dtype {dtype!r}; it takes {', '.join(DTYPES)}")
+    if not 0.001 <= shard_gb < math.inf:  # as of --shard-gb
+        raise UserError(f"shard_gb must be at least 0.001 and finite, not {shard_gb}")
     request = MergeRequest(Path(adapter), Path(output), model, dtype, shard_gb, force)
     return merge_adapter(request, shown(progress))
 

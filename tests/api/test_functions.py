@@ -241,6 +241,19 @@ def test_what_a_program_imports_at_first_is_light() -> None:
         swlora.trian  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("prompt", "model", "mistake"),
+    [
+        (5, "builtin", "a prompt is a text, or a list of texts"),
+        (["a", None], "builtin", "a prompt is a text, or a list of texts"),
+        ("a", torch.nn.Linear(2, 2), r"trained\.loaded\), not Linear$"),
+    ],
+)
+def test_what_cannot_be_generated_from_is_named(prompt, model, mistake) -> None:
+    with pytest.raises(UserError, match=mistake):
+        swlora.generate(prompt, model=model)
+
+
 def test_a_metric_that_is_no_function_is_refused_before_anything_is_loaded() -> None:
     name: Any = "mine.py:score"
     with pytest.raises(UserError, match="metrics is a function of texts and references, not str"):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from os import PathLike as HasPath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
@@ -106,9 +107,16 @@ def generate(
     from swlora.evaluation.prompting import Prompt, check_form, generate_texts
     from swlora.models.load import LoadedModel
 
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not texts:
         raise UserError("there is no prompt in the list")
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError("a prompt is a text, or a list of texts")
+    if not isinstance(model, str | HasPath | LoadedModel | None):
+        raise UserError(
+            "model is a name, a folder, or what swlora.load returns (of a training "
+            f"trained.loaded), not {type(model).__name__}"
+        )
     prompts = [Prompt(text, chat, system) for text in texts]
     check_form(prompts[0])
     loaded = model if isinstance(model, LoadedModel) else None

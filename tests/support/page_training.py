@@ -1,6 +1,7 @@
 """What a person does on the page that trains, as a program; and data to train on."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ def start(client, status=303, **fields) -> str:
     answer = client.post("/train/start", data=form, headers=HTML)
     assert answer.status_code == status, answer.text
     return answer.headers.get("location", answer.text)
+
+
+def estimate(client, hold: Path, **fields) -> tuple[str, str]:
+    """Ask for an estimate; return where it is shown, and the page, which is there before it.
+
+    It is held for as long as there is a file `hold`, beside the stand-in.
+    """
+    hold.touch()
+    page = start(client, 200, action="estimate", **fields)
+    (url,) = re.findall(r'data-live="(/train/estimate\?key=\w+)"', page)
+    return url, page
 
 
 def press(client, action, run="mine", status=303, **fields) -> str:

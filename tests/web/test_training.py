@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import psutil
 import pytest
 from tests.support import fake_training
 from tests.support.page_reading import look
-from tests.support.page_training import HTML, is_gone, press, start, status_of, write_rows
+from tests.support.page_training import HTML, estimate, is_gone, press, start, status_of, write_rows
 from tests.support.servers import until
 
 from swlora.errors import UserError
@@ -55,8 +54,8 @@ def test_a_look_that_fails_says_why_without_a_path(trainer, tmp_path):
 
 
 def test_an_estimate_shows_time_memory_and_a_refusal_and_nothing_begins(trainer, tmp_path):
-    page = start(trainer, 200, action="estimate", layers="last:2")
-    (url,) = re.findall(r'data-live="(/train/estimate\?key=\w+)"', page)
+    url, page = estimate(trainer, tmp_path / "hold", layers="last:2")
+    (tmp_path / "hold").unlink()
     until(lambda: "x-over" in trainer.get(url + "&seen=").headers)
     text = trainer.get(url + "&seen=").text
     for said in ("about 2 min", "1,200", "2.5 GB", "2.0 MB", "1–2", "4,608"):
@@ -71,19 +70,19 @@ def test_an_estimate_shows_time_memory_and_a_refusal_and_nothing_begins(trainer,
 def test_an_estimate_is_of_the_folder_of_runs_made_anew_and_ended_by_a_training(
     trainer, child, tmp_path
 ):
-    (key,) = re.findall(r"key=(\w+)", start(trainer, 200, action="estimate"))
-    until(lambda: "x-over" in trainer.get(f"/train/estimate?key={key}").headers)
+    hold = tmp_path / "hold"
+    url, _ = estimate(trainer, hold)
+    hold.unlink()
+    until(lambda: "x-over" in trainer.get(url).headers)
     arguments = json.loads(child.read_text())["arguments"]  # not of where the server was started
     assert f"--output={tmp_path / 'runs/mine'}" in arguments
     child.unlink()
-    assert f"key={key}" in start(trainer, 200, action="estimate")
+    assert estimate(trainer, hold)[0] == url
     until(child.exists)
     assert "ask again" in trainer.get("/train/estimate?key=of-another-server").text
-    (tmp_path / "data/slow.txt").write_text("text")
-    (key,) = re.findall(r"key=(\w+)", start(trainer, 200, action="estimate", data="slow.txt"))
-    start(trainer)
-    until(lambda: "x-over" in trainer.get(f"/train/estimate?key={key}").headers)
-    assert "ended before it was done" in trainer.get(f"/train/estimate?key={key}").text
+    start(trainer)  # while it is held
+    until(lambda: "x-over" in trainer.get(url).headers)
+    assert "ended before it was done" in trainer.get(url).text
 
 
 def test_what_cannot_be_started_says_so_and_can_be_asked_for_again(trainer, monkeypatch, tmp_path):

@@ -58,7 +58,8 @@ class Recorder:
         self.adapter = adapter
         return {"BLEU": 0.5}
 
-    def identify(self, job: Job, figure: Path | None) -> dict[str, object]:
+    def identify(self, job: Job, figure: Path | None, adapter: Path | None) -> dict[str, object]:
+        assert adapter is None
         self._note("identify", job)
         return {"figure": str(figure)}
 

@@ -6,6 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tests.support.toy_loop import (
     ToyStep,
     adapted,
@@ -214,3 +216,16 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(tmp_
     state = LoopState(adapted(parameters), torch.optim.AdamW(parameters.values()))
     assert state.load(run.checkpoint, print)
     assert state.totals.step == 2
+
+
+def test_what_a_trainer_in_the_same_process_has_chosen_changes_nothing(tmp_path):
+    torch.manual_seed(5)
+    expected, _ = run_loop(start(tmp_path / "alone"), spec())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(mixed_precision="bf16", cpu=True)
+        torch.manual_seed(5)
+        found, _ = run_loop(start(tmp_path / "beside"), spec())
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -166,11 +166,15 @@ def _ahead(step_function: StepFunction, steps: Iterator[Step]) -> Iterator[Step]
 
 def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
     from accelerate import Accelerator
+    from accelerate.state import is_initialized
 
     if not adapted.parameters:
         raise RunFailedError("no parameter is trainable")
     device = next(iter(adapted.parameters.values())).device
-    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    # A Trainer in the same process has chosen for all of it. Only the optimizer is prepared here,
+    # on which that has no effect.
+    chosen = {} if is_initialized() else {"mixed_precision": "no", "cpu": device.type == "cpu"}
+    accelerator = Accelerator(**chosen)
     if device.type == "cuda":
         fix_threads(torch.get_num_threads())  # the CPU computes next to nothing then
     optimizer = accelerator.prepare(make_optimizer(adapted, spec))

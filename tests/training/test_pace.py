@@ -147,6 +147,21 @@ def test_the_peak_is_measured_once_and_late(monkeypatch, fresh_cache):
     assert "peak_share" not in stepped(other, 1.0)  # of another dtype
 
 
+def test_a_peak_that_a_step_exceeds_was_disturbed_and_is_measured_again(monkeypatch, fresh_cache):
+    rates = iter([100.0, 2000.0, 4000.0])
+    monkeypatch.setattr(matrix_peak, "matrix_flops", lambda *_: next(rates))
+    assert matrix_peak.measured_peak(torch.float32) == 100.0  # beside other programs, say
+    function = SimpleNamespace(work=Work())
+    pace = Pace(function, torch.zeros(1), SimpleNamespace(look=lambda: 0.0))
+    shares = []
+    for flops in (4e4, 4e4, 8e4, 4e4):  # in 40 s each
+        pace.begin()
+        function.work.flops += flops
+        shares.append(pace.of_step(40.0).get("peak_share"))
+    assert shares == [None, 0.5, 1.0, 0.5]
+    assert matrix_peak.known_peak(torch.float32) == 2000.0
+
+
 def test_a_step_function_without_work():
     pace = Pace(lambda _groups: None, torch.zeros(1), None)
     pace.begin()

@@ -5,6 +5,7 @@
 
 The peak is known from an earlier measurement here, or measured once, when a training has run for
 PROBE_AFTER_S and other programs leave the cores alone: it takes half a second then, off the clock.
+One that a step exceeds was disturbed when it was measured; it is measured once more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,7 +67,7 @@ class Pace:
         self._dtype, self._device = weight.dtype, str(weight.device)
         self._others, self._elapsed_s = others, 0.0
         self._peak: float | None = None
-        self._is_looked_up = self._can_measure = False
+        self._is_looked_up = self._can_measure = self._is_measured = False
         self._before = (0, 0, 0.0)
 
     def begin(self) -> None:
@@ -88,7 +89,11 @@ class Pace:
         found["nodes_per_s"] = found["nodes"] / step_s
         found["tokens_per_s"] = found["tokens"] / step_s
         if work.flops is not None and (peak := self._known_peak(busy_share)):
-            found["peak_share"] = (work.flops - flops) / step_s / peak
+            share = (work.flops - flops) / step_s / peak
+            if share <= 1:
+                found["peak_share"] = share
+            else:
+                self._peak, self._can_measure = None, not self._is_measured
         return found
 
     def _known_peak(self, busy_share: float | None) -> float | None:
@@ -97,7 +102,7 @@ class Pace:
             self._can_measure = self._peak is None
         is_quiet = busy_share is not None and busy_share < QUIET_SHARE
         if self._can_measure and self._elapsed_s > PROBE_AFTER_S and is_quiet:
-            self._can_measure = False
+            self._can_measure, self._is_measured = False, True
             with suppress(RuntimeError):  # the training has all memory, and goes on
                 self._peak = measured_peak(self._dtype, self._device)
         return self._peak

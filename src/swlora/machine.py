@@ -13,7 +13,7 @@ from swlora.disk_space import free_bytes
 from swlora.errors import UserError
 from swlora.matrix_peak import measured_peak, processor
 from swlora.memory import available_bytes
-from swlora.models.precision import bfloat16_is_native, resolve_device, resolve_dtype
+from swlora.models.precision import bfloat16_is_fast, resolve_device, resolve_dtype
 from swlora.paths import cache_dir
 from swlora.progress import Progress
 from swlora.threads import n_usable_cores
@@ -76,7 +76,7 @@ def machine_facts(progress: Progress) -> MachineFacts:
         n_cores=n_usable_cores(),
         memory_bytes=int(psutil.virtual_memory().total),
         memory_free_bytes=available_bytes(),
-        has_bfloat16=bfloat16_is_native(),
+        has_bfloat16=bfloat16_is_fast(),
         peaks_flops=peaks,
         gpus=_gpus(),
         packages={**package_versions(), **_more_packages()},

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from swlora.errors import UserError
-from swlora.models.precision import bfloat16_is_native, resolve_device, resolve_dtype
+from swlora.models.precision import bfloat16_is_fast, resolve_device, resolve_dtype
 
 INTEL = {
     "architecture": "x86_64",
@@ -33,7 +33,7 @@ INTEL = {
 )
 def test_auto_is_bfloat16_where_the_processor_has_it(flags, native, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
-    assert bfloat16_is_native("cpu") is native
+    assert bfloat16_is_fast("cpu") is native
     assert resolve_dtype("auto", "cpu") == (torch.bfloat16 if native else torch.float32)
     assert resolve_dtype("auto", "mps") == torch.float32
 
@@ -42,9 +42,9 @@ def test_the_processor_is_asked_in_older_torch_too(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
-    assert not bfloat16_is_native("cpu")
+    assert not bfloat16_is_fast("cpu")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert bfloat16_is_native("cpu")
+    assert bfloat16_is_fast("cpu")
 
 
 def test_this_processor_says_what_it_has():
@@ -54,7 +54,7 @@ def test_this_processor_says_what_it_has():
     flags = cpuinfo.read_text().split()
     is_slow = "GenuineIntel" in flags and "avx512_fp16" in flags and "amx_bf16" not in flags
     has_bfloat16 = "avx512_bf16" in flags or "amx_bf16" in flags
-    assert bfloat16_is_native("cpu") is (has_bfloat16 and not is_slow)
+    assert bfloat16_is_fast("cpu") is (has_bfloat16 and not is_slow)
 
 
 def test_named_dtypes_are_taken_as_they_are():

@@ -20,8 +20,8 @@ _X86_FLAGS = ("avx512_bf16", "amx_bf16")
 _ARM_FLAGS = ("bf16",) if sys.platform == "linux" else ()
 
 
-def bfloat16_is_native(device_type: str = "cpu") -> bool:
-    """Say whether `device_type` has instructions for bfloat16 matrix products that torch uses."""
+def bfloat16_is_fast(device_type: str = "cpu") -> bool:
+    """Say whether torch multiplies bfloat16 matrices on `device_type` faster than float32 ones."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -40,7 +40,7 @@ def _is_slower_than_float32(flags: Mapping[str, Any]) -> bool:
 def resolve_dtype(name: str, device_type: str) -> torch.dtype:
     """Turn `auto`, `float32` or `bfloat16` into a torch dtype for `device_type`."""
     if name == "auto":
-        return torch.bfloat16 if bfloat16_is_native(device_type) else torch.float32
+        return torch.bfloat16 if bfloat16_is_fast(device_type) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 

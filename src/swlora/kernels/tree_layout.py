@@ -8,6 +8,7 @@ Lq x T.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -112,7 +113,6 @@ class TreeLayout:
         self.depth = self.position_ids[0]
         self.sequence_tokens = tree.shortest_tokens, tree.longest_tokens
         self.tree = tree
-        self._path_edges = _path_edges(tree)
         self._parts: dict[int | None, list[NodeChunks]] = {}
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
 
@@ -120,6 +120,14 @@ class TreeLayout:
     def n_nodes(self) -> int:
         """Nodes of the tree, T."""
         return int(self.subtree_end.shape[0])
+
+    @cached_property
+    def _path_edges(self) -> NDArray[np.int64]:
+        """Where paths of PATH_NODES nodes and more begin and end."""
+        begins = np.flatnonzero(np.diff(self.tree.position_ids, prepend=-2) != 1)
+        ends = np.append(begins[1:], self.n_nodes)
+        is_long = ends - begins >= PATH_NODES
+        return np.union1d(begins[is_long], ends[is_long])
 
     def parts(self, window: int | None) -> list[NodeChunks]:
         """Return all nodes in stretches of chunks that need few scores, made once a window.
@@ -230,14 +238,6 @@ def _keys_of_chunks(
         keys[chunk, : len(path)] = path
         keys[chunk, n_ancestors : n_ancestors + len(own)] = own
     return keys
-
-
-def _path_edges(tree: PrefixTree) -> NDArray[np.int64]:
-    """Return where paths of PATH_NODES nodes and more begin and end."""
-    begins = np.flatnonzero(np.diff(tree.position_ids, prepend=-2) != 1)
-    ends = np.append(begins[1:], len(tree.position_ids))
-    is_long = ends - begins >= PATH_NODES
-    return np.union1d(begins[is_long], ends[is_long])
 
 
 def _stretches(keys: NDArray[np.int64]) -> tuple[slice, ...]:

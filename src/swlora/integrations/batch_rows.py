@@ -57,16 +57,18 @@ def read_rows(
     """
     _check_shapes(input_ids, labels, attention_mask, position_ids)
     ids, wanted = _array(input_ids), _array(labels)
-    kept = np.ones(ids.shape, bool) if attention_mask is None else _array(attention_mask) == 1
+    mask = None if attention_mask is None else _array(attention_mask)
+    kept = np.ones(ids.shape, bool) if mask is None else mask == 1
     columns = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     positions = (
         columns if position_ids is None else np.broadcast_to(_array(position_ids), ids.shape)
     )
     follows = np.zeros(ids.shape, bool)  # belongs to the sequence of the token before
     follows[:, 1:] = kept[:, 1:] & kept[:, :-1]
-    _check_mask(attention_mask, kept, follows)
+    if mask is not None:
+        _check_mask(mask, kept, follows)
     goes_on = np.diff(positions, axis=1) == 1
-    if attention_mask is None:
+    if mask is None:
         if model_type in _NEVER_PACKED and not goes_on.all():
             refuse(f"packed rows, which see each other in transformers' {model_type}; pad them")
         follows[:, 1:] &= goes_on
@@ -76,7 +78,7 @@ def read_rows(
     scored = wanted != IGNORED
     scored[:, 0] = False  # as in transformers: nothing predicts it
     _check_labels(ids, wanted, scored, kept, follows)
-    if attention_mask is not None and position_ids is None and model_type in _POSITIONS_FROM_MASK:
+    if mask is not None and position_ids is None and model_type in _POSITIONS_FROM_MASK:
         positions = np.cumsum(kept, axis=1) - 1
     sequences, first = _sequences(ids, scored, kept, kept & ~follows)
     return BatchRows(
@@ -128,11 +130,9 @@ def _check_shapes(
 
 
 def _check_mask(
-    attention_mask: Tensor | None, kept: NDArray[np.bool_], follows: NDArray[np.bool_]
+    mask: NDArray[np.int64], kept: NDArray[np.bool_], follows: NDArray[np.bool_]
 ) -> None:
-    if attention_mask is None:
-        return
-    if not np.isin(_array(attention_mask), (0, 1)).all():
+    if not np.isin(mask, (0, 1)).all():
         refuse("an attention_mask with other values than 0 and 1")
     if ((kept & ~follows).sum(axis=1) > 1).any():
         refuse("an attention_mask that is no padding: it leaves out tokens in the middle of a row")

@@ -176,10 +176,7 @@ def _check_others(others: dict[str, Any], position_ids: Tensor | None) -> None:
 
 
 def _divisor(rows: BatchRows, num_items_in_batch: Tensor | int | None) -> Tensor | int:
-    if num_items_in_batch is None:
-        divisor: Tensor | int = rows.n_labels
-    else:
-        divisor = num_items_in_batch
-    if not rows.n_labels and (num_items_in_batch is None or not num_items_in_batch):
+    divisor = rows.n_labels if num_items_in_batch is None else num_items_in_batch
+    if not rows.n_labels and not divisor:
         raise UserError("tree_loss: the batch has no label (all are -100); leave such rows out")
     return divisor

@@ -17,6 +17,7 @@ from swlora.integrations.exactness import base_of, in_weights_dtype, other_loss,
 from swlora.integrations.tree_loss import adapter_state
 from swlora.kernels.forwards import fast_forwards, has_hooks, refresh, uncalled
 from swlora.kernels.head_loss import Targets, head_loss
+from swlora.kernels.linear.backends import MAPS
 from swlora.kernels.linear.frozen import is_frozen
 from swlora.kernels.lora import FastLora
 from swlora.kernels.patched_forwards import patched_forwards
@@ -116,7 +117,7 @@ def _kind(module: nn.Module, anatomy: Anatomy) -> str:
         return "head"
     if hasattr(module, "lora_A"):
         return "adapters"
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+    if isinstance(module, MAPS):
         return "frozen maps"
     return "norms" if type(module).__name__.endswith("Norm") else "gated MLPs"
 

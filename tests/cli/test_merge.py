@@ -54,3 +54,5 @@ def test_values_that_mean_nothing_are_refused(capsys):
     for flags in (["--shard-gb", "0"], ["--dtype", "int8"]):
         code, _, err = run(capsys, "--adapter", "a", "--output", "m", *flags)
         assert code == 2 and len(err.splitlines()) == 1
+    code, _, err = run(capsys, "--adapter", "a", "--output", "m", "--shard-gb", "inf")
+    assert code == 2 and err == "swlora: shard_gb must be at least 0.001 and finite, not inf\n"

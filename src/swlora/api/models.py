@@ -1,6 +1,5 @@
 """Models at hand: load, generate, and make files of them for other programs."""
 
-import math
 from collections.abc import Mapping
 from os import PathLike as HasPath
 from pathlib import Path
@@ -178,17 +177,12 @@ def merge(
     >>> merged.kl_nats_per_token <= merged.tolerance_kl_nats_per_token
     True
     """
-    from swlora.deploy.merge import MergeRequest
     from swlora.deploy.merge import merge as merge_adapter
-    from swlora.deploy.merged_folder import DTYPES
+    from swlora.deploy.merge import merge_request
 
     check_processes("merge")
     model = Call.of("merge", config, settings).spec().model
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"merge takes no dtype {dtype!r}; it takes {', '.join(DTYPES)}")
-    if not 0.001 <= shard_gb < math.inf:  # as of --shard-gb
-        raise UserError(f"shard_gb must be at least 0.001 and finite, not {shard_gb}")
-    request = MergeRequest(Path(adapter), Path(output), model, dtype, shard_gb, force)
+    request = merge_request(Path(adapter), Path(output), model, dtype, shard_gb, force=force)
     return merge_adapter(request, shown(progress))
 
 

@@ -44,11 +44,11 @@ def merge(
 
     Example: `swlora merge --adapter runs/mine --output merged --dtype bfloat16 --json report.json`
     """
-    from swlora.deploy.merge import MergeRequest
     from swlora.deploy.merge import merge as merged_by
+    from swlora.deploy.merge import merge_request
 
     spec = invocation.spec.model
-    request = MergeRequest(adapter, output, spec, dtype, shard_gb, force)
+    request = merge_request(adapter, output, spec, dtype, shard_gb, force=force)
     with sigterm_interrupts():
         merged = merged_by(request, invocation.progress)
     _show(merged)

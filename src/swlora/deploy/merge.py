@@ -5,6 +5,7 @@ and compared, in float32, with the base and the adapter as PEFT runs them: what 
 rounding to the output's dtype, or a mistake.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,23 @@ class MergeRequest:
     dtype: str | None = None
     shard_gb: float = 5.0
     force: bool = False
+
+
+def merge_request(
+    adapter: Path,
+    output: Path,
+    model: ModelSpec,
+    dtype: str | None,
+    shard_gb: float,
+    *,
+    force: bool,
+) -> MergeRequest:
+    """Return what flags, or keyword arguments, ask for; UserError for what cannot be."""
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"merge takes no dtype {dtype!r}; it takes {', '.join(DTYPES)}")
+    if not 0.001 <= shard_gb < math.inf:  # as of --shard-gb
+        raise UserError(f"shard_gb must be at least 0.001 and finite, not {shard_gb}")
+    return MergeRequest(adapter, output, model, dtype, shard_gb, force)
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,9 @@ def table(report: dict[str, Any]) -> str:
     lines = [HEADER, ("---",) * len(HEADER)]
     found = report["estimates"]
     lines += [_cells(name, case) for name, case in found.items()]
-    errors = [case for case in found.values() if "error" not in case]
-    n_memory = sum(abs(case["memory_error"]) <= MEMORY_AIM for case in errors)
-    n_time = sum(abs(case["time_error"]) <= TIME_AIM for case in errors)
+    done = [case for case in found.values() if "error" not in case]
+    n_memory = sum(abs(case["memory_error"]) <= MEMORY_AIM for case in done)
+    n_time = sum(abs(case["time_error"]) <= TIME_AIM for case in done)
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return (
         f"{text}\n\nmemory within {MEMORY_AIM:.0%}: {n_memory} of {len(found)}; "

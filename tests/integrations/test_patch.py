@@ -25,12 +25,6 @@ from swlora.adapters.methods import trainable_parameters
 from swlora.errors import UserError
 
 BATCH = padded(labelled(branching()), "right")
-LLAMA = "llama, grouped heads, own head"
-
-
-@pytest.fixture
-def model(make_model: MakeModel) -> Any:
-    return adapted(make_model, LLAMA)
 
 
 def own_forwards(model: Any) -> dict[str, Any]:
@@ -166,7 +160,7 @@ def test_copies_are_not_patched(model: Any) -> None:
     assert_same_gradients(found, gradients(model, plain_loss(model, BATCH)))
 
 
-@pytest.mark.parametrize("shape", ["gpt2", LLAMA])
+@pytest.mark.parametrize("shape", ["gpt2", "llama, grouped heads, own head"])
 def test_second_derivatives_are_refused(make_model: MakeModel, shape: str) -> None:
     """They would be wrong: torch takes what a backward has saved for constants."""
     peft_model = without_dropout(adapted(make_model, shape))

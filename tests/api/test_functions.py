@@ -4,21 +4,18 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from tests.support.data_files import write_rows
-from tests.support.small_runs import ROWS, Heard, same_weights, weights
-from tests.support.whole_jobs import DEV
+from tests.support.api_calls import TRAINING, run_command
+from tests.support.small_runs import Heard, weights
 
 import swlora
 from swlora.adapters.methods import trainable_parameters
 from swlora.api.call import keyword
-from swlora.cli import main
 from swlora.command_settings import SETTINGS
 from swlora.errors import UserError
 from swlora.evaluation.user_metrics import MetricError
@@ -26,42 +23,12 @@ from swlora.metrics_file import read_metrics
 from swlora.result_json import as_json
 from swlora.runs import read_run
 from swlora.study import compare as study
-from swlora.training.callbacks import StepReport
 
 NOT_IN_MEMORY = ("adapter", "adapter_bytes", "loss_figure", "best_adapter", "predictions")
 OF_THE_CLOCK = (
     *("train_s", "examples_per_s", "nodes_per_s", "tokens_per_s", "busy_share"),
     *("peak_memory_bytes", "foreseen"),
 )
-
-
-@pytest.fixture
-def settings(model_folder, tmp_path, monkeypatch, no_java) -> dict[str, Any]:
-    """Keyword arguments of a small training; the working directory is an empty one."""
-    monkeypatch.setenv("SWLORA_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cwd").mkdir()
-    monkeypatch.chdir(tmp_path / "cwd")
-    return {
-        "model": str(model_folder("llama")),
-        "dtype": "float32",
-        "device": "cpu",
-        "dataset": write_rows(tmp_path / "train.jsonl", ROWS),
-        "eval_file": write_rows(tmp_path / "dev.jsonl", DEV),
-    }
-
-
-TRAINING = {"rank": 3, "epochs": 2, "batch_size": 3, "learning_rate": 0.02, "layers": "last:2"}
-
-
-def flags(settings: dict[str, Any]) -> list[str]:
-    return [word for n, v in settings.items() for word in (f"--{n.replace('_', '-')}", str(v))]
-
-
-def run_command(command: str, settings: dict[str, Any], *more: str) -> Any:
-    """Run the command line; return its --json."""
-    target = Path("..") / f"{command}.json"
-    main([command, *flags(settings), "--json", str(target), *more])
-    return json.loads(target.read_text())
 
 
 def comparable(result: dict[str, Any]) -> dict[str, Any]:
@@ -127,25 +94,6 @@ def test_a_metric_that_fails_loses_nothing_that_was_measured(returned, settings)
     assert ([*left.texts.predictions], [*left.texts.references]) == seen[0]
     assert [*left.texts.predictions] == [*expected.texts.predictions]
     assert len(left.texts.prompts) == 2
-
-
-def test_a_model_is_loaded_with_its_adapter_and_generates(settings, model_folder) -> None:
-    swlora.train(**settings, **TRAINING, output="../run")
-    model = {name: settings[name] for name in ("model", "dtype", "device")}
-    loaded, base = swlora.load("../run", **model), swlora.load(**model)
-    ids = torch.tensor([[5, 6, 7]])
-    plain = peft.PeftModel.from_pretrained(base.model, "../run/adapter").eval()
-    with torch.no_grad():
-        expected = plain(ids).logits
-        torch.testing.assert_close(loaded.model(ids).logits, expected, rtol=1e-5, atol=1e-5)
-    given = {**model, "max_new_tokens": 4}
-    text = swlora.generate("name[E]", adapter="../run", **given).text
-    written = run_command("generate", given, "--adapter", "../run", "--prompt", "name[E]")
-    assert text == written["text"]
-    assert os.listdir() == []
-    kept = swlora.generate("name[E]", adapter="../run", **given, output="../text")
-    assert json.loads(Path("../text/result.json").read_text()) == as_json(kept) == written
-    assert read_run(Path("../text"))["command"] == "generate"
 
 
 def test_identification_leaves_nothing_either(settings) -> None:
@@ -241,165 +189,7 @@ def test_what_a_program_imports_at_first_is_light() -> None:
         swlora.trian  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("prompt", "model", "mistake"),
-    [
-        (5, "builtin", "a prompt is a text, or a list of texts"),
-        (["a", None], "builtin", "a prompt is a text, or a list of texts"),
-        ("a", torch.nn.Linear(2, 2), r"trained\.loaded\), not Linear$"),
-    ],
-)
-def test_what_cannot_be_generated_from_is_named(prompt, model, mistake) -> None:
-    with pytest.raises(UserError, match=mistake):
-        swlora.generate(prompt, model=model)
-
-
 def test_a_metric_that_is_no_function_is_refused_before_anything_is_loaded() -> None:
     name: Any = "mine.py:score"
     with pytest.raises(UserError, match="metrics is a function of texts and references, not str"):
         swlora.evaluate(model="no-such-model", metrics=name)
-
-
-def test_merge_returns_the_report_and_takes_the_settings_of_its_command(model_folder, tmp_path):
-    from tests.deploy.test_merge import adapter_of
-
-    base = model_folder("llama")
-    adapter = adapter_of(base, tmp_path / "a")
-    merged = swlora.merge(adapter, tmp_path / "m", model=base, dtype="float16")
-    assert merged.dtype == "float16" and (tmp_path / "m" / "config.json").is_file()
-    with pytest.raises(UserError, match="takes no dtype 'int8'"):
-        swlora.merge(adapter, tmp_path / "n", model=base, dtype="int8")
-    for shard_gb in (0.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"shard_gb must be at least 0\.001 and finite"):
-            swlora.merge(adapter, tmp_path / "n", model=base, shard_gb=shard_gb)
-    with pytest.raises(UserError, match="no setting 'temperature'"):
-        swlora.merge(adapter, tmp_path / "n", model=base, temperature=1.0)
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_callback_ends_a_training_that_goes_on_later(method, settings) -> None:
-    """With its adapter, `full` too, whose checkpoints a training that is done does not keep."""
-    settings |= TRAINING | {"eval_every_steps": 4, "method": method}
-    if method == "full":
-        del settings["rank"]
-    whole = swlora.train(**settings, output="../whole")
-    held_out: dict[int, float] = {}
-
-    def enough(report: StepReport) -> None:
-        if report.held_out_loss is not None:
-            held_out[report.step] = report.held_out_loss
-        if report.step == 5:
-            report.stop()
-
-    heard = Heard()
-    ended = swlora.train(**settings, output="../ended", callbacks=enough, progress=heard)
-    assert (ended.course.steps, ended.course.planned_steps) == (5, 8)
-    assert ended.course.held_out.last == held_out.pop(4) and not held_out
-    assert "a callback ended the training after step 5 of 8" in heard.lines
-    facts = read_run(Path("../ended"))
-    assert (facts["status"], facts["stopped_after_step"]) == ("done", 5)
-    assert weights(ended.adapter).keys() == weights(whole.adapter).keys()
-    with pytest.raises(UserError, match=r"already holds a run \(done\).* or continue it with"):
-        swlora.train(**settings, output="../ended")
-    main(["train", "--output", "../ended", "--resume"])
-    assert same_weights(ended.adapter, whole.adapter)
-    facts = read_run(Path("../ended"))
-    assert facts["status"] == "done" and "stopped_after_step" not in facts
-    assert Path("../ended/checkpoint").exists() is (method == "lora")
-    with pytest.raises(SystemExit):
-        main(["train", "--output", "../ended", "--resume"])
-
-
-def test_a_training_that_is_ended_without_a_run_folder(settings) -> None:
-    trained = swlora.train(**settings, **TRAINING, callbacks=[lambda report: report.stop()])
-    assert trained.course.steps == 1 and os.listdir() == []
-    with pytest.raises(UserError, match="callbacks are functions"):
-        swlora.train(callbacks="wandb")
-
-
-def test_a_run_goes_on_as_with_the_flag(settings) -> None:
-    """In steps that change it, and not where that is said in two ways, or of no run."""
-    settings |= TRAINING
-    whole = swlora.train(**settings, output="../whole")
-
-    def interrupt(report: StepReport) -> None:
-        if report.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        swlora.train(**settings, output="../run", callbacks=interrupt)
-    seen: list[int] = []
-    trained = swlora.train(
-        output="../run", resume=True, callbacks=lambda report: seen.append(report.step)
-    )
-    assert seen == [4, 5, 6, 7, 8]
-    assert same_weights(trained.adapter, whole.adapter)
-    longer = swlora.train(output="../run", resume=True, epochs=3)
-    assert longer.course.steps == 12
-    with pytest.raises(UserError, match="nothing to resume"):
-        swlora.train(output="../run", resume=True)
-    with pytest.raises(UserError, match="resume=True needs the run's folder: output="):
-        swlora.train(resume=True)
-    with pytest.raises(UserError, match="verify=True is for a run that can go on"):
-        swlora.train(verify=True)
-    with pytest.raises(UserError, match="leave out config"):
-        swlora.train(output="../run", resume=True, config="c.yaml")
-    with pytest.raises(UserError, match="keeps its --rank"):
-        swlora.train(output="../run", resume=True, rank=5, epochs=4)
-
-
-def test_resume_is_forced_where_the_run_is_not_what_it_was(settings) -> None:
-    swlora.train(**settings, **TRAINING, output="../run", callbacks=lambda report: report.stop())
-    rows = Path(settings["dataset"])
-    rows.write_text(rows.read_text().replace("serves", "sells"))
-    with pytest.raises(UserError, match="data_sha256"):
-        swlora.train(output="../run", resume=True)
-    heard = Heard()
-    swlora.train(output="../run", force_resume=True, progress=heard)
-    assert any(line.startswith("goes on although data_sha256") for line in heard.lines)
-
-
-def test_prompts_in_a_list_get_their_texts_from_a_model_at_hand(settings) -> None:
-    trained = swlora.train(**settings, **TRAINING, output="../run")
-    model = {name: settings[name] for name in ("model", "dtype", "device")}
-    prompts = ["name[E]", "name[Fritz], food[yy]"]
-    each = [swlora.generate(p, adapter="../run", max_new_tokens=4, **model) for p in prompts]
-    loaded = swlora.load("../run", **model)
-    for at_hand in (loaded, trained.loaded):
-        assert swlora.generate(prompts, model=at_hand, max_new_tokens=4) == each
-    assert swlora.generate(prompts[0], model=loaded, max_new_tokens=4) == each[0]
-    swlora.generate(prompts, model=loaded, max_new_tokens=4, output="../texts")
-    assert json.loads(Path("../texts/result.json").read_text()) == {"texts": as_json(each)}
-    with pytest.raises(UserError, match="loaded already: leave out adapter, dtype, or give it to"):
-        swlora.generate("a", model=loaded, adapter="../run", dtype="float32")
-    with pytest.raises(UserError, match="no prompt"):
-        swlora.generate([], model=loaded)
-    with pytest.raises(UserError, match="--system is a turn of a chat"):
-        swlora.generate(["a"], model="nowhere", chat=False, system="be brief")
-
-
-def test_an_adapter_that_was_loaded_with_its_model_gets_prompts_in_its_form(settings) -> None:
-    """With the separator that training put behind a prompt, and as chats where it saw chats."""
-    loaded = swlora.load(model=settings["model"], dtype="float32")
-    chats = replace(loaded, adapter_facts={"is_chat": True})
-    assert swlora.generate("a", model=chats, max_new_tokens=1).chat
-    apart = replace(loaded, adapter_facts={"separator": "name"})
-    found = swlora.generate("a", model=apart, max_new_tokens=6).text
-    assert found == swlora.generate("aname", model=loaded, max_new_tokens=6).text
-    assert found != swlora.generate("a", model=loaded, max_new_tokens=6).text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "mistake"),
-    [
-        ({}, "give either --gguf FILE for a model or --gguf-lora"),
-        ({"gguf": "m.gguf", "adapter": "a"}, "merge the adapter into it first"),
-        ({"gguf_lora": "m.gguf"}, "--gguf-lora needs the adapter"),
-        ({"gguf": "m.gguf", "type": "int8"}, "f32, f16, bf16 or q8_0, not 'int8'"),
-        ({"gguf": "m.gguf", "rank": 3}, "export takes no setting 'rank'"),
-        ({"gguf": "m.bin", "model": "builtin"}, "end it with .gguf"),
-    ],
-)
-def test_mistakes_in_an_export_are_named(arguments, mistake) -> None:
-    with pytest.raises(UserError, match=mistake):
-        swlora.export(**arguments)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROWS = ("the cat sat ON THE MAT", "the cat sat ON A CHAIR", "the cat ran AWAY")
-STEP_X, STEP_Y, LEFT, TOP = 78, 34, 14, 66  # pixels between tokens and rows
+STEP_X, STEP_Y, LEFT, TOP = 78, 34, 14, 66  # pixels between tokens and rows, and around them
 
 
 def _token(word: str, x: float, y: float) -> str:
@@ -19,10 +19,10 @@ def _token(word: str, x: float, y: float) -> str:
 
 
 def picture() -> str:
-    """Return the SVG: each row by itself on the left, the tree of them on the right."""
+    """Return the SVG: each row by itself, and the tree of them below."""
     rows = [row.split() for row in ROWS]
     seen: dict[tuple[str, ...], tuple[float, float]] = {}
-    right = LEFT + STEP_X * 6 + 50
+    below = TOP + STEP_Y * len(rows) + 30
     drawn, links = [], []
     for r, row in enumerate(rows):
         y = TOP + STEP_Y * r
@@ -30,24 +30,25 @@ def picture() -> str:
             drawn.append(_token(word, LEFT + STEP_X * i, y))
             prefix = tuple(row[: i + 1])
             if prefix not in seen:
-                x = right + STEP_X * i
-                seen[prefix] = (x, y)
-                drawn.append(_token(word, x, y))
+                x, node_y = LEFT + STEP_X * i, below + 16 + STEP_Y * r
+                seen[prefix] = (x, node_y)
+                drawn.append(_token(word, x, node_y))
                 if i:
                     px, py = seen[prefix[:-1]]
                     links.append(
-                        f'<path d="M{px + 66} {py + 12}L{x} {y + 12}" stroke="#888" fill="none"/>'
+                        f'<path d="M{px + 66} {py + 12}L{x} {node_y + 12}" stroke="#888"/>'
                     )
     n_flat = sum(map(len, rows))
-    width, height = right + STEP_X * 6 + 10, TOP + STEP_Y * len(rows) + 10
+    width, height = LEFT + STEP_X * 6 + 2, below + 16 + STEP_Y * len(rows)
     label = f"{n_flat} tokens in rows, {len(seen)} in the tree"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'role="img" aria-label="{label}" font-family="sans-serif" font-size="14" fill="#222">',
+            f'viewBox="0 0 {width} {height}" role="img" aria-label="{label}" '
+            'font-family="sans-serif" font-size="14" fill="#222">',
             f'<rect width="{width}" height="{height}" fill="white"/>',
             f'<text x="{LEFT}" y="24" font-weight="bold">Row by row: {n_flat} tokens</text>',
-            f'<text x="{right}" y="24" font-weight="bold">As a tree: {len(seen)} tokens</text>',
+            f'<text x="{LEFT}" y="{below}" font-weight="bold">As a tree: {len(seen)} tokens</text>',
             f'<text x="{LEFT}" y="46">grey: prompt, green: trained</text>',
             *links,
             *drawn,

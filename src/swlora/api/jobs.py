@@ -39,12 +39,13 @@ def identify(
     Raises UserError for a setting that the command does not take, or that has no such value, and
     for an adapter that cannot be added to the model's weights.
 
-    >>> import swlora
-    >>> found = swlora.identify(
-    ...     model="builtin", prompt="Apple", windows=1, window_tokens=32, controls=2
-    ... )
-    >>> all(layer in range(30) for layer in found.layers)
-    True
+    Examples:
+        >>> import swlora
+        >>> found = swlora.identify(
+        ...     model="builtin", prompt="Apple", windows=1, window_tokens=32, controls=2
+        ... )
+        >>> all(layer in range(30) for layer in found.layers)
+        True
     """
     with Call.of("identify", config, settings).job(output, progress) as job:
         from swlora import pipeline
@@ -78,16 +79,18 @@ def train(
     Raises UserError for what cannot be trained, RunFailedError where it cannot be finished, and
     DivergedError where the loss is no number any more.
 
-    >>> import swlora
-    >>> losses = []
-    >>> trained = swlora.train(
-    ...     model="builtin", dataset="sample", train_rows=40, batch_size=8, max_steps=3,
-    ...     layers="last:1", output="runs/mine", callbacks=lambda step: losses.append(step.loss),
-    ... )
-    >>> trained.course.steps, len(losses), trained.adapter.name
-    (3, 3, 'adapter')
-    >>> swlora.train(output="runs/mine", resume=True, max_steps=4).course.steps
-    4
+    Examples:
+        >>> import swlora
+        >>> losses = []
+        >>> trained = swlora.train(
+        ...     model="builtin", dataset="sample", train_rows=40, batch_size=8, max_steps=3,
+        ...     layers="last:1", output="runs/mine",
+        ...     callbacks=lambda step: losses.append(step.loss),
+        ... )
+        >>> trained.course.steps, len(losses), trained.adapter.name
+        (3, 3, 'adapter')
+        >>> swlora.train(output="runs/mine", resume=True, max_steps=4).course.steps
+        4
     """
     call, called = Call.of("train", config, settings), as_callbacks(callbacks)
     how = {"resume": resume, "force_resume": force_resume, "verify": verify}
@@ -120,13 +123,14 @@ def evaluate(
     Raises UserError for what cannot be evaluated. Where `metrics` fails, the error
     (`swlora.evaluation.user_metrics.MetricError`) has all the rest as its `evaluated`.
 
-    >>> import swlora
-    >>> found = swlora.evaluate(
-    ...     model="builtin", dataset="sample", eval_prompts=2, max_new_tokens=4, english=False,
-    ...     metrics=lambda texts, references: len(texts),
-    ... )
-    >>> found.n_prompts, found.nll > 0, found.own
-    (2, True, {'<lambda>': 2.0})
+    Examples:
+        >>> import swlora
+        >>> found = swlora.evaluate(
+        ...     model="builtin", dataset="sample", eval_prompts=2, max_new_tokens=4, english=False,
+        ...     metrics=lambda texts, references: len(texts),
+        ... )
+        >>> found.n_prompts, found.nll > 0, found.own
+        (2, True, {'<lambda>': 2.0})
     """
     call = Call.of("eval", config, settings)
     metric = None
@@ -161,10 +165,11 @@ def compare(
 
     Raises UserError with all problems of the file, RunFailedError where runs failed.
 
-    >>> import swlora
-    >>> swlora.compare("no-such-study.yaml")
-    Traceback (most recent call last):
-    swlora.errors.UserError: there is no file no-such-study.yaml
+    Examples:
+        >>> import swlora
+        >>> swlora.compare("no-such-study.yaml")
+        Traceback (most recent call last):
+        swlora.errors.UserError: there is no file no-such-study.yaml
     """
     from swlora.study.compare import Request, compare
 

@@ -33,10 +33,11 @@ def load(
 
     Raises UserError where there is no such model or adapter, or the two do not belong together.
 
-    >>> import swlora
-    >>> loaded = swlora.load(model="builtin", dtype="float32")
-    >>> loaded.model.dtype, loaded.model.training
-    (torch.float32, False)
+    Examples:
+        >>> import swlora
+        >>> loaded = swlora.load(model="builtin", dtype="float32")
+        >>> loaded.model.dtype, loaded.model.training
+        (torch.float32, False)
     """
     from swlora.adapters.saved import load_with_adapter
 
@@ -96,11 +97,12 @@ def generate(
     Raises UserError for a prompt that leaves no room in the model's context, and for a chat where
     the tokenizer has no template.
 
-    >>> import swlora
-    >>> loaded = swlora.load(model="builtin")
-    >>> texts = swlora.generate(["good day", "hello"], model=loaded, max_new_tokens=2)
-    >>> len(texts), texts[0].prompt
-    (2, 'good day')
+    Examples:
+        >>> import swlora
+        >>> loaded = swlora.load(model="builtin")
+        >>> texts = swlora.generate(["good day", "hello"], model=loaded, max_new_tokens=2)
+        >>> len(texts), texts[0].prompt
+        (2, 'good day')
     """
     from swlora.adapters.saved import load_with_adapter
     from swlora.evaluation.prompting import Prompt, check_form, generate_texts
@@ -168,14 +170,15 @@ def merge(
     Raises UserError for what does not fit together, and RunFailedError where the merged model is
     not base and adapter: then nothing is kept.
 
-    >>> import swlora
-    >>> trained = swlora.train(
-    ...     model="builtin", dataset="sample", train_rows=40, layers="last:1", max_steps=3,
-    ...     output="runs/to-merge",
-    ... )
-    >>> merged = swlora.merge("runs/to-merge", "merged", model="builtin")
-    >>> merged.kl_nats_per_token <= merged.tolerance_kl_nats_per_token
-    True
+    Examples:
+        >>> import swlora
+        >>> trained = swlora.train(
+        ...     model="builtin", dataset="sample", train_rows=40, layers="last:1", max_steps=3,
+        ...     output="runs/to-merge",
+        ... )
+        >>> merged = swlora.merge("runs/to-merge", "merged", model="builtin")
+        >>> merged.kl_nats_per_token <= merged.tolerance_kl_nats_per_token
+        True
     """
     from swlora.deploy.merge import merge as merge_adapter
     from swlora.deploy.merge import merge_request
@@ -208,10 +211,11 @@ def export(
     Raises UserError for what llama.cpp cannot hold, and RunFailedError where the file computes
     something else than the model: then it is not kept.
 
-    >>> import swlora
-    >>> exported = swlora.export("mine.gguf", model="builtin", type="f16")
-    >>> exported.architecture, exported.type
-    ('llama', 'f16')
+    Examples:
+        >>> import swlora
+        >>> exported = swlora.export("mine.gguf", model="builtin", type="f16")
+        >>> exported.architecture, exported.type
+        ('llama', 'f16')
     """
     from swlora.deploy.export_request import export_request
     from swlora.deploy.gguf_export import export as export_model

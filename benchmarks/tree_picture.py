@@ -1,4 +1,4 @@
-"""Draw what a prefix tree saves on the example of docs/one-step.md, as an SVG.
+"""Draw what a prefix tree saves on three short rows, as an SVG.
 
 python -m benchmarks.tree_picture docs/pictures/tree.svg
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from tests.support.adapters import attach, randomise
 from tests.support.served_process import served
 from tests.support.summaries import SUMMARY
@@ -35,6 +35,8 @@ FLAGS = (
     *("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 )
+WAIT_MS = 120_000  # for what a page shall show: an assertion that holds never waits so long
+expect.set_options(timeout=WAIT_MS)
 REFUSAL = "error: Failed to load resource"
 WATCH_SHIFTS = """
 window.shifted = 0;

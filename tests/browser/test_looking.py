@@ -52,11 +52,11 @@ def test_a_curve_grows_until_the_training_is_over(visit, step_log, runs):
     line = page.locator("path.line.main")
     before = line.get_attribute("d")
     step_log(25)
-    expect(steps).to_have_text("25", timeout=30_000)
+    expect(steps).to_have_text("25")
     assert line.get_attribute("d") != before
     facts = {"status": "done", "command": "train", "started_at": "2030-01-01T10:00:00Z"}
     write_json(runs / "now/run.json", facts | {"timings_s": {"total": 99.0}})
-    expect(page.get_by_text("took 2 min")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("took 2 min")).to_be_visible()
     expect(page.locator("[data-over]")).to_have_text("It is over.")
 
 
@@ -67,7 +67,7 @@ def test_the_list_is_kept_up_to_date_and_keeps_the_focus(visit, step_log, runs):
     link = page.get_by_role("link", name="now", exact=True)
     link.focus()
     step_log(6)
-    expect(page.get_by_text("step 6 ·")).to_be_visible(timeout=30_000)
+    expect(page.get_by_text("step 6 ·")).to_be_visible()
     expect(link).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("now")
@@ -78,7 +78,7 @@ def test_a_strange_name_leads_to_its_run(visit, runs):
     write_json(runs / name / "run.json", {"status": "done", "command": "train"})
     page = visit("/runs")
     link = page.get_by_role("link", name=name, exact=True)
-    expect(link).to_be_visible(timeout=10_000)
+    expect(link).to_be_visible()
     link.click()
     expect(page.get_by_role("heading", level=1)).to_have_text(name)
 

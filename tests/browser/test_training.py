@@ -16,7 +16,6 @@ from tests.support.servers import until
 from swlora.web.training.worker import NOTE, Worker
 
 pytestmark = [pytest.mark.browser, pytest.mark.allow_hosts(["127.0.0.1"])]
-WAIT_MS = 120_000
 SIZES = {"phone": (375, 740), "desktop": (1280, 850)}
 CHATS = [
     [{"role": "user", "content": f"Order {k}?"}, {"role": "assistant", "content": "On its way."}]
@@ -62,7 +61,7 @@ def test_the_whole_way_from_a_file_to_a_chat(visit, training_runs, picture):
     page = visit("/train")
     picture(page, "choose")
     page.get_by_role("button", name="chats.jsonl").click()
-    expect(page.locator("mark").nth(1)).to_contain_text("On its way.", timeout=WAIT_MS)
+    expect(page.locator("mark").nth(1)).to_contain_text("On its way.")
     expect(page.locator(".tokens").first).to_contain_text("user:Order 0?")
     picture(page, "preview")
     for label, value in {"Layers": "last:2", "Epochs": "100"}.items():
@@ -72,13 +71,13 @@ def test_the_whole_way_from_a_file_to_a_chat(visit, training_runs, picture):
     picture(page, "starting")
     stop_in_the_middle(page, training_runs / "chats", picture)
     page.get_by_role("button", name="Resume").click()
-    expect(page.get_by_role("button", name="Merge into a model")).to_be_visible(timeout=WAIT_MS)
+    expect(page.get_by_role("button", name="Merge into a model")).to_be_visible()
     lines = (training_runs / "chats/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     numbers = [row["step"] for row in steps if "loss" in row]
     assert numbers == sorted(set(numbers)) and numbers[-1] >= 100
     tries = page.get_by_role("link", name="Try its adapter")
-    expect(tries).to_be_visible(timeout=WAIT_MS)
+    expect(tries).to_be_visible()
     picture(page, "done")
     tries.click()
     talk_with_both(page)
@@ -91,14 +90,14 @@ def stop_in_the_middle(page: Page, run: Path, picture) -> None:
     until(lambda: metrics.exists() and metrics.read_text().count('"loss"') > 2, 120)
     pid = json.loads((run.parent / NOTE).read_text())["pid"]
     os.kill(pid, signal.SIGSTOP)
-    expect(page.get_by_role("img", name="Loss")).to_be_visible(timeout=WAIT_MS)
+    expect(page.get_by_role("img", name="Loss")).to_be_visible()
     picture(page, "running")
     page.get_by_role("button", name="Stop", exact=True).click()
     expect(page.get_by_role("button", name="End it at once")).to_be_visible()
     picture(page, "stopping")
     os.kill(pid, signal.SIGCONT)
-    expect(page.get_by_role("button", name="Resume")).to_be_visible(timeout=WAIT_MS)
-    expect(page.locator(".state .badge")).to_have_text("cancelled", timeout=WAIT_MS)
+    expect(page.get_by_role("button", name="Resume")).to_be_visible()
+    expect(page.locator(".state .badge")).to_have_text("cancelled")
     picture(page, "stopped")
 
 
@@ -113,20 +112,20 @@ def talk_with_both(page: Page) -> None:
     page.get_by_role("button", name="Send").click()
     for side in (0, 1):
         answer = page.locator("[data-turns]").nth(side).locator(".said").nth(1)
-        expect(answer).to_have_text(re.compile(r"\S"), timeout=WAIT_MS)
-    expect(page.get_by_role("button", name="Send")).to_be_enabled(timeout=WAIT_MS)
+        expect(answer).to_have_text(re.compile(r"\S"))
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
 
 
 def test_columns_are_named_where_they_have_other_names(visit, picture):
     page = visit("/train", refusals=1)  # of a wrong rank
     page.get_by_role("button", name="questions.jsonl").click()
-    expect(page.locator(".problem")).to_contain_text("question", timeout=WAIT_MS)
+    expect(page.locator(".problem")).to_contain_text("question")
     columns = page.get_by_label("Columns", exact=True)
     expect(columns).to_be_visible()  # since the look failed
     picture(page, "refused")
     columns.fill("prompt=question,completion=answer")
     page.get_by_role("button", name="Look again").click()
-    expect(page.locator("mark").nth(1)).to_have_text("2", timeout=WAIT_MS)
+    expect(page.locator("mark").nth(1)).to_have_text("2")
     page.get_by_label("Rank").fill("0")
     page.get_by_role("button", name="Start training").click()
     expect(page.get_by_role("alert")).to_contain_text("Rank: ")

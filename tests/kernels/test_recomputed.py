@@ -1,5 +1,6 @@
 """What backward makes again equals what was there, and nothing else is taken for it."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,6 +94,16 @@ def test_a_recipe_is_read_by_every_reader_and_let_go():
     x = torch.linspace(-2, 2, 40)
     torch.testing.assert_close(gradient(body), 2 * (2 * x).exp() + 3 * (3 * x).exp())
     assert n_made == 1
+
+
+def test_a_recipe_that_nobody_kept_lets_go_of_what_it_is_made_from():
+    x = torch.zeros(40)
+    with recomputing():
+        source = x + 1
+        held = weakref.ref(source)
+        made_by(source.exp(), source.exp)
+        del source
+        assert held() is None
 
 
 def test_memory_that_is_used_again_is_not_taken_for_the_result():

@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 class _Recipe:
     """How a result is made again; the last of its readers in backward lets it go."""
 
-    def __init__(self, result: Tensor, make: Callable[[], Tensor]) -> None:
-        self._result = weakref.ref(result)
+    def __init__(
+        self, result: Tensor, make: Callable[[], Tensor], forget: Callable[[], object]
+    ) -> None:
+        self._result = weakref.ref(result, lambda _: forget())
         self._version = result._version
         self._make = make
         self._n_readers = 0
@@ -84,7 +86,9 @@ def made_by(result: Tensor, make: Callable[[], Tensor]) -> Tensor:
     """Return `result`, of which `recomputing` keeps `make`: it must give the same numbers again."""
     recipes = _ACTIVE.get()
     if recipes is not None and torch.is_grad_enabled() and result.is_contiguous():
-        recipes[result.data_ptr()] = _Recipe(result, make)
+        address = result.data_ptr()
+        # A recipe holds what it is made from: noted, it would outlive those who need it.
+        recipes[address] = _Recipe(result, make, lambda: recipes.pop(address, None))
     return result
 
 

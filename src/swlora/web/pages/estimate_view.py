@@ -8,38 +8,27 @@ from swlora.data.summary import Fact
 from swlora.disk_space import size
 from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.progress import duration
-from swlora.web.folders import without_folders
 from swlora.web.pages.charts import finite
+from swlora.web.pages.errand_view import ErrandView, as_on_page, outcome
 from swlora.web.pages.run_facts import part
-from swlora.web.training import wanted
 from swlora.web.training.errands import Errand
 
 
 @dataclass(frozen=True)
-class EstimateView:
-    """An estimate: running, done, failed or ("") not asked for; why a training is refused."""
+class EstimateView(ErrandView):
+    """An estimate; one that is done may say why a training would be refused."""
 
-    state: str
-    problem: str = ""
     facts: list[Fact] = field(default_factory=list)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more will come."""
-        return self.state != "running"
 
 
 def estimate_view(errand: Errand | None) -> EstimateView:
     """Return what is shown of an estimate."""
-    if errand is None:
-        return EstimateView("")
-    if not errand.is_over:
-        return EstimateView("running")
-    if errand.result is None:
-        return EstimateView("failed", wanted.with_labels(without_folders(errand.problem)))
-    refused = errand.result.get("refused")
-    problem = wanted.with_labels(without_folders(refused)) if isinstance(refused, str) else ""
-    return EstimateView("done", problem, [fact for fact in _facts(errand.result) if fact[1]])
+    state, problem, result = outcome(errand)
+    if result is None:
+        return EstimateView(state, problem)
+    refused = result.get("refused")
+    problem = as_on_page(refused) if isinstance(refused, str) else ""
+    return EstimateView(state, problem, [fact for fact in _facts(result) if fact[1]])
 
 
 def _facts(found: Mapping[str, Any]) -> list[Fact]:

@@ -11,7 +11,7 @@ from swlora.disk_space import size
 from swlora.preview import DataPreview, ShownRow, Span
 from swlora.result_json import from_json
 from swlora.web.folders import RunEntry, known_run, without_folders
-from swlora.web.training import wanted
+from swlora.web.pages.errand_view import ErrandView, outcome
 from swlora.web.training.data_folder import DataFile
 from swlora.web.training.desk import GGUF_TYPES, MERGED, TrainingDesk, gguf_path, is_at_work
 from swlora.web.training.errands import Errand
@@ -37,19 +37,12 @@ class DataRow:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at data: running, done, failed with a problem, or not asked for ("")."""
+class Look(ErrandView):
+    """A look at data."""
 
-    state: str
-    problem: str = ""
     facts: list[Fact] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     rows: list[ShownRow] = field(default_factory=list)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing more will come."""
-        return self.state != "running"
 
 
 @dataclass(frozen=True)
@@ -91,18 +84,15 @@ def data_rows(files: Sequence[DataFile]) -> list[DataRow]:
 
 def look_view(errand: Errand | None) -> Look:
     """Return what is shown of a look at data."""
-    if errand is None:
-        return Look("")
-    if not errand.is_over:
-        return Look("running")
-    if errand.result is None:
-        return Look("failed", wanted.with_labels(without_folders(errand.problem)))
+    state, problem, result = outcome(errand)
+    if result is None:
+        return Look(state, problem)
     try:
-        found = from_json(DataPreview, errand.result)
+        found = from_json(DataPreview, result)
     except (KeyError, TypeError, ValueError):
         return Look("failed", BROKEN)
     return Look(
-        "done",
+        state,
         facts=[
             (name[:1].upper() + name[1:], without_folders(said))
             for name, said in _facts(found.summary)

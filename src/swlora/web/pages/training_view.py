@@ -150,7 +150,7 @@ def run_work(desk: TrainingDesk, name: str, entry: RunEntry | None) -> RunWork |
             return None
         if last.is_stopping:
             return RunWork(problem="The training was stopped before it began.")
-        said = without_folders(last_line(folder, last))
+        said = _said(folder, last)
         return RunWork(problem=f"The training did not begin: {said or ENDED}")
     facts = known_run(entry.folder)
     if facts["command"] != "train" or not desk.owns(entry) or is_at_work(entry.folder):
@@ -168,7 +168,7 @@ def _at_work(job: Job, folder: Path, *, has_begun: bool) -> RunWork:
         return RunWork(said, actions=[action], is_over=False)
     said, log = AT_WORK.get(job.kind, "Something is at work."), ""
     if job.kind != "train" or not has_begun:
-        log = without_folders(last_line(folder, job))
+        log = _said(folder, job)
     if job.kind == "train" and not has_begun:
         said = "The training is starting: it loads the model and reads the data."
     return RunWork(said, log=log, actions=[Action("/train/stop", "Stop")], is_over=False)
@@ -206,12 +206,17 @@ def _done(folder: Path, name: str, last: Job | None, waits_for: str) -> RunWork:
     else:
         actions.append(Action("/train/merge", "Merge into a model"))
     if own and _has_failed(own, folder):
-        said = without_folders(last_line(folder, own))
+        said = _said(folder, own)
         problem = f"That did not work: {said or ENDED}"
         if own.is_stopping:
             problem = "It was stopped before its end."
     said = f"The merged model is in the run's folder, as {MERGED}." if merged.is_dir() else ""
     return RunWork(said, problem, actions=actions, files=files, waits_for=waits_for)
+
+
+def _said(folder: Path, job: Job) -> str:
+    """Return the last line that a child has written; "" for none."""
+    return without_folders(last_line(folder, job.log_from_byte))
 
 
 def _has_failed(job: Job, folder: Path) -> bool:

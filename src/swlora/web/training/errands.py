@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swlora.bounded_read import UnreadableError, read_tail
 from swlora.errors import RunFailedError, UserError
 from swlora.files import read_json
-from swlora.web.training.worker import MAX_LOG_BYTES, WITHOUT_KEY
+from swlora.study.one_process import LOG
+from swlora.web.training.worker import WITHOUT_KEY, last_line
 
 TIMEOUT_S = 300.0
 ENDING_S = 10.0
@@ -115,7 +115,7 @@ def _start(
     except OSError as error:
         raise RunFailedError(f"it cannot be started: {error.strerror}") from error
     try:
-        with (Path(folder.name) / "log.txt").open("wb") as said:
+        with (Path(folder.name) / LOG).open("wb") as said:
             child = subprocess.Popen(
                 command(Path(folder.name) / "result.json"),
                 stdin=subprocess.DEVNULL,
@@ -139,9 +139,4 @@ def _outcome(folder: Path, code: int) -> tuple[dict[str, Any] | None, str]:
             return None, "its result is too large to be shown here"
     if code < 0:
         return None, "it was ended before it was done; ask again"
-    try:
-        lines = read_tail(folder / "log.txt", MAX_LOG_BYTES).decode("utf-8", "replace").split("\n")
-    except UnreadableError:
-        lines = []
-    said = [line.strip() for line in lines if line.strip()]
-    return None, said[-1][:500].removeprefix("swlora: ") if said else "it failed"
+    return None, last_line(folder) or "it failed"

@@ -138,11 +138,13 @@ def said_of(job: Job | None) -> str:
     return f"{what.get(job.kind, 'something')} in {job.run}"
 
 
-def last_line(folder: Path, job: Job) -> str:
-    """Return the last line that a child has written into the log of its run; "" for none."""
+def last_line(folder: Path, from_byte: int = 0) -> str:
+    """Return the last line that a child has written into the log in a folder; "" for none.
+
+    What stands before `from_byte` is not looked at.
+    """
     try:
-        tail = read_tail(folder / LOG, MAX_LOG_BYTES, job.log_from_byte)
-        text = tail.decode("utf-8", "replace")
+        text = read_tail(folder / LOG, MAX_LOG_BYTES, from_byte).decode("utf-8", "replace")
     except UnreadableError:
         return ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

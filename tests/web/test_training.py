@@ -114,7 +114,10 @@ def test_the_last_look_takes_the_place_of_others(tmp_path):
     first = errands.of("slow")
     errands.end()
     errands.ask("slow", lambda _: [sys.executable, "-c", "pass"])
-    assert errands.of("slow") is not first  # which was ending
+    second = errands.of("slow")
+    assert second and second is not first  # which was ending
+    until(lambda: second.is_over)
+    assert second.problem == "its result cannot be shown: No such file or directory"
 
 
 def test_a_look_has_its_time(tmp_path):

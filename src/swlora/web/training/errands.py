@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swlora.errors import RunFailedError, UserError
-from swlora.files import read_json
+from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.errors import RunFailedError
 from swlora.study.one_process import LOG
 from swlora.web.training.worker import WITHOUT_KEY, last_line
 
@@ -134,9 +134,10 @@ def _outcome(folder: Path, code: int) -> tuple[dict[str, Any] | None, str]:
     """Return (the result, "") of a child that ended, or (None, why there is none)."""
     if code == 0:
         try:
-            return read_json(folder / "result.json", max_bytes=MAX_RESULT_BYTES), ""
-        except UserError:
-            return None, "its result is too large to be shown here"
+            path = folder / "result.json"
+            return read_json_object(path, max_bytes=MAX_RESULT_BYTES, follow_links=False), ""
+        except UnreadableError as error:
+            return None, f"its result cannot be shown: {error}"
     if code < 0:
         return None, "it was ended before it was done; ask again"
     return None, last_line(folder) or "it failed"

@@ -58,6 +58,10 @@ def run(request: Request, name: str, part: Part = "", seen: Seen = "") -> Respon
     work = _work(service, name, entry)
     if entry is None and work is not None:
         return _run_that_begins(request, name, work, part, seen)
+    has_ended = work is None or work.is_over
+    if entry is not None and part in (WORK, BEGINNING):
+        at_work = {"is_over": has_ended, "is_other_page": part == BEGINNING}
+        return fragment(seen, "part_run_work.html", **at_work, name=name, work=work)
     try:
         if entry is None:
             raise UserError("no such run")
@@ -65,12 +69,8 @@ def run(request: Request, name: str, part: Part = "", seen: Seen = "") -> Respon
         found = runs_view.run_view(entry, folders.adapters(), folders.not_served())
     except UserError as error:
         raise ApiError(404, "there is no such run here, or it cannot be read") from error
-    has_ended = work is None or work.is_over
     is_over = found.row.status != "running" and has_ended and is_settled(entry)
     values: dict[str, Any] = {"run": found, "base_name": service.base_name}
-    if part in (WORK, BEGINNING):
-        at_work = {"is_over": has_ended, "is_other_page": part == BEGINNING}
-        return fragment(seen, "part_run_work.html", **at_work, name=name, work=work)
     if part:
         return fragment(seen, _part("run", part), is_over=is_over, **values)
     return page(

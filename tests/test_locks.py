@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from swlora.errors import UserError
-from swlora.locks import Lock, lock, lock_folder
+from swlora.locks import Lock, is_locked, lock, lock_folder
 
 HOLDER = """
 import sys
@@ -27,12 +27,13 @@ def test_a_lock_of_another_process(theirs: str, tmp_path: Path) -> None:
         assert holder.stdout.readline() == "held\n"
         assert lock(tmp_path, alone=True) is None
         shared = lock(tmp_path, alone=False)
-        assert (shared is None) == (theirs == "alone")
+        assert (shared is None) == is_locked(tmp_path) == (theirs == "alone")
         if shared:
             shared.release()
         with pytest.raises(UserError, match=f"another process is at work in {tmp_path}"):
             lock_folder(tmp_path)
         holder.kill()
+    assert not is_locked(tmp_path) and not is_locked(tmp_path / "missing")
     lock_folder(tmp_path).release()
 
 

@@ -78,6 +78,18 @@ def lock(path: Path, *, alone: bool, wait: bool = False, make: bool = False) -> 
     return Lock(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Say whether a file or folder is locked by a process alone; nothing there is not."""
+    try:
+        held = lock(path, alone=False)
+    except OSError:
+        return False
+    if held is None:
+        return True
+    held.release()
+    return False
+
+
 def lock_folder(folder: Path) -> Lock:
     """Lock a folder for the work of this process alone; UserError where another is at work."""
     while True:

@@ -8,12 +8,13 @@ from typing import Any
 
 from swlora.data.summary import DataSummary, Fact, doubtful_facts, split_facts, step_facts
 from swlora.disk_space import size
+from swlora.locks import is_locked
 from swlora.preview import DataPreview, ShownRow, Span
 from swlora.result_json import from_json
 from swlora.web.folders import RunEntry, known_run, without_folders
 from swlora.web.pages.errand_view import ErrandView, outcome
 from swlora.web.training.data_folder import DataFile
-from swlora.web.training.desk import GGUF_TYPES, MERGED, TrainingDesk, gguf_path, is_at_work
+from swlora.web.training.desk import GGUF_TYPES, MERGED, TrainingDesk, gguf_path
 from swlora.web.training.errands import Errand
 from swlora.web.training.worker import Job, last_line
 
@@ -153,7 +154,7 @@ def run_work(desk: TrainingDesk, name: str, entry: RunEntry | None) -> RunWork |
         said = _said(folder, last)
         return RunWork(problem=f"The training did not begin: {said or ENDED}")
     facts = known_run(entry.folder)
-    if facts["command"] != "train" or not desk.owns(entry) or is_at_work(entry.folder):
+    if facts["command"] != "train" or not desk.owns(entry) or is_locked(entry.folder):
         return None
     waits_for = job.run if job else ""
     if facts["status"] != "done":

@@ -15,7 +15,7 @@ from pathlib import Path
 from swlora.config import RunSpec
 from swlora.errors import UserError
 from swlora.files import make_folder
-from swlora.locks import lock
+from swlora.locks import is_locked
 from swlora.snapshots import has_snapshot
 from swlora.study.one_process import LOG
 from swlora.web.folders import RunEntry, known_run
@@ -136,7 +136,7 @@ class TrainingDesk:
             return "there is nothing to resume"
         if not self.owns(entry):
             return "it does not lie in the folder of runs itself"
-        if is_at_work(folder):
+        if is_locked(folder):
             return "it is at work"
         if not has_snapshot(folder / "checkpoint"):
             return "it was stopped before its first step; start it again"
@@ -184,18 +184,6 @@ class TrainingDesk:
 
     def _train(self, folder: Path, flags: list[str]) -> list[str]:
         return [*SWLORA, "train", *flags, f"--output={folder}"]
-
-
-def is_at_work(folder: Path) -> bool:
-    """Say whether a process is at work in the folder of a run."""
-    try:
-        held = lock(folder, alone=False)
-    except OSError:
-        return False
-    if held is None:
-        return True
-    held.release()
-    return False
 
 
 def gguf_path(folder: Path, kind: str) -> Path:

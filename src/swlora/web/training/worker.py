@@ -19,7 +19,7 @@ import psutil
 from swlora.bounded_read import UnreadableError, read_tail
 from swlora.errors import RunFailedError, UserError
 from swlora.files import read_json, write_json
-from swlora.locks import lock
+from swlora.locks import is_locked, lock
 from swlora.result_json import as_json, from_json
 from swlora.study.one_process import LOG, start_process
 
@@ -107,14 +107,7 @@ class Worker:
     def _is_at_work(self) -> bool:
         if self._child is not None and self._child.poll() is None:  # and is reaped if not
             return True
-        try:
-            held = lock(self._root / LOCK, alone=False)
-        except OSError:  # nothing was ever started here
-            return False
-        if held is None:
-            return True
-        held.release()
-        return False
+        return is_locked(self._root / LOCK)
 
     def _last(self) -> Job | None:
         try:

@@ -29,17 +29,16 @@ MAX_RESULT_BYTES = 8 << 20
 class Errand:
     """What was asked for: its result when it is there, or why there is none."""
 
+    child: "subprocess.Popen[bytes]" = field(repr=False)
     result: dict[str, Any] | None = None
     problem: str = ""
     is_over: bool = False
     is_ending: bool = False
-    child: "subprocess.Popen[bytes] | None" = field(default=None, repr=False)
 
     def end(self) -> None:
         """Have it end without a result; it says so itself."""
         self.is_ending = True
-        if self.child is not None:
-            self.child.terminate()
+        self.child.terminate()
 
     def serves(self, *, keeps_result: bool) -> bool:
         """Say whether who asks for it again gets an answer of it."""
@@ -71,7 +70,7 @@ class Errands:
             for other in self._known.values():
                 other.end()
             child, folder = _start(command)
-            errand = self._known[key] = Errand(child=child)
+            errand = self._known[key] = Errand(child)
             self._known.move_to_end(key)
             while len(self._known) > MAX_KEPT:
                 self._known.popitem(last=False)
@@ -90,7 +89,6 @@ class Errands:
 
     def _wait(self, errand: Errand, folder: "tempfile.TemporaryDirectory[str]") -> None:
         child = errand.child
-        assert child is not None
         with folder:
             try:
                 code = child.wait(self._timeout_s)

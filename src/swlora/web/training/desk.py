@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from swlora.command_settings import TOKENIZER
 from swlora.config import RunSpec
 from swlora.errors import UserError
 from swlora.files import make_folder
@@ -23,13 +24,18 @@ from swlora.web.pages.run_facts import part
 from swlora.web.pages.run_files import read_config
 from swlora.web.training.data_folder import DataFile, DataFolder
 from swlora.web.training.errands import Errand, Errands
-from swlora.web.training.wanted import check_run_name, data_flags, model_flags, training_flags
+from swlora.web.training.wanted import (
+    check_run_name,
+    data_flags,
+    model_flags,
+    model_name,
+    training_flags,
+)
 from swlora.web.training.worker import Worker
 
 ROWS_SHOWN = 4
 MERGED = "merged"
 GGUF_TYPES = ("q8_0", "f16")
-TOKENIZER = ("model.name", "model.tokenizer", "model.revision")
 SWLORA = (sys.executable, "-m", "swlora")
 
 
@@ -56,14 +62,14 @@ class TrainingDesk:
             return None
         runs = own.runs.expanduser().resolve()
         make_folder(runs)
-        flags = model_flags(spec.model, loaded_name)
+        name = model_name(loaded_name)
         return cls(
             DataFolder(own.data_folder.expanduser(), runs),
             runs,
             Worker(runs),
-            tuple(flags),
-            tuple(model_flags(spec.model, loaded_name, TOKENIZER)),
-            flags[0].partition("=")[2],
+            tuple(model_flags(spec.model, name)),
+            tuple(model_flags(spec.model, name, TOKENIZER)),
+            name,
         )
 
     # Errands

@@ -4,7 +4,7 @@ An empty field takes the default. Everything else keeps the default of the comma
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from swlora.config import BUILTIN_MODEL, ModelSpec, RunSpec, load_spec
@@ -53,26 +53,31 @@ def defaults() -> dict[str, str]:
 
 def training_flags(file: DataFile, values: Mapping[str, str]) -> list[str]:
     """Return the flags of `swlora train` for the fields of the form; UserError for wrong ones."""
-    overrides = {setting: values.get(name, "").strip() for name, (setting, _) in FIELDS.items()}
-    for name in NOT_OF_E2E if file.is_e2e else ():
-        overrides[FIELDS[name][0]] = ""
-    given: dict[str, Any] = {setting: text for setting, text in overrides.items() if text}
+    given = _filled(file, values, FIELDS)
     if values.get("method", "lora") not in ("", *METHODS):
         raise UserError(f"Method: one of {', '.join(METHODS)}")
     given |= {setting: True for name, (setting, _) in TICKS.items() if values.get(name)}
-    _check(given)
-    return flags(given | {"data.name": str(file.path)})
+    return _checked_flags(file, given)
 
 
 def data_flags(file: DataFile, values: Mapping[str, str]) -> list[str]:
     """Return the flags of `swlora data` for a file; UserError for wrong columns."""
-    given = {
+    return _checked_flags(file, _filled(file, values, OF_DATA))
+
+
+def _filled(file: DataFile, values: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of the fields that are filled in; of E2E data, those that it takes."""
+    left_out = NOT_OF_E2E if file.is_e2e else ()
+    return {
         FIELDS[name][0]: text
-        for name in (() if file.is_e2e else OF_DATA)
-        if (text := values.get(name, "").strip())
+        for name in names
+        if name not in left_out and (text := values.get(name, "").strip())
     }
+
+
+def _checked_flags(file: DataFile, given: Mapping[str, Any]) -> list[str]:
     _check(given)
-    return flags(given | {"data.name": str(file.path)})
+    return flags({**given, "data.name": str(file.path)})
 
 
 def _check(given: Mapping[str, Any]) -> None:
@@ -105,16 +110,16 @@ def flags(given: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def model_flags(spec: ModelSpec, loaded_name: str, only: Sequence[str] = ()) -> list[str]:
-    """Return the flags that name the model that is served, for a child; `only` some settings."""
-    name = BUILTIN_MODEL if loaded_name == str(unpacked_folder()) else loaded_name
-    given = {
-        f"model.{field}": getattr(spec, field)
-        for field in ("tokenizer", "revision", "dtype", "frozen", "device", "memory_gb", "threads")
-        if getattr(spec, field) != getattr(ModelSpec(), field)
-    }
-    known = {"model.name": name, **given}
-    return flags({setting: v for setting, v in known.items() if not only or setting in only})
+def model_name(loaded_name: str) -> str:
+    """Return the name by which a child takes the model that is served."""
+    return BUILTIN_MODEL if loaded_name == str(unpacked_folder()) else loaded_name
+
+
+def model_flags(spec: ModelSpec, name: str, only: Sequence[str] = ()) -> list[str]:
+    """Return the flags of the model `name` with the settings of `spec`; `only` some of them."""
+    others = spec.model_dump(exclude={"name"}, exclude_defaults=True)
+    given = {"model.name": name, **{f"model.{field}": value for field, value in others.items()}}
+    return flags({setting: v for setting, v in given.items() if not only or setting in only})
 
 
 def check_run_name(name: str) -> None:

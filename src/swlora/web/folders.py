@@ -25,6 +25,7 @@ from swlora.runs import Run, read_run
 from swlora.study.folder import StudyFolder, read_study
 from swlora.web.growing_metrics import MetricsFiles
 from swlora.web.known_files import KnownFiles
+from swlora.web.walk import walk
 
 log = logging.getLogger("swlora.web")
 RUN, STUDY = Run.file_name, StudyFolder.file_name
@@ -124,7 +125,8 @@ class RunFolders:
             runs, studies = dict[str, RunEntry](), dict[str, RunEntry]()
             adapters, not_served = dict[str, AdapterEntry](), dict[str, str]()
             unreadable = dict[str, str]()
-            for name, folder, files in _walk(self._root):
+            walked = walk(self._root, max_depth=MAX_DEPTH, max_folders=MAX_FOLDERS)
+            for name, folder, files in walked:
                 for found, file_name, read in (
                     (runs, RUN, known_run),
                     (studies, STUDY, known_study),
@@ -145,26 +147,6 @@ class RunFolders:
             self._runs, self._studies, self._unreadable = runs, studies, unreadable
             self._adapters, self._not_served = adapters, not_served
             self._walked_s = time.monotonic()
-
-
-def _walk(root: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Yield (name, folder, its files) of `root` and what lies below it, in the names' order."""
-    n_seen = 0
-    for path, folders, files in os.walk(root, followlinks=False):
-        n_seen += 1
-        folder = Path(path)
-        depth = len(folder.relative_to(root).parts)
-        folders[:] = sorted(f for f in folders if _is_plain(f)) if depth < MAX_DEPTH else []
-        if n_seen > MAX_FOLDERS:
-            return
-        if folder.is_symlink():
-            continue
-        name = folder.relative_to(root).as_posix() if depth else root.resolve().name
-        yield name, folder, files
-
-
-def _is_plain(name: str) -> bool:
-    return name.isprintable() and not name.startswith(".") and len(name) <= 100
 
 
 def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:

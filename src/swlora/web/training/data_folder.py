@@ -14,6 +14,7 @@ from pathlib import Path
 
 from swlora.data.e2e import E2E_FILES
 from swlora.data.records import ending
+from swlora.web.walk import is_plain, walk
 
 MAX_DEPTH = 4
 MAX_FOLDERS = 1_000
@@ -79,32 +80,18 @@ class DataFolder:
         return path.resolve().is_relative_to(self.root)
 
     def _walk(self) -> Iterator[DataFile]:
-        n_seen = 0
-        for path, folders, names in os.walk(self.root, followlinks=False):
-            n_seen += 1
-            if n_seen > MAX_FOLDERS:
-                return
-            folder = Path(path)
-            inner = folder.relative_to(self.root)
-            is_deep = len(inner.parts) >= MAX_DEPTH
-            folders[:] = [] if is_deep else sorted(name for name in folders if _is_plain(name))
-            if folder == self._aside:
-                folders[:] = []
-                continue
+        walked = walk(self.root, max_depth=MAX_DEPTH, max_folders=MAX_FOLDERS, aside=self._aside)
+        for folder_name, folder, names in walked:
             files = {name: found for name in sorted(names) if (found := _regular(folder / name))}
             if set(E2E_FILES) <= files.keys():
                 own = [files.pop(name) for name in E2E_FILES]
-                name = f"{inner.as_posix() if inner.parts else self.root.name}/"
                 n_bytes = sum(one.st_size for one in own)
-                yield DataFile(name, folder, n_bytes, max(one.st_mtime for one in own))
+                yield DataFile(f"{folder_name}/", folder, n_bytes, max(one.st_mtime for one in own))
             for name, found in files.items():
-                if _is_plain(name) and ending(Path(name)):
-                    whole = (inner / name).as_posix()
-                    yield DataFile(whole, folder / name, found.st_size, found.st_mtime)
-
-
-def _is_plain(name: str) -> bool:
-    return name.isprintable() and not name.startswith(".") and len(name) <= 100
+                if is_plain(name) and ending(Path(name)):
+                    path = folder / name
+                    whole = path.relative_to(self.root).as_posix()
+                    yield DataFile(whole, path, found.st_size, found.st_mtime)
 
 
 def _regular(path: Path) -> os.stat_result | None:

@@ -93,7 +93,7 @@ def _check_telling(spec: RunSpec) -> None:
 def _check_data(found: ConfigCheck, job: Any) -> None:
     from swlora.data.hub_data import HubUnreachableError
     from swlora.data.sources import load_dataset
-    from swlora.training.schedule import sequences_per_step
+    from swlora.training.schedule import planned_steps, sequences_per_step
 
     spec = job.spec
     try:
@@ -110,7 +110,7 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
     if not n_train:
         return
     size, train = sequences_per_step(spec.train, n_train), spec.train
-    n_steps = min(train.epochs * -(-n_train // size), train.max_steps or 10**9)
+    n_steps = planned_steps(train, n_train)
     epochs = f"{train.epochs} epoch{'s' if train.epochs > 1 else ''}"
     shown = f"about {n_steps:,} of {size} rows ({epochs}), learning rate {train.learning_rate:g}"
     found.resolved.append(("steps", f"{shown}, {train.schedule}"))

@@ -145,10 +145,9 @@ def _why_epochs(n_rows: int) -> str:
 
 def _steps(train: TrainSpec, n_sequences: int) -> tuple[int, int]:
     """Return (rows a step, steps) as a training would take them."""
-    from swlora.training.schedule import sequences_per_step
+    from swlora.training.schedule import planned_steps, sequences_per_step
 
-    size = sequences_per_step(train, n_sequences)
-    return size, train.epochs * -(-n_sequences // size)
+    return sequences_per_step(train, n_sequences), planned_steps(train, n_sequences)
 
 
 def _watching(has_held_out: bool, epochs: int) -> list[Setting]:

@@ -20,7 +20,7 @@ from swlora.study.arms import Arm, arms_of
 from swlora.study.spec import StudySpec
 from swlora.study.study_file import arm_problems
 from swlora.trackers import missing_trackers
-from swlora.training.schedule import sequences_per_step
+from swlora.training.schedule import planned_steps
 
 MANY_STEPS = 1_000_000_000  # where the number of rows is not known
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
@@ -81,8 +81,7 @@ class Checked:
         n_rows = self.n_rows.get("train") if n_rows is None else n_rows
         if n_rows is None:
             return run.train.max_steps
-        n_steps = -(-n_rows // sequences_per_step(run.train, n_rows)) * run.train.epochs
-        return min(n_steps, run.train.max_steps or n_steps)
+        return planned_steps(run.train, n_rows)
 
     def rate_steps(self, arm: Arm) -> int | None:
         """Return the optimizer steps of each short run that chooses the arm's learning rate."""

@@ -95,6 +95,12 @@ def sequences_per_step(spec: TrainSpec, n_sequences: int) -> int:
     return next((size for size in sizes if _n_planned(spec, n_sequences, size) >= n_wanted), 1)
 
 
+def planned_steps(spec: TrainSpec, n_sequences: int) -> int:
+    """Return how many steps a training on so many sequences has, all epochs of it."""
+    n_planned = _n_planned(spec, n_sequences, sequences_per_step(spec, n_sequences))
+    return min(n_planned, spec.max_steps or n_planned)
+
+
 def batch_note(spec: TrainSpec, n_sequences: int) -> str | None:
     """Say what few sequences mean for the number of steps, where there is something to say."""
     size = sequences_per_step(spec, n_sequences)

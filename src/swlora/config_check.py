@@ -16,7 +16,7 @@ from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
 from swlora.layer_policy import layer_ranges
 from swlora.settings import problem_lines
-from swlora.study.check import Checked, check
+from swlora.study.check import MANY_STEPS, Checked, check
 from swlora.study.overview import PlannedArm, plan_of
 from swlora.study.study_file import read_studies
 
@@ -118,7 +118,7 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
 
 def _check_adapter(found: ConfigCheck, job: Any) -> None:
     """Put the adapter into the model without weights, where its layers are known."""
-    from swlora.adapters.methods import adapt, check_fit
+    from swlora.adapters.methods import check_fit, count_trainable
     from swlora.models.anatomy import Anatomy
 
     adapter, anatomy = job.spec.adapter, Anatomy(job.loaded.model)
@@ -126,21 +126,16 @@ def _check_adapter(found: ConfigCheck, job: Any) -> None:
         found.resolved.append(("adapter", f"that in {adapter.start}, trained on"))
         return
     policy = adapter.layers
-    layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
-    check_fit(anatomy, adapter, layers, n_steps=10**9)
     if policy.needs_search:
+        check_fit(anatomy, adapter, [0], n_steps=MANY_STEPS)
         found.resolved.append(
             ("adapter", f"{adapter.method} in layers that are searched: {policy}")
         )
         return
+    layers = policy.resolve(anatomy.n_layers)
+    n = count_trainable(job.loaded.model, adapter, layers, n_steps=MANY_STEPS)
     where = f"{adapter.method} in layers {layer_ranges(layers)} of {anatomy.n_layers}"
-    try:
-        adapted = adapt(job.loaded.model, adapter, layers, seed=0, n_steps=10**9)
-    except (RuntimeError, NotImplementedError):  # PiSSA decomposes weights, which are not here
-        found.resolved.append(("adapter", where))
-        return
-    n = sum(parameter.numel() for parameter in adapted.parameters.values())
-    found.resolved.append(("adapter", f"{where}, {n:,} trained weights"))
+    found.resolved.append(("adapter", where if n is None else f"{where}, {n:,} trained weights"))
 
 
 @contextmanager

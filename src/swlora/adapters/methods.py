@@ -86,6 +86,20 @@ def adapt(
     return adapted
 
 
+def count_trainable(
+    skeleton: Any, spec: AdapterSpec, layers: Sequence[int], *, n_steps: int
+) -> int | None:
+    """Put what `spec` trains into a model without its weights, and count its weights.
+
+    None where the weights are needed for that, as PiSSA decomposes them. Raises as `adapt` does.
+    """
+    try:
+        adapted = adapt(skeleton, spec, layers, seed=0, n_steps=n_steps)
+    except (RuntimeError, NotImplementedError):
+        return None
+    return sum(parameter.numel() for parameter in adapted.parameters.values())
+
+
 def check_fit(
     anatomy: Anatomy, spec: AdapterSpec, layers: Sequence[int], *, n_steps: int | None
 ) -> tuple[Site, Any]:

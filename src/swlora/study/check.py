@@ -60,17 +60,13 @@ class Checked:
 
         Raises UserError with all reasons why the arm cannot work, in `n_steps` steps if given.
         """
-        from swlora.adapters.methods import adapt
+        from swlora.adapters.methods import count_trainable
 
         if self.model is None:
             return None
         model, layers = copy.deepcopy(self.model), arm.layers or (0,)
         n_steps = n_steps or self.n_steps(arm.settings) or MANY_STEPS
-        try:
-            adapted = adapt(model, arm.settings.adapter, layers, seed=0, n_steps=n_steps)
-        except (RuntimeError, NotImplementedError):  # PiSSA decomposes weights, which are not here
-            return None
-        n_trainable = sum(parameter.numel() for parameter in adapted.parameters.values())
+        n_trainable = count_trainable(model, arm.settings.adapter, layers, n_steps=n_steps)
         return n_trainable if arm.layers else None
 
     def n_steps(self, run: RunSpec, n_rows: int | None = None) -> int | None:

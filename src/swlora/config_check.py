@@ -58,11 +58,12 @@ def check_config(path: Path) -> ConfigCheck:
 def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
     from swlora.job import Job
     from swlora.models.precision import resolve_device, resolve_dtype
+    from swlora.preparation import check_reporting
     from swlora.progress import Silent
     from swlora.run_record import MemoryRecord
 
     with _noted(found, "train"):
-        _check_telling(spec)
+        check_reporting(spec.train, has_folder=True)
     if (text := spec.identify.text) is not None and not text.is_file():
         found.problems.append(f"identify.text: there is no file {text}")
     job = None
@@ -79,15 +80,6 @@ def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
     if "loaded" in vars(job):
         with _noted(found, "adapter"):
             _check_adapter(found, job)
-
-
-def _check_telling(spec: RunSpec) -> None:
-    """Raise UserError where trackers or prompts of samples are missing."""
-    from swlora.evaluation.samples import read_prompts
-    from swlora.trackers import check_trackers
-
-    check_trackers(spec.train, has_folder=True)
-    read_prompts(spec.train.sample_prompts)
 
 
 def _check_data(found: ConfigCheck, job: Any) -> None:

@@ -307,7 +307,7 @@ def train_evaluate(job: Job, metric: "UserMetric | None" = None) -> "tuple[Train
     if job.spec.train.shard:
         raise UserError("train.shard is for swlora train; run that, then swlora eval")
     # What cannot be done shall be known before the training.
-    check_reporting(job)
+    check_reporting(job.spec.train, has_folder=job.run.folder is not None)
     evaluation = prepare_evaluation(job, metric)
     training, layers = prepare_training(job), choose_layers(job)
     # In the dtype in which it is trained: a search for super weights may have had another.

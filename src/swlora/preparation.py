@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swlora.config import sharding_problem
+from swlora.config import TrainSpec, sharding_problem
 from swlora.data.examples import Example
 from swlora.data.summary import short_lines
 from swlora.data.token_sequences import Ints, TokenSequences
@@ -67,19 +67,22 @@ class PreparedEvaluation:
         ]
 
 
-def check_reporting(job: Job) -> None:
-    """Raise UserError where a training cannot tell of itself as asked; nothing is loaded."""
+def check_reporting(spec: TrainSpec, *, has_folder: bool) -> None:
+    """Raise UserError where a training cannot tell of itself as asked; nothing is loaded.
+
+    `has_folder` says whether its run has one.
+    """
     from swlora.evaluation.samples import read_prompts
     from swlora.trackers import check_trackers
 
     if world().is_main:
-        check_trackers(job.spec.train, has_folder=job.run.folder is not None)
-    read_prompts(job.spec.train.sample_prompts)
+        check_trackers(spec, has_folder=has_folder)
+    read_prompts(spec.sample_prompts)
 
 
 def prepare_training(job: Job) -> PreparedTraining:
     """Load, encode and check what a training needs, then begin the run."""
-    check_reporting(job)
+    check_reporting(job.spec.train, has_folder=job.run.folder is not None)
     if job.spec.train.shard:
         job.load_shard()
     sequences = job.encoded("train").sequences

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from swlora.cli.command import JSON, Invocation
+from swlora.cli.process import no_library_notes
 from swlora.cli.show import show_table
 from swlora.cli.verbs import verb
 from swlora.command_settings import SETTINGS
@@ -77,7 +78,7 @@ def check(invocation: Invocation, file: File) -> None:
     """
     from swlora.config_check import check_config
 
-    _ = invocation.progress  # libraries keep quiet
+    no_library_notes()
     found = check_config(file)
     if found.resolved:
         show_table([(name, escaped(value)) for name, value in found.resolved])

@@ -31,6 +31,7 @@ def as_jsonl(rows: list[tuple[str, str]]) -> bytes:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

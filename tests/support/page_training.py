@@ -3,18 +3,11 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import psutil
-from tests.support import data_files
 
 HTML = {"accept": "text/html"}
 ROWS = [{"prompt": f"{k}: ", "completion": "yes"} for k in range(6)]
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data_files.write_rows(path, rows)
 
 
 def start(client, status=303, **fields) -> str:

@@ -16,7 +16,6 @@ from tests.support.adapters import attach, randomise
 from tests.support.data_files import write_rows
 from tests.support.fake_host import FakeHost
 from tests.support.page_training import ROWS
-from tests.support.page_training import write_rows as write_data_file
 
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, ModelSpec, RunSpec, ServeSpec
@@ -148,9 +147,9 @@ def run_server() -> Callable[..., AbstractContextManager[servers.Running]]:
 def data(tmp_path) -> Path:
     """A folder of data: two files that may be chosen, and what may not."""
     folder = tmp_path / "data"
-    write_data_file(folder / "rows.jsonl", ROWS)
-    write_data_file(folder / "more/broken.jsonl", ROWS)
-    write_data_file(tmp_path / "outside.jsonl", ROWS)
+    write_rows(folder / "rows.jsonl", ROWS)
+    write_rows(folder / "more/broken.jsonl", ROWS)
+    write_rows(tmp_path / "outside.jsonl", ROWS)
     (folder / "link.jsonl").symlink_to(tmp_path / "outside.jsonl")
     (folder / "folder.jsonl").mkdir()
     (folder / "elsewhere").symlink_to(tmp_path)

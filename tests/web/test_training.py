@@ -13,8 +13,9 @@ import zipfile
 import psutil
 import pytest
 from tests.support import fake_training
+from tests.support.data_files import write_rows
 from tests.support.page_reading import look
-from tests.support.page_training import HTML, estimate, is_gone, press, start, status_of, write_rows
+from tests.support.page_training import HTML, estimate, is_gone, press, start, status_of
 from tests.support.servers import until
 
 from swlora.errors import UserError

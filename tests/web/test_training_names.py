@@ -4,8 +4,9 @@ import shutil
 from typing import Any
 
 import pytest
+from tests.support.data_files import write_rows
 from tests.support.page_reading import look
-from tests.support.page_training import ROWS, start, write_rows
+from tests.support.page_training import ROWS, start
 
 from swlora.config import RunSpec, ServeSpec
 from swlora.errors import UserError

@@ -52,10 +52,10 @@ def init(
 
     Example: `swlora init mine.yaml --model builtin --dataset rows.jsonl`
     """
-    from swlora.starting_config import write_starting_config
-
     if invocation.flags["data.name"] is None:
         raise UserError("init needs the data that are to be trained on: --dataset rows.jsonl")
+    from swlora.starting_config import write_starting_config
+
     written = write_starting_config(
         file, invocation.spec, invocation.progress, force=force, schema=schema
     )

@@ -39,12 +39,11 @@ class TimeForeseen:
     ) -> "TimeForeseen | None":
         """Return one for a run whose steps are about to begin; None where it cannot know."""
         from swlora.training.forecast import Stopwatch
-        from swlora.training.kept_states import kept_states
+        from swlora.training.kept_states import kept_by
 
         if world().is_shared or job.run.facts.get("resumed"):
             return None
-        kept = kept_states(step, job.spec.train, 0, job.progress.say)
-        return cls(prepared, step, kept, Stopwatch(step), job.progress.say)
+        return cls(prepared, step, kept_by(step), Stopwatch(step), job.progress.say)
 
     def __call__(self, report: Any) -> None:
         """Take in a `StepReport`."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.models import MakeModel
 from tests.support.small_runs import Heard, make_spec, write_data
 
 from swlora import memory, pipeline, time_foreseen
@@ -90,6 +91,22 @@ def test_a_run_says_what_was_foreseen_and_used(
     assert 0.5 < foreseen["peak_memory_bytes"] / foreseen["used_peak_memory_bytes"] < 1.5
     assert foreseen["used_train_s"] >= train["train_s"]
     assert 0.2 < foreseen["train_s"] / foreseen["used_train_s"] < 5
+
+
+def test_why_no_states_are_kept_is_said_once(
+    make_model: MakeModel, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.5, 6.0, 20.0]}
+    make_model("llama", rope_parameters=rope).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    spec = make_spec(tmp_path / "model", write_data(tmp_path))
+    for work, record in (
+        (estimate_training, DryRecord(tmp_path / "run")),
+        (pipeline.train, Run.prepare(tmp_path / "run", spec, "train")),
+    ):
+        work(Job(spec, record, heard := Heard()))
+        assert len([line for line in heard.lines if line.startswith("no prefix cache")]) == 1
 
 
 def test_layers_that_are_found_later_are_assumed(model_folder: Any, tmp_path: Path) -> None:

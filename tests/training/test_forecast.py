@@ -23,7 +23,7 @@ from swlora.training.forecast import (
     nodes_by_step,
     probe,
 )
-from swlora.training.kept_states import kept_states
+from swlora.training.kept_states import kept_by, kept_states
 from swlora.training.loop import reports
 from swlora.training.plain import PlainStep
 from swlora.training.schedule import Schedule
@@ -80,7 +80,7 @@ def test_the_states_below_are_those_that_are_computed(
     schedule = Schedule.of(sequences, spec, 0)
     step = make_step(adapted_model(make_model), sequences, spec, said.append)
     assert isinstance(step, TreeStep)
-    before = kept_states(step, spec, 0, said.append)
+    before = kept_by(step)
     assert before.are_kept == (cache_gb > 0) and before.missing_share == 1
     foreseen = nodes_below(step, schedule, are_kept=before.are_kept)
     for groups in schedule.steps():

@@ -1,4 +1,4 @@
-"""Whether a training will keep the states below its lowest adapted layer, and what that takes."""
+"""Whether a training keeps the states below its lowest adapted layer, and what that takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,21 +32,26 @@ class KeptStates:
         return self.missing_bytes / self.n_bytes if self.n_bytes else 1.0
 
 
+def kept_by(step: TreeStep | PlainStep) -> KeptStates:
+    """Return what a step that was made keeps."""
+    if not isinstance(step, TreeStep) or not isinstance(step.prefix_source, PrefixCache):
+        return KeptStates()
+    if not step.prefix_source.is_open:
+        return KeptStates()
+    n_bytes = n_cache_bytes(step.base_model, step.sequences)
+    return KeptStates(n_bytes, round(step.prefix_source.missing_share * n_bytes))
+
+
 def kept_states(
     step: TreeStep | PlainStep, spec: TrainSpec, kept_bytes: int, say: Callable[[str], None]
 ) -> KeptStates:
-    """Return what `make_step` with this `spec` keeps; nothing is made on the disk.
+    """Return what `make_step` with this `spec` would keep; nothing is made on the disk.
 
-    `kept_bytes` of the disk are for others. For a step that was made, that is what it does.
+    `step` is such a step that keeps none; `kept_bytes` of the disk are for others.
     """
     if isinstance(step, PlainStep) or step.is_sharded or not spec.cache_gb or not step.walk.cut:
         return KeptStates()
-    source = step.prefix_source
-    if isinstance(source, PrefixCache) and not source.is_open:
-        return KeptStates()
     n_bytes = n_cache_bytes(step.base_model, step.sequences)
-    if isinstance(source, PrefixCache):
-        return KeptStates(n_bytes, round(source.missing_share * n_bytes))
     if n_bytes > spec.cache_gb * GIB or not has_one_side(step, step.sequences, say):
         return KeptStates()
     folder = cache_folder(step.walk, step.sequences)

@@ -22,7 +22,7 @@ from swlora.processes import world
 from swlora.result_json import IF_ANY
 from swlora.room import check_disk, disk_needs, fit_steps
 from swlora.time_foreseen import work_of
-from swlora.training.forecast import Rates, Work, probe
+from swlora.training.forecast import Rates, Work, over_steps, probe
 from swlora.training.kept_states import KeptStates, kept_states
 from swlora.training.memory_parts import MemoryParts, adapted_maps
 from swlora.training.plain import PlainStep
@@ -168,8 +168,7 @@ def _time(rates: Rates, work: Work) -> TimeEstimate:
 def _n_tokens(prepared: PreparedTraining) -> int:
     """Return the tokens of all sequences that the steps run, each as often as it is run."""
     schedule, lengths = prepared.schedule, prepared.sequences.lengths
-    of_step = np.array(
+    by_step = np.array(
         [sum(int(lengths[ids].sum()) for ids in groups) for groups in schedule.epoch(0)]
     )
-    n_epochs, n_more = divmod(schedule.n_steps, len(of_step))
-    return int(n_epochs * of_step.sum() + of_step[:n_more].sum())
+    return over_steps(by_step, schedule.n_steps)

@@ -52,12 +52,7 @@ class Work:
     @property
     def step_nodes(self) -> int:
         """The nodes of all steps."""
-        return self.nodes_of(self.n_steps)
-
-    def nodes_of(self, n_steps: int) -> int:
-        """Return the nodes of the first steps."""
-        n_epochs, n_more = divmod(n_steps, len(self.by_step))
-        return int(n_epochs * self.by_step.sum() + self.by_step[:n_more].sum())
+        return over_steps(self.by_step, self.n_steps)
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,12 @@ class Rates:
         """Return the seconds of a training."""
         nodes = work.step_nodes + self.held_out_share * work.held_out
         return self.first_s + self.step_s * nodes + self.below_s * work.below
+
+
+def over_steps(by_step: Ints, n_steps: int) -> int:
+    """Return the sum over so many steps; `by_step` (n,) is the first epoch's, later ones alike."""
+    n_epochs, n_more = divmod(n_steps, len(by_step))
+    return int(n_epochs * by_step.sum() + by_step[:n_more].sum())
 
 
 def nodes_by_step(step: TreeStep | PlainStep, steps: Sequence[Step]) -> Ints:
@@ -95,7 +96,7 @@ def nodes_below(step: TreeStep, schedule: Schedule, *, are_kept: bool) -> int:
         return 0
     steps = schedule.epoch(0)
     if not are_kept:
-        return Work(nodes_by_step(step, steps), schedule.n_steps, 0, 0).step_nodes
+        return over_steps(nodes_by_step(step, steps), schedule.n_steps)
     groups = fixed_groups(step.sequences)
     nodes = np.diff(groups.first_node) + groups.n_shared
     if schedule.n_steps >= len(steps):

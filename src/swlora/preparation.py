@@ -1,12 +1,14 @@
 """What is known of a job before its work begins: its sequences, its steps, that it can be done."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from swlora.config import TrainSpec, sharding_problem
 from swlora.data.examples import Example
+from swlora.data.prefix_tree import count_group_nodes
 from swlora.data.summary import short_lines
 from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.errors import UserError
@@ -36,6 +38,15 @@ class PreparedTraining:
     schedule: "Schedule"
     measurements: "Measurements | None"
     held_out: TokenSequences | None
+
+    @cached_property
+    def held_out_nodes(self) -> Ints:
+        """Nodes of the trees that a measurement runs, (n,); empty where nothing is measured."""
+        from swlora.evaluation.loss import trees_at_once
+
+        if self.held_out is None:
+            return np.zeros(0, dtype=np.int64)
+        return count_group_nodes(self.held_out, trees_at_once(self.held_out))
 
 
 @dataclass(frozen=True)

@@ -115,15 +115,10 @@ def _parts(
     held_bytes: int,
     free: int,
 ) -> "MemoryParts":
-    from swlora.data.prefix_tree import count_group_nodes
-    from swlora.evaluation.loss import trees_at_once
     from swlora.training.forecast import largest_group_nodes
     from swlora.training.memory_parts import Passes, memory_parts
 
-    held_out, below = 0, 0
-    if prepared.measurements and prepared.held_out is not None:
-        trees = trees_at_once(prepared.held_out)
-        held_out = int(count_group_nodes(prepared.held_out, trees).max())
+    held_out, below = int(prepared.held_out_nodes.max(initial=0)), 0
     if step.walk.cut > 0:
         below = max(fitted.n_nodes, largest_group_nodes(step.sequences))
     return memory_parts(

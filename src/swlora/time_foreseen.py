@@ -60,15 +60,12 @@ class TimeForeseen:
 
 def work_of(prepared: PreparedTraining, step: "TreeStep | PlainStep", kept: "KeptStates") -> "Work":
     """Return what a training runs."""
-    from swlora.data.prefix_tree import count_group_nodes
-    from swlora.evaluation.loss import trees_at_once
     from swlora.training.forecast import Work, nodes_below, nodes_by_step
     from swlora.training.step import TreeStep
 
-    schedule, held_out, below = prepared.schedule, 0, 0.0
-    if prepared.measurements and prepared.held_out is not None:
-        nodes = count_group_nodes(prepared.held_out, trees_at_once(prepared.held_out)).sum()
-        held_out = int(nodes) * -(-schedule.n_steps // prepared.measurements.every_steps)
+    schedule, planned, below = prepared.schedule, prepared.measurements, 0.0
+    n_measured = -(-schedule.n_steps // planned.every_steps) if planned else 0
+    held_out = int(prepared.held_out_nodes.sum()) * n_measured
     if isinstance(step, TreeStep):
         share = kept.missing_share if kept.are_kept else 1.0
         below = share * nodes_below(step, schedule, are_kept=kept.are_kept)

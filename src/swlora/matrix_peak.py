@@ -4,7 +4,6 @@ What is kept is the most that was ever measured for the same processor, versions
 disturbs a measurement makes it smaller.
 """
 
-import os
 import platform
 import time
 from pathlib import Path
@@ -74,10 +73,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _key(dtype: Any, device: str) -> str:
     import torch
 
-    name = processor()
+    from swlora.threads import n_usable_cores
+
+    name, cores = processor(), n_usable_cores()
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
 
 

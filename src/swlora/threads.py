@@ -39,6 +39,11 @@ class CpuClock:
     own_s: float
     all_s: float
 
+    def others_since(self, before: "CpuClock") -> float:
+        """Return how many cores other programs used since `before`: 0 where the clocks disagree."""
+        others_s = (self.all_s - before.all_s) - (self.own_s - before.own_s)
+        return max(0.0, others_s / (self.wall_s - before.wall_s))
+
 
 class ThreadChoice:
     """Chooses between 1 and `most` threads on a machine with `n_cores` cores.
@@ -55,10 +60,8 @@ class ThreadChoice:
     def look(self) -> int:
         """Return the number of threads to use from here on."""
         now = self._read()
-        elapsed_s = now.wall_s - self._last.wall_s
-        others = ((now.all_s - self._last.all_s) - (now.own_s - self._last.own_s)) / elapsed_s
+        spare = self._n_cores - now.others_since(self._last)
         self._last = now
-        spare = self._n_cores - max(0.0, others)
         # More only where two looks agree: a program may pause for a moment.
         lasting = min(spare, self._spare_before)
         self.n = min(max(self.n, self._fitting(lasting)), self._fitting(spare))
@@ -85,10 +88,9 @@ class OthersShare:
     def look(self) -> float | None:
         """Return the newest measurement, from 0 to 1; None before there is one."""
         if time.monotonic() - self._last.wall_s >= WINDOW_S:
-            before, now = self._last, self._read()
-            others_s = (now.all_s - before.all_s) - (now.own_s - before.own_s)
-            share = others_s / ((now.wall_s - before.wall_s) * self._n_cores)
-            self._last, self.share = now, min(1.0, max(0.0, share))
+            now = self._read()
+            self.share = min(1.0, now.others_since(self._last) / self._n_cores)
+            self._last = now
         return self.share
 
 
@@ -98,7 +100,7 @@ def others_share() -> OthersShare | None:
     None where the machine does not tell how busy it is.
     """
     with suppress(OSError, NotImplementedError, RuntimeError):
-        return OthersShare(read_clock, len(_allowed(os.cpu_count() or 1)))
+        return OthersShare(read_clock, n_usable_cores())
     return None
 
 
@@ -147,7 +149,7 @@ def share_cores() -> None:
     """
     n_here = world().local_size
     if n_here > 1 and not _process.is_fixed and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, len(_allowed(os.cpu_count() or 1)) // n_here))
+        torch.set_num_threads(max(1, n_usable_cores() // n_here))
 
 
 def fix_threads(n: int) -> None:

@@ -25,6 +25,7 @@ from swlora.config import dump_yaml
 from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
 from swlora.files import write_text
+from swlora.matrix_peak import processor
 from swlora.study.spec import StudySpec
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
@@ -154,7 +155,7 @@ def machine_facts() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": cores,
         "memory_bytes": memory,
         "machine": platform.machine(),
@@ -165,15 +166,6 @@ def machine_facts() -> dict[str, Any]:
 def remove(path: Path) -> None:
     """Remove a folder with all that is in it, and nothing that a link in it leads to."""
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown")
 
 
 def _brief(value: object) -> str:

@@ -226,12 +226,12 @@ def _score(
 ) -> "TextsScored | None":
     """Generate the text that follows each prompt; in the first process, score it."""
     from swlora.evaluation.dealt import dealt_texts
-    from swlora.evaluation.decode import chat_end_token_ids, generate
+    from swlora.evaluation.decode import end_tokens, generate
     from swlora.evaluation.scoring import score_texts
 
     loaded, prompts, decode = job.loaded, prepared.prompts, job.spec.decode
     with job.timed("generate"):
-        ends = chat_end_token_ids(loaded) if prepared.is_chat else loaded.end_token_ids
+        ends = end_tokens(loaded, is_chat=prepared.is_chat)
 
         def generate_some(numbers: Sequence[int]) -> list[str]:
             return generate(

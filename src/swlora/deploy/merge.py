@@ -30,7 +30,6 @@ from swlora.deploy.in_float32 import computed_in_float32
 from swlora.deploy.merge_base import (
     MergeBase,
     check_base,
-    end_tokens,
     open_base,
     read_folder,
 )
@@ -118,6 +117,8 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
     Raises UserError for what does not fit together, and RunFailedError where the result does not
     agree with base and adapter or cannot be written: then nothing is left at the output.
     """
+    from swlora.evaluation.decode import end_tokens
+
     folder = adapter_folder(request.adapter)
     check_new(request.output)
     base = open_base(folder, request.model)

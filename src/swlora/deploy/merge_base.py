@@ -148,13 +148,6 @@ def recorded_base(adapter: Path) -> dict[str, Any]:
     )
 
 
-def end_tokens(loaded: LoadedModel, *, is_chat: bool) -> tuple[int, ...]:
-    """Return what ends a text where swlora generates it: after chats, also the end of a turn."""
-    from swlora.evaluation.decode import chat_end_token_ids
-
-    return chat_end_token_ids(loaded) if is_chat else loaded.end_token_ids
-
-
 def base_config(base: MergeBase) -> dict[str, Any]:
     """Return the base's config.json as it is; of a GGUF file, what transformers makes of it."""
     if base.path.is_dir():

@@ -79,6 +79,11 @@ def chat_end_token_ids(loaded: LoadedModel) -> tuple[int, ...]:
     return tuple(sorted(end_of_turn_tokens(loaded.tokenizer).union(loaded.end_token_ids)))
 
 
+def end_tokens(loaded: LoadedModel, *, is_chat: bool) -> tuple[int, ...]:
+    """Return what ends a text that is generated: after chats, also the end of a turn."""
+    return chat_end_token_ids(loaded) if is_chat else loaded.end_token_ids
+
+
 def _token_ids(
     model: Any, ends: frozenset[int], prompts: Prompts, spec: DecodeSpec, seed: int
 ) -> Iterator[tuple[int, list[int]]]:

@@ -10,7 +10,7 @@ from swlora.config import RunSpec
 from swlora.data.encode import encode_prompts, encode_turns
 from swlora.data.examples import Example, Message
 from swlora.errors import UserError
-from swlora.evaluation.decode import chat_end_token_ids, generate
+from swlora.evaluation.decode import end_tokens, generate
 from swlora.models.load import LoadedModel
 from swlora.progress import Progress
 
@@ -62,19 +62,15 @@ def generate_texts(
     check_form(prompts[0])
     is_chat, system = choose_form(prompts[0], loaded, progress.say), prompts[0].system
     texts = [prompt.text for prompt in prompts]
-    if is_chat:
-        ids = [chat_ids([("user", text)], system, loaded.tokenizer) for text in texts]
-    else:
-        separator = (loaded.adapter_facts or {}).get("separator", "")
-        examples = [Example(text, "") for text in texts]
-        ids = encode_prompts(examples, separator, loaded.tokenizer)
+    separator = (loaded.adapter_facts or {}).get("separator", "")
+    ids = prompt_ids(texts, loaded.tokenizer, is_chat=is_chat, separator=separator, system=system)
     generated = generate(
         loaded.model,
         loaded.tokenizer,
         ids,
         spec.decode,
         progress,
-        end_token_ids=chat_end_token_ids(loaded) if is_chat else loaded.end_token_ids,
+        end_token_ids=end_tokens(loaded, is_chat=is_chat),
         seed=spec.seed,
     )
     return [
@@ -111,6 +107,23 @@ def choose_form(prompt: Prompt, loaded: LoadedModel, say: Say) -> bool:
     elif asked is None and facts is None and has_template:
         say("the prompt is plain text; --chat writes it as a user's turn by the chat template")
     return is_chat
+
+
+def prompt_ids(
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    is_chat: bool,
+    separator: str,
+    system: str | None = None,
+) -> list[list[int]]:
+    """Return the token ids of prompts as a training shows them: users' turns, or with a separator.
+
+    Raises UserError as `chat_ids` does.
+    """
+    if is_chat:
+        return [chat_ids([("user", text)], system, tokenizer) for text in texts]
+    return encode_prompts([Example(text, "") for text in texts], separator, tokenizer)
 
 
 def chat_ids(turns: Sequence[tuple[str, str]], system: str | None, tokenizer: Any) -> list[int]:

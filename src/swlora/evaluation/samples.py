@@ -12,13 +12,11 @@ from typing import Any
 from swlora.adapters.methods import train_mode
 from swlora.bounded_read import UnreadableError, read_bounded
 from swlora.config import DecodeSpec, TrainSpec
-from swlora.data.encode import encode_prompts
-from swlora.data.examples import Example
 from swlora.data.known_tokens import check_prompts
 from swlora.errors import UserError
 from swlora.evaluation.dealt import dealt_texts
-from swlora.evaluation.decode import chat_end_token_ids, check_room, generate
-from swlora.evaluation.prompting import chat_ids
+from swlora.evaluation.decode import check_room, end_tokens, generate
+from swlora.evaluation.prompting import prompt_ids
 from swlora.models.anatomy import n_embeddings
 from swlora.models.load import LoadedModel
 from swlora.printable import escaped
@@ -133,13 +131,10 @@ def make_sampler(
     """
     if not (prompts := read_prompts(spec.sample_prompts)):
         return None
-    if is_chat:
-        ids = [chat_ids([("user", text)], None, loaded.tokenizer) for text in prompts]
-    else:
-        ids = encode_prompts([Example(text, "") for text in prompts], separator, loaded.tokenizer)
+    ids = prompt_ids(prompts, loaded.tokenizer, is_chat=is_chat, separator=separator)
     check_prompts(ids, loaded.tokenizer, n_embeddings(loaded.model))
     check_room(loaded.model, ids, DecodeSpec(max_new_tokens=spec.sample_tokens))
-    ends = chat_end_token_ids(loaded) if is_chat else loaded.end_token_ids
+    ends = end_tokens(loaded, is_chat=is_chat)
     every, n_tokens = spec.sample_every, spec.sample_tokens
     return Sampler(prompts, ids, loaded.tokenizer, ends, every, n_tokens, take)
 

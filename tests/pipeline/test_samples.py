@@ -13,7 +13,7 @@ from swlora import pipeline
 from swlora.adapters.saved import with_adapter
 from swlora.config import RunSpec
 from swlora.errors import UserError
-from swlora.evaluation.samples import MAX_PROMPTS, read_prompts, shown
+from swlora.evaluation.samples import MAX_FILE_BYTES, MAX_PROMPTS, read_prompts, shown
 from swlora.job import Job
 from swlora.models.load import load_model
 from swlora.runs import Run
@@ -93,6 +93,8 @@ def test_prompts_are_texts_or_lines_of_files(tmp_path):
     (tmp_path / "rows.jsonl").write_text('"three\\n"\n' + json.dumps({**DEV[0], "prompt": "4"}))
     given = ["a text", str(tmp_path / "prompts.txt"), str(tmp_path / "rows.jsonl"), "x.txt\ny"]
     assert read_prompts(given) == ["a text", "one ", "  two", "three\n", "4", "x.txt\ny"]
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf"of Windows"\r\n"a\xe2\x80\xa8line"\n')
+    assert read_prompts([str(tmp_path / "rows.jsonl")]) == ["of Windows", "a\u2028line"]
     assert read_prompts([]) == []
 
 
@@ -103,6 +105,9 @@ def test_prompts_are_texts_or_lines_of_files(tmp_path):
         ("empty.txt", b" \n", "holds no prompt"),
         ("bytes.txt", b"\xff\xfe", "cannot be read as text"),
         ("rows.jsonl", b'{"text": "x"}\n', r"line 1 is neither a JSON string nor has a"),
+        ("rows.jsonl", b"[" * 100_000, r"line 1 is neither a JSON string nor has a"),
+        ("long.txt", "ä".encode() * MAX_FILE_BYTES, "is longer than 1,048,576 bytes"),
+        ("long.txt", b"x" + "ä".encode() * MAX_FILE_BYTES, "is longer than 1,048,576 bytes"),
         ("rows.jsonl", b"[1", r"line 1 is neither a JSON string nor has a"),
         ("many.txt", b"x\n" * (MAX_PROMPTS + 1), "64 prompts at most, not 65"),
     ],

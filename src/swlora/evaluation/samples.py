@@ -4,6 +4,7 @@ Nothing of the training changes: no random number is drawn, and the model's mode
 """
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,12 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{flag}: there is no file {path}")
     try:
         content, is_whole = read_bounded(path, MAX_FILE_BYTES)
-        lines = content.decode("utf-8").splitlines()
+        if not is_whole:
+            raise UserError(f"{flag}: {path} is longer than {MAX_FILE_BYTES:,} bytes")
+        # Not the text's: they end lines within JSON strings too, at U+2028 and its like.
+        lines = [line.decode("utf-8") for line in content.removeprefix(BOM_UTF8).splitlines()]
     except (UnreadableError, UnicodeDecodeError) as error:
         raise UserError(f"{flag}: {path} cannot be read as text: {error}") from error
-    if not is_whole:
-        raise UserError(f"{flag}: {path} is longer than {MAX_FILE_BYTES:,} bytes")
     found = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise UserError(f"{flag}: {path} holds no prompt")
@@ -69,7 +71,7 @@ def _lines(path: Path) -> list[str]:
 def _prompt_of(line: str, place: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or too deep
         row = None
     prompt = row.get("prompt") if isinstance(row, dict) else row
     if not isinstance(prompt, str) or not prompt:

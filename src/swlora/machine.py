@@ -1,7 +1,5 @@
 """The machine as swlora sees it, and what follows for a training on it."""
 
-import importlib.metadata
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from pathlib import Path
 
 from swlora import caches
 from swlora.config.train import TRACKERS
-from swlora.disk_space import free_bytes
+from swlora.disk_space import free_bytes, size
 from swlora.errors import UserError
 from swlora.matrix_peak import measured_peak, processor
 from swlora.memory import available_bytes
@@ -17,7 +15,7 @@ from swlora.models.precision import bfloat16_is_fast, resolve_device, resolve_dt
 from swlora.paths import cache_dir
 from swlora.progress import Progress
 from swlora.threads import n_usable_cores
-from swlora.versions import package_versions
+from swlora.versions import installed_version, package_versions
 
 MORE_PACKAGES = ("datasets", "numpy", "ray", *TRACKERS)
 VARIABLES = ("SWLORA_CACHE", "SWLORA_E2E", "SWLORA_LLAMA_CPP", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
@@ -104,11 +102,7 @@ def _gpus() -> list[Gpu]:
 
 
 def _more_packages() -> dict[str, str]:
-    found = {}
-    for name in MORE_PACKAGES:
-        if importlib.util.find_spec(name) is not None:
-            found[name] = importlib.metadata.version(name)
-    return found
+    return {name: found for name in MORE_PACKAGES if (found := installed_version(name))}
 
 
 def _llama_cpp() -> str:
@@ -123,8 +117,6 @@ def _llama_cpp() -> str:
 
 def lines(facts: MachineFacts) -> list[tuple[str, str]]:
     """Return the facts as names and values for a person, and what follows from them."""
-    from swlora.disk_space import size
-
     peaks = ", ".join(f"{value / 1e12:.2f} in {name}" for name, value in facts.peaks_flops.items())
     gpus = "; ".join(f"{g.name}, {size(g.memory_bytes)}" for g in facts.gpus)
     versions = ", ".join(f"{name} {version}" for name, version in facts.packages.items())

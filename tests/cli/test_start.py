@@ -11,7 +11,7 @@ import torch
 import yaml
 from tests.support.data_files import write_rows
 
-from swlora import matrix_peak
+from swlora import machine, matrix_peak
 from swlora.config import load_spec
 from swlora.config_schema import run_schema, study_schema
 
@@ -207,3 +207,11 @@ def test_env(swlora, monkeypatch):
     assert matrix_peak.known_peak(torch.float32, found["device"]) > 0  # later runs compare
     for name in ("processor", "matrix peak, TFLOP/s", "llama.cpp", "cache", "a training here"):
         assert name in done.out
+
+
+def test_a_folder_is_no_package(monkeypatch, tmp_path):
+    """Such as W&B's own, wandb, in the folder from which `python -m swlora env` is called."""
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(machine, "MORE_PACKAGES", ("no_such_package", "numpy"))
+    assert list(machine._more_packages()) == ["numpy"]

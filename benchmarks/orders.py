@@ -16,10 +16,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from benchmarks import runner
-from benchmarks.recipes import DEV_PROMPTS, descend
+from benchmarks.recipes.descent import Descent
+from benchmarks.recipes.rows import DEV_PROMPTS
 from benchmarks.rows import find_e2e, load
-from swlora.adapters.methods import adapt
+from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, ModelSpec, TrainSpec
 from swlora.data.dataset import group_references
 from swlora.data.encode import encode_examples
@@ -96,7 +99,13 @@ class Bench:
         adapted = adapt(self._loaded.model, AdapterSpec(), range(n_layers), seed=seed)
         start_s = time.process_time()
         schedule = Schedule.of(self._train, spec, seed)
-        n_rows = descend(TreeStep(adapted.model, self._train), schedule, adapted)
+        optimizer = torch.optim.AdamW(adapted.parameters.values(), weight_decay=0.0, fused=True)
+        descent = Descent(TreeStep(adapted.model, self._train), adapted, optimizer)
+        train_mode(adapted.model)
+        n_rows = 0
+        for number, rows in enumerate(schedule.steps()):
+            descent.step(rows, schedule.learning_rate(number))
+            n_rows += sum(map(len, rows))
         cpu_s = time.process_time() - start_s
         loss = dataset_loss(adapted.model.eval(), self._dev, Silent())
         adapted.model.unload()

@@ -1,0 +1,1 @@
+"""Optimisers that know that the A and B of an adapter are one matrix."""

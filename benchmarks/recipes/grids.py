@@ -13,21 +13,27 @@ from swlora.errors import UserError
 GRIDS: dict[str, tuple[str, ...]] = {
     # Plain LoRA in all layers with AdamW, whose best is what all others are held against.
     "baseline": (
-        "order=pairs batch=8|16|32 rate=2e-3|4e-3|8e-3",
+        "order=pairs batch=8|16|32 rate=2e-3|4e-3|6e-3",
         "order=prompts|iid batch=16 rate=4e-3",
         "order=pairs batch=16 rate=4e-3 beta2=0.95|0.99",
     ),
-    "small-steps": ("order=pairs batch=4|8|16|32 beta2=0.95|0.98|0.999 rate=2e-3|4e-3|8e-3",
-                    "order=pairs batch=8|16 beta1=0.8 beta2=0.98 rate=4e-3"),
+    "small-steps": (
+        "order=pairs batch=4|8|16|32 beta2=0.95|0.98|0.999 rate=2e-3|4e-3",
+        "order=pairs batch=4|8 beta2=0.98 rate=1e-3",
+        "order=pairs batch=32 beta2=0.95|0.999 rate=6e-3",
+        "order=pairs batch=8|16 beta1=0.8 beta2=0.98 rate=4e-3",
+    ),
+    # Around what twelve steps of eight rows found best, 0.03 and 1e-4, of 3e-3 to 1 for LoRA-Muon
+    # and of 3e-5 to 1e-2 for LoRA-RITE
     "optimisers": (
         "order=pairs batch=16 optimizer=scaled-adamw damping=0.01|1e-4 rate=1e-3|4e-3|1.6e-2",
-        "order=pairs batch=16 optimizer=lora-rite beta2=0.98 rate=3e-4|1e-3|3e-3|1e-2|3e-2",
-        "order=pairs batch=16 optimizer=lora-muon rate=0.01|0.03|0.1|0.3|1",
-        "order=pairs batch=16 optimizer=lora-rite beta2=0.98 b_alone=5 rate=1e-3|3e-3|1e-2",
-        "order=pairs batch=16 optimizer=lora-muon b_alone=5 rate=0.03|0.1|0.3",
+        "order=pairs batch=16 optimizer=lora-muon rate=3e-3|0.01|0.03|0.1|0.3",
+        "order=pairs batch=16 optimizer=lora-rite beta2=0.98 rate=1e-5|3e-5|1e-4|3e-4|1e-3",
+        "order=pairs batch=16 optimizer=lora-muon b_alone=5 rate=0.01|0.03|0.1",
+        "order=pairs batch=16 optimizer=lora-rite beta2=0.98 b_alone=5 rate=1e-4|3e-4",
     ),
     "ends": (
-        "order=pairs batch=16 rate=2e-3|4e-3|8e-3 schedule=linear|sqrt:0.2|sqrt:0.5|cosine",
+        "order=pairs batch=16 rate=2e-3|4e-3|6e-3 schedule=linear|sqrt:0.2|sqrt:0.5|cosine",
         "order=pairs batch=16 rate=1e-3|2e-3|4e-3 schedule=constant average=0.33",
         "order=pairs batch=16 rate=1e-3|4e-3 jump=6",
     ),

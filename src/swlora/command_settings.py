@@ -6,6 +6,7 @@ from pydantic.fields import FieldInfo
 from swlora.config import RunSpec
 from swlora.errors import UserError
 from swlora.processes import world
+from swlora.settings import flag_name
 
 
 def section_class(name: str) -> type[BaseModel]:
@@ -19,6 +20,11 @@ def setting_field(path: str) -> FieldInfo:
     """Return the field of a setting such as "model.name" or "seed"."""
     group, _, name = path.partition(".")
     return section_class(group).model_fields[name] if name else RunSpec.model_fields[path]
+
+
+def keyword(path: str) -> str:
+    """Return the keyword argument of Python for a setting, such as dataset for data.name."""
+    return flag_name(path).removeprefix("--").replace("-", "_")
 
 
 def _settings(section: str) -> tuple[str, ...]:

@@ -43,9 +43,9 @@ class Job:
         start, model = self.spec.adapter.start, self.spec.model
         if start is not None and "name" not in model.model_fields_set:
             from swlora.adapters.saved import adapter_folder
-            from swlora.deploy.merge_base import recorded_base
+            from swlora.deploy.merge_base import base_spec
 
-            of_start = model.model_copy(update=recorded_base(adapter_folder(start)))
+            of_start = base_spec(adapter_folder(start), model)
             self.spec = self.spec.model_copy(update={"model": of_start})
 
     @cached_property
@@ -95,6 +95,11 @@ class Job:
         self._note_model(loaded)
         return loaded
 
+    def take(self, loaded: LoadedModel) -> None:
+        """Work with a model that is loaded already."""
+        self.loaded = loaded
+        self._note_model(loaded)
+
     def load_shard(self) -> None:
         """Take this process's part of the model, which all processes hold together."""
         from swlora.models.sharded import load_sharded_model
@@ -138,7 +143,8 @@ class Job:
     @cached_property
     def dataset(self) -> Dataset:
         """The data set, announced by its source."""
-        check_model(self.spec.model)  # its name may be mistyped: before the data, which may be long
+        if "loaded" not in vars(self):
+            check_model(self.spec.model)  # may be mistyped: before the data, which may be long
         with self.timed("load_data"), self.progress.task("load the data"):
             dataset = load_dataset(self.spec.data)
         self.progress.say(f"data: {dataset.source}")

@@ -30,6 +30,7 @@ from swlora.files import (
     write_json,
     write_text,
 )
+from swlora.idle_settings import check_effects
 from swlora.locks import lock_folder
 from swlora.metrics_file import append_metrics, read_metrics, sync_metrics, truncate_metrics
 from swlora.result_json import as_json
@@ -164,8 +165,8 @@ class Run(WorkFolder):
     ) -> tuple[Self, RunSpec]:
         """Lock a run of `command`, to be entered and continued; one that is done, with `flags`.
 
-        See `Resumption` for `flags` and `forced`. Raises UserError where there is no such run, or
-        another process is at work in it.
+        See `Resumption` for `flags` and `forced`. Raises UserError where there is no such run,
+        another process is at work in it, or a flag would do nothing.
         """
         if not (folder / cls.file_name).exists():
             raise UserError(f"{folder} holds no run to resume")
@@ -204,6 +205,7 @@ class Run(WorkFolder):
         if facts["status"] == "done" and not run._resumption.leaves_it_done:  # flags as it had them
             raise UserError(_nothing_to_resume(folder))
         run._spec = run._resumption.spec
+        check_effects(command, run._spec, flags)
         return run, run._spec
 
     def _tidy(self) -> None:
@@ -269,6 +271,11 @@ class Run(WorkFolder):
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far; empty where nothing did."""
         return read_result(self.folder)
+
+    def note_end(self, error: BaseException) -> None:
+        """Record an error that ends the process here and now; the lock goes with it."""
+        self._note_error(error)
+        self._save()
 
     def _save(self) -> None:
         if self._resumption and self._resumption.leaves_it_done:

@@ -7,7 +7,7 @@ from tests.support.adapters import move
 
 from swlora.adapters.methods import adapt
 from swlora.adapters.saved import load_adapter, save_adapter
-from swlora.adapters.temporary import adapter_on
+from swlora.adapters.temporary import adapter_off, adapter_on
 from swlora.config import AdapterSpec
 from swlora.errors import UserError
 
@@ -87,3 +87,39 @@ def test_an_error_in_the_body_leaves_nothing(saved, make_model):
     with pytest.raises(ZeroDivisionError), adapter_on(model, folder):
         raise ZeroDivisionError
     assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "pissa", "full", "supertuning"])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_an_adapter_is_off_for_a_while(method, is_trained, saved, make_model):
+    """PEFT would leave its tensors to be trained, also those of an adapter that is only used."""
+    adapted = load_adapter(make_model("llama"), saved(method)).requires_grad_(is_trained)
+    before, expected = state(adapted), make_model("llama")(input_ids=TOKENS).logits
+    with adapter_off(adapted):
+        assert torch.equal(adapted(input_ids=TOKENS).logits, expected)
+    assert_same(before, state(adapted))
+    assert not torch.equal(adapted(input_ids=TOKENS).logits, expected)
+
+
+def test_a_model_without_adapter_is_what_it_is(make_model):
+    model = make_model("llama")
+    before = state(model)
+    with adapter_off(model):
+        assert_same(before, state(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, r"began with a part of the weights \(pissa\)"),
+        ({"bias": "all"}, "changed the model's own biases"),
+        ({}, "is merged into the weights"),
+    ],
+)
+def test_what_stays_of_an_adapter_is_named(settings, reason, make_model):
+    config = LoraConfig(r=2, target_modules=["q_proj"], **settings)
+    adapted = get_peft_model(make_model("llama"), config)
+    if not settings:
+        adapted.merge_adapter()
+    with pytest.raises(UserError, match=f"{reason}.*--no-english"), adapter_off(adapted):
+        pass

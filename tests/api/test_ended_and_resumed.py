@@ -86,6 +86,13 @@ def test_a_run_goes_on_as_with_the_flag(settings) -> None:
         swlora.train(output="../run", resume=True, rank=5, epochs=4)
 
 
+def test_a_flag_without_effect_leaves_the_run_to_be_resumed(settings) -> None:
+    swlora.train(**settings, **TRAINING, output="../run", callbacks=lambda report: report.stop())
+    with pytest.raises(UserError, match="nothing is generated without --sample-prompts"):
+        swlora.train(output="../run", resume=True, sample_every=2)
+    assert swlora.train(output="../run", resume=True).course.steps == 8
+
+
 def test_resume_is_forced_where_the_run_is_not_what_it_was(settings) -> None:
     swlora.train(**settings, **TRAINING, output="../run", callbacks=lambda report: report.stop())
     rows = Path(settings["dataset"])

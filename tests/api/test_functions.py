@@ -15,8 +15,7 @@ from tests.support.small_runs import Heard, weights
 
 import swlora
 from swlora.adapters.methods import trainable_parameters
-from swlora.api.call import keyword
-from swlora.command_settings import SETTINGS
+from swlora.command_settings import SETTINGS, keyword
 from swlora.errors import UserError
 from swlora.evaluation.user_metrics import MetricError
 from swlora.metrics_file import read_metrics
@@ -112,10 +111,14 @@ def test_identification_leaves_nothing_either(settings) -> None:
     assert figure.read_bytes().startswith(b"<?xml") and os.listdir() == []
 
 
-def test_identification_measures_weights_in_float32_whatever_is_asked_for(settings) -> None:
-    asked = {"model": settings["model"], "dtype": "bfloat16", "device": "cpu"}
+def test_identification_measures_weights_in_float32_whatever_a_file_says(settings) -> None:
+    """A file serves several commands; an argument that would do nothing is refused."""
+    asked = {"model": settings["model"], "device": "cpu", "prompt": ["hello"]}
     small = {"windows": 1, "window_tokens": 32, "controls": 1, "max_candidates": 1}
-    assert swlora.identify(**asked, **small, prompt=["hello"]).setup.dtype == "float32"
+    Path("c.yaml").write_text("model: {dtype: bfloat16}\n")
+    assert swlora.identify(**asked, **small, config="c.yaml").setup.dtype == "float32"
+    with pytest.raises(UserError, match="identify measures weights in float32; leave out --dtype"):
+        swlora.identify(**asked, **small, dtype="bfloat16")
 
 
 def test_progress_is_told_what_is_not_kept(settings) -> None:
@@ -132,6 +135,28 @@ def test_a_file_with_settings_and_arguments_that_win(settings, tmp_path) -> None
     trained = swlora.train(config=config, **settings, rank=2, layers="2")
     assert (trained.course.steps, trained.layers) == (2, [2])
     assert {p.shape[0] for n, p in trainable_parameters(trained.model).items() if "_A" in n} == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        ({"windows": 2}, "--layers all looks for no super weight .*; leave out --windows"),
+        ({"keep_checkpoints": 1, "save_every": "9s"}, "there are no checkpoints; .* --save-every$"),
+        ({"checkpoint_every_s": 9.0}, r"without a run folder \(output\) there are no checkpoints"),
+        ({"sample_prompts": "a", "progress": False}, "nobody sees samples without a run folder"),
+    ],
+)
+def test_arguments_that_would_do_nothing_are_refused(arguments, mistake) -> None:
+    with pytest.raises(UserError, match=mistake):
+        swlora.train(model="no-such-model", **arguments)
+
+
+def test_settings_that_need_somebody_who_looks_are_taken_where_there_is_one(tmp_path) -> None:
+    """So that what is wrong is the next thing: there is no such model."""
+    looked_at = {"sample_prompts": "a", "progress": Heard()}
+    for arguments in (looked_at, {"keep_checkpoints": 1, "output": tmp_path / "run"}):
+        with pytest.raises(UserError, match=r"there is no model folder \./no-such-model"):
+            swlora.train(model="./no-such-model", dataset="sample", **arguments)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from tests.support.typed_settings import CALLED, FUNCTIONS, OWN, TARGET, source
 
 import swlora
 from swlora.api import settings as typed
-from swlora.api.call import TAKEN, keyword
+from swlora.api.call import TAKEN
+from swlora.command_settings import keyword
 
 
 def test_the_settings_are_those_of_the_configuration() -> None:

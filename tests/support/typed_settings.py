@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from swlora.api.call import TAKEN, keyword
+from swlora.api.call import TAKEN
 from swlora.cli.flags import described
-from swlora.command_settings import setting_field
+from swlora.command_settings import keyword, setting_field
 from swlora.config import RunSpec
 from swlora.layer_policy import LayerPolicy
 
@@ -27,7 +27,7 @@ FUNCTIONS = {  # those with settings, by their commands
     "export": "ExportSettings",
 }
 CALLED = {"eval": "evaluate"}
-OWN = {"generate": {"model.name"}}  # which take other values there
+OWN = {"eval": {"model.name"}, "generate": {"model.name"}}  # which take other values there
 HEAD = '''"""The settings of Python's functions as typed keyword arguments.
 
 Made from the configuration by `make settings`, and held equal to it by a test: do not edit.

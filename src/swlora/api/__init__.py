@@ -4,6 +4,7 @@
     models.py     load, generate, merge, export
     settings.py   which settings each takes, as typed keyword arguments (made: `make settings`)
     call.py       from keyword arguments to a configuration and a job
+    at_hand.py    a model that is loaded already in the place of one that is named
     bars.py       progress in a notebook
 
 Settings are keyword arguments with the names of the command line's flags (`batch_size` for

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from swlora.api.at_hand import spec_at_hand
 from swlora.api.bars import shown
-from swlora.command_settings import MODEL, SETTINGS, check_processes, setting_field
+from swlora.command_settings import MODEL, SETTINGS, check_processes, keyword, setting_field
 from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
+from swlora.idle_settings import check_effects
 from swlora.joint_run import joint_run
 from swlora.processes import world
 from swlora.progress import Progress, Silent
@@ -20,21 +22,16 @@ from swlora.result_json import as_json
 from swlora.run_record import MemoryRecord, RunRecord
 from swlora.run_settings import flat
 from swlora.runs import Run
-from swlora.settings import flag_name
 
 if TYPE_CHECKING:
     from swlora.job import Job
+    from swlora.models.load import LoadedModel
 
 PathLike = str | os.PathLike[str]
 ShowProgress = Progress | bool | None
 F = TypeVar("F", bound=Callable[..., Any])
 
 TAKEN = {**SETTINGS, "load": MODEL}  # by the functions, under the commands' names
-
-
-def keyword(path: str) -> str:
-    """Return the keyword argument of a setting, such as dataset for data.name."""
-    return flag_name(path).removeprefix("--").replace("-", "_")
 
 
 def takes_settings(command: str) -> Callable[[F], F]:
@@ -64,14 +61,24 @@ def takes_settings(command: str) -> Callable[[F], F]:
 
 @dataclass(frozen=True)
 class Call:
-    """What a function was called with: a YAML file, and settings, which win, by dotted names."""
+    """What a function was called with: a YAML file, and settings, which win, by dotted names.
+
+    `loaded` is the model where one was given that is loaded already.
+    """
 
     command: str
     config: Path | None
     flags: dict[str, Any]
+    loaded: "LoadedModel | None" = None
 
     @classmethod
-    def of(cls, command: str, config: PathLike | None, settings: Mapping[str, Any]) -> "Call":
+    def of(
+        cls,
+        command: str,
+        config: PathLike | None,
+        settings: Mapping[str, Any],
+        loaded: "LoadedModel | None" = None,
+    ) -> "Call":
         """Read keyword arguments; UserError for one that the command does not take.
 
         It names the nearest that there is. None is as good as none.
@@ -80,11 +87,19 @@ class Call:
         for name in sorted(settings.keys() - names.keys()):
             raise UserError(f"{command} takes no setting {name!r}{nearest(name, names)}")
         given = {names[n]: _plain(value) for n, value in settings.items() if value is not None}
-        return cls(command, path_of(config), given)
+        return cls(command, path_of(config), given, loaded)
 
-    def spec(self) -> RunSpec:
-        """Return the configuration; UserError with all that is wrong in it."""
-        return load_spec(self.config, self.flags)
+    def spec(self, **place: bool) -> RunSpec:
+        """Return the configuration; UserError with all that is wrong in it, or would do nothing.
+
+        `place` is as in `check_effects`.
+        """
+        spec = load_spec(self.config, self.flags)
+        check_effects(self.command, spec, self.flags, **place)
+        if self.loaded is None:
+            return spec
+        own = spec_at_hand(self.loaded, spec.model, self.config)
+        return spec.model_copy(update={"model": own})
 
     @contextmanager
     def job(
@@ -101,20 +116,24 @@ class Call:
         With `resume` it is the run that lies there, `force_resume` also where it is another's work.
         """
         check_processes(self.command)
-        show = shown(progress) if world().is_main else Silent()
+        show = shown(progress)
         folder, resume = path_of(output), resume or force_resume
         if resume:
             self._check_resumed(folder)
         if verify and folder is None:
             raise UserError("verify=True is for a run that can go on: give it a folder, output=...")
-        spec = None if resume else self.spec()
+        spec = None
+        if not resume:
+            is_shown = type(show) is not Silent
+            spec = self.spec(has_folder=folder is not None, is_shown=is_shown)
 
         def opened() -> tuple[AbstractContextManager[RunRecord], RunSpec]:
-            if folder is None:
-                return nullcontext(MemoryRecord()), self.spec()
             if spec is None:
+                assert folder is not None  # by _check_resumed
                 forced = show.say if force_resume else None
                 return Run.reopen(folder, self.command, self.flags, forced)
+            if folder is None:
+                return nullcontext(MemoryRecord()), spec
             return Run.prepare(folder, spec, self.command), spec
 
         def asked() -> dict[str, Any]:
@@ -123,7 +142,7 @@ class Call:
         with joint_run(opened, asked) as (run, own_spec):
             from swlora.job import Job
 
-            yield Job(own_spec, run, show, verify)
+            yield Job(own_spec, run, show if world().is_main else Silent(), verify)
 
     def _check_resumed(self, folder: Path | None) -> None:
         """Raise UserError where it is not said which run goes on, or with what else it shall."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
+from swlora.api.at_hand import model_at_hand
 from swlora.api.call import Call, PathLike, ShowProgress, path_of, takes_settings
 from swlora.api.settings import EvalSettings, IdentifySettings, TrainSettings
 from swlora.command_settings import check_processes
@@ -13,6 +14,7 @@ from swlora.training.callbacks import Callback, as_callbacks
 
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import Evaluated
+    from swlora.models.load import LoadedModel
     from swlora.study.compared import Compared, ComparedModels
     from swlora.superweights.findings import Identified
     from swlora.training.trained import Trained
@@ -107,6 +109,7 @@ def train(
 def evaluate(
     adapter: PathLike | None = None,
     *,
+    model: "PathLike | LoadedModel | None" = None,
     output: PathLike | None = None,
     metrics: Callable[[list[str], list[list[str]]], Any] | None = None,
     config: PathLike | None = None,
@@ -115,12 +118,15 @@ def evaluate(
 ) -> "Evaluated":
     """Generate for every prompt and score, as `swlora eval` does.
 
-    `adapter` is a folder (a run folder will do); None is the base model. `metrics` is a function of
-    the texts and of the references of each, that returns a number, or numbers by name. Of the
-    result, `nll` is in nats a trained token, `scores` are those of the E2E script (BLEU, METEOR and
-    ROUGE-L from 0 to 1), `text_scores` those of any text, and `texts` the texts and references.
+    `adapter` is a folder (a run folder will do); None is the base model. `model` may be one that
+    `load` or `train` made (`trained.loaded`), which saves loading it again; its adapter is on it
+    then. `metrics` is a function of the texts and of the references of each, that returns a number,
+    or numbers by name. Of the result, `nll` is in nats a trained token, `scores` are those of the
+    E2E script (BLEU, METEOR and ROUGE-L from 0 to 1), `text_scores` those of any text, and `texts`
+    the texts and references.
 
-    Raises UserError for what cannot be evaluated. Where `metrics` fails, the error
+    Raises UserError for what cannot be evaluated, and for settings of a model beside one that is
+    loaded. Where `metrics` fails, the error
     (`swlora.evaluation.user_metrics.MetricError`) has all the rest as its `evaluated`.
 
     Examples:
@@ -131,8 +137,13 @@ def evaluate(
         ... )
         >>> found.n_prompts, found.nll > 0, found.own
         (2, True, {'<lambda>': 2.0})
+        >>> loaded = swlora.load(model="builtin")
+        >>> again = swlora.evaluate(
+        ...     model=loaded, dataset="sample", eval_prompts=2, max_new_tokens=4, english=False
+        ... )
+        >>> again.nll == found.nll
+        True
     """
-    call = Call.of("eval", config, settings)
     metric = None
     if metrics is not None and not callable(metrics):
         raise UserError(
@@ -143,9 +154,13 @@ def evaluate(
         from swlora.evaluation.user_metrics import UserMetric
 
         metric = UserMetric(getattr(metrics, "__name__", type(metrics).__name__), metrics)
+    loaded = model_at_hand(model, settings, adapter)
+    call = Call.of("eval", config, {**settings, "model": None if loaded else model}, loaded)
     with call.job(output, progress) as job:
         from swlora import pipeline
 
+        if loaded is not None:
+            return pipeline.evaluate_loaded(job, loaded, metric)
         return pipeline.evaluate_adapter(job, path_of(adapter), metric)
 
 

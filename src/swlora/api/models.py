@@ -1,14 +1,13 @@
 """Models at hand: load, generate, and make files of them for other programs."""
 
-from collections.abc import Mapping
-from os import PathLike as HasPath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
+from swlora.api.at_hand import model_at_hand
 from swlora.api.bars import shown
-from swlora.api.call import Call, PathLike, ShowProgress, keyword, path_of, takes_settings
+from swlora.api.call import Call, PathLike, ShowProgress, path_of, takes_settings
 from swlora.api.settings import ExportSettings, GenerateSettings, LoadSettings, MergeSettings
-from swlora.command_settings import MODEL, check_processes
+from swlora.command_settings import check_processes
 from swlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,47 +104,27 @@ def generate(
         (2, 'good day')
     """
     from swlora.adapters.saved import load_with_adapter
+    from swlora.adapters.temporary import evaluating
     from swlora.evaluation.prompting import Prompt, check_form, generate_texts
-    from swlora.models.load import LoadedModel
 
     texts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not texts:
         raise UserError("there is no prompt in the list")
     if not all(isinstance(text, str) for text in texts):
         raise UserError("a prompt is a text, or a list of texts")
-    if not isinstance(model, str | HasPath | LoadedModel | None):
-        raise UserError(
-            "model is a name, a folder, or what swlora.load returns (of a training "
-            f"trained.loaded), not {type(model).__name__}"
-        )
     prompts = [Prompt(text, chat, system) for text in texts]
     check_form(prompts[0])
-    loaded = model if isinstance(model, LoadedModel) else None
-    if loaded is not None:
-        _check_loaded(settings, adapter)
-    name = loaded.name if loaded is not None else model
-    call = Call.of("generate", config, {**settings, "model": name})
+    given = model_at_hand(model, settings, adapter)
+    call = Call.of("generate", config, {**settings, "model": None if given else model}, given)
     with call.job(output, progress) as job:
-        if loaded is None:
-            loaded = load_with_adapter(job.spec.model, path_of(adapter), job.progress.say)
-        generated = generate_texts(job.spec, prompts, loaded, job.progress)
+        loaded = given or load_with_adapter(job.spec.model, path_of(adapter), job.progress.say)
+        with evaluating(loaded.model):
+            generated = generate_texts(job.spec, prompts, loaded, job.progress)
         if isinstance(prompt, str):
             job.record_result(generated[0])
             return generated[0]
         job.record_result({"texts": generated})
     return generated
-
-
-def _check_loaded(settings: Mapping[str, object], adapter: PathLike | None) -> None:
-    """Raise UserError for what a model that is loaded already would leave without effect."""
-    idle = {keyword(path) for path in MODEL} & settings.keys()
-    if adapter is not None:
-        idle.add("adapter")
-    if idle:
-        raise UserError(
-            f"the model is loaded already: leave out {', '.join(sorted(idle))}, or give it to "
-            "swlora.load"
-        )
 
 
 @takes_settings("merge")

@@ -237,7 +237,6 @@ class TrainSettings(
 
 
 class EvalSettings(
-    _Model,
     _Tokenizer,
     _Dtype,
     _Threads,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from swlora.cli.disk import say_what_is_left
-from swlora.cli.effects import check_effects
 from swlora.cli.failure import failure_in_one_line
 from swlora.cli.flags import setting_options
 from swlora.cli.process import no_library_notes, shown_by_main, sigterm_interrupts
@@ -19,6 +18,7 @@ from swlora.command_settings import check_processes
 from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
+from swlora.idle_settings import check_effects
 from swlora.processes import world
 from swlora.result_json import as_json
 from swlora.run_settings import flat
@@ -174,9 +174,7 @@ class Invocation:
             return Run.prepare(self.output, self.spec, self.command), self.spec
         flags = {name: self.flags[name] for name in self._given}
         forced = self.progress.say if self.force_resume else None
-        run, spec = Run.reopen(self._resumed_folder(), self.command, flags, forced)
-        check_effects(self.command, spec, self._given)
-        return run, spec
+        return Run.reopen(self._resumed_folder(), self.command, flags, forced)
 
     def _resumed_folder(self) -> Path:
         """Return --output; UserError where it is missing, or beside a configuration of its own."""

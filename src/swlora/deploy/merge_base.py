@@ -97,8 +97,7 @@ def open_base(adapter: Path, spec: ModelSpec) -> MergeBase:
 
     The tokenizer is the adapter's own where it brings one. Raises UserError where there is none.
     """
-    if "name" not in spec.model_fields_set:
-        spec = spec.model_copy(update=recorded_base(adapter))
+    spec = base_spec(adapter, spec)
     if spec.tokenizer is None and (adapter / TOKENIZER_CONFIG).is_file():
         spec = spec.model_copy(update={"tokenizer": str(adapter)})
     loaded = load_skeleton(spec)
@@ -126,7 +125,18 @@ def check_base(adapter: Path, base: BaseModel, loaded: LoadedModel) -> str | Non
     return None
 
 
-def recorded_base(adapter: Path) -> dict[str, Any]:
+def base_spec(adapter: Path, spec: ModelSpec) -> ModelSpec:
+    """Return `spec` with the model that an adapter's files name, where it names none itself.
+
+    Tokenizer and revision that it names stay. Raises UserError where no such model is found.
+    """
+    if "name" in spec.model_fields_set:
+        return spec
+    recorded, given = _recorded_base(adapter), spec.model_fields_set
+    return spec.model_copy(update={n: v for n, v in recorded.items() if n not in given})
+
+
+def _recorded_base(adapter: Path) -> dict[str, Any]:
     """Return name and revision of the model that an adapter's files name."""
     facts, config = read_facts(adapter), read_json(adapter / CONFIG)
     if facts.get("base_flag") == BUILTIN_MODEL:

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 from swlora.caches import hold
+from swlora.config import BUILTIN_MODEL
 from swlora.errors import RunFailedError
 from swlora.library_noise import quiet_libraries
 from swlora.paths import cache_dir
@@ -31,6 +32,11 @@ FORMAT = 2  # of the unpacked folder: 1 had GPT-2's cut of digits instead of the
 def unpacked_folder() -> Path:
     """Return where the unpacked model lies in the cache, whether or not it is there yet."""
     return cache_dir() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}-{FORMAT}"
+
+
+def flag_of(loaded_name: str) -> str:
+    """Return what --model takes for a model that was loaded from `loaded_name`."""
+    return BUILTIN_MODEL if loaded_name == str(unpacked_folder()) else loaded_name
 
 
 def builtin_folder() -> Path:

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from swlora.config import BUILTIN_MODEL, ModelSpec, RunSpec, load_spec
+from swlora.config import ModelSpec, RunSpec, load_spec
 from swlora.errors import UserError
-from swlora.models.builtin import unpacked_folder
 from swlora.settings import flag_name
 from swlora.web.training.data_folder import DataFile
 
@@ -108,11 +107,6 @@ def flags(given: Mapping[str, Any]) -> list[str]:
         flag = flag_name(setting)
         arguments += [flag] if value is True else [f"{flag}={value}"]
     return arguments
-
-
-def model_name(loaded_name: str) -> str:
-    """Return the name by which a child takes the model that is served."""
-    return BUILTIN_MODEL if loaded_name == str(unpacked_folder()) else loaded_name
 
 
 def model_flags(spec: ModelSpec, name: str, only: Sequence[str] = ()) -> list[str]:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from swlora.cli import effects
-from swlora.cli.effects import check_effects
+from swlora import idle_settings
 from swlora.config import load_spec
 from swlora.errors import UserError
+from swlora.idle_settings import check_effects
 
 NO_SEARCH = "looks for no super weight (super and super+removal do); leave out"
 FIRST = "adapts the first layer, below which there are no states; leave out --cache-gb"
@@ -141,7 +141,7 @@ def test_a_large_gguf_file_leaves_only_steps_to_limit(tmp_path, monkeypatch):
     path.write_bytes(bytes(100))
     given = {"model.name": str(path), "model.memory_gb": 1}
     check_effects("generate", load_spec(None, given), given)
-    monkeypatch.setattr(effects, "KEPT_ABOVE_BYTES", 99)
+    monkeypatch.setattr(idle_settings, "KEPT_ABOVE_BYTES", 99)
     with pytest.raises(UserError, match=r"stays as it lies in its file.* leave out --memory-gb"):
         check_effects("generate", load_spec(None, given), given)
     check_effects("train", load_spec(None, given), given)

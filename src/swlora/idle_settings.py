@@ -1,6 +1,7 @@
-"""Flags that would do nothing beside the others that were given: they are refused.
+"""Settings that would do nothing beside the others that were given: they are refused.
 
-A flag that asks for what happens anyway is taken: what was asked for is what is done.
+On the command line they are flags, in Python keyword arguments. One that asks for what happens
+anyway is taken: what was asked for is what is done.
 
 A configuration file may hold settings that a command leaves alone, since one file serves several.
 """
@@ -14,17 +15,27 @@ from swlora.errors import UserError
 from swlora.run_place import RESUMABLE
 from swlora.settings import flag_name, setting_names
 
-Reason = Callable[[str, RunSpec], str | None]  # of a command: why a flag does nothing, if so
+Reason = Callable[[str, RunSpec], str | None]  # of a command: why a setting does nothing, if so
 
 
-def check_effects(command: str, spec: RunSpec, given: Collection[str]) -> None:
-    """Raise UserError where a flag of a command would do nothing.
+def check_effects(
+    command: str,
+    spec: RunSpec,
+    given: Collection[str],
+    *,
+    has_folder: bool = True,
+    is_shown: bool = True,
+) -> None:
+    """Raise UserError where a setting of a command would do nothing.
 
     given: the dotted names of settings that came from flags, which `spec` holds already.
+    has_folder, is_shown: whether the work has a run folder, and somebody is told how it goes on; a
+    command always has both.
     """
+    reasons = _REASONS if has_folder else _REASONS | _without_folder(is_shown=is_shown)
     idle: dict[str, list[str]] = {}
     for setting in given:
-        if setting in _REASONS and (reason := _REASONS[setting](command, spec)):
+        if setting in reasons and (reason := reasons[setting](command, spec)):
             idle.setdefault(reason, []).append(flag_name(setting))
     if idle:
         said = (f"{reason}; leave out {', '.join(flags)}" for reason, flags in idle.items())
@@ -114,6 +125,21 @@ def _of_another_method(setting: str) -> Reason:
         return f"--method {method} has no such setting"
 
     return reason
+
+
+def _without_folder(*, is_shown: bool) -> dict[str, Reason]:
+    """Return the reasons that count where nothing is written to disk."""
+
+    def no_checkpoint(_command: str, _spec: RunSpec) -> str | None:
+        return "without a run folder (output) there are no checkpoints"
+
+    def no_reader(_command: str, spec: RunSpec) -> str | None:
+        if is_shown or spec.train.report_to:
+            return None
+        return "nobody sees samples without a run folder (output), progress=True or --report-to"
+
+    of_checkpoints = ("train.save_every", "train.checkpoint_every_s", "train.keep_checkpoints")
+    return {**dict.fromkeys(of_checkpoints, no_checkpoint), "train.sample_prompts": no_reader}
 
 
 _REASONS: dict[str, Reason] = {

@@ -1,0 +1,77 @@
+"""A model that is loaded already in the place of one that is named: what may stand beside it."""
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swlora.command_settings import MODEL, keyword
+from swlora.config import ModelSpec
+from swlora.errors import UserError
+
+if TYPE_CHECKING:
+    from swlora.models.load import LoadedModel
+
+
+def model_at_hand(
+    model: object, settings: Mapping[str, object], adapter: object
+) -> "LoadedModel | None":
+    """Return a model that is loaded already; None where `model` names one, or is None.
+
+    Raises UserError for anything else, and for what would be without effect beside it.
+    """
+    if isinstance(model, str | PathLike | None):
+        return None
+    from swlora.models.load import LoadedModel
+
+    if not isinstance(model, LoadedModel):
+        raise UserError(
+            "model is a name, a folder, or what swlora.load returns (of a training "
+            f"trained.loaded), not {type(model).__name__}"
+        )
+    given = {"adapter": adapter, **settings}
+    names = ["adapter", *(keyword(path) for path in MODEL)]
+    if idle := sorted(name for name in names if given.get(name) is not None):
+        raise UserError(
+            f"the model is loaded already: leave out {', '.join(idle)}, or give it to swlora.load"
+        )
+    return model
+
+
+def spec_at_hand(loaded: "LoadedModel", said: ModelSpec, config: Path | None) -> ModelSpec:
+    """Return the specification of a model that is loaded already.
+
+    `said` is the section `model` of the file `config`. Raises UserError where that is of another
+    model, precision or device.
+    """
+    dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device
+    other = ""
+    if "name" in said.model_fields_set and not _is_named(said.name, loaded.name):
+        other = f"the model {said.name}, and the one that is given is {loaded.source}"
+    elif said.dtype not in ("auto", dtype):
+        other = f"dtype {said.dtype}, and the model that is given has {dtype}"
+    elif said.device not in ("auto", device.type, str(device)):
+        other = f"device {said.device}, and the model that is given is on {device}"
+    if other:
+        raise UserError(
+            f"{config} says {other}: leave that out of its section model, or name the model "
+            "instead of giving one"
+        )
+    return ModelSpec.model_validate(
+        {
+            "name": loaded.name,
+            "revision": loaded.revision,
+            "dtype": dtype if dtype in ("float32", "bfloat16") else "auto",
+            "device": str(device) if device.type == "cuda" else device.type,
+        }
+    )
+
+
+def _is_named(name: str, loaded_name: str) -> bool:
+    """Say whether a --model of this name is the model that was loaded from `loaded_name`."""
+    from swlora.models.builtin import flag_of
+
+    if name in (loaded_name, flag_of(loaded_name)):
+        return True
+    given, own = Path(name).expanduser(), Path(loaded_name)
+    return given.exists() and own.exists() and given.samefile(own)

@@ -18,7 +18,9 @@ from swlora.adapters.methods import adapt
 from swlora.adapters.saved import WEIGHTS, load_adapter, save_adapter
 from swlora.config import ModelSpec, RunSpec
 from swlora.config.yaml_file import dump_yaml
-from swlora.deploy.merge import REPORT, Merged, MergeRequest, merge
+from swlora.deploy.merge import Merged, MergeRequest, merge
+from swlora.deploy.merge_base import base_spec
+from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.errors import RunFailedError, UserError
 from swlora.models.anatomy import Anatomy
 from swlora.models.identity import identify_base
@@ -140,10 +142,10 @@ def test_a_folder_holds_all_that_a_model_needs(model_folder, tmp_path):
     assert generation["eos_token_id"] == 257
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     assert tokenizer.chat_template and tokenizer("ab").input_ids == [97, 98]
-    report = json.loads((tmp_path / "m" / REPORT).read_text())
+    report = json.loads((tmp_path / "m" / MERGE_REPORT).read_text())
     assert report["agreement"]["n_tokens"] > 500 and report["dtype"] == "bfloat16"
     assert 0 < report["kl_nats_per_token"] <= report["tolerance_kl_nats_per_token"]
-    assert str(tmp_path) not in (tmp_path / "m" / REPORT).read_text()
+    assert str(tmp_path) not in (tmp_path / "m" / MERGE_REPORT).read_text()
     assert "base_model" not in (tmp_path / "m" / "README.md").read_text()  # not on the Hub
 
 
@@ -270,6 +272,15 @@ def test_the_base_is_found_by_what_the_adapter_says(model_folder, tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(of_run)
     merge(MergeRequest(tmp_path / "run", tmp_path / "m", ModelSpec()), Silent())
     assert_is_base_and_adapter(base, adapter, tmp_path / "m")
+
+
+def test_a_tokenizer_or_a_revision_that_is_given_beside_no_model_counts(model_folder, tmp_path):
+    adapter = adapter_of(model_folder("llama"), tmp_path / "run" / "adapter")
+    own = ModelSpec(name=str(model_folder("llama")), tokenizer="its-own")
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(RunSpec(model=own)))
+    assert base_spec(adapter, ModelSpec()).tokenizer == "its-own"
+    found = base_spec(adapter, ModelSpec(tokenizer="another", revision="v1"))
+    assert (found.name, found.tokenizer, found.revision) == (own.name, "another", "v1")
 
 
 def test_the_base_of_plain_peft_is_the_one_that_it_names(model_folder, tmp_path):

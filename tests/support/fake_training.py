@@ -4,6 +4,8 @@ It notes its arguments in `said.json` beside the file, and does what the argumen
 train (until it is told to stop, or at once with --epochs=1), data, merge, export.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -61,6 +63,7 @@ def _train(flags: dict[str, str]) -> None:
         _write(Path(flags["--json"]), ESTIMATE)
         return
     folder = Path(flags["--output"])
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)  # as a run is at work in it
     if "broken" in flags.get("--dataset", ""):
         sys.exit(f"swlora: {flags['--dataset']}, line 2: no prompt")
     config = {"data": {"name": flags.get("--dataset")}, "model": {"name": flags.get("--model")}}
@@ -79,8 +82,7 @@ def _train(flags: dict[str, str]) -> None:
             time.sleep(0.01)
         _write(folder / "run.json", facts | {"status": "cancelled", "reason": "it was stopped"})
         sys.exit(130)
-    (folder / "adapter").mkdir(exist_ok=True)
-    (folder / "adapter/adapter_model.safetensors").write_bytes(b"weights")
+    save_adapter(folder, b"more weights" if "--resume" in flags else b"weights")
     _write(folder / "run.json", facts | {"status": "done"})
 
 
@@ -92,14 +94,29 @@ def _data(flags: dict[str, str]) -> None:
     _write(Path(flags["--json"]), LOOK)
 
 
+def save_adapter(folder: Path, weights: bytes) -> None:
+    """Write the adapter of a run, with what it notes of its weights."""
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    (folder / "adapter/adapter_model.safetensors").write_bytes(weights)
+    digest = hashlib.sha256(weights).hexdigest()
+    _write(folder / "adapter/swlora.json", {"sha256": {"adapter_model.safetensors": digest}})
+
+
 def _merge(flags: dict[str, str]) -> None:
+    weights = (Path(flags["--adapter"]) / "adapter/adapter_model.safetensors").read_bytes()
     Path(flags["--output"]).mkdir()
+    report = {"adapter_sha256": hashlib.sha256(weights).hexdigest()}
+    _write(Path(flags["--output"]) / "swlora-merge.json", report)
 
 
 def _export(flags: dict[str, str]) -> None:
     if flags["--type"] == "f16":
         sys.exit("swlora: /somewhere/else: the disk is full")
-    Path(flags["--gguf"]).write_bytes(b"GGUF")
+    report = json.loads((Path(flags["--model"]) / "swlora-merge.json").read_text())
+    noted = {"merged_adapter_sha256": report["adapter_sha256"]}
+    with Path(flags["--gguf"]).open("xb") as file:
+        file.write(b"GGUF of " + noted["merged_adapter_sha256"].encode())
+    _write(Path(flags["--gguf"] + ".report.json"), noted)
 
 
 def _write(path: Path, value: Any) -> None:

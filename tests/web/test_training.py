@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 
 import psutil
@@ -22,6 +21,7 @@ from swlora.errors import UserError
 from swlora.locks import lock
 from swlora.result_json import as_json
 from swlora.web.training.errands import Errands
+from swlora.web.training.made_files import gguf_path, gguf_state, merged_state
 from swlora.web.training.worker import LOCK, NOTE, Job, Worker
 
 KEY = "a-key-of-sixteen-or-more"
@@ -185,7 +185,7 @@ def test_a_training_that_was_killed_is_said_to_be_gone(trainer, tmp_path):
     start(trainer)
     until((tmp_path / "runs/mine/ready").exists)
     press(trainer, "kill")
-    until(lambda: "Its process is gone" in look(trainer, "/runs/mine").text)
+    until(lambda: "its process is gone" in look(trainer, "/runs/mine").text)
     assert status_of(tmp_path / "runs") == "running"
     press(trainer, "resume")
     until(lambda: status_of(tmp_path / "runs") == "done")
@@ -220,23 +220,18 @@ def test_only_runs_of_this_model_and_these_data_go_on(trainer, data, loaded, tmp
             assert said in press(trainer, "resume", status=409)
 
 
-def test_an_adapter_is_taken_away_merged_and_exported(trainer, tmp_path, monkeypatch):
+def test_an_adapter_is_taken_away_merged_and_exported(trainer, tmp_path):
     run = tmp_path / "runs/mine"
     for action in ("merge", "export"):
         press(trainer, action, status=404)
     start(trainer, epochs="1")
     until(lambda: "Merge into a model" in trainer.get("/runs/mine", headers=HTML).text)
     (run / "adapter/link").symlink_to(tmp_path / "outside.jsonl")
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     answer = trainer.get("/train/adapter?run=mine")
     packed = zipfile.ZipFile(io.BytesIO(answer.content))
-    assert packed.namelist() == ["adapter/adapter_model.safetensors"]
+    assert packed.namelist() == ["adapter/adapter_model.safetensors", "adapter/swlora.json"]
+    assert packed.read("adapter/adapter_model.safetensors") == b"weights"
     assert 'filename="mine-adapter.zip"' in answer.headers["content-disposition"]
-    for part, status in (("bytes=0-1", 206), ("bytes=x", 400), ("bytes=999999-", 416)):
-        answer = trainer.get("/train/adapter?run=mine", headers={"range": part})
-        assert answer.status_code == status
-    assert list((tmp_path / "scratch").iterdir()) == []
     assert "merge it first" in press(trainer, "export", status=409, type="q8_0")
     press(trainer, "merge")
     until(lambda: "Write as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
@@ -246,9 +241,60 @@ def test_an_adapter_is_taken_away_merged_and_exported(trainer, tmp_path, monkeyp
     until(lambda: "That did not work: else: the disk is full" in look(trainer, "/runs/mine").text)
     press(trainer, "export", type="q8_0")
     until(lambda: "Merged model as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
-    assert trainer.get("/train/gguf/q8_0?run=mine").content == b"GGUF"
+    assert trainer.get("/train/gguf/q8_0?run=mine").content.startswith(b"GGUF")
     for path in ("/train/gguf/f16?run=mine", "/train/gguf/x?run=mine", "/train/adapter?run=no"):
         assert trainer.get(path).status_code == 404
+
+
+def test_what_was_made_before_a_training_went_on_is_not_offered(trainer, tmp_path):
+    """The command line went on with the run, say; the server was told nothing of it."""
+    run = tmp_path / "runs/mine"
+    start(trainer, epochs="1")
+    until(lambda: "Merge into a model" in trainer.get("/runs/mine", headers=HTML).text)
+    press(trainer, "merge")
+    until(lambda: "Write as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
+    press(trainer, "export", type="q8_0")
+    until(lambda: "Merged model as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
+    first = trainer.get("/train/gguf/q8_0?run=mine").content
+    fake_training.save_adapter(run, b"weights of more epochs")
+    page = look(trainer, "/runs/mine").text
+    assert "is not of the adapter as it is now: the training went on" in page
+    assert "Merged model as GGUF" not in page and "Write as GGUF" not in page
+    assert "merge it again" in trainer.get("/train/gguf/q8_0?run=mine").text
+    assert "merge it first" in press(trainer, "export", status=409, type="q8_0")
+    press(trainer, "merge")
+    until(lambda: "Write as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
+    assert not (run / "merged-q8_0.gguf").exists()
+    press(trainer, "export", type="q8_0")
+    until(lambda: "Merged model as GGUF" in trainer.get("/runs/mine", headers=HTML).text)
+    again = trainer.get("/train/gguf/q8_0?run=mine").content
+    assert again.startswith(b"GGUF") and again != first
+
+
+def test_a_merge_of_an_older_version_is_known_by_its_date(tmp_path):
+    (tmp_path / "merged").mkdir()
+    assert merged_state(tmp_path) == "old"  # of what adapter?
+    fake_training.save_adapter(tmp_path, b"weights")
+    (tmp_path / "merged/swlora-merge.json").write_text("{}")
+    for name in ("q8_0", "f16"):
+        gguf_path(tmp_path, name).write_bytes(b"GGUF")
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    os.utime(weights, (1000, 1000))
+    os.utime(gguf_path(tmp_path, "f16"), (999, 999))
+    assert merged_state(tmp_path) == gguf_state(tmp_path, "q8_0") == "current"
+    assert gguf_state(tmp_path, "f16") == "old"
+    os.utime(tmp_path / "merged/swlora-merge.json", (999, 999))
+    assert merged_state(tmp_path) == "old"
+
+
+def test_what_swlora_did_not_merge_is_not_removed(trainer, tmp_path):
+    start(trainer, epochs="1")
+    until(lambda: "Merge into a model" in trainer.get("/runs/mine", headers=HTML).text)
+    own = tmp_path / "runs/mine/merged"
+    own.mkdir()
+    os.utime(own, (1000, 1000))
+    assert "was not merged by swlora" in press(trainer, "merge", status=409)
+    assert own.is_dir()
 
 
 def test_an_adapter_that_is_a_link_out_of_its_run_is_not_sent(trainer, tmp_path):

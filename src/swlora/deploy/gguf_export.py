@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from swlora.deploy.gguf_lora import lora_refusal, read_pairs, write_lora
 from swlora.deploy.gguf_read_back import check_by_reading
 from swlora.deploy.gguf_write import ModelParts, n_tensors, tensor_bytes, write_gguf
 from swlora.deploy.llama_cpp import INSTALL, TESTED_VERSION, LlamaCpp, Question, find_llama_cpp
+from swlora.deploy.merge_report import gguf_report, merged_adapter_sha256
 from swlora.disk_space import Need, check_space
 from swlora.errors import RunFailedError, UserError
 from swlora.files import atomic_path, check_writable, read_json, write_json
@@ -33,14 +34,17 @@ from swlora.hub import cached_file
 from swlora.models.load import LoadedModel, load_model, load_skeleton
 from swlora.models.weight_source import open_weights
 from swlora.progress import Progress
-from swlora.result_json import as_json
+from swlora.result_json import IF_ANY, as_json
 
 OTHER_DISK = "write it to another disk"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file: the model and adapter that it was made from, and what its check found."""
+    """A written file: the model and adapter that it was made from, and what its check found.
+
+    `merged_adapter_sha256` is the hash of the adapter's weights that were merged into the model.
+    """
 
     file: str
     model: str
@@ -50,6 +54,7 @@ class Exported:
     n_bytes: int
     metadata_from: str | None
     check: Checked
+    merged_adapter_sha256: str | None = field(default=None, metadata=IF_ANY)
 
 
 def export(request: ExportRequest, progress: Progress) -> Exported:
@@ -71,7 +76,7 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
         loaded = load_model(_dequantised(request.model), dtype="float32")
     work = _export_model if request.adapter is None else _export_lora
     exported = work(request, loaded, llama_cpp, progress)
-    write_json(request.output.with_name(f"{request.output.name}.report.json"), as_json(exported))
+    write_json(gguf_report(request.output), as_json(exported))
     return exported
 
 
@@ -179,6 +184,7 @@ def _exported(
         n_bytes=request.output.stat().st_size,
         metadata_from=base.name if base else None,
         check=checked,
+        merged_adapter_sha256=merged_adapter_sha256(Path(loaded.name)),
     )
 
 

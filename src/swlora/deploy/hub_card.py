@@ -9,8 +9,9 @@ from typing import Any
 from swlora.adapters.card import card_text, is_untouched, model_card
 from swlora.adapters.saved import CONFIG, read_facts
 from swlora.deploy.hub_access import REPO
-from swlora.deploy.hub_files import CARD, MERGE_REPORT, Contents
+from swlora.deploy.hub_files import CARD, Contents
 from swlora.deploy.hub_places import BASE, is_place, places_in, published_text
+from swlora.deploy.merge_report import MERGE_REPORT, gguf_report
 from swlora.deploy.merged_card import USAGE, merged_card
 from swlora.deploy.peft_card import is_blank_template
 from swlora.deploy.run_notes import read_result, score_sections, training_sections
@@ -126,7 +127,7 @@ def _model_card(folder: Path, more: list[str], licence: str | None) -> str:
 def _exports(contents: Contents) -> Iterator[str]:
     """Yield a section on each GGUF file that has a report beside it."""
     for path in sorted(contents.folder.glob("*.gguf")):
-        report = path.with_name(path.name + ".report.json")
+        report = gguf_report(path)
         if report.is_file():
             yield f"## {path.name}"
             yield _as_list(read_json(report))

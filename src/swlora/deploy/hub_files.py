@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from swlora.adapters.saved import CONFIG, FACTS, WEIGHTS, adapter_folder
 from swlora.deploy.hub_places import is_place, published_text
+from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.errors import UserError, brief
 from swlora.models.gguf_header import read_gguf_table
 from swlora.models.model_folder import CONFIG as MODEL_CONFIG
@@ -24,7 +25,6 @@ from swlora.models.weight_source import INDEX, SINGLE, open_weights, weight_file
 Kind = Literal["adapter", "model"]
 
 CARD = "README.md"
-MERGE_REPORT = "swlora-merge.json"
 PULLED = "swlora-pull.json"
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from swlora.adapters.merged_weights import MergedWeights
-from swlora.adapters.saved import adapter_folder, load_adapter, read_facts
+from swlora.adapters.saved import WEIGHTS, adapter_folder, load_adapter, read_facts
 from swlora.config import ModelSpec
 from swlora.deploy.agreement import (
     LEAST_EFFECT_NATS,
@@ -33,6 +33,7 @@ from swlora.deploy.merge_base import (
     open_base,
     read_folder,
 )
+from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.deploy.merged_card import merged_card
 from swlora.deploy.merged_folder import (
     DTYPES,
@@ -42,14 +43,13 @@ from swlora.deploy.merged_folder import (
 )
 from swlora.deploy.new_folder import check_new, new_folder
 from swlora.errors import RunFailedError, UserError
-from swlora.files import write_json, write_text
+from swlora.files import sha256_of, write_json, write_text
 from swlora.memory import peak_memory_bytes
 from swlora.models.identity import BaseModel
 from swlora.progress import Progress
 from swlora.result_json import as_json
 from swlora.versions import package_versions
 
-REPORT = "swlora-merge.json"
 # Mean KL in nats a token: about ten times what rounding alone gave (docs/decisions.md).
 TOLERANCE_NATS = {"float32": 1e-7, "float16": 1e-4, "bfloat16": 2e-2}
 # KL of the merged model, as a share of the KL that the adapter makes, from which on it is noted
@@ -89,11 +89,15 @@ def merge_request(
 
 @dataclass(frozen=True)
 class Merged:
-    """The merge report: what was merged, and how far the result agrees with base and adapter."""
+    """The merge report: what was merged, and how far the result agrees with base and adapter.
+
+    `adapter` is what training noted of it, `adapter_sha256` the hash of its weights.
+    """
 
     output: Path
     base: BaseModel
     adapter: dict[str, Any]
+    adapter_sha256: str
     dtype: str
     n_changed_weights: int
     untied_head: bool
@@ -158,6 +162,7 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
             output=request.output,
             base=named,
             adapter=_adapter_facts(facts),
+            adapter_sha256=sha256_of(folder / WEIGHTS),
             dtype=name,
             n_changed_weights=len(merging.changed),
             untied_head=plan.untied,
@@ -175,7 +180,7 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
             packages=package_versions(),
         )
         written = as_json(report) | {"output": request.output.name}
-        write_json(scratch / REPORT, written)
+        write_json(scratch / MERGE_REPORT, written)
         write_text(scratch / "README.md", merged_card(written))
     return report
 

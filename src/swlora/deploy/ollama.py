@@ -14,7 +14,7 @@ from typing import Any
 
 from swlora.config import ModelSpec
 from swlora.deploy.go_template import GoTemplate, translate
-from swlora.deploy.hub_files import MERGE_REPORT
+from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.deploy.new_folder import check_new, new_folder
 from swlora.deploy.ollama_files import check_same_model, has_other_template, read_files
 from swlora.errors import UserError

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from swlora.adapters.saved import WEIGHTS, read_facts
-from swlora.deploy.hub_files import MERGE_REPORT, Contents
+from swlora.deploy.hub_files import Contents
+from swlora.deploy.merge_report import MERGE_REPORT, merged_adapter_sha256
 from swlora.errors import UserError
 from swlora.files import read_json, sha256_of
 from swlora.runs import read_run
@@ -23,7 +24,7 @@ def check_scored(run: Path, contents: Contents) -> None:
         digest = noted or (sha256_of(adapter / WEIGHTS) if adapter else None)
         is_same = digest == sha256_of(contents.folder / WEIGHTS)
     elif adapter is not None:
-        is_same = _was_merged(adapter, contents.folder / MERGE_REPORT)
+        is_same = _was_merged(adapter, contents.folder)
     else:
         named = Path(str(facts.get("model")))
         is_same = named.is_dir() and named.resolve() == contents.folder.resolve()
@@ -41,8 +42,14 @@ def _scored_adapter(run: Path, facts: dict[str, Any]) -> Path | None:
     return next((place for place in places if (place / WEIGHTS).is_file()), None)
 
 
-def _was_merged(adapter: Path, report: Path) -> bool:
-    """Say whether a merged model was made of this adapter, by what training noted of it."""
+def _was_merged(adapter: Path, model: Path) -> bool:
+    """Say whether a merged model was made of this adapter.
+
+    Reports of older versions have no hash of it, and tell by what training noted of it.
+    """
+    if digest := merged_adapter_sha256(model):
+        return digest == sha256_of(adapter / WEIGHTS)
+    report = model / MERGE_REPORT
     facts, merge = read_facts(adapter), read_json(report) if report.is_file() else {}
     noted, base = merge.get("adapter"), merge.get("base")
     if not noted or not isinstance(noted, dict) or not isinstance(base, dict):

@@ -4,19 +4,16 @@ Nothing here computes or waits for a child: the server's texts go on.
 """
 
 import asyncio
-import os
-import tempfile
-import zipfile
-from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import FileResponse, RedirectResponse, Response
-from starlette.types import Receive, Scope, Send
 
+from swlora.bounded_read import UnreadableError
 from swlora.errors import UserError
 from swlora.web.folders import without_folders
+from swlora.web.packed_folder import PackedFolder
 from swlora.web.page_api import find_run
 from swlora.web.pages import training_view
 from swlora.web.pages.estimate_view import EstimateView, estimate_view
@@ -26,7 +23,8 @@ from swlora.web.problems import ApiError
 from swlora.web.service import Service, service_of
 from swlora.web.training import wanted
 from swlora.web.training.data_folder import DataFile
-from swlora.web.training.desk import GGUF_TYPES, TrainingDesk, gguf_path
+from swlora.web.training.desk import TrainingDesk
+from swlora.web.training.made_files import GGUF_TYPES, gguf_path, gguf_state
 
 OFF = (
     "training is off on this server: it starts with --allow-training, and --data-folder for the "
@@ -197,16 +195,10 @@ def adapter(request: Request, run: Name) -> Response:
     folder = find_run(service, run).folder / "adapter"
     if folder.is_symlink():
         raise ApiError(404, "this run has no adapter of its own")
-    handle, name = tempfile.mkstemp(".zip", "swlora-adapter-")
     try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as packed:
-            for path in sorted(folder.iterdir()):
-                if path.is_file() and not path.is_symlink():
-                    packed.write(path, f"adapter/{path.name}")
-    except OSError as error:
-        os.unlink(name)
-        raise ApiError(404, "this run has no adapter that can be read") from error
-    return _download(Path(name), f"{run.replace('/', '-')}-adapter.zip", OnceSent)
+        return PackedFolder(folder, f"{run.replace('/', '-')}-adapter.zip")
+    except UnreadableError as error:
+        raise ApiError(404, f"this run has no adapter that can be read: {error}") from error
 
 
 @router.get("/gguf/{kind}")
@@ -214,26 +206,15 @@ def gguf(request: Request, kind: str, run: Name) -> Response:
     """Send the merged model of a run as GGUF."""
     service = service_of(request)
     _desk(service)
-    path = gguf_path(find_run(service, run).folder, kind) if kind in GGUF_TYPES else None
-    if path is None or not path.is_file() or path.is_symlink():
+    folder = find_run(service, run).folder
+    state = gguf_state(folder, kind) if kind in GGUF_TYPES else "missing"
+    if state == "missing":
         raise ApiError(404, "this run has no such file")
-    return _download(path, f"{run.replace('/', '-')}-{kind}.gguf")
-
-
-class OnceSent(FileResponse):
-    """A file that goes once it was sent, or was not: a background task runs only after success."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file, or what is wrong with the part of it that was asked for."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            os.unlink(self.path)
-
-
-def _download(path: Path, name: str, kind: type[FileResponse] = FileResponse) -> Response:
-    headers = {"cache-control": "no-store"}
-    return kind(path, media_type="application/octet-stream", filename=name, headers=headers)
+    if state == "old":
+        raise ApiError(CONFLICT, "the file is not of the adapter as it is now: merge it again")
+    headers, name = {"cache-control": "no-store"}, f"{run.replace('/', '-')}-{kind}.gguf"
+    media_type, path = "application/octet-stream", gguf_path(folder, kind)
+    return FileResponse(path, media_type=media_type, filename=name, headers=headers)
 
 
 # What they have in common

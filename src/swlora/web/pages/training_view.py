@@ -1,10 +1,9 @@
 """What the page shows of trainings: data to choose from, rows as the model sees them, work."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from swlora.data.summary import DataSummary, Fact, doubtful_facts, split_facts, step_facts
 from swlora.disk_space import size
@@ -14,8 +13,15 @@ from swlora.result_json import from_json
 from swlora.web.folders import RunEntry, known_run, without_folders
 from swlora.web.pages.errand_view import ErrandView, outcome
 from swlora.web.training.data_folder import DataFile
-from swlora.web.training.desk import GGUF_TYPES, MERGED, TrainingDesk, gguf_path
+from swlora.web.training.desk import TrainingDesk
 from swlora.web.training.errands import Errand
+from swlora.web.training.made_files import (
+    GGUF_TYPES,
+    MERGED,
+    gguf_path,
+    gguf_state,
+    merged_state,
+)
 from swlora.web.training.worker import Job, last_line
 
 MAX_CHARACTERS = 1200  # shown of a span
@@ -25,6 +31,14 @@ AT_WORK = {
     "train": "It trains in a process of its own, which goes on where this server is stopped.",
     "merge": "The adapter is being added to its base's weights; the result is compared with both.",
     "gguf": "The merged model is being written as GGUF, and read back before it gets its name.",
+}
+
+
+MERGED_SAID = {
+    "missing": "",
+    "old": f"The merged model in the run's folder, {MERGED}, is not of the adapter as it is now: "
+    "the training went on after it was made.",
+    "current": f"The merged model is in the run's folder, as {MERGED}.",
 }
 
 
@@ -158,7 +172,7 @@ def run_work(desk: TrainingDesk, name: str, entry: RunEntry | None) -> RunWork |
         return None
     waits_for = job.run if job else ""
     if facts["status"] != "done":
-        return _stopped(desk, entry, facts, waits_for)
+        return _stopped(desk, entry, waits_for)
     return _done(entry.folder, name, last, waits_for)
 
 
@@ -175,44 +189,35 @@ def _at_work(job: Job, folder: Path, *, has_begun: bool) -> RunWork:
     return RunWork(said, log=log, actions=[Action("/train/stop", "Stop")], is_over=False)
 
 
-def _stopped(
-    desk: TrainingDesk, entry: RunEntry, facts: Mapping[str, Any], waits_for: str
-) -> RunWork:
-    problem = ""
-    if facts["status"] == "running":
-        problem = (
-            "Its process is gone, though it had not come to its end: it was killed, by the system "
-            "for want of memory, say, or by somebody."
-        )
+def _stopped(desk: TrainingDesk, entry: RunEntry, waits_for: str) -> RunWork:
     if reason := desk.why_not_resumed(entry):
-        return RunWork(f"It cannot go on from here: {reason}.", problem, waits_for=waits_for)
+        return RunWork(f"It cannot go on from here: {reason}.", waits_for=waits_for)
     said = "It goes on from its newest checkpoint, as if it had never stopped."
     actions = [Action("/train/resume", "Resume", is_primary=True)]
-    return RunWork(said, problem, actions=actions, waits_for=waits_for)
+    return RunWork(said, actions=actions, waits_for=waits_for)
 
 
 def _done(folder: Path, name: str, last: Job | None, waits_for: str) -> RunWork:
     problem, actions, files = "", [], []
     own = last if last is not None and last.run == name else None
-    merged = folder / MERGED
+    merged = merged_state(folder)
     if (folder / "adapter").is_dir():
         files.append(("/train/adapter", "Adapter, for PEFT (.zip)"))
-    if merged.is_dir():
-        there = [kind for kind in GGUF_TYPES if gguf_path(folder, kind).is_file()]
-        for kind in there:
-            n_bytes = size(gguf_path(folder, kind).stat().st_size)
-            files.append((f"/train/gguf/{kind}", f"Merged model as GGUF, {kind} ({n_bytes})"))
-        if missing := tuple(kind for kind in GGUF_TYPES if kind not in there):
-            actions.append(Action("/train/export", "Write as GGUF", choices=missing))
-    else:
-        actions.append(Action("/train/merge", "Merge into a model"))
+    there = [kind for kind in GGUF_TYPES if gguf_state(folder, kind) == "current"]
+    for kind in there:
+        n_bytes = size(gguf_path(folder, kind).stat().st_size)
+        files.append((f"/train/gguf/{kind}", f"Merged model as GGUF, {kind} ({n_bytes})"))
+    if merged != "current":
+        label = "Merge into a model" if merged == "missing" else "Merge again, in its place"
+        actions.append(Action("/train/merge", label))
+    elif missing := tuple(kind for kind in GGUF_TYPES if kind not in there):
+        actions.append(Action("/train/export", "Write as GGUF", choices=missing))
     if own and _has_failed(own, folder):
         said = _said(folder, own)
         problem = f"That did not work: {said or ENDED}"
         if own.is_stopping:
             problem = "It was stopped before its end."
-    said = f"The merged model is in the run's folder, as {MERGED}." if merged.is_dir() else ""
-    return RunWork(said, problem, actions=actions, files=files, waits_for=waits_for)
+    return RunWork(MERGED_SAID[merged], problem, actions=actions, files=files, waits_for=waits_for)
 
 
 def _said(folder: Path, job: Job) -> str:
@@ -223,7 +228,7 @@ def _said(folder: Path, job: Job) -> str:
 def _has_failed(job: Job, folder: Path) -> bool:
     """Say whether a merge or an export ended without what it should have made."""
     if job.kind == "merge":
-        return not (folder / MERGED).is_dir()
+        return merged_state(folder) == "missing"
     if job.kind != "gguf":
         return False
     made = [gguf_path(folder, kind) for kind in GGUF_TYPES]

@@ -7,16 +7,20 @@ of swlora with a list of arguments, no shell.
 
 import hashlib
 import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from swlora.command_settings import TOKENIZER
 from swlora.config import RunSpec
+from swlora.deploy.merge_report import MERGE_REPORT, gguf_report
 from swlora.errors import UserError
 from swlora.files import make_folder
 from swlora.locks import is_locked
+from swlora.models.builtin import flag_of
 from swlora.snapshots import has_snapshot
 from swlora.study.one_process import LOG
 from swlora.web.folders import RunEntry, known_run
@@ -24,18 +28,23 @@ from swlora.web.pages.run_facts import part
 from swlora.web.pages.run_files import read_config
 from swlora.web.training.data_folder import DataFile, DataFolder
 from swlora.web.training.errands import Errand, Errands
+from swlora.web.training.made_files import (
+    GGUF_TYPES,
+    MERGED,
+    gguf_path,
+    gguf_state,
+    merged_path,
+    merged_state,
+)
 from swlora.web.training.wanted import (
     check_run_name,
     data_flags,
     model_flags,
-    model_name,
     training_flags,
 )
 from swlora.web.training.worker import Worker
 
 ROWS_SHOWN = 4
-MERGED = "merged"
-GGUF_TYPES = ("q8_0", "f16")
 SWLORA = (sys.executable, "-m", "swlora")
 
 
@@ -62,7 +71,7 @@ class TrainingDesk:
             return None
         runs = own.runs.expanduser().resolve()
         make_folder(runs)
-        name = model_name(loaded_name)
+        name = flag_of(loaded_name)
         return cls(
             DataFolder(own.data_folder.expanduser(), runs),
             runs,
@@ -119,20 +128,38 @@ class TrainingDesk:
         self._begin("train", entry.name, self._train(entry.folder, ["--resume"]))
 
     def merge(self, entry: RunEntry) -> None:
-        """Make a plain model of a run's adapter and its base, in the run's folder."""
+        """Make a plain model of a run's adapter and its base, in the run's folder.
+
+        One of the adapter as it was before goes, and so do its GGUF files.
+        """
         self._check_done(entry)
-        flags = [f"--adapter={entry.folder}", f"--output={entry.folder / MERGED}"]
+        folder, merged = entry.folder, merged_path(entry.folder)
+        self._check_idle()
+        if merged_state(folder) == "old":
+            if not (merged / MERGE_REPORT).is_file() or merged.is_symlink():
+                raise UserError(f"what lies in {MERGED} was not merged by swlora: remove it")
+            with _removing():
+                shutil.rmtree(merged)
+        for kind in GGUF_TYPES:
+            _remove_old_gguf(folder, kind)
+        flags = [f"--adapter={folder}", f"--output={merged}"]
         self._begin("merge", entry.name, [*SWLORA, "merge", *self.tokenizer, *flags])
 
     def export(self, entry: RunEntry, kind: str) -> None:
-        """Write the merged model as a GGUF file, in the run's folder."""
+        """Write the merged model as a GGUF file, in the run's folder, in the place of an old one.
+
+        UserError where the model is not of the adapter as it is now.
+        """
         if kind not in GGUF_TYPES:
             raise UserError(f"Type: one of {', '.join(GGUF_TYPES)}")
         self._check_done(entry)
-        if not (entry.folder / MERGED).is_dir():
+        folder = entry.folder
+        if merged_state(folder) != "current":
             raise UserError("merge it first: the file is written of the merged model")
-        made = [f"--gguf={gguf_path(entry.folder, kind)}", f"--type={kind}"]
-        model = f"--model={entry.folder / MERGED}"
+        self._check_idle()
+        _remove_old_gguf(folder, kind)
+        made = [f"--gguf={gguf_path(folder, kind)}", f"--type={kind}"]
+        model = f"--model={merged_path(folder)}"
         self._begin("gguf", entry.name, [*SWLORA, "export", model, *made])
 
     def why_not_resumed(self, entry: RunEntry) -> str:
@@ -192,9 +219,20 @@ class TrainingDesk:
         return [*SWLORA, "train", *flags, f"--output={folder}"]
 
 
-def gguf_path(folder: Path, kind: str) -> Path:
-    """Return where the merged model of a run is written as a GGUF file."""
-    return folder / f"merged-{kind}.gguf"
+def _remove_old_gguf(folder: Path, kind: str) -> None:
+    if gguf_state(folder, kind) == "old":
+        path = gguf_path(folder, kind)
+        with _removing():
+            path.unlink()
+            gguf_report(path).unlink(missing_ok=True)
+
+
+@contextmanager
+def _removing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"the old one cannot be removed: {error.strerror or error}") from error
 
 
 def _holds_no_run(folder: Path) -> bool:

@@ -1,5 +1,7 @@
 """Locks on files and folders: alone or shared, and gone with their process."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from swlora.errors import UserError
-from swlora.locks import Lock, is_locked, lock, lock_folder
+from swlora.locks import Lock, is_abandoned, is_locked, lock, lock_folder
 
 HOLDER = """
 import sys
@@ -28,12 +30,14 @@ def test_a_lock_of_another_process(theirs: str, tmp_path: Path) -> None:
         assert lock(tmp_path, alone=True) is None
         shared = lock(tmp_path, alone=False)
         assert (shared is None) == is_locked(tmp_path) == (theirs == "alone")
+        assert is_abandoned(tmp_path) == (theirs == "shared")
         if shared:
             shared.release()
         with pytest.raises(UserError, match=f"another process is at work in {tmp_path}"):
             lock_folder(tmp_path)
         holder.kill()
     assert not is_locked(tmp_path) and not is_locked(tmp_path / "missing")
+    assert is_abandoned(tmp_path) and not is_abandoned(tmp_path / "missing")
     lock_folder(tmp_path).release()
 
 
@@ -73,3 +77,28 @@ def test_without_locks_everything_is_free(tmp_path: Path, monkeypatch: pytest.Mo
     assert first.is_of(tmp_path) and not first.is_of(tmp_path / "missing")
     first.release(), second.release()
     assert Lock(None).is_of(tmp_path)
+    assert not is_abandoned(tmp_path)  # as far as one can know
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with lock_folder(tmp_path) as held:
+        assert held.is_held and not held.keeps_out
+        assert not is_abandoned(tmp_path) and not is_locked(tmp_path)
+
+
+def test_who_only_looks_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = lock(tmp_path, alone=False)
+    assert looking
+    monkeypatch.setattr("swlora.locks.time.sleep", lambda _: looking.release())
+    lock_folder(tmp_path).release()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    held = lock(tmp_path / "pipe", alone=False)
+    assert held
+    held.release()

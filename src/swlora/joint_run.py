@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from swlora.config import RunSpec
-from swlora.processes import check_alike, check_peers, from_main, joined, world
+from swlora.processes import check_alike, check_peers, from_main, joined, last_words, world
 from swlora.run_record import MemoryRecord, RunRecord
 from swlora.versions import package_versions
 
@@ -44,7 +44,7 @@ def joint_run(
         check_alike("versions", package_versions())
         if world().is_main:
             opened, spec = open_run()
-            with opened as run:
+            with opened as run, last_words(run.note_end):
                 settings = spec.model_dump(mode="json", exclude_unset=True)
                 from_main(lambda: [settings, run.facts, run.read_result()])
                 _start_group(spec)

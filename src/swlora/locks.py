@@ -4,18 +4,25 @@ Where the system or a file system has no such locks, nothing counts as being in 
 """
 
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from swlora.errors import UserError
 
+LOOKS, LOOK_S = 3, 0.01  # at a folder that is locked: `is_locked` locks it for a moment, too
+
 
 class Lock:
-    """Something locked (nothing: None), until `release` or the end of a `with` block."""
+    """Something locked (nothing: None), until `release` or the end of a `with` block.
 
-    def __init__(self, descriptor: int | None) -> None:
+    `keeps_out` says whether others see it: not where the system has no locks.
+    """
+
+    def __init__(self, descriptor: int | None, *, keeps_out: bool = True) -> None:
         self._descriptor = descriptor
+        self.keeps_out = keeps_out
 
     def release(self) -> None:
         """Let others have it; does nothing the second time."""
@@ -62,8 +69,9 @@ def lock(path: Path, *, alone: bool, wait: bool = False, make: bool = False) -> 
     try:
         import fcntl
     except ImportError:
-        return Lock(None)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT if make else os.O_RDONLY, 0o644)
+        return Lock(None, keeps_out=False)
+    how = os.O_RDWR | os.O_CREAT if make else os.O_RDONLY
+    descriptor = os.open(path, how | os.O_NONBLOCK, 0o644)  # a pipe in its place is not waited for
     kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
     try:
         fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
@@ -71,7 +79,7 @@ def lock(path: Path, *, alone: bool, wait: bool = False, make: bool = False) -> 
         os.close(descriptor)
         return None
     except OSError:  # a file system without locks
-        pass
+        return Lock(descriptor, keeps_out=False)
     except BaseException:  # interrupted while waiting
         os.close(descriptor)
         raise
@@ -90,12 +98,32 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def is_abandoned(path: Path) -> bool:
+    """Say whether it is known that no process has locked a file or folder alone.
+
+    It is not where the system, or the file system, has no locks.
+    """
+    try:
+        held = lock(path, alone=False)
+    except OSError:
+        return False
+    if held is None:
+        return False
+    held.release()
+    return held.keeps_out
+
+
 def lock_folder(folder: Path) -> Lock:
     """Lock a folder for the work of this process alone; UserError where another is at work."""
+    tries = 0
     while True:
         held = lock(folder, alone=True)
         if held is None:
-            raise UserError(f"another process is at work in {folder}")
+            tries += 1
+            if tries == LOOKS:
+                raise UserError(f"another process is at work in {folder}")
+            time.sleep(LOOK_S)  # it may only look whether somebody is
+            continue
         if held.is_of(folder):
             return held
         held.release()  # another folder took its place meanwhile

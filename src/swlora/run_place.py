@@ -6,7 +6,7 @@ from pathlib import Path
 
 from swlora.errors import UserError
 from swlora.files import is_scratch, make_folder
-from swlora.work_folder import read_facts
+from swlora.work_folder import present_status, read_facts
 
 RUN = "run.json"
 CONFIG = "config.yaml"
@@ -30,7 +30,7 @@ def check_free(folder: Path) -> None:
     has_ended = facts["status"] == "done" and STOPPED not in facts
     can_resume = not has_ended and facts["command"] in RESUMABLE
     raise UserError(
-        f"{folder} already holds a run ({facts['status']}); choose another --output"
+        f"{folder} already holds a run ({present_status(folder, facts)}); choose another --output"
         + (" or continue it with --resume" if can_resume else "")
     )
 

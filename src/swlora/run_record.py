@@ -62,6 +62,9 @@ class RunRecord(Protocol):
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far, as JSON."""
 
+    def note_end(self, error: BaseException) -> None:
+        """Record an error that ends the process here and now, as the end of the work would."""
+
 
 class MemoryRecord:
     """A record that leaves nothing on disk, and that nothing can be resumed from."""
@@ -118,6 +121,9 @@ class MemoryRecord:
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far."""
         return dict(self._result)
+
+    def note_end(self, error: BaseException) -> None:
+        """Do nothing: the record ends with the process."""
 
 
 class DryRecord(MemoryRecord):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from swlora.errors import DivergedError, UserError, error_code
 from swlora.files import read_json, write_json
-from swlora.locks import Lock, lock_folder
+from swlora.locks import Lock, is_abandoned, lock_folder
 from swlora.versions import package_versions
 
 Status = Literal["running", "done", "failed", "incomplete", "cancelled"]
@@ -36,6 +36,11 @@ _REMEDIES = {
     "held_out_tokens_sha256": _OTHER_TOKENS,
 }
 MAX_FACTS_BYTES = 4 << 20
+KILLED = "killed"  # the status that work has whose process is gone without a word
+KILLED_SAID = (
+    "its process is gone, though the work had not come to its end: it was killed, by the system "
+    "for want of memory, say, or the machine went down"
+)
 _TYPE_OF_ERROR = re.compile(r"^\w+(Error|Interrupt): ")
 
 
@@ -146,6 +151,15 @@ def _difference(before: Mapping[str, Any], name: str, value: Any) -> str | None:
     if (noted := before.get(name, value)) == value:
         return None
     return f"{name} was {_short(noted)} and is now {_short(value)}"
+
+
+def present_status(folder: Path, facts: Mapping[str, Any]) -> str:
+    """Return the status of the work in a folder: KILLED for what is no more under way.
+
+    The file cannot say so: a process that is killed writes nothing. It leaves the lock.
+    """
+    status = str(facts["status"])
+    return KILLED if status == "running" and is_abandoned(folder) else status
 
 
 def read_facts(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:

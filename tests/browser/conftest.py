@@ -17,6 +17,7 @@ from tests.support.summaries import SUMMARY
 from swlora.adapters.saved import save_adapter
 from swlora.config import AdapterSpec, IdentifySpec, ModelSpec
 from swlora.files import write_json
+from swlora.locks import lock_folder
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.models.load import load_model
 from swlora.result_json import as_json
@@ -70,7 +71,7 @@ def model(make_model, tiny_tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def runs(model, tmp_path_factory) -> Path:
+def runs(model, tmp_path_factory) -> Iterator[Path]:
     """Runs: an adapter, an identification, a training at work, a study."""
     root = tmp_path_factory.mktemp("browser") / "runs"
     spec = ModelSpec(name=str(model), dtype="float32")
@@ -94,7 +95,8 @@ def runs(model, tmp_path_factory) -> Path:
     write_json(root / "study/study.json", {"status": "incomplete", "arms": arms, "runs": runs})
     square = "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 4'><path d='M1 1h7v2z'/></svg>"
     (root / "study/pareto.svg").write_text(square)
-    return root
+    with lock_folder(root / "now"):  # as by the process of a training
+        yield root
 
 
 def run_facts(command: str, status: str) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 import json
 import os
+import sys
 import time
 from html import unescape
 
 import pytest
 
+from swlora.locks import lock_folder
 from swlora.web.folders import FRESH_S
 from swlora.web.pages.runs_view import loss_chart
 
 NASTY = "<img src=x onerror=alert(1)>"
 HTML = {"accept": "text/html"}
+AT_WORK = {}  # locks by the folders that they are of
 # What a file of another version, or of somebody else, may hold
 ODD = [None, True, -1, 1e308, 10**39, "x", NASTY, [], [[]], {}, {"x": None}, [None, {}], "😀" * 9]
 
@@ -29,6 +32,22 @@ def write(folder, name, value):
     (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
 
 
+@pytest.fixture(autouse=True)
+def no_lock_is_left():
+    yield
+    while AT_WORK:
+        AT_WORK.popitem()[1].release()
+
+
+def take(folder, status):
+    """Lock a folder as the process does that works in it."""
+    if status == "running":
+        if folder not in AT_WORK:
+            AT_WORK[folder] = lock_folder(folder)
+    elif folder in AT_WORK:
+        AT_WORK.pop(folder).release()
+
+
 def make_run(folder, status="running", n_steps=0, **facts):
     told = {"status": status, "command": "train", "started_at": "2030-01-01T10:00:00Z"}
     write(folder, "run.json", told | facts)
@@ -43,6 +62,12 @@ def make_run(folder, status="running", n_steps=0, **facts):
         for k in range(1, n_steps + 1)
     ]
     write(folder, "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    take(folder, status)
+
+
+def kill(folder):
+    """Leave it as a process does that is killed."""
+    AT_WORK.pop(folder).release()
 
 
 def look(client, path, status=200):
@@ -91,6 +116,30 @@ def test_a_run_that_has_gone_quiet_is_said_to_be(make, browse, root):
     with browse(make(runs=root)) as client:
         assert "silent for 3 h" in look(client, "/runs")
         assert "--resume" in look(client, "/runs/mine")
+
+
+def test_a_run_whose_process_is_gone_is_not_running(make, browse, root):
+    make_run(root / "mine", n_steps=3)
+    with browse(make(runs=root)) as client:
+        assert client.get("/api/run", params={"name": "mine"}).json()["status"] == "running"
+        kill(root / "mine")
+        facts = client.get("/api/run", params={"name": "mine"}).json()
+        assert facts["status"] == "killed"
+        assert client.get("/api/runs").json()["runs"][0]["status"] == "killed"
+        for path in ("/runs", "/runs/mine"):
+            text = look(client, path)
+            assert '<span class="badge bad">killed</span>' in text
+            assert "its process is gone" in text
+        assert "data-live" not in text or "part=work" in text
+        assert "step 3" not in look(client, "/runs")
+
+
+def test_where_there_are_no_locks_a_run_is_what_its_file_says(make, browse, root, monkeypatch):
+    make_run(root / "mine", n_steps=3)
+    kill(root / "mine")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with browse(make(runs=root)) as client:
+        assert "running</span>" in look(client, "/runs")
 
 
 def test_a_failed_run_says_why(make, browse, root):
@@ -185,6 +234,7 @@ def make_study(folder, status="running", **more):
     arms = {"lora": {"policy": "all", "layers": [0, 1, 2]}, "super": {"policy": "super"}}
     facts = {"status": status, "study": "mine", "arms": arms, "runs": runs}
     write(folder, "study.json", facts | more)
+    take(folder, status)
     make_run(folder / "runs/lora/seed-0", "done", 3)
     make_run(folder / "runs/super/seed-0", "running", 5)
 
@@ -194,7 +244,7 @@ def test_a_study_is_listed_once_and_shows_its_runs(make, browse, root):
     make_run(root / "alone", "done")
     with browse(make(runs=root)) as client:
         listed = look(client, "/runs")
-        assert "/studies/mine" in listed and "2 arms, 1 runs done, 1 running" in listed
+        assert "/studies/mine" in listed and "2 arms, 1 run done, 1 running" in listed
         assert "/runs/mine/runs" not in listed and "/runs/alone" in listed
         text = look(client, "/studies/mine")
         assert "/runs/mine/runs/lora/seed-0" in text and "layers 0–2" in text
@@ -206,6 +256,33 @@ def test_a_study_is_listed_once_and_shows_its_runs(make, browse, root):
         )
         make_study(root / "mine", "done")
         assert client.get("/studies/mine?part=results").headers["x-over"] == "1"
+
+
+def test_of_a_study_that_was_killed_a_run_may_be_at_work_still(make, browse, root):
+    make_study(root / "mine")
+    kill(root / "mine")
+    with browse(make(runs=root)) as client:
+        assert "killed</span>" in look(client, "/runs")
+        text = look(client, "/studies/mine")
+        assert text.count("killed</span>") == 1 and "running</span>" in text
+        kill(root / "mine/runs/super/seed-0")
+        text = look(client, "/studies/mine")
+        assert text.count("killed</span>") == 2 and "running</span>" not in text
+        assert "1 run done, 1 killed" in text
+
+
+@pytest.mark.parametrize("place", ["../elsewhere", "/tmp", "pipe", "gone"])
+def test_a_study_names_no_folder_outside(place, make, browse, root, monkeypatch):
+    (root / "mine").mkdir(parents=True)
+    os.mkfifo(root / "mine/pipe")
+    write(root / "elsewhere", "a", "")
+    looked = []
+    monkeypatch.setattr("swlora.work_folder.is_abandoned", lambda path: looked.append(path) or True)
+    make_study(root / "mine", runs={place: {"arm": "lora", "status": "running"}})
+    with browse(make(runs=root)) as client:
+        assert "killed</span>" in look(client, "/studies/mine")
+    assert all((root / "mine") in (path, *path.parents) for path in looked)
+    assert root / "mine/pipe" not in looked
 
 
 def test_a_study_that_is_the_folder_itself_keeps_its_runs_together(make, browse, root):

@@ -19,6 +19,7 @@ from swlora.processes.joining import (
     interruptible,
     is_speaker,
     joined,
+    last_words,
     wait,
 )
 from swlora.processes.world import World, world
@@ -35,6 +36,7 @@ __all__ = [
     "interruptible",
     "is_speaker",
     "joined",
+    "last_words",
     "wait",
     "world",
 ]

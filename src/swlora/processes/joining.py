@@ -23,6 +23,7 @@ MEET_S = 300.0
 SAME_ERROR_S = 2.0  # an error of all processes is the first one's, if it meets it within this time
 LEAVE_S = 20.0  # how long the others wait for the first process to end
 NOTICED_S, ENDED_S = 8.0, 60.0  # how long a failure may go unnoticed, and the ending may take
+LAST_WORDS_S = 5.0  # how long may be written down why, before a process is ended that hangs
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class _State:
     peers: Peers | None = None
     n_joined = 0  # pieces of work done together so far, one after another
     is_interruptible = True
+    last_words: Callable[[BaseException], None] | None = None
     speaks: bool | None = None  # whether it shows the error with which it ends, where that is known
 
 
@@ -140,7 +142,24 @@ def _end_what_hangs(peers: Peers) -> None:
             return
     if peers.world.is_main or failure.by == peers.world.rank:
         print(f"swlora: {failure.message}", file=sys.stderr, flush=True)
+    if tell := _state.last_words:  # in a thread: a disk may hang, too
+        telling = threading.Thread(target=tell, args=(failure.error(),), daemon=True)
+        telling.start()
+        telling.join(LAST_WORDS_S)
     os._exit(failure.exit_code)
+
+
+@contextmanager
+def last_words(tell: Callable[[BaseException], None]) -> Iterator[None]:
+    """Have `tell` called where this process hangs in the body, and is ended for another's failure.
+
+    It is called in another thread, with the error that the process would have ended with.
+    """
+    before, _state.last_words = _state.last_words, tell
+    try:
+        yield
+    finally:
+        _state.last_words = before
 
 
 def ended_well() -> bool:

@@ -26,6 +26,7 @@ from swlora.study.folder import StudyFolder, read_study
 from swlora.web.growing_metrics import MetricsFiles
 from swlora.web.known_files import KnownFiles
 from swlora.web.walk import walk
+from swlora.work_folder import present_status
 
 log = logging.getLogger("swlora.web")
 RUN, STUDY = Run.file_name, StudyFolder.file_name
@@ -228,7 +229,7 @@ def run_summary(entry: RunEntry) -> dict[str, Any]:
     facts = known_run(entry.folder)
     names = ("status", "command", "seed", "started_at", "reason", "timings_s")
     summary = {"name": entry.name, **{name: facts.get(name) for name in names}}
-    reason = summary["reason"]
+    summary["status"], reason = present_status(entry.folder, facts), summary["reason"]
     return summary | {"reason": without_folders(reason) if isinstance(reason, str) else None}
 
 

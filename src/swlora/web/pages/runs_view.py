@@ -22,7 +22,7 @@ from swlora.web.pages.data_view import data_facts
 from swlora.web.pages.identified_view import Identified, identified_view
 from swlora.web.pages.run_facts import Fact, is_of_sample, part, plain, run_facts, scores
 from swlora.web.pages.run_files import Prediction, Sampled, read_predictions, sampled_prompts
-from swlora.work_folder import failure_of
+from swlora.work_folder import KILLED, KILLED_SAID, failure_of, present_status
 
 MAX_SHOWN = 200
 QUIET_S = 600.0  # a training that says nothing for that long may have been killed
@@ -32,6 +32,7 @@ LOOKS = {
     "failed": "bad",
     "cancelled": "bad",
     "incomplete": "bad",
+    KILLED: "bad",
 }
 NEVER_STARTED = ("failed", "cancelled")
 LEFT_BY_WORK = (METRICS, "result.json", "adapter", "checkpoint")
@@ -204,7 +205,7 @@ def _never_started(entry: RunEntry, facts: dict[str, Any]) -> bool:
 
 
 def _row(entry: RunEntry, facts: dict[str, Any]) -> RunRow:
-    status = str(facts["status"])
+    status = present_status(entry.folder, facts)
     timings = facts.get("timings_s")
     total_s = finite(timings.get("total")) if isinstance(timings, dict) else None
     is_running = status == "running"
@@ -215,15 +216,17 @@ def _row(entry: RunEntry, facts: dict[str, Any]) -> RunRow:
         look=status_look(status),
         started=shown_time(facts.get("started_at")),
         took="" if total_s is None or is_running else duration(total_s),
-        headline=_headline(entry, facts),
+        headline=_headline(entry, facts, status),
         quiet=_quiet(entry.folder) if is_running else "",
     )
 
 
-def _headline(entry: RunEntry, facts: dict[str, Any]) -> str:
-    if facts["status"] == "running":
+def _headline(entry: RunEntry, facts: dict[str, Any], status: str) -> str:
+    if status == KILLED:
+        return KILLED_SAID
+    if status == "running":
         return _at_work(entry.folder)
-    if facts["status"] != "done":
+    if status != "done":
         failure = failure_of(facts)
         return plain(failure.message) if failure else ""
     result = run_result(entry)

@@ -19,6 +19,7 @@ from swlora.study.tables import Column
 from swlora.web.folders import RunEntry, known_study, reading, run_figures
 from swlora.web.pages.charts import finite
 from swlora.web.pages.runs_view import shown_time, status_look
+from swlora.work_folder import KILLED, present_status
 
 PHASES = {"identify": "search", "rates": "", "runs": "", "beam": "beam search"}
 FIGURES = (
@@ -105,7 +106,7 @@ def study_view(entry: RunEntry) -> StudyView:
 
 
 def _study_view(entry: RunEntry, facts: Mapping[str, Any]) -> StudyView:
-    runs = _mapping(facts["runs"])
+    runs = _runs(entry, facts)
     current = next((p for p, told in runs.items() if _said(told, "status") == "running"), None)
     machine = _mapping(facts.get("machine"))
     about = [_said(facts, "data_source"), _said(machine, "cpu")]
@@ -141,14 +142,31 @@ def study_figures(entry: RunEntry) -> list[tuple[str, str, str]]:
     return [figure for figure in FIGURES if figure[0] in there]
 
 
-def _row(entry: RunEntry, facts: Mapping[str, Any]) -> StudyRow:
+def _runs(entry: RunEntry, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what study.json says of the runs; of a study that was killed, what is true of them."""
     runs = _mapping(facts["runs"])
+    if present_status(entry.folder, facts) != KILLED:
+        return runs
+    return {place: _as_it_is(entry, place, told) for place, told in runs.items()}
+
+
+def _as_it_is(entry: RunEntry, place: str, told: Any) -> Any:
+    """Return what is told of a run, which may go on though its study was killed."""
+    if _said(told, "status") != "running":
+        return told
+    study, folder = entry.folder.resolve(), (entry.folder / place).resolve()
+    is_there = folder.is_relative_to(study) and folder.is_dir()
+    return told | {"status": present_status(folder, told) if is_there else KILLED}
+
+
+def _row(entry: RunEntry, facts: Mapping[str, Any]) -> StudyRow:
+    runs = _runs(entry, facts)
     states = Counter(_said(told, "status") for told in runs.values())
     n_done = states.pop("done", 0)
     others = [f"{n} {state}" for state, n in sorted(states.items()) if state]
     arms = _mapping(facts["arms"])
     said = [f"{len(arms)} arms" if len(arms) != 1 else "1 arm", f"{n_done} runs done", *others]
-    status = _said(facts, "status")
+    status = present_status(entry.folder, facts)
     return StudyRow(
         entry.name,
         status,

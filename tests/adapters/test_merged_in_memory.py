@@ -3,11 +3,17 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tests.support.adapters import move
 
-from swlora.adapters.merged_in_memory import adapter_merged, mergeable_folder
+from swlora.adapters.merged_in_memory import (
+    adapter_merged,
+    check_mergeable,
+    mergeable_folder,
+)
+from swlora.adapters.merged_weights import MergedWeights
 from swlora.adapters.methods import adapt
-from swlora.adapters.saved import load_adapter, save_adapter
+from swlora.adapters.saved import WEIGHTS, load_adapter, save_adapter
 from swlora.config import AdapterSpec
 from swlora.errors import UserError
 
@@ -66,12 +72,32 @@ def test_an_error_in_the_body_leaves_nothing(saved, make_model):
     assert_same(before, model)
 
 
+@pytest.mark.parametrize("method", ["lora", "pissa", "full"])
+def test_whether_it_fits_is_known_without_computing_anything(
+    method, saved, make_model, monkeypatch
+):
+    monkeypatch.setattr(MergedWeights, "merged", lambda *_: pytest.fail("it was merged"))
+    monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("it was decomposed"))
+    check_mergeable(make_model("llama"), saved(method))
+
+
 def test_an_adapter_that_does_not_fit_leaves_nothing(saved, make_model):
     folder, model = saved("lora"), make_model("llama", intermediate_size=44)
     before = weights(model)
     with pytest.raises(UserError, match="another model"), adapter_merged(model, folder):
         pass
+    with pytest.raises(UserError, match="another model"):
+        check_mergeable(model, folder)
     assert_same(before, model)
+
+
+def test_numbers_that_are_not_finite_are_seen_before_anything_is_computed(saved, make_model):
+    folder = saved("lora")
+    tensors = load_file(folder / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(UserError, match="holds numbers that are not finite, 1 in "):
+        check_mergeable(make_model("llama"), folder)
 
 
 def test_what_embeddings_and_head_share_is_not_changed(make_model, tmp_path):
@@ -83,6 +109,8 @@ def test_what_embeddings_and_head_share_is_not_changed(make_model, tmp_path):
     before = weights(model)
     with pytest.raises(UserError, match="head share"), adapter_merged(model, tmp_path):
         pass
+    with pytest.raises(UserError, match="head share"):
+        check_mergeable(model, tmp_path)
     assert_same(before, model)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from swlora.adapters.merged_in_memory import adapter_merged
+from swlora.adapters.merged_in_memory import adapter_merged, check_mergeable
 from swlora.adapters.saved import WEIGHTS, warn_of_other_base
 from swlora.config import IdentifySpec
 from swlora.files import sha256_of
@@ -30,8 +30,8 @@ def check_merging(loaded: LoadedModel, folder: Path, say: Callable[[str], None])
     Says so where it was trained on other weights. Raises UserError.
     """
     warn_of_other_base(folder, loaded.source, weights_sample_sha256(loaded.model), say)
-    with adapter_merged(loaded.model, folder):
-        return sha256_of(folder / WEIGHTS)
+    check_mergeable(loaded.model, folder)
+    return sha256_of(folder / WEIGHTS)
 
 
 def with_fine_tuned(

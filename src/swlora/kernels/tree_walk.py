@@ -4,7 +4,6 @@ The cut makes a frozen prefix and a trained suffix. All blocks that run must att
 and its sequences must lie on one side of every limit of the model's rotary frequencies.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from torch import Tensor
 from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import attending
 from swlora.kernels.block_walk import Walk
+from swlora.kernels.device_clock import DeviceClock
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.recomputed import recomputed_block
 from swlora.kernels.rotary import RotaryLengths
@@ -36,17 +36,22 @@ class TreeWalk:
         self.cut = cut
         self.rotary = RotaryLengths(base_model)
         self._walk = Walk(self.anatomy)
-        self.n_below_nodes, self.below_s = 0, 0.0  # of all calls of `prefix` so far
+        self.n_below_nodes = 0  # of all calls of `prefix` so far
+        self._below = DeviceClock()
 
     @torch.no_grad()
     def prefix(self, layout: TreeLayout) -> Tensor:
         """Return the hidden state at the input of block `cut`, (1, T, D), without a graph."""
-        start_s = time.perf_counter()
-        with self._following(layout, n_blocks=self.cut):
+        clock = self._below.running(layout.token_ids.device)
+        with clock, self._following(layout, n_blocks=self.cut):
             hidden = self._walk.run(_inputs(layout), stop=self.cut)[0]
         self.n_below_nodes += layout.n_nodes
-        self.below_s += time.perf_counter() - start_s
         return hidden
+
+    @property
+    def below_s(self) -> float:
+        """The seconds of all calls of `prefix` so far, of which a GPU's last are waited for."""
+        return self._below.seconds
 
     def whole(self, layout: TreeLayout) -> Tensor:
         """Return the final normed hidden state (1, T, D), nothing cut."""

@@ -8,7 +8,6 @@ in the layers from l up (of n) take, for each example,
     T(l) = l f + E ((n - l) c + h)
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
+from swlora.kernels.device_clock import DeviceClock
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
@@ -105,43 +105,40 @@ def profile(
         parameters = list(adapted.parameters.values())
         step(steps[0])  # memory and kernels warm up
         _clear_gradients(parameters)
-        whole_s = frozen_s = head_s = 0.0
+        whole, frozen, head = DeviceClock(), DeviceClock(), DeviceClock()
         n_tokens, n_examples = 0.0, 0
         for groups in steps:  # whole and in parts one after the other: other programs come and go
             adapt_threads()
-            start_s = time.perf_counter()
-            n_tokens += step(groups).n_tokens
-            whole_s += time.perf_counter() - start_s
-            parts_s = _partial_times_s(step, groups)
-            frozen_s, head_s = frozen_s + parts_s[0], head_s + parts_s[1]
+            with whole.running(step.base_model.device):
+                n_tokens += step(groups).n_tokens
+            _run_parts(step, groups, frozen, head)
             n_examples += sum(map(len, groups))
         norms = _gradient_norms(step.walk, parameters, n_tokens)
     is_cached = spec.train.engine != "plain" and (
         n_cache_bytes(model, sequences) <= spec.train.cache_gb * GIB
     )
     n_blocks = n_examples * len(norms)
-    trained_s = max(0.0, whole_s - head_s)
+    trained_s = max(0.0, whole.seconds - head.seconds)
     return LayerProfile(
-        norms, head_s / n_examples, frozen_s / n_blocks, trained_s / n_blocks, is_cached
+        norms,
+        head.seconds / n_examples,
+        frozen.seconds / n_blocks,
+        trained_s / n_blocks,
+        is_cached,
     )
 
 
-def _partial_times_s(step: TreeStep, groups: Step) -> tuple[float, float]:
-    """Return the seconds of all blocks without a graph, and those of the head with its gradient."""
-    frozen_s = head_s = 0.0
-    walk = step.walk
+def _run_parts(step: TreeStep, groups: Step, frozen: DeviceClock, head: DeviceClock) -> None:
+    """Time all blocks without a graph, and the head with its gradient."""
+    walk, device = step.walk, step.base_model.device
     with patched_forwards(fast_forwards(walk.base_model)):
         for ids in step.parts(groups):
             tree = build_tree(step.sequences, ids)
-            layout = TreeLayout(tree, step.base_model.device)
-            start_s = time.perf_counter()
-            with torch.no_grad():
+            layout = TreeLayout(tree, device)
+            with frozen.running(device), torch.no_grad():
                 hidden = walk.whole(layout)
-            middle_s = time.perf_counter()
-            tree_nats(walk, tree, hidden.requires_grad_())
-            head_s += time.perf_counter() - middle_s
-            frozen_s += middle_s - start_s
-    return frozen_s, head_s
+            with head.running(device):
+                tree_nats(walk, tree, hidden.requires_grad_())
 
 
 def _gradient_norms(walk: TreeWalk, parameters: Sequence[Any], n_tokens: float) -> list[float]:

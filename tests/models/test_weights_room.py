@@ -1,11 +1,14 @@
 """Weights that are more than memory holds are refused before they are read, with what would fit."""
 
+import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from swlora.errors import UserError
 from swlora.models import load, weights_room
@@ -39,6 +42,44 @@ def test_what_would_fit_is_named(free) -> None:
         check_weights_fit("m", 3 * BILLION, torch.float32)
     with pytest.raises(UserError, match="not even 4 bits a weight would fit"):
         check_weights_fit("m", 70 * BILLION, torch.bfloat16)
+
+
+def test_quantised_weights_are_as_large_as_their_files(free) -> None:
+    free(3 * BILLION)
+    check_weights_fit("m", 7 * BILLION, torch.float32, 2 * BILLION)
+    said = r"take 4\.0 GB as they lie in their files, and 3\.0 GB .* what would fit: Q4_K"
+    with pytest.raises(UserError, match=said):
+        check_weights_fit("m", 5 * BILLION, torch.float32, 4 * BILLION)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stays"),
+    [("bitnet", True), ("gptq", True), ("fp8", False), ("of_somebody", False)],
+)
+def test_a_quantised_folder_takes_what_it_takes_when_it_is_loaded(
+    kind, stays, free, model_folder, tmp_path, monkeypatch
+) -> None:
+    """bitnet stays as it is; fp8 is made whole without a GPU; a kind without its package stops."""
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    packing = {"quantization_config": {"quant_method": kind, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config | packing))
+    weights = load_file(folder / "model.safetensors")
+    packed = {name: w.flatten()[: w.numel() // 4].clone() for name, w in weights.items()}
+    save_file(packed, folder / "model.safetensors")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loads = pytest.fail if not stays else Loading.begin
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", loads)
+    free((folder / "model.safetensors").stat().st_size)
+    expected = "cannot be loaded: it is loaded now" if stays else r"in float32, and .* are free"
+    with pytest.raises(UserError, match=expected):
+        load.load_model(load.ModelSpec(name=str(folder), device="cpu", dtype="float32"))
+
+
+class Loading:
+    @staticmethod
+    def begin(*_given: object, **_settings: object) -> None:
+        raise OSError("it is loaded now")
 
 
 def test_a_folder_is_refused_before_it_is_read(free, model_folder, monkeypatch) -> None:

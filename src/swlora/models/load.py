@@ -24,7 +24,7 @@ from swlora.models.model_folder import check_counts, check_model_folder
 from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.skeleton import make_skeleton
 from swlora.models.tokenizer_folder import TOKENIZER, check_added_tokens, check_tokenizer_folder
-from swlora.models.weights_room import check_weights_fit
+from swlora.models.weights_room import bytes_if_quantised, check_weights_fit
 from swlora.threads import settle_threads
 
 
@@ -235,7 +235,8 @@ def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
     config = _load_config(name, revision)
     if Path(name).is_dir():
         check_model_folder(Path(name))
-        check_weights_fit(name, check_declared_size(Path(name)), dtype)
+        n_numbers = check_declared_size(Path(name))
+        check_weights_fit(name, n_numbers, dtype, bytes_if_quantised(Path(name), config))
     try:
         with quiet_libraries():
             model, report = AutoModelForCausalLM.from_pretrained(

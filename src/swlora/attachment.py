@@ -12,6 +12,7 @@ from swlora.job import Job
 from swlora.layer_policy import layer_ranges
 from swlora.memory import kept_for_steps
 from swlora.models.identity import identify_base
+from swlora.plural import counted
 from swlora.preparation import PreparedTraining
 from swlora.processes import check_alike, from_main, world
 from swlora.room import check_disk, disk_needs, fit_steps, memory_line
@@ -69,8 +70,8 @@ def attach(job: Job, schedule: "Schedule", layers: list[int]) -> Attached:
     n_trainable = sum(p.numel() for p in adapted.parameters.values())
     processes = f", in {world().size} processes" if world().is_shared else ""
     job.progress.say(
-        f"training {n_trainable:,} weights ({spec.adapter.method}) in layers "
-        f"{layer_ranges(layers)} on {facts['data']['rows']:,} rows{processes}"
+        f"training {counted(n_trainable, 'weight')} ({spec.adapter.method}) in layers "
+        f"{layer_ranges(layers)} on {counted(facts['data']['rows'], 'row')}{processes}"
     )
     return Attached(adapted, n_trainable, facts, loaded.tokenizer)
 

@@ -15,6 +15,7 @@ from swlora.config import RunSpec
 from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
 from swlora.layer_policy import layer_ranges
+from swlora.plural import counted
 from swlora.settings import problem_lines
 from swlora.study.check import MANY_STEPS, Checked, check
 from swlora.study.overview import PlannedArm, plan_of
@@ -103,8 +104,8 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
         return
     size, train = sequences_per_step(spec.train, n_train), spec.train
     n_steps = planned_steps(train, n_train)
-    epochs = f"{train.epochs} epoch{'s' if train.epochs > 1 else ''}"
-    shown = f"about {n_steps:,} of {size} rows ({epochs}), learning rate {train.learning_rate:g}"
+    epochs, rows = counted(train.epochs, "epoch"), counted(size, "row")
+    shown = f"about {n_steps:,} of {rows} ({epochs}), learning rate {train.learning_rate:g}"
     found.resolved.append(("steps", f"{shown}, {train.schedule}"))
 
 
@@ -160,7 +161,8 @@ def _planned(name: str, checked: Checked) -> list[Fact]:
 
     plan = plan_of(name, checked, [arm.name for arm in arms_before(checked)])
     rows = ", ".join(f"{n:,} {split}" for split, n in plan.n_rows.items())
-    runs = f"{plan.n_runs} runs, {plan.n_short_runs} short ones, {plan.n_beam_runs} with beams"
+    runs = counted(plan.n_runs, "run")
+    runs += f", {plan.n_short_runs} short ones, {plan.n_beam_runs} with beams"
     facts = [("study", name), ("model", plan.model), ("data", f"{plan.data}; rows: {rows}")]
     return [*facts, *(("arm", _arm(arm)) for arm in plan.arms), ("runs", runs)]
 

@@ -14,6 +14,7 @@ from swlora.data.sources import load_dataset
 from swlora.errors import UserError
 from swlora.layer_policy import VerifiedLayers
 from swlora.models.load import LoadedModel, check_model, load_model, load_skeleton, settled_model
+from swlora.plural import counted
 from swlora.progress import Progress
 from swlora.result_json import as_json
 from swlora.run_record import RunRecord
@@ -191,7 +192,9 @@ class Job:
             n_known = n_embeddings(self.loaded.model)
             check_sequences(encoded, rows, self.loaded.tokenizer, n_known)
         if encoded.n_cut:
-            self.progress.say(f"{encoded.n_cut} rows of the {split} split were cut to the context")
+            self.progress.say(
+                f"cut to the context: {counted(encoded.n_cut, 'row')} of the {split} split"
+            )
             self.run.record(**{f"n_cut_rows_{split}": encoded.n_cut})
         for reason, n in encoded.bad.items():
             self.progress.say(f"bad rows of the {split} split left out: {n:,} ({reason})")

@@ -13,6 +13,7 @@ from swlora.matrix_peak import measured_peak, processor
 from swlora.memory import available_bytes
 from swlora.models.precision import bfloat16_is_fast, resolve_device, resolve_dtype
 from swlora.paths import cache_dir
+from swlora.plural import counted
 from swlora.progress import Progress
 from swlora.threads import n_usable_cores
 from swlora.versions import installed_version, package_versions
@@ -125,7 +126,7 @@ def lines(facts: MachineFacts) -> list[tuple[str, str]]:
     cache = f"{facts.cache}: {size(facts.cache_bytes)}, {size(facts.cache_free_bytes)} free"
     found = [
         ("system", facts.system),
-        ("processor", f"{facts.processor}, {facts.n_cores} cores for this process"),
+        ("processor", f"{facts.processor}, {counted(facts.n_cores, 'core')} for this process"),
         ("memory", memory),
         ("GPU", gpus or "none that torch sees"),
         ("bfloat16 products", bf16),
@@ -138,7 +139,7 @@ def lines(facts: MachineFacts) -> list[tuple[str, str]]:
     how = f"on {facts.device}, in {facts.dtype}"
     if facts.device == "cpu":
         n = facts.threads
-        how += f", with {n} thread{'s' if n > 1 else ''}, fewer while other programs need the cores"
+        how += f", with {counted(n, 'thread')}, fewer while other programs need the cores"
     return [
         *found,
         ("a training here", f"runs {how}, unless --device, --dtype or --threads say else"),

@@ -15,6 +15,7 @@ from swlora.errors import UserError
 from swlora.job import Job
 from swlora.models.load import LoadedModel
 from swlora.models.provenance import tokenizer_sha256
+from swlora.plural import counted
 from swlora.preview import summarise
 from swlora.processes import check_alike, from_main, world
 from swlora.run_settings import Change, specs_by_step
@@ -148,8 +149,8 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
         if spec.train.max_steps is not None:
             asked += f" and --max-steps {spec.train.max_steps}"
         raise UserError(
-            f"the training has done all {n_done} steps that {asked} allow; larger numbers there go "
-            "on with it"
+            f"the training has done {counted(n_done, 'step')}, all that {asked} allow; larger "
+            "numbers there go on with it"
         )
     if planned:
         planned = replace(planned, patience=spec.train.early_stopping)
@@ -164,7 +165,7 @@ def check_enough_sequences(schedule: "Schedule") -> None:
     n, size = world().size, schedule.spec.batch_size or 1
     if size < n:
         raise UserError(
-            f"a step has {size} {'sequence' if size == 1 else 'sequences'}, fewer than the {n} "
+            f"a step has {counted(size, 'sequence')}, fewer than the {n} "
             f"processes: start {size} of them at most, or give --batch-size {n} or more"
         )
 

@@ -19,6 +19,7 @@ from swlora.config import RunSpec, TrainSpec
 from swlora.config_schema import run_schema
 from swlora.errors import UserError
 from swlora.files import check_writable, write_text
+from swlora.plural import counted
 from swlora.preview import DataPreview, preview_data
 from swlora.progress import Progress
 
@@ -87,7 +88,7 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
         Setting(
             "model", "dtype", "auto", "bfloat16 where the processor multiplies it, else float32"
         ),
-        Setting("data", "name", spec.data.name, f"{n_rows:,} rows to train on"),
+        Setting("data", "name", spec.data.name, f"{counted(n_rows, 'row')} to train on"),
         *_data_settings(spec, found),
         Setting("adapter", "method", "lora", "dora, rslora, pissa, lora+, adalora are others"),
         Setting("adapter", "rank", 4, "enough for one task; 16 or more where it is a wide one"),
@@ -98,7 +99,7 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
             "the best scores; last:4, or auto:0.5 for half of the time, are faster",
         ),
         Setting("train", "epochs", epochs, _why_epochs(n_rows)),
-        Setting("train", "batch_size", batch, f"rows a step: {n_steps:,} steps in all"),
+        Setting("train", "batch_size", batch, f"rows a step: {counted(n_steps, 'step')} in all"),
         Setting(
             "train",
             "learning_rate",
@@ -126,21 +127,23 @@ def _data_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
             settings.append(Setting("data", name, shown, "as it was named"))
     splits = [split for split in (summary.train, summary.held_out) if split]
     if n_cut := sum(split.n_cut for split in splits):
-        why = f"{n_cut:,} rows are longer than the context of {summary.train.context_tokens:,}"
+        why = (
+            f"longer than the context of {summary.train.context_tokens:,}: {counted(n_cut, 'row')}"
+        )
         settings.append(Setting("data", "truncate", True, why))
     if n_bad := sum(summary.bad_rows.values()):
-        why = f"{n_bad:,} rows cannot be used: {', '.join(list(summary.bad_rows)[:3])}"
+        why = f"{counted(n_bad, 'row')} cannot be used: {', '.join(list(summary.bad_rows)[:3])}"
         settings.append(Setting("data", "skip_bad_rows", True, why))
     if summary.held_out is not None and data.eval_file is None:
-        why = f"{summary.held_out.n_rows:,} rows that are not trained on"
+        why = f"without training on them: {counted(summary.held_out.n_rows, 'row')}"
         settings.append(Setting("data", "eval_split", data.eval_split, why))
     return settings
 
 
 def _why_epochs(n_rows: int) -> str:
     if n_rows < FEW_ROWS:
-        return f"passes over the data, which are few ({n_rows:,} rows)"
-    return f"one pass over {n_rows:,} rows; more may still help"
+        return f"passes over the data, which are few ({counted(n_rows, 'row')})"
+    return f"one pass over {counted(n_rows, 'row')}; more may still help"
 
 
 def _steps(train: TrainSpec, n_sequences: int) -> tuple[int, int]:

@@ -76,9 +76,10 @@ def test_an_error_in_the_body_leaves_nothing(saved, make_model):
 def test_whether_it_fits_is_known_without_computing_anything(
     method, saved, make_model, monkeypatch
 ):
+    folder = saved(method)
     monkeypatch.setattr(MergedWeights, "merged", lambda *_: pytest.fail("it was merged"))
     monkeypatch.setattr(torch.linalg, "svd", lambda *_, **__: pytest.fail("it was decomposed"))
-    check_mergeable(make_model("llama"), saved(method))
+    check_mergeable(make_model("llama"), folder)
 
 
 def test_an_adapter_that_does_not_fit_leaves_nothing(saved, make_model):

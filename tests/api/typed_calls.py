@@ -8,6 +8,7 @@ from typing import assert_type
 
 import swlora
 from swlora.deploy.gguf_export import Exported
+from swlora.evaluation.evaluated import Evaluated
 from swlora.evaluation.prompting import Generated
 from swlora.models.load import LoadedModel
 from swlora.training.trained import Trained
@@ -39,6 +40,7 @@ def right() -> None:
     assert_type(loaded, LoadedModel)
     assert_type(swlora.generate("good day", model=loaded), Generated)
     assert_type(swlora.generate(["a", "b"], model="builtin", temperature=0.7), list[Generated])
+    assert_type(swlora.evaluate(model=loaded, dataset="rows.csv"), Evaluated)
     swlora.merge("runs/mine", "merged", dtype="bfloat16", model=Path("base"))
     assert_type(swlora.export("mine.gguf", model="merged", type="q8_0"), Exported)
     swlora.compare("study.yaml", only=["lora"])
@@ -53,6 +55,7 @@ def wrong() -> None:
     swlora.train(callbacks=3)  # type: ignore[arg-type]
     swlora.evaluate(rank=8)  # type: ignore[call-arg]
     swlora.evaluate(split="train")  # type: ignore[arg-type]
+    swlora.evaluate(model=3)  # type: ignore[arg-type]
     swlora.identify(learning_rate=1e-3)  # type: ignore[call-arg]
     swlora.load(max_new_tokens=5)  # type: ignore[call-arg]
     swlora.generate("good day", epochs=3)  # type: ignore[call-overload]

@@ -157,7 +157,7 @@ def test_what_cannot_be_encoded_is_refused():
         encode_prompts([], "", byte_tokenizer())
     with pytest.raises(UserError, match="end-of-sequence"):
         encode_example(Example("a", "b"), "", byte_tokenizer(eos_token=None))
-    with pytest.raises(UserError, match="context of 1 tokens"):
+    with pytest.raises(UserError, match="context of 1 token"):
         encode_examples([Example("a", "b")], "", byte_tokenizer(), context_tokens=1, truncate=True)
 
 

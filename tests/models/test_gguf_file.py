@@ -29,7 +29,7 @@ def test_a_gguf_file(make_model, tiny_tokenizer, tmp_path, capsys, monkeypatch):
     torch.testing.assert_close(loaded.model(input_ids=TOKENS).logits, logits)
     left_out = ("model.layers.1.mlp.up_proj.weight",)
     write_gguf(expected, tiny_tokenizer, tmp_path / "hole.gguf", left_out)
-    with pytest.raises(UserError, match=f"lacks 1 weights, such as {left_out[0]}"):
+    with pytest.raises(UserError, match=f"lacks 1 weight, such as {left_out[0]}"):
         load_model(spec(tmp_path / "hole.gguf"))
     assert loaded.source == f"the GGUF file {tmp_path / 'model.gguf'}"
     assert loaded.tokenizer.eos_token_id == 257

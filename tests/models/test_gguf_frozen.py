@@ -112,5 +112,5 @@ def test_only_gguf_files_have_it(model_folder):
 def test_a_missing_weight(make_model, tiny_tokenizer, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     write_gguf(make_model("llama"), tiny_tokenizer, tmp_path / "hole.gguf", (name,))
-    with pytest.raises(UserError, match=f"lacks 1 weights, such as {name}"):
+    with pytest.raises(UserError, match=f"lacks 1 weight, such as {name}"):
         load(tmp_path / "hole.gguf", "gguf")

@@ -250,7 +250,7 @@ def test_weights_that_are_missing_are_not_made_up(copy_of):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert "lacks 1 weights, such as model.layers.1.mlp.down_proj.weight" in refusal(spec(folder))
+    assert "lacks 1 weight, such as model.layers.1.mlp.down_proj.weight" in refusal(spec(folder))
 
 
 @pytest.mark.parametrize("damage", ["shape", "truncated", "config"])

@@ -76,7 +76,7 @@ def test_a_run_that_is_done_stays_so_where_nothing_is_left(model_folder, rows, t
     run_in(folder, make_spec(model_folder("llama"), rows, train__max_steps=3), "train")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with pytest.raises(
-        UserError, match="has done all 3 steps that --epochs 3 and --max-steps 3 allow; "
+        UserError, match="has done 3 steps, all that --epochs 3 and --max-steps 3 allow; "
     ):
         go_on(folder, {"train.learning_rate": 0.1})
     with pytest.raises(UserError, match="there is nothing to resume"):

@@ -105,7 +105,7 @@ def test_a_new_plan_keeps_what_is_known(board):
     board.plan([RUNS[2]])
     assert study_left(board) == "study: 1 of 2 runs left, about 80 s"
     board.plan([])
-    assert study_left(board) == "study: 0 of 1 runs left, about 0 s"
+    assert study_left(board) == "study: 0 of 1 run left, about 0 s"
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_nothing_is_done_yet(study: Any) -> None:
     results = publish(study.save())
     assert [arm["status"] for arm in results["arms"]] == ["missing"]
     assert not FILES & {p.name for p in study.folder.glob("*.png")}
-    assert "0 of 1 arms have results" in (study.folder / "results.md").read_text()
+    assert "0 of 1 arm has results" in (study.folder / "results.md").read_text()
 
 
 def test_without_a_baseline_nothing_is_compared(two_arms: Any) -> None:

@@ -156,7 +156,7 @@ def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
         (57, {}, "57 rows would make 2 steps of 32 rows; taking 2 rows a step, 29 steps"),
         (57, {"batch_size": 32}, "57 rows make only 2 steps of 32 rows; more --epochs or a"),
         (20, {"batch_size": 20}, "20 rows make only 1 step of 20 rows; more --epochs or a"),
-        (12, {"batch_size": 1}, "12 rows make only 12 steps of 1 rows; more --epochs makes"),
+        (12, {"batch_size": 1}, "12 rows make only 12 steps of 1 row; more --epochs makes"),
         (57, {"batch_size": 2}, None),
         (57, {"batch_size": 20, "max_steps": 3}, None),
         (640, {}, None),

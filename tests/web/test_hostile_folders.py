@@ -53,10 +53,10 @@ def test_an_unforeseen_error_costs_nothing_but_its_folder(make, browse, root, mo
     (make_folder(root / "bad") / "study.json").unlink()
     whole = runs_view._headline
 
-    def fail(entry, facts):
+    def fail(entry, *given):
         if entry.name == "bad":
             raise LookupError("a mistake of ours")
-        return whole(entry, facts)
+        return whole(entry, *given)
 
     monkeypatch.setattr(runs_view, "_headline", fail)
     with browse(make(runs=root)) as client:

@@ -54,6 +54,12 @@ def test_it_is_a_zip_of_the_regular_files(tmp_path):
     assert response.headers["content-disposition"] == 'attachment; filename="mine.zip"'
 
 
+def test_its_name_may_hold_anything(tmp_path):
+    folder = write(tmp_path / "adapter", {"a.json": b"{}"})
+    said = PackedFolder(folder, 'ü"\r\n.zip').headers["content-disposition"]
+    assert said == "attachment; filename*=utf-8''%C3%BC%22%0D%0A.zip"
+
+
 def test_files_that_are_replaced_meanwhile_are_those_of_before(tmp_path):
     folder = write(tmp_path / "adapter", FILES)
     response = PackedFolder(folder, "mine.zip")

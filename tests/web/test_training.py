@@ -39,7 +39,7 @@ def test_a_look_shows_rows_with_trained_tokens_marked(trainer):
     assert "<span>&lt;b&gt;Hi&lt;/b&gt;↵\n</span><mark>you</mark>" in text
     assert '<mark class="special">&lt;/s&gt;</mark>' in text
     assert "rows.jsonl, line 1: 4 tokens" in text and "/srv" not in text
-    assert "2 rows cannot be used" in text and "1 rows are longer" in text
+    assert "2 rows cannot be used" in text and "1 row is longer" in text
     look(trainer, url)
 
 

@@ -17,6 +17,7 @@ from swlora.data.dataset import E2E_NAME, Dataset
 from swlora.data.examples import Example
 from swlora.layer_policy import Kind, parse_policy
 from swlora.models.identity import BaseModel
+from swlora.plural import counted
 from swlora.versions import package_versions
 
 Facts = dict[str, Any]
@@ -180,7 +181,8 @@ def facts_list(facts: Facts, config: dict[str, Any]) -> Iterator[str]:
         yield f"- Started from: an adapter whose weights have the sha256 {facts[START]}"
     if data := facts.get("data"):
         kind = "chats" if facts.get("is_chat") else "prompts with completions"
-        yield f"- Data: {data['name']}, {data['rows']:,} rows ({kind}), sha256 {data['sha256']}"
+        rows = counted(data["rows"], "row")
+        yield f"- Data: {data['name']}, {rows} ({kind}), sha256 {data['sha256']}"
         yield f"- Licence of the data: {DATA_LICENCES.get(data['name'], UNKNOWN_LICENCE)}"
     if training := facts.get("training"):
         shown = ", ".join(f"{n.replace('_', ' ')} {value}" for n, value in training.items())

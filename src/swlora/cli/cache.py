@@ -15,6 +15,7 @@ from swlora.cli.show import show_table
 from swlora.disk_space import size
 from swlora.errors import UserError
 from swlora.paths import cache_dir
+from swlora.plural import counted
 
 
 def list_and_clear(clear: str | None, older_than: str | None, *, yes: bool) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def _used(entry: Entry, now_s: float) -> str:
 
 
 def _count(found: Sequence[Entry]) -> str:
-    return f"{len(found)} entr{'y' if len(found) == 1 else 'ies'}"
+    return counted(len(found), "entry", "entries")
 
 
 def _total(found: Iterable[Entry]) -> int:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from swlora.cli.show import show_table
+from swlora.plural import counted
 from swlora.printable import escaped
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def show_preview(preview: "DataPreview") -> None:
 def _show_row(console: Console, row: "ShownRow", *, in_colour: bool) -> None:
     for number, sequence in enumerate(row.sequences, start=1):
         which = f", sequence {number} of {row.n_sequences:,}" if row.n_sequences > 1 else ""
-        counts = f"{sequence.n_tokens:,} tokens, {sequence.n_trained_tokens:,} trained"
+        counts = f"{counted(sequence.n_tokens, 'token')}, {sequence.n_trained_tokens:,} trained"
         console.print(Text(f"{escaped(row.place)}{which}: {counts}", style="bold"))
         text = _marked(sequence.spans, in_colour=in_colour)
         text.rstrip()
@@ -65,7 +66,7 @@ def _visible(text: str) -> str:
     """Return text in which nothing acts on the terminal; a long one without its middle."""
     if (n_left_out := len(text) - MAX_CHARACTERS) > 0:
         half = MAX_CHARACTERS // 2
-        text = f"{text[:half]} … {n_left_out:,} characters … {text[-half:]}"
+        text = f"{text[:half]} … {counted(n_left_out, 'character')} … {text[-half:]}"
     return "↵\n".join(escaped(line) for line in text.split("\n"))
 
 

@@ -10,6 +10,7 @@ from swlora.cli.process import sigterm_interrupts
 from swlora.cli.show import show_table
 from swlora.disk_space import size
 from swlora.layer_policy import layer_ranges
+from swlora.plural import counted
 from swlora.progress import duration
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ def estimate_lines(found: "Estimate") -> list[Line]:
         f" (assumed: {found.layers_found_by} finds them first)" if found.layers_found_by else ""
     )
     return [
-        ("model", f"{found.model}; {found.n_weights:,} weights, {found.dtype}"),
+        ("model", f"{found.model}; {counted(found.n_weights, 'weight')}, {found.dtype}"),
         ("adapter", f"{found.method}{rank} in layers {layer_ranges(found.layers)}{assumed}"),
         ("", f"on {_maps(found)}: {found.n_trainable:,} weights are trained, {share:.2g} %"),
-        ("data", f"{found.data}; {found.n_rows:,} rows"),
+        ("data", f"{found.data}; {counted(found.n_rows, 'row')}"),
         ("steps", _steps(found)),
         *_memory(found),
         ("time", _time(found)),
@@ -60,12 +61,12 @@ def _maps(found: "Estimate") -> str:
     """Name the adapted maps of a block, and how many they are in all layers."""
     names = [name.rpartition(".")[2] for name in found.maps]
     names = names if len(set(names)) == len(names) else list(found.maps)
-    return f"{', '.join(names)} ({sum(found.maps.values()):,} maps)"
+    return f"{', '.join(names)} ({counted(sum(found.maps.values()), 'map')})"
 
 
 def _steps(found: "Estimate") -> str:
-    epochs = "1 epoch" if found.n_epochs == 1 else f"{found.n_epochs} epochs"
-    said = f"{found.n_steps:,} in {epochs}, {found.n_tokens:,} tokens"
+    epochs, tokens = counted(found.n_epochs, "epoch"), counted(found.n_tokens, "token")
+    said = f"{found.n_steps:,} in {epochs}, {tokens}"
     if found.n_nodes is None:
         return f"{said}, in padded batches"
     ratio = found.n_tokens / found.n_nodes
@@ -78,7 +79,11 @@ def _memory(found: "Estimate") -> Sequence[Line]:
             ("memory", "-" if found.refused else "not foreseen on a GPU, nor with padded batches")
         ]
     name, n_bytes = max(memory.in_turns, key=lambda part: part[1])
-    rest = f"{name}, {memory.step_tokens:,} tokens at once" if name == "largest step" else name
+    rest = (
+        f"{name}, {counted(memory.step_tokens, 'token')} at once"
+        if name == "largest step"
+        else name
+    )
     parts = [
         (memory.process_bytes, "libraries and data"),
         (memory.weights_bytes, "weights"),
@@ -95,8 +100,8 @@ def _time(found: "Estimate") -> str:
         return "-"
     probed = "one that was" if time.probed_steps == 1 else f"{time.probed_steps} that were"
     return (
-        f"about {duration(time.train_s)}, held-out rows included: {found.n_steps:,} steps of about "
-        f"{time.step_s:.2g} s, by {probed} run"
+        f"about {duration(time.train_s)}, held-out rows included: "
+        f"{counted(found.n_steps, 'step')} of about {time.step_s:.2g} s, by {probed} run"
     )
 
 

@@ -10,6 +10,7 @@ from swlora.cli.process import sigterm_interrupts
 from swlora.cli.verbs import verb
 from swlora.disk_space import size
 from swlora.errors import UserError
+from swlora.plural import counted
 from swlora.printable import escaped
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def _show_plan(plan: "PushPlan") -> None:
 def _show_sizes(n_bytes: dict[str, int]) -> None:
     from swlora.cli.show import show_table
 
-    total = (f"{len(n_bytes)} files", size(sum(n_bytes.values())))
+    total = (counted(len(n_bytes), "file"), size(sum(n_bytes.values())))
     show_table([*((escaped(name), size(n)) for name, n in n_bytes.items()), total])
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from swlora.plural import counted
+
 if TYPE_CHECKING:
     from swlora.evaluation.evaluated import Evaluated, Scored
     from swlora.recovery import Recovered
@@ -24,7 +26,7 @@ def show_recovered(recovered: "Recovered") -> None:
     """Print what `recovery.recover` made."""
     print(
         f"recovered the adapter after step {recovered.step:,} of {recovered.n_steps:,} "
-        f"({recovered.n_rows:,} rows)"
+        f"({counted(recovered.n_rows, 'row')})"
     )
     print(f"adapter: {recovered.adapter} ({recovered.adapter_bytes / 1e6:.2f} MB)")
 
@@ -44,7 +46,7 @@ def show_training(trained: "Trained") -> None:
     """Print what `pipeline.train` did."""
     course = trained.course
     print(
-        f"trained {course.rows} rows in {course.train_s:.0f} s, "
+        f"trained {counted(course.rows, 'row')} in {course.train_s:.0f} s, "
         f"{course.examples_per_s:.1f} examples/s"
     )
     if said := _pace(course.pace):
@@ -98,7 +100,7 @@ def _show_held_out(held_out: "HeldOutLosses", trained: "Trained") -> None:
     if trained.course.steps < trained.course.planned_steps:
         print(
             f"stopped early, after {trained.course.steps} of {trained.course.planned_steps} steps: "
-            f"no better held-out loss in {held_out.n_since_best} measurements"
+            f"no better held-out loss in {counted(held_out.n_since_best, 'measurement')}"
         )
     elif held_out.last > 1.01 * held_out.best and trained.best_adapter is None:
         print("it was lowest before the end: --early-stopping 3 keeps that adapter too")

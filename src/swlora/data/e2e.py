@@ -13,6 +13,7 @@ from swlora.data.hub_data import HubUnreachableError, hub_commit
 from swlora.data.rows import E2E_COLUMNS, Rows, collect_rows, dataset_of, read_rows
 from swlora.errors import DataError, UserError, brief
 from swlora.library_noise import quiet_libraries
+from swlora.plural import counted
 
 E2E_FOLDER_VARIABLE = "SWLORA_E2E"
 E2E_FILES = ("trainset.csv", "devset.csv", "testset_w_refs.csv")
@@ -47,9 +48,11 @@ def load_e2e_hub(skip_bad_rows: bool) -> Dataset:
     parts = []
     for split, n_rows in HUB_ROWS.items():
         table = tables.get(split)
-        wanted = f"{n_rows} rows of {', '.join(HUB_COLUMNS)}"
+        wanted = f"{counted(n_rows, 'row')} of {', '.join(HUB_COLUMNS)}"
         found = (
-            "nothing" if table is None else f"{len(table)} rows of {', '.join(table.column_names)}"
+            "nothing"
+            if table is None
+            else f"{counted(len(table), 'row')} of {', '.join(table.column_names)}"
         )
         if found != wanted:
             raise DataError(f"{DEFAULT_DATASET} {split} is {found}, not {wanted}: {advice}")

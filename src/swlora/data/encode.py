@@ -27,6 +27,7 @@ from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.data.tokenise import Following, following_ids, token_ids
 from swlora.data.truncate import cut, is_long, without_oldest_turns
 from swlora.errors import DataError, UserError
+from swlora.plural import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,7 +68,9 @@ def encode_examples(
     is left out.
     """
     if context_tokens < 2:
-        raise UserError(f"a context of {context_tokens} tokens holds no prompt and completion")
+        raise UserError(
+            f"a context of {counted(context_tokens, 'token')} holds no prompt and completion"
+        )
     if not examples:
         raise UserError("there are no rows to encode")
     first_long, bad = "", Counter[str]()
@@ -127,7 +130,8 @@ def _chunks(examples: Sequence[Example]) -> Iterator[tuple[int, list[Example]]]:
 def _describe(sequences: Sequence[Weighted]) -> str:
     ids, runs = max(sequences, key=lambda sequence: len(sequence[0]))
     n_prompt = sum(n for n, _ in takewhile(lambda run: run[1] == 0, runs))
-    return f"has {len(ids)} tokens, {n_prompt} of prompt and {len(ids) - n_prompt} of completion"
+    tokens = counted(len(ids), "token")
+    return f"has {tokens}, {n_prompt} of prompt and {len(ids) - n_prompt} of completion"
 
 
 def _shortened(

@@ -24,6 +24,7 @@ from swlora.data.json_records import (
     too_long,
 )
 from swlora.errors import DataError, UserError
+from swlora.plural import counted
 
 MAX_RECORD_BYTES = 16 << 20  # of a record in its file, whatever its columns are
 MAX_DOCUMENT_BYTES = 64 << 20  # of a file that is one text
@@ -124,7 +125,7 @@ def _table(path: Path, text: IO[str], delimiter: str) -> Iterator[Record]:
         line = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
-                yield line, f"it has {len(row)} fields, the header {len(header)}"
+                yield line, f"it has {counted(len(row), 'field')}, the header {len(header)}"
             elif row:
                 yield line, dict(zip(header, row, strict=True))
             line = reader.line_num + 1

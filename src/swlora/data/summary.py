@@ -13,6 +13,7 @@ from swlora.data.encode import Encoded
 from swlora.data.examples import Example
 from swlora.data.prefix_tree import count_group_nodes
 from swlora.data.token_sequences import Ints, TokenSequences
+from swlora.plural import counted
 from swlora.result_json import IF_ANY
 
 Fact = tuple[str, str]
@@ -153,11 +154,11 @@ def doubtful_facts(summary: DataSummary) -> list[Fact]:
 def short_lines(summary: DataSummary) -> list[str]:
     """Return the lines with which a training begins."""
     train, steps = summary.train, summary.steps
-    own = "" if train.n_sequences == train.n_rows else f", {_count(train.n_sequences, 'sequence')}"
+    own = "" if train.n_sequences == train.n_rows else f", {counted(train.n_sequences, 'sequence')}"
     lines = [
-        f"to train on: {_count(train.n_rows, 'row')} of {_count(train.n_prompts, 'prompt')}{own}; "
-        f"{_count(train.n_tokens, 'token')}, {train.trained_share:.1%} trained; tokens a sequence: "
-        f"{_lengths(train)}, of a context of {train.context_tokens:,}"
+        f"to train on: {counted(train.n_rows, 'row')} of {counted(train.n_prompts, 'prompt')}"
+        f"{own}; {counted(train.n_tokens, 'token')}, {train.trained_share:.1%} trained; tokens a "
+        f"sequence: {_lengths(train)}, of a context of {train.context_tokens:,}"
     ]
     if steps:
         lines.append(
@@ -174,7 +175,3 @@ def short_lines(summary: DataSummary) -> list[str]:
 def _lengths(split: SplitSummary) -> str:
     median, p95, longest = split.median_tokens, split.p95_tokens, split.longest_tokens
     return f"{median:,} median, {p95:,} p95, {longest:,} longest"
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

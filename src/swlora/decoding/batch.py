@@ -25,6 +25,7 @@ from swlora.errors import UserError
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.rotary import RotaryLengths
 from swlora.models.anatomy import Anatomy, context_tokens, n_embeddings
+from swlora.plural import counted
 from swlora.threads import adapt_threads
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -192,8 +193,8 @@ class BatchDecoder:
         n_read = n_prompt if n_new == 1 else n_prompt + n_new
         if n_read > self._context:  # a prompt that is only scored may fill it
             raise UserError(
-                f"a prompt of {n_prompt} tokens and {n_new} new ones exceed the model's context "
-                f"of {self._context}"
+                f"a prompt of {counted(n_prompt, 'token')} and {n_new} new ones exceed the model's "
+                f"context of {self._context}"
             )
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._n_tokens:
             raise UserError(f"a prompt holds a token that is not one of 0..{self._n_tokens - 1}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from swlora.deploy.go_evaluate import evaluate
 from swlora.errors import UserError, brief
+from swlora.plural import counted
 
 Chat = Sequence[Mapping[str, str]]
 Write = Callable[[Chat, bool], str]  # a chat, and whether an answer is to begin: its text
@@ -65,7 +66,7 @@ def translate(write: Write, bos: str) -> GoTemplate:
     for chat in _trial_chats(has_system):
         if evaluate(text, chat) != written(chat, True):
             raise UserError(
-                f"the chat template writes chats of {len(chat)} turns in a way that "
+                f"the chat template writes chats of {counted(len(chat), 'turn')} in a way that "
                 f"is not translated for Ollama: {_WHAT_TO_DO}"
             )
     padded = [{"role": "user", "content": "  a \n"}]

@@ -15,6 +15,7 @@ from swlora.deploy.new_folder import check_new, new_folder
 from swlora.disk_space import Need, check_space
 from swlora.errors import RunFailedError, UserError
 from swlora.files import sha256_of, write_json
+from swlora.plural import counted
 from swlora.progress import Progress
 from swlora.result_json import as_json
 
@@ -82,7 +83,7 @@ def _download(pulled: Pulled, files: dict[str, Any], scratch: Path, progress: Pr
     from huggingface_hub import hf_hub_download
 
     n_bytes = sum(pulled.n_bytes.values())
-    said = f"take {len(files)} files, {n_bytes / 10**6:,.1f} MB, from {pulled.repo}"
+    said = f"take {counted(len(files), 'file')}, {n_bytes / 10**6:,.1f} MB, from {pulled.repo}"
     with progress.task(said, n_bytes) as task:
         for name, file in sorted(files.items()):
             hf_hub_download(pulled.repo, name, revision=pulled.commit, local_dir=scratch)

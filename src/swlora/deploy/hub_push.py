@@ -8,6 +8,7 @@ from swlora.deploy.hub_card import CardSources, card_for
 from swlora.deploy.hub_files import CARD, adapter_contents, model_contents
 from swlora.errors import UserError
 from swlora.files import write_text
+from swlora.plural import counted
 from swlora.progress import Progress
 from swlora.result_json import NO_KEY
 
@@ -94,7 +95,7 @@ def push(
             )
         if branch != "main":
             api.create_branch(plan.repo, branch=branch, exist_ok=True)
-        with progress.task(f"publish {len(plan.n_bytes)} files as {plan.repo}"):
+        with progress.task(f"publish {counted(len(plan.n_bytes), 'file')} as {plan.repo}"):
             done = api.create_commit(
                 plan.repo,
                 [CommitOperationAdd(name, _content(plan, name)) for name in plan.n_bytes],

@@ -20,6 +20,7 @@ from swlora.models.identity import BaseModel, name_base, sample_sha256, weights_
 from swlora.models.load import LoadedModel, load_skeleton
 from swlora.models.local_files import local_files
 from swlora.models.weight_source import WeightSource, open_weights
+from swlora.plural import counted
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def read_folder(folder: Path, dtype: torch.dtype) -> Any:
             output_loading_info=True,
         )
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}")
+        raise UserError(f"{folder} lacks {counted(len(missing), 'weight')}, such as {missing[0]}")
     return model.requires_grad_(False).eval()
 
 

@@ -9,6 +9,7 @@ from swlora.command_settings import SETTINGS
 from swlora.config import RunSpec, load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import read_json
+from swlora.plural import counted
 from swlora.result_json import from_json
 from swlora.runs import read_run
 from swlora.settings import SECRET, flag_name
@@ -39,8 +40,8 @@ def score_sections(run: Path) -> Iterator[str]:
     data = _plain(str(load_recorded_spec(run / "config.yaml", {}).data.name))
     yield "## Scores"
     yield (
-        f"On the {evaluated.split} split of {data}: {evaluated.n_prompts:,} prompts, "
-        f"{evaluated.n_rows:,} rows."
+        f"On the {evaluated.split} split of {data}: {counted(evaluated.n_prompts, 'prompt')}, "
+        f"{counted(evaluated.n_rows, 'row')}."
     )
     yield f"```\n{evaluation_table(evaluated)}\n```"
 

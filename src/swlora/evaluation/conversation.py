@@ -113,8 +113,8 @@ class Conversation:
                 break
             if len(turns) == 1:
                 raise UserError(
-                    f"this turn and the system turn have {len(prompt_ids)} tokens, and the model's "
-                    f"context of {context} has room for {context - wanted}; say less"
+                    f"this turn and the system turn have {len(prompt_ids):,} tokens, and the "
+                    f"model's context of {context} has room for {context - wanted}; say less"
                 )
             turns, left_out = turns[2:], left_out + 2
         if left_out:

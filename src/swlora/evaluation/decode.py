@@ -32,6 +32,7 @@ from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.rotary import RotaryLengths
 from swlora.models.anatomy import context_tokens, family_of, n_embeddings
 from swlora.models.load import LoadedModel
+from swlora.plural import counted
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
 
@@ -138,8 +139,8 @@ def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -
     longest, room = max(len(prompt) for prompt in prompts), context_tokens(model)
     if longest + spec.max_new_tokens > room:
         raise UserError(
-            f"a prompt of {longest} tokens and {spec.max_new_tokens} new ones exceed the model's "
-            f"context of {room}; lower --max-new-tokens or shorten the prompt"
+            f"a prompt of {counted(longest, 'token')} and {spec.max_new_tokens} new ones exceed "
+            f"the model's context of {room}; lower --max-new-tokens or shorten the prompt"
         )
 
 

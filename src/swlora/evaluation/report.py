@@ -7,6 +7,7 @@ from swlora.evaluation.evaluated import EnglishLoss, Evaluated
 from swlora.evaluation.scales import OF_100, OF_100_ANY_TEXT, SCALES, TEXT_SCALES
 from swlora.evaluation.scores import Scores
 from swlora.evaluation.text_scores import TextScores
+from swlora.plural import counted
 
 
 def evaluation_table(e: Evaluated) -> str:
@@ -77,7 +78,7 @@ def _remarks(n: int, of_100: str, *, has_intervals: bool) -> list[str]:
     if n < FEW_PROMPTS:
         too_narrow = ", and intervals from so few are too narrow" if has_intervals else ""
         said.append(
-            f"only {n} prompt{'s' * (n > 1)}: the scores say little of other prompts{too_narrow}; "
+            f"only {counted(n, 'prompt')}: the scores say little of other prompts{too_narrow}; "
             f"evaluate on {FEW_PROMPTS} or more"
         )
     return said

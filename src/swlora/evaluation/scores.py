@@ -30,6 +30,7 @@ from swlora.evaluation.ngram_scores import (
     nist_statistics,
 )
 from swlora.evaluation.ptb import ptb_tokenize
+from swlora.plural import counted
 from swlora.result_json import key
 
 Rows = NDArray[np.float64]
@@ -121,8 +122,8 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
         raise UserError("nothing to score: there are no predictions")
     if len(predictions) != len(references):
         raise UserError(
-            f"{len(predictions)} predictions for {len(references)} reference groups: "
-            "give one prediction per group"
+            f"{counted(len(predictions), 'prediction')} for "
+            f"{counted(len(references), 'reference group')}: give one prediction per group"
         )
     for position, group in enumerate(references):
         if isinstance(group, str) or not group:

@@ -9,6 +9,7 @@ from swlora.evaluation.bootstrap import score_intervals
 from swlora.evaluation.evaluated import Scored
 from swlora.evaluation.scores import segment_statistics
 from swlora.evaluation.text_scores import text_rows, text_scores
+from swlora.plural import counted
 
 
 def score_files(predictions: Path, references: Path) -> Scored:
@@ -22,8 +23,9 @@ def score_files(predictions: Path, references: Path) -> Scored:
         outputs.pop()  # blank lines after the last output
     if len(outputs) != len(groups):
         raise UserError(
-            f"{predictions} has {len(outputs)} outputs but {references} has {len(groups)} "
-            "distinct MRs; give one output a line, in the file order of the MRs"
+            f"{predictions} has {counted(len(outputs), 'output')} but {references} has "
+            f"{counted(len(groups), 'distinct MR')}; give one output a line, in the file order of "
+            "the MRs"
         )
     statistics = segment_statistics(outputs, groups)
     return Scored(

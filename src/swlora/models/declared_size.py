@@ -7,6 +7,7 @@ from pathlib import Path
 
 from swlora.errors import UserError
 from swlora.models.weight_source import SafetensorsWeights
+from swlora.plural import counted
 
 # What is missing up to here is named when the model is loaded.
 _MAX_NUMBERS_PER_STORED = 2
@@ -34,8 +35,8 @@ def check_declared_size(folder: Path) -> int:
     if n_described > most:
         raise UserError(
             f"the model {folder} cannot be loaded: its config.json describes {n_described:,} "
-            f"numbers in {model.config.num_hidden_layers:,} layers, and the weights beside it are "
-            f"{weights.n_numbers:,}"
+            f"numbers in {counted(model.config.num_hidden_layers, 'layer')}, and the weights "
+            f"beside it are {weights.n_numbers:,}"
         )
     return n_described
 

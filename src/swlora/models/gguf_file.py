@@ -8,6 +8,7 @@ from swlora.library_noise import quiet_libraries
 from swlora.models.gguf_config import read_gguf_config
 from swlora.models.gguf_tokenizer import read_gguf_tokenizer
 from swlora.models.gguf_weights import GgufWeights
+from swlora.plural import counted
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
@@ -30,7 +31,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     except Exception as error:
         raise _unreadable(path, error) from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them at random
-        raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}")
+        raise UserError(f"{path} lacks {counted(len(missing), 'weight')}, such as {missing[0]}")
     GgufWeights(path, model).check_all_read()
     return model, tokenizer
 

@@ -22,6 +22,7 @@ from swlora.models.gguf_file import load_gguf, read_gguf_header
 from swlora.models.gguf_weights import GgufWeights
 from swlora.models.precision import cast_parameters
 from swlora.models.quantised_weight import QuantisedWeight
+from swlora.plural import counted
 
 FAMILIES = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
@@ -76,7 +77,7 @@ def load_gguf_frozen(path: Path, dtype: torch.dtype) -> tuple[Any, Any, str]:
         module._parameters[part] = nn.Parameter(weight, requires_grad=False)
     model.tie_weights()
     if missing := sorted(name for name, p in model.named_parameters() if p.is_meta):
-        raise UserError(f"{path} lacks {len(missing)} weights, such as {missing[0]}")
+        raise UserError(f"{path} lacks {counted(len(missing), 'weight')}, such as {missing[0]}")
     return model, tokenizer, _in_words(kinds)
 
 

@@ -19,6 +19,7 @@ from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
 from swlora.models.gguf_config import read_gguf_config
 from swlora.models.gguf_header import StoredTensor, read_gguf_table
+from swlora.plural import counted
 
 
 class GgufWeights:
@@ -58,8 +59,9 @@ class GgufWeights:
         """
         if unread := [name for name in self._unread if not name.startswith("rope_f")]:
             raise UserError(
-                f"{self._path} has {len(unread)} tensors that no {self.model.config.model_type} "
-                f"model of transformers has, such as {unread[0]}; it would be another one without"
+                f"{self._path} has {counted(len(unread), 'tensor')} that no "
+                f"{self.model.config.model_type} model of transformers has, such as {unread[0]}; "
+                "it would be another one without"
             )
 
     @cached_property

@@ -25,6 +25,7 @@ from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.skeleton import make_skeleton
 from swlora.models.tokenizer_folder import TOKENIZER, check_added_tokens, check_tokenizer_folder
 from swlora.models.weights_room import bytes_if_quantised, check_weights_fit
+from swlora.plural import counted
 from swlora.threads import settle_threads
 
 
@@ -252,7 +253,9 @@ def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:
     except Exception as error:  # loaders raise the errors of many libraries
         raise UserError(f"the model {name} cannot be loaded: {_brief(error)}") from error
     if missing := sorted(report["missing_keys"]):  # transformers would fill them at random
-        raise UserError(f"the model {name} lacks {len(missing)} weights, such as {missing[0]}")
+        raise UserError(
+            f"the model {name} lacks {counted(len(missing), 'weight')}, such as {missing[0]}"
+        )
     return model
 
 
@@ -292,8 +295,8 @@ def _check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
     # Gemma 3's tokenizer has a token for images, added for siblings of its text models.
     if needed or not beyond <= added.keys():
         raise UserError(
-            f"the tokenizer knows {len(tokenizer)} tokens but the model embeds {n_known}; "
-            "they do not belong together (see --tokenizer)"
+            f"the tokenizer knows {counted(len(tokenizer), 'token')} but the model embeds "
+            f"{n_known:,}; they do not belong together (see --tokenizer)"
         )
     sample = set(tokenizer("word", add_special_tokens=False).input_ids)
     if sample <= {tokenizer.unk_token_id}:  # made up by transformers where the files are missing

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from swlora.errors import UserError
+from swlora.plural import counted
 
 # The instructions by which oneDNN multiplies bfloat16 matrices: x86; ARM, where Linux has oneDNN
 _X86_FLAGS = ("avx512_bf16", "amx_bf16")
@@ -75,7 +76,7 @@ def _present(device: torch.device) -> torch.device:
     }.get(device.type, 1)
     if (device.index or 0) >= n_devices:
         raise UserError(
-            f"--device {device}: this machine has {n_devices} {device.type} devices; "
+            f"--device {device}: this machine has {counted(n_devices, f'{device.type} device')}; "
             "use auto or cpu"
         )
     return device

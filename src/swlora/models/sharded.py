@@ -33,6 +33,7 @@ from swlora.models.model_folder import check_model_folder
 from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.sharded_weight import as_part, is_sharded, own_rows
 from swlora.models.weight_source import SafetensorsWeights
+from swlora.plural import counted
 from swlora.processes import from_main, world
 
 # Gathered weights come and go in sizes that leave holes in kept memory: with 1.1 B weights in two
@@ -65,7 +66,8 @@ def load_sharded_model(spec: ModelSpec) -> LoadedModel:
     weights = SafetensorsWeights(folder)
     if missing := sorted({name for name, _ in model.named_parameters()}.difference(weights.names)):
         raise UserError(
-            f"the model {skeleton.name} lacks {len(missing)} weights, such as {missing[0]}"
+            f"the model {skeleton.name} lacks {counted(len(missing), 'weight')}, such as "
+            f"{missing[0]}"
         )
     mesh = init_device_mesh(device.type, (world().size,))
     shard(model, mesh)

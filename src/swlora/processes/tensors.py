@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from swlora.errors import UserError
+from swlora.plural import counted
 from swlora.processes.joining import (
     check_alike,
     ended_well,
@@ -55,7 +56,7 @@ def _check_gpus(local_rank: int) -> None:
     n_there = gathered([local_rank, torch.cuda.device_count()])
     for rank, (own, n) in enumerate(n_there):
         if own >= n:
-            gpus = "1 GPU" if n == 1 else f"{n} GPUs"
+            gpus = counted(n, "GPU")
             raise UserError(
                 f"rank {rank} has no GPU of its own: its machine has {gpus}, and it would take "
                 f"number {own}; start as many processes there as it has GPUs, or with --device cpu"

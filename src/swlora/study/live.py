@@ -16,6 +16,7 @@ from rich.table import Table
 
 from swlora.bounded_read import UnreadableError, parse_json, read_tail
 from swlora.metrics_file import METRICS
+from swlora.plural import counted
 from swlora.progress import duration
 from swlora.study.plan import Task
 
@@ -214,7 +215,7 @@ def study_left(board: Board) -> str:
     left = f"{'about' if complete else 'more than'} {duration(seconds)}"
     if not (seconds or complete):
         left = "time unknown"
-    return f"study: {n_left} of {len(board.tasks)} runs left, {left}"
+    return f"study: {n_left} of {counted(len(board.tasks), 'run')} left, {left}"
 
 
 def _summary(states: list[str]) -> str:

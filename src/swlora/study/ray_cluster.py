@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swlora.errors import UserError, brief
+from swlora.plural import counted
 
 CONNECTS_S = 5.0
 ANSWERS_S = 20.0  # how long a cluster may take to say that it is one
@@ -52,9 +53,9 @@ class RayCluster:
         hosts = ", ".join(
             f"{node.host} {_n_runs(node, self.n_cpus, self.n_gpus)}" for node in self.nodes
         )
-        gpus = f" and {_counted(self.n_gpus, 'GPU')}" if self.n_gpus else ""
+        gpus = f" and {counted(self.n_gpus, 'GPU')}" if self.n_gpus else ""
         return (
-            f"Ray: {_counted(len(self.nodes), 'node')}, {_counted(self.n_cpus, 'CPU')}{gpus} "
+            f"Ray: {counted(len(self.nodes), 'node')}, {counted(self.n_cpus, 'CPU')}{gpus} "
             f"a run; runs at a time: {hosts}"
         )
 
@@ -218,10 +219,12 @@ def _cluster(ray: Any, nodes: list[Node], n_cpus: int | None, wants_gpu: bool | 
         n_cpus = max(1, n_cpus)
     fit = [node for node in fit if _n_runs(node, n_cpus, n_gpus)]
     if not fit:
-        has = ", ".join(f"{n.host}: {_counted(n.n_cpus, 'CPU')}, {n.n_gpus} GPUs" for n in nodes)
+        has = ", ".join(
+            f"{n.host}: {counted(n.n_cpus, 'CPU')}, {counted(n.n_gpus, 'GPU')}" for n in nodes
+        )
         gpu = " and a GPU" if n_gpus else ""
         raise UserError(
-            f"no machine of the Ray cluster has {_counted(n_cpus, 'CPU')}{gpu} for a run ({has})"
+            f"no machine of the Ray cluster has {counted(n_cpus, 'CPU')}{gpu} for a run ({has})"
         )
     return RayCluster(ray, fit, n_cpus, n_gpus)
 
@@ -249,7 +252,3 @@ def _remote(ray: Any, work: str) -> Any:
         yield from getattr(remote_work, work)(order)
 
     return ray.remote(max_retries=0, num_returns="streaming")(carry_out)
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from swlora.evaluation.scales import OF_100
+from swlora.plural import counted
 from swlora.study import tables
 from swlora.study.compared import Compared, FinishedArm
 from swlora.study.tables import markdown_table
@@ -57,16 +58,17 @@ def _introduction(results: Compared, finished: Sequence[FinishedArm]) -> str:
     setting, facts = results.setting, results.setting["facts"]
     machine, train = facts.get("machine", {}), setting["train"]
     data = facts.get("data_source", setting["data"]["name"])
-    n_rows = facts.get("n_rows", {}).get("train")
+    n_rows, n_arms = facts.get("n_rows", {}).get("train"), len(results.arms)
+    arms = f"{counted(n_arms, 'arm')} {'has' if n_arms == 1 else 'have'}"
     lines = [
         f"Model {setting['model']['name']}, data {data}"
-        + (f", {n_rows} training rows" if n_rows else "")
+        + (f", {counted(n_rows, 'training row')}" if n_rows else "")
         + f", {setting['data']['eval_split']} set"
-        + (f", {finished[0].n_prompts} prompts" if finished else "")
-        + f"; {train['epochs']} epoch{'s' * (train['epochs'] != 1)} unless said, "
-        f"{train['batch_size']} rows a step. {machine.get('cpu', 'Unknown processor')}, "
-        f"{machine.get('cores', '?')} cores. {len(finished)} of {len(results.arms)} arms have "
-        f"results; the study is {results.status}."
+        + (f", {counted(finished[0].n_prompts, 'prompt')}" if finished else "")
+        + f"; {counted(train['epochs'], 'epoch')} unless said, "
+        f"{counted(train['batch_size'], 'row')} a step. {machine.get('cpu', 'Unknown processor')}, "
+        f"{machine.get('cores', '?')} cores. {len(finished)} of {arms} results; the study is "
+        f"{results.status}."
     ]
     if phases_s := facts.get("phases_s"):
         spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in phases_s.items())

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from swlora.evaluation.scales import SCALES
 from swlora.layer_policy import EN_DASH, layer_ranges
+from swlora.plural import counted
 from swlora.result_json import as_json
 from swlora.study.compared import (
     ArmResult,
@@ -226,7 +227,9 @@ def _rank(arm: FinishedArm) -> str:
     if not pattern:
         return NONE if arm.rank is None else str(arm.rank)
     ranks = list(pattern.values())
-    return f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in {len(ranks)} matrices"
+    return (
+        f"{min(ranks)} to {max(ranks)}, {sum(ranks)} in {counted(len(ranks), 'matrix', 'matrices')}"
+    )
 
 
 def _rate(arm: FinishedArm) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from swlora.errors import UserError
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy, WeightAddress
+from swlora.plural import counted
 from swlora.superweights.detect import leading_bos
 from swlora.threads import adapt_threads
 
@@ -37,8 +38,9 @@ def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) 
     n_needed = n * (window_tokens - len(start))
     if len(token_ids) < n_needed:
         raise UserError(
-            f"the text has {len(token_ids)} tokens; {n} windows of {window_tokens} need "
-            f"{n_needed}{' beside BOS' * bool(start)}: give a longer --text or fewer --windows"
+            f"the text has {counted(len(token_ids), 'token')}; {counted(n, 'window')} of "
+            f"{window_tokens} would take {n_needed}{' beside BOS' * bool(start)}: give a longer "
+            "--text or fewer --windows"
         )
     windows = torch.tensor(token_ids[:n_needed]).view(n, -1)
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(n, -1), windows], dim=1)

@@ -14,6 +14,7 @@ import torch
 
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, weight_out_in
+from swlora.plural import counted
 from swlora.result_json import FLAT
 
 POOL_PER_CONTROL = 5
@@ -59,7 +60,7 @@ def _draw(
     distance = distance.flatten()  # position out * n_in + in, however the matrix is stored
     n_pool = min(POOL_PER_CONTROL * n, int(distance.isfinite().sum()))
     if n_pool < n:
-        raise UserError(f"the matrix of {address} is too small for {n} controls")
+        raise UserError(f"the matrix of {address} is too small for {counted(n, 'control')}")
     farthest = distance.topk(n_pool, largest=False).values[-1]
     pool = (distance <= farthest).nonzero()[:, 0]
     controls = []

@@ -15,6 +15,7 @@ import torch
 
 from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, context_tokens
+from swlora.plural import counted
 from swlora.processes import dealt, world
 from swlora.progress import Progress, Silent
 from swlora.superweights.ablate import scaled, zeroed
@@ -191,8 +192,8 @@ def _continued(
     n_tokens, room = token_ids.shape[1], context_tokens(model) - max_new_tokens
     if not 0 < n_tokens <= room:
         raise UserError(
-            f"a prompt has {n_tokens} tokens; with {max_new_tokens} new ones to follow it can "
-            f"have 1 to {room}"
+            f"a prompt has {counted(n_tokens, 'token')}; with {max_new_tokens} new ones to follow "
+            f"it can have 1 to {room}"
         )
     out = model.generate(
         input_ids=token_ids,

@@ -25,6 +25,7 @@ from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.token_nats import token_nats
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy, WeightAddress, context_tokens
+from swlora.plural import are, counted
 from swlora.superweights.ablate import scaled
 
 BLOCK_TOKENS = 64
@@ -106,7 +107,9 @@ class Meter:
         """
         n = self.n_windows if n_windows is None else n_windows
         if not 1 <= n <= self.n_windows:
-            raise UserError(f"there are {self.n_windows} windows of text, not {n}")
+            raise UserError(
+                f"there {are(self.n_windows)} {counted(self.n_windows, 'window')} of text, not {n}"
+            )
         if not all(isfinite(factor) for factor in scales.values()):
             raise UserError("a weight can be scaled by a finite factor only")
         if not set(keep) <= set(range(self.anatomy.n_layers)):

@@ -23,6 +23,7 @@ import numpy as np
 
 from swlora.errors import UserError
 from swlora.models.anatomy import WeightAddress
+from swlora.plural import counted
 from swlora.processes import dealt, world
 from swlora.progress import Progress, Silent
 from swlora.result_json import NO_KEY
@@ -115,7 +116,7 @@ def prove(
         raise UserError("a proof needs candidates, each of them once")
     if n_controls < 1 or not 1 <= control_windows <= meter.n_windows:
         raise UserError(
-            f"a proof needs one control at least, on 1 to {meter.n_windows} windows; "
+            f"a proof needs one control at least, on 1 to {counted(meter.n_windows, 'window')}; "
             f"not {n_controls} on {control_windows}"
         )
     for address in addresses:
@@ -209,7 +210,7 @@ class _Judge:
 
     def together(self, addresses: Sequence[WeightAddress]) -> JointProof:
         """Judge several candidates as one."""
-        effect = self._judge(addresses, f"{len(addresses)} candidates together")
+        effect = self._judge(addresses, f"{counted(len(addresses), 'candidate')} together")
         return JointProof(**vars(effect), addresses=tuple(addresses))
 
     def _all_but(self, address: WeightAddress) -> BlockLosses:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from swlora.files import write_text
+from swlora.plural import counted
 from swlora.superweights.figure import draw_dose, draw_path, draw_scan, draw_sinks
 from swlora.superweights.findings import Identified
 from swlora.superweights.report_fine_tuned import fine_tuned_answer, fine_tuned_sections
@@ -94,7 +95,7 @@ def answer(result: Identified) -> list[str]:
     removal = ", ".join(map(str, result.removal_layers))
     if removal:
         said.append(f"layers that take the super activation away again: {removal}")
-    together = {f"all {len(result.candidates)} candidates": result.joint}
+    together = {f"all {counted(len(result.candidates), 'candidate')}": result.joint}
     if len(proved) > 1 and result.joint_proven:
         together[f"the {len(proved)} verified ones"] = result.joint_proven
     for who, effect in together.items():
@@ -111,14 +112,15 @@ def agreement(settings: Sequence[Setting]) -> str:
     """Say how far prompts, with and without BOS, agree on the super activation."""
     massive = [s for s in settings if s.is_massive]
     n_prompts = len({s.prompt for s in settings})
-    tried = f"{n_prompts} prompt{'s' * (n_prompts > 1)}" + (
+    tried = counted(n_prompts, "prompt") + (
         ", with and without BOS" if len({s.has_bos for s in settings}) > 1 else ""
     )
     if not massive:
         return f"no massive activation in {tried}"
     places = {s.activation.channel for s in massive}
     where = ", ".join(f"channel {channel}" for channel in sorted(places))
-    return f"massive activation in {len(massive)} of {len(settings)} settings ({tried}), at {where}"
+    of_all = f"{len(massive)} of {counted(len(settings), 'setting')}"
+    return f"massive activation in {of_all} ({tried}), at {where}"
 
 
 def rows(result: Identified) -> list[tuple[str, ...]]:
@@ -150,8 +152,8 @@ def _candidates(result: Identified) -> Iterable[str]:
         "with the weight at zero over that, `95 %` its bootstrap interval, `control` the largest "
         f"ratio among {setup.n_controls} random weights of the same matrix and of like size "
         f"(where the ratio exceeds {limits.strong:g}, on the first {result.control_windows} "
-        f"of {setup.n_windows} windows), `agree` in how many settings the candidate was seen. "
-        "In nats a token, on the same windows, a verified candidate's effect is more than "
+        f"of {counted(setup.n_windows, 'window')}), `agree` in how many settings the candidate was "
+        "seen. In nats a token, on the same windows, a verified candidate's effect is more than "
         f"{limits.control_factor:g} times that of any control: `super` above a ratio of "
         f"{limits.super:g}, `strong` above {limits.strong:g}."
     )
@@ -209,7 +211,7 @@ def _repeat(result: Identified) -> Iterable[str]:
         "model": f"{setup.model}, revision {setup.model_revision or 'not named'}",
         "arithmetic": f"{setup.dtype} on {setup.device}",
         "text": (
-            f"{setup.text}: {setup.n_windows} windows of {setup.window_tokens} tokens, "
+            f"{setup.text}: {counted(setup.n_windows, 'window')} of {setup.window_tokens} tokens, "
             f"{'each beginning with' if setup.windows_begin_with_bos else 'without'} BOS, as "
             f"the tokenizer has it; sha256 of the token ids {setup.text_tokens_sha256}"
         ),

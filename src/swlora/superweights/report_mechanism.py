@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
+from swlora.plural import counted
 from swlora.superweights.findings import Identified
 from swlora.superweights.mechanism import Mechanism, WeightMechanism
 from swlora.superweights.sinks import SINK_SCORE
@@ -60,8 +61,9 @@ def mechanism_sections(result: Identified) -> Iterator[str]:
     yield (
         "Mass: the attention that goes to the first position of a window, mean over heads and all "
         "queries, of which the first sees nothing else. Sinks: the share of heads in which it "
-        f"exceeds {SINK_SCORE:g} (arXiv 2410.10781, section 3.2). On {result.setup.n_windows} "
-        f"windows of {result.setup.window_tokens} tokens; compare equal windows only."
+        f"exceeds {SINK_SCORE:g} (arXiv 2410.10781, section 3.2). On "
+        f"{counted(result.setup.n_windows, 'window')} of {result.setup.window_tokens} tokens; "
+        "compare equal windows only."
     )
     yield _sink_table(mechanism)
     yield from _means(result, mechanism.weights)

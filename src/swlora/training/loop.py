@@ -20,6 +20,7 @@ from swlora.adapters.adapted import Adapted
 from swlora.config import TrainSpec
 from swlora.errors import DivergedError, RunFailedError
 from swlora.loss_sum import LossSum
+from swlora.plural import counted
 from swlora.processes import StoppedTogether
 from swlora.progress import Progress
 from swlora.run_record import RunRecord
@@ -72,7 +73,7 @@ def train(
         progress.say(f"resuming after step {state.totals.step}")
     run.truncate_metrics(state.totals.step)
     if n_lost := state.totals.step - len(run.metrics()):
-        progress.say(f"metrics.jsonl is damaged: the reports of {n_lost:,} steps are lost")
+        progress.say(f"metrics.jsonl is damaged: the reports of {counted(n_lost, 'step')} are lost")
     if watch:
         watch.resume(state.held_out)
     checkpoints = Checkpoints(state, run, spec)

@@ -13,6 +13,7 @@ from swlora.config import DEFAULT_BATCH_SIZE, TrainSpec
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
+from swlora.plural import counted
 
 Step = Sequence[np.ndarray]
 FEW_STEPS = 20  # fewer hardly train anything
@@ -108,21 +109,20 @@ def batch_note(spec: TrainSpec, n_sequences: int) -> str | None:
     if spec.batch_size is None and size < DEFAULT_BATCH_SIZE:
         n_default = _n_planned(spec, n_sequences, DEFAULT_BATCH_SIZE)
         return (
-            f"{n_sequences} rows would make {_steps(n_default)} of {DEFAULT_BATCH_SIZE} rows; "
-            f"taking {size} rows a step, {_steps(n_steps)} (--batch-size sets another number)"
+            f"{counted(n_sequences, 'row')} would make {counted(n_default, 'step')} of "
+            f"{DEFAULT_BATCH_SIZE} rows; taking {counted(size, 'row')} a step, "
+            f"{counted(n_steps, 'step')} (--batch-size sets another number)"
         )
     if n_steps < min(FEW_STEPS, spec.max_steps or FEW_STEPS):
         advice = "more --epochs or a smaller --batch-size" if size > 1 else "more --epochs"
-        return f"{n_sequences} rows make only {_steps(n_steps)} of {size} rows; {advice} makes more"
+        make = "makes" if n_sequences == 1 else "make"
+        steps = f"{counted(n_steps, 'step')} of {counted(size, 'row')}"
+        return f"{counted(n_sequences, 'row')} {make} only {steps}; {advice} makes more"
     return None
 
 
 def _n_planned(spec: TrainSpec, n_sequences: int, size: int) -> int:
     return spec.epochs * math.ceil(n_sequences / size)  # see plan_steps
-
-
-def _steps(n: int) -> str:
-    return f"{n} step" if n == 1 else f"{n} steps"
 
 
 def step_plan(sequences: TokenSequences, spec: TrainSpec, seed: int) -> StepPlan:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -35,8 +36,9 @@ class PackedFolder(StreamingResponse):
         with ExitStack() as opened:
             self.files = _opened(folder, opened)
             self._opened = opened.pop_all()
-        quoted = f'attachment; filename="{file_name}"'
-        headers = {"cache-control": "no-store", "content-disposition": quoted}
+        plain, quoted = f'filename="{file_name}"', quote(file_name)
+        named = plain if quoted == file_name else f"filename*=utf-8''{quoted}"  # RFC 6266
+        headers = {"cache-control": "no-store", "content-disposition": f"attachment; {named}"}
         super().__init__(zip_parts(self.files), headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,6 +78,9 @@ class _Made:
 
     def flush(self) -> None:
         """Do nothing: what was written is there."""
+
+    def close(self) -> None:
+        """Do nothing: what was written is taken afterwards."""
 
     def taken(self) -> bytes:
         """Return what was written since the last time."""

@@ -13,6 +13,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData
 
+from swlora.plural import counted
 from swlora.web.answers import WholeText, collect
 from swlora.web.generation import Finish
 from swlora.web.guard import FORM_TYPE
@@ -193,4 +194,4 @@ def stats(text: WholeText) -> str:
     assert isinstance(finish, Finish)
     rate = finish.n_tokens / max(finish.seconds, 1e-3)
     how = ENDS.get(finish.reason, finish.reason)
-    return f"{finish.n_tokens} tokens · {rate:.1f} tokens/s · {how}"
+    return f"{counted(finish.n_tokens, 'token')} · {rate:.1f} tokens/s · {how}"

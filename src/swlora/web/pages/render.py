@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.responses import HTMLResponse, Response
 
+from swlora.plural import counted
 from swlora.web.guard import API_PREFIXES
 from swlora.web.pages.static import asset_url
 from swlora.web.problems import ApiError
@@ -40,7 +41,7 @@ def environment() -> Environment:
         auto_reload=False,
     )
     found.filters["path"] = lambda name: quote(name, safe="/")
-    found.globals |= {"asset": asset_url}
+    found.globals |= {"asset": asset_url, "counted": counted}
     return found
 
 

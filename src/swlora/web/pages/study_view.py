@@ -12,6 +12,7 @@ from typing import Any
 from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import UserError
 from swlora.layer_policy import EN_DASH, layer_ranges
+from swlora.plural import counted
 from swlora.progress import duration
 from swlora.study import tables
 from swlora.study.compared import FinishedArm, read_finished
@@ -165,7 +166,7 @@ def _row(entry: RunEntry, facts: Mapping[str, Any]) -> StudyRow:
     n_done = states.pop("done", 0)
     others = [f"{n} {state}" for state, n in sorted(states.items()) if state]
     arms = _mapping(facts["arms"])
-    said = [f"{len(arms)} arms" if len(arms) != 1 else "1 arm", f"{n_done} runs done", *others]
+    said = [counted(len(arms), "arm"), f"{counted(n_done, 'run')} done", *others]
     status = present_status(entry.folder, facts)
     return StudyRow(
         entry.name,

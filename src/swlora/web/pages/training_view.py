@@ -8,6 +8,7 @@ from pathlib import Path
 from swlora.data.summary import DataSummary, Fact, doubtful_facts, split_facts, step_facts
 from swlora.disk_space import size
 from swlora.locks import is_locked
+from swlora.plural import are, counted
 from swlora.preview import DataPreview, ShownRow, Span
 from swlora.result_json import from_json
 from swlora.web.folders import RunEntry, known_run, without_folders
@@ -122,14 +123,15 @@ def shown_text(span: Span) -> str:
     text = span.text
     if (n_left_out := len(text) - MAX_CHARACTERS) > 0:
         half = MAX_CHARACTERS // 2
-        text = f"{text[:half]} … {n_left_out:,} characters … {text[-half:]}"
+        text = f"{text[:half]} … {counted(n_left_out, 'character')} … {text[-half:]}"
     return text.replace("\n", "↵\n")
 
 
 def _facts(summary: DataSummary) -> list[Fact]:
     facts = split_facts(summary.train)
     if held_out := summary.held_out:
-        facts.append(("held out", f"{held_out.n_rows:,} rows of {held_out.n_prompts:,} prompts"))
+        prompts = counted(held_out.n_prompts, "prompt")
+        facts.append(("held out", f"{counted(held_out.n_rows, 'row')} of {prompts}"))
     if summary.steps:
         facts += step_facts(summary.steps)
     return facts + doubtful_facts(summary)
@@ -142,10 +144,12 @@ def _doubts(found: DataPreview) -> list[str]:
     n_cut = sum(split.n_cut for split in (summary.train, summary.held_out) if split)
     doubts = []
     if n_bad:
-        doubts.append(f"{n_bad:,} rows cannot be used: correct them, or tick “Leave out bad rows”.")
+        rows = counted(n_bad, "row")
+        doubts.append(f"{rows} cannot be used: correct that, or tick “Leave out bad rows”.")
     if n_cut:
         doubts.append(
-            f"{n_cut:,} rows are longer than the model's context: tick “Shorten long rows”."
+            f"{counted(n_cut, 'row')} {are(n_cut)} longer than the model's context: tick “Shorten "
+            "long rows”."
         )
     return doubts
 

@@ -95,7 +95,7 @@ export class Pane {
 
   #show(seconds, how) {
     const rate = this.#tokens / Math.max(seconds, 1e-3);
-    const said = [`${this.#tokens} tokens`, `${rate.toFixed(1)} tokens/s`];
+    const said = [`${this.#tokens} ${this.#tokens === 1 ? "token" : "tokens"}`, `${rate.toFixed(1)} tokens/s`];
     if (how) said.push(how);
     this.#parts.stats.textContent = said.join(" · ");
   }

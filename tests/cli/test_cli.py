@@ -279,7 +279,7 @@ def test_score(swlora):
     assert swlora("score", *files, "--output", "used").code == 0
     assert json.loads(Path("used/result.json").read_text()) == {"mine": 1, **result}
     Path("p.txt").write_text("A serves food.\n")
-    assert "has 1 outputs but r.txt has 2 distinct MRs" in swlora("score", *files).mistake
+    assert "has 1 output but r.txt has 2 distinct MRs" in swlora("score", *files).mistake
     assert "cannot read gone" in swlora("score", *files[:3], "gone").mistake
 
 

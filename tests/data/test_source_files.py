@@ -139,7 +139,7 @@ BAD_JSON = {
     ),
 }
 BAD_CSV = {
-    b"p": "has 1 fields, the header 2",
+    b"p": "has 1 field, the header 2",
     b"p,a,b": "has 3 fields, the header 2",
     b',"c"': "prompt is empty",
     b'p,"\n "': "completion is empty",

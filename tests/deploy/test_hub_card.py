@@ -42,7 +42,7 @@ def test_a_runs_card_has_its_command_timings_and_scores(small, swlora, tmp_path)
     parser = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
     parser.make_context(verb, words)
     assert any(printed in code for code in code_blocks(card))
-    assert re.search(r"^On the dev split of rows.jsonl: \d+ prompts, \d+ rows\.$", card, re.M)
+    assert re.search(r"^On the dev split of rows.jsonl: \d+ prompts?, \d+ rows?\.$", card, re.M)
     assert "examples/s in training" in card
     assert "Licence of the data: unknown: fill in" in card
     assert ModelCard(card).data.library_name == "peft"

@@ -208,7 +208,7 @@ def test_empty_predictions_count_as_segments_without_hits(java: bool) -> None:
     ("predictions", "references", "message"),
     [
         ([], [], "no predictions"),
-        (["a"], [["a"], ["b"]], "1 predictions for 2 reference groups"),
+        (["a"], [["a"], ["b"]], "1 prediction for 2 reference groups"),
         (["a", "b"], [["a"], []], "reference group 1 has to be a list"),
         (["a"], ["a text"], "reference group 0 has to be a list"),
         (["a", "b"], [["a"], ["b", " ..."]], "reference group 1 has a reference without any word"),

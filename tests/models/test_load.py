@@ -276,7 +276,7 @@ def test_damaged_folders(damage, copy_of):
 
 def test_a_tokenizer_that_is_too_large(shared_dir, model_folder):
     wanted = spec(model_folder("llama"), tokenizer=str(shared_dir / "gpt2-tokenizer"))
-    assert "knows 50257 tokens but the model embeds 264" in refusal(wanted)
+    assert "knows 50,257 tokens but the model embeds 264" in refusal(wanted)
 
 
 def test_a_tokenizer_that_is_not_there(copy_of, tmp_path):

@@ -37,10 +37,11 @@ def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) 
     start = window_start(tokenizer)
     n_needed = n * (window_tokens - len(start))
     if len(token_ids) < n_needed:
+        need = "needs" if n == 1 else "need"
         raise UserError(
             f"the text has {counted(len(token_ids), 'token')}; {counted(n, 'window')} of "
-            f"{window_tokens} would take {n_needed}{' beside BOS' * bool(start)}: give a longer "
-            "--text or fewer --windows"
+            f"{window_tokens} {need} {n_needed}{' beside BOS' * bool(start)}: give a longer --text "
+            "or fewer --windows"
         )
     windows = torch.tensor(token_ids[:n_needed]).view(n, -1)
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(n, -1), windows], dim=1)

@@ -82,6 +82,8 @@ def test_the_whole_way_from_a_file_to_a_chat(visit, training_runs, picture):
     tries.click()
     talk_with_both(page)
     picture(page, "chat")
+    page.goto("/runs/chats")
+    merge_and_export(page, training_runs / "chats", picture)
 
 
 def stop_in_the_middle(page: Page, run: Path, picture) -> None:
@@ -99,6 +101,20 @@ def stop_in_the_middle(page: Page, run: Path, picture) -> None:
     expect(page.get_by_role("button", name="Resume")).to_be_visible()
     expect(page.locator(".state .badge")).to_have_text("cancelled")
     picture(page, "stopped")
+
+
+def merge_and_export(page: Page, run: Path, picture) -> None:
+    """Make a model of the adapter; no .gguf file of it, whose tokenizer llama.cpp would not read."""
+    page.get_by_role("button", name="Merge into a model").click()
+    export = page.get_by_role("button", name="Write as GGUF")
+    expect(export).to_be_visible()
+    picture(page, "merged")
+    assert (run / "merged/model.safetensors").is_file()
+    export.click()
+    expect(page.locator(".problem")).to_have_text(
+        "That did not work: the tokenizer has no merges, and llama.cpp reads none without"
+    )
+    picture(page, "not-exported")
 
 
 def talk_with_both(page: Page) -> None:

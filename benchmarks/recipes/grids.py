@@ -35,7 +35,8 @@ GRIDS: dict[str, tuple[str, ...]] = {
     "ends": (
         "order=pairs batch=16 rate=2e-3|4e-3|6e-3 schedule=linear|sqrt:0.2|sqrt:0.5|cosine",
         "order=pairs batch=16 rate=1e-3|2e-3|4e-3 schedule=constant average=0.33",
-        "order=pairs batch=16 rate=1e-3|4e-3 jump=6",
+        # Where the rate has fallen a jump has far to go, and every repeat is measured
+        "order=pairs batch=16 rate=5e-4|1e-3|2e-3 schedule=constant jump=6",
     ),
     "width": (
         "order=pairs batch=16 rank=8 rate=1.5e-3|3e-3",

@@ -24,7 +24,7 @@ TUNED = frozenset(
 )
 HEADER = (
     *("recipe", "seeds", "rows", "nodes", "CPU, s", "wall, s", "dev NLL", "seeds' range"),
-    *("difference [95 %]", "CPU : baseline", "steps in half its CPU, s"),
+    *("difference [95 %]", "CPU : baseline", "steps in half of its CPU s"),
     *("to its NLL + 0.01 : baseline", "test NLL"),
 )
 
@@ -32,22 +32,25 @@ HEADER = (
 def markdown(cases: Sequence[Case], baseline: str | None) -> str:
     """Return the tables of the cases, one for each data set.
 
-    `baseline` is a recipe; None takes the plain one with the lowest loss. Raises UserError where it
-    was not run.
+    `baseline` is a recipe, of its own data set; elsewhere it is the plain one with the lowest loss.
+    Raises UserError where the recipe has no result.
     """
-    data = dict.fromkeys(case["settings"]["data"] for case in cases)
-    parts = [_of([c for c in cases if c["settings"]["data"] == name], baseline) for name in data]
-    return "\n\n".join(f"{name}\n\n{part}" for name, part in zip(data, parts, strict=True))
+    given = Recipe.parse(baseline) if baseline is not None else None
+    if given and not any(c["recipe"] == str(given) and "error" not in c for c in cases):
+        raise UserError(f"the baseline {str(given)!r} has no result here")
+    parts = []
+    for name in dict.fromkeys(case["settings"]["data"] for case in cases):
+        own = [case for case in cases if case["settings"]["data"] == name]
+        parts += [name, _of(own, given if given and given.data == name else None)]
+    return "\n\n".join(parts)
 
 
-def _of(cases: Sequence[Case], baseline: str | None) -> str:
+def _of(cases: Sequence[Case], baseline: Recipe | None) -> str:
     good = [case for case in cases if "error" not in case]
     by_recipe: dict[str, list[Case]] = {}
     for case in good:
         by_recipe.setdefault(case["recipe"], []).append(case)
-    name = _plainest(by_recipe) if baseline is None else str(Recipe.parse(baseline))
-    if baseline is not None and name not in by_recipe:
-        raise UserError(f"the baseline {name!r} has no result here")
+    name = _plainest(by_recipe) if baseline is None else str(baseline)
     base = by_recipe.get(name or "", [])
     lines = [_cells(recipe, own, base) for recipe, own in by_recipe.items()]
     lines.sort(key=lambda cells: float(cells[6]))
@@ -60,9 +63,9 @@ def _of(cases: Sequence[Case], baseline: str | None) -> str:
 
 
 def _plainest(by_recipe: dict[str, list[Case]]) -> str | None:
-    """Return the plain recipe with the lowest loss; None where there is none."""
+    """Return the plain recipe with the lowest loss, of those with the most seeds; None for none."""
     plain = {
-        recipe: median(c["dev"]["nll"] for c in own)
+        recipe: (-len(own), median(c["dev"]["nll"] for c in own))
         for recipe, own in by_recipe.items()
         if {word.partition("=")[0] for word in recipe.split()} <= TUNED | {"data"}
     }

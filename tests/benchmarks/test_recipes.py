@@ -223,6 +223,13 @@ def test_the_table_holds_recipes_against_the_best_plain_one() -> None:
     assert again[2] == "baseline: steps=50 rate=0.008"
     with pytest.raises(UserError, match="has no result here"):
         markdown(CASES, "steps=51")
+    # One lucky seed makes no baseline, and another data set has its own
+    lucky = case("steps=50 rate=0.003", 0, 1.1, 100)
+    chats = case("steps=50 data=chats", 0, 0.4, 100)
+    again = markdown([*CASES, lucky, chats], "steps=50 rate=0.008").splitlines()
+    heads = [line for line in again if line.startswith("baseline:")]
+    assert heads == ["baseline: steps=50 rate=0.008", "baseline: steps=50 data=chats"]
+    assert markdown([*CASES, lucky], None).splitlines()[2] == lines[2]
 
 
 def test_a_difference_has_the_interval_of_prompts_and_seeds() -> None:

@@ -30,6 +30,10 @@ def test_a_recipe_is_written_as_it_is_read() -> None:
     assert Recipe.parse("rate=1.23456789e-05 steps=2").rate == 1.23456789e-05
 
 
+def test_a_decay_is_no_matter_of_the_rank():
+    assert Recipe.parse("steps=5 rank=64 decay=0.1").decay == 0.1
+
+
 @pytest.mark.parametrize(
     ("text", "scale"),
     [("scale=8", 8.0), ("scale=32/r", 2.0), ("scale=16/sqrt(r)", 4.0), ("method=miss", 1.0)],

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swlora.config import SAMPLE_DATASET, RunSpec
@@ -41,13 +42,20 @@ class Job:
 
     def __post_init__(self) -> None:
         """Take the model on which the adapter to start from was trained, where none is named."""
-        start, model = self.spec.adapter.start, self.spec.model
-        if start is not None and "name" not in model.model_fields_set:
-            from swlora.adapters.saved import adapter_folder
-            from swlora.deploy.merge_base import base_spec
+        self.take_base_of(self.spec.adapter.start)
 
-            of_start = base_spec(adapter_folder(start), model)
-            self.spec = self.spec.model_copy(update={"model": of_start})
+    def take_base_of(self, adapter: Path | None) -> None:
+        """Take the model on which an adapter was trained, where there is one and none is named.
+
+        Raises UserError where there is no such folder, or its model is not found.
+        """
+        if adapter is None or "name" in self.spec.model.model_fields_set:
+            return
+        from swlora.adapters.on_base import base_spec
+        from swlora.adapters.saved import adapter_folder
+
+        base = base_spec(adapter_folder(adapter), self.spec.model)
+        self.spec = self.spec.model_copy(update={"model": base})
 
     @cached_property
     def loaded(self) -> LoadedModel:

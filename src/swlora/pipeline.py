@@ -53,6 +53,7 @@ def identify(job: Job, figure: Path | None = None, adapter: Path | None = None) 
     if figure is not None:
         check_target(figure)
     tuned = mergeable_folder(adapter) if adapter else None
+    job.take_base_of(tuned)
     spec, loaded = job.spec, job.loaded_in_float32()
     windows = job.identification_windows
     adapter_sha256 = check_merging(loaded, tuned, job.progress.say) if tuned else None
@@ -172,9 +173,11 @@ def evaluate_adapter(
     job: Job, adapter: Path | None, metric: "UserMetric | None" = None
 ) -> "Evaluated":
     """Evaluate the adapter in a folder (a run folder will do), or the base model for None."""
-    from swlora.adapters.saved import WEIGHTS, adapter_folder, with_adapter
+    from swlora.adapters.on_base import with_adapter
+    from swlora.adapters.saved import WEIGHTS, adapter_folder
 
     folder = adapter_folder(adapter) if adapter else None
+    job.take_base_of(folder)
     job.dataset.split(job.spec.data.eval_split)  # mistyped names shall not cost a model's loading
     prepared = prepare_evaluation(job, metric)
     untouched = measure_untouched_english(job)

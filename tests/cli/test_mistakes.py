@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from swlora import job
-from swlora.adapters import saved
+from swlora.adapters import on_base
 from swlora.config import DEFAULT_DATASET, DEFAULT_MODEL, load_spec
 from swlora.models import load
 from swlora.runs import read_run
@@ -110,7 +110,7 @@ def test_mistakes_in_evaluation(swlora, small, model_folder, rows):
 
 @pytest.mark.parametrize("verb", ["eval", "generate"])
 def test_an_adapter_that_is_none_costs_no_loading(verb, swlora, model_folder, monkeypatch):
-    for module in (job, saved):
+    for module in (job, on_base):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
     Path("empty").mkdir()
     extra = ["--prompt", "x"] if verb == "generate" else []

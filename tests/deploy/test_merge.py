@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swlora.adapters.merged_weights import MergedWeights
 from swlora.adapters.methods import adapt
+from swlora.adapters.on_base import base_spec
 from swlora.adapters.saved import WEIGHTS, load_adapter, save_adapter
 from swlora.config import ModelSpec, RunSpec
 from swlora.config.yaml_file import dump_yaml
 from swlora.deploy.merge import Merged, MergeRequest, merge
-from swlora.deploy.merge_base import base_spec
 from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.errors import RunFailedError, UserError
 from swlora.models.anatomy import Anatomy

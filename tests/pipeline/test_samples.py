@@ -10,7 +10,7 @@ from tests.support.small_runs import DEV, Heard, make_spec, same_weights, signal
 from tests.support.whole_jobs import naive_text
 
 from swlora import pipeline
-from swlora.adapters.saved import with_adapter
+from swlora.adapters.on_base import with_adapter
 from swlora.config import RunSpec
 from swlora.errors import UserError
 from swlora.evaluation.samples import MAX_FILE_BYTES, MAX_PROMPTS, read_prompts, shown

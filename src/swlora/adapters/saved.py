@@ -12,8 +12,7 @@ Adapters from elsewhere, with PEFT's two files alone, are loaded too.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from swlora.adapters.card import Facts, model_card
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.reach import HARMLESS_STARTS, refusal
 from swlora.bounded_read import UnreadableError, read_json_object
-from swlora.config import ModelSpec
 from swlora.errors import RunFailedError, UserError
 from swlora.files import (
     make_folder,
@@ -33,8 +31,6 @@ from swlora.files import (
     write_text,
 )
 from swlora.models.finite import not_finite
-from swlora.models.identity import weights_sample_sha256
-from swlora.models.load import LoadedModel, load_model
 from swlora.models.model_folder import check_regular_files
 
 CONFIG = "adapter_config.json"
@@ -267,46 +263,3 @@ def _read_noted(folder: Path) -> Facts:
         return read_json_object(path, max_bytes=MAX_JSON_BYTES)
     except UnreadableError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-
-
-def load_with_adapter(
-    spec: ModelSpec, adapter: Path | None, say: Callable[[str], None]
-) -> LoadedModel:
-    """Load a model, and the adapter in a folder (a run folder will do) on it if one is named.
-
-    Raises what `load_model` and `load_adapter` raise; what lacks in the folder first.
-    """
-    folder = adapter_folder(adapter) if adapter else None
-    loaded = load_model(spec)
-    say(f"model: {loaded.source}")
-    return loaded if folder is None else with_adapter(loaded, folder, say)
-
-
-def with_adapter(loaded: LoadedModel, folder: Path, say: Callable[[str], None]) -> LoadedModel:
-    """Return a loaded model with the adapter in `folder` on it; see `load_adapter` for errors.
-
-    Says so where the adapter was trained on other weights.
-    """
-    warn_of_other_base(folder, loaded.source, weights_sample_sha256(loaded.model), say)
-    return replace(
-        loaded, model=load_adapter(loaded.model, folder), adapter_facts=read_facts(folder)
-    )
-
-
-def warn_of_other_base(folder: Path, source: str, sample: str, say: Callable[[str], None]) -> None:
-    """Say so where the adapter was trained on other weights than those it is to be used with.
-
-    `source` names the model at hand, `sample` is its `weights_sample_sha256`. Other shapes are
-    refused by `load_adapter`; other weights may be right, as those of the same model in another
-    format are, so they are no error.
-    """
-    facts = read_facts(folder)
-    trained_on = facts.get("base_weights_sample_sha256")
-    if trained_on in (None, sample):
-        return
-    say(
-        f"warning: the adapter in {folder} was trained on {facts.get('base_model')}, read from "
-        f"{facts.get('base_read_from')} (sample of its weights: {str(trained_on)[:12]}), and this "
-        f"is {source} ({sample[:12]}): unless that is the same model in another format, what they "
-        "say together means little"
-    )

@@ -38,7 +38,7 @@ def load(
         >>> loaded.model.dtype, loaded.model.training
         (torch.float32, False)
     """
-    from swlora.adapters.saved import load_with_adapter
+    from swlora.adapters.on_base import load_with_adapter
 
     spec = Call.of("load", config, settings).spec()
     return load_with_adapter(spec.model, path_of(adapter), shown(progress).say)
@@ -103,7 +103,7 @@ def generate(
         >>> len(texts), texts[0].prompt
         (2, 'good day')
     """
-    from swlora.adapters.saved import load_with_adapter
+    from swlora.adapters.on_base import load_with_adapter
     from swlora.adapters.temporary import evaluating
     from swlora.evaluation.prompting import Prompt, check_form, generate_texts
 

@@ -23,7 +23,12 @@ app = typer.Typer(
 )
 verb = partial(command, app)
 Adapter = Annotated[
-    Path | None, typer.Option("--adapter", help="adapter or run folder [default: the base model]")
+    Path | None,
+    typer.Option(
+        "--adapter",
+        help="adapter or run folder, on the model that it was trained on where --model names none "
+        "[default: the base model]",
+    ),
 ]
 Metrics = Annotated[
     str | None,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.saved import CONFIG, adapter_folder, with_adapter
+from swlora.adapters.on_base import with_adapter
+from swlora.adapters.saved import CONFIG, adapter_folder
 from swlora.config import ModelSpec
 from swlora.deploy.agreement import held_texts
 from swlora.deploy.export_request import ExportRequest, TypeName

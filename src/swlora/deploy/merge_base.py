@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swlora.adapters.on_base import base_spec
 from swlora.adapters.saved import CONFIG, TOKENIZER_CONFIG, read_facts
-from swlora.config import BUILTIN_MODEL, ModelSpec, load_spec
+from swlora.config import ModelSpec
 from swlora.errors import UserError
 from swlora.files import read_json
 from swlora.library_noise import quiet_libraries
@@ -124,39 +125,6 @@ def check_base(adapter: Path, base: BaseModel, loaded: LoadedModel) -> str | Non
     if trained_on is None and loaded.revision and revision not in (None, "main", loaded.revision):
         return f"{adapter} was trained on revision {revision}, and this is {loaded.revision}"
     return None
-
-
-def base_spec(adapter: Path, spec: ModelSpec) -> ModelSpec:
-    """Return `spec` with the model that an adapter's files name, where it names none itself.
-
-    Tokenizer and revision that it names stay. Raises UserError where no such model is found.
-    """
-    if "name" in spec.model_fields_set:
-        return spec
-    recorded, given = _recorded_base(adapter), spec.model_fields_set
-    return spec.model_copy(update={n: v for n, v in recorded.items() if n not in given})
-
-
-def _recorded_base(adapter: Path) -> dict[str, Any]:
-    """Return name and revision of the model that an adapter's files name."""
-    facts, config = read_facts(adapter), read_json(adapter / CONFIG)
-    if facts.get("base_flag") == BUILTIN_MODEL:
-        return {"name": BUILTIN_MODEL}
-    if facts.get("base_on_hub"):
-        return {"name": facts["base_model"], "revision": facts.get("base_revision")}
-    run_settings = adapter.parent / "config.yaml"
-    if run_settings.is_file():  # the adapter lies in the folder of its run
-        of_run = load_spec(run_settings, {}).model
-        if Path(of_run.name).expanduser().exists():
-            return {"name": of_run.name, "tokenizer": of_run.tokenizer}
-    name = config.get("base_model_name_or_path")
-    is_local = isinstance(name, str) and Path(name).exists()
-    if is_local or (isinstance(name, str) and name.count("/") == 1 and not facts):
-        return {"name": name, "revision": None if is_local else config.get("revision")}
-    raise UserError(
-        f"{adapter} was trained on {str(name or 'a model that it does not name')[:100]}, which is "
-        "not found from here; say where it is with --model"
-    )
 
 
 def base_config(base: MergeBase) -> dict[str, Any]:

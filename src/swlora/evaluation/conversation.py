@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from swlora.adapters.saved import adapter_folder, read_facts, warn_of_other_base
+from swlora.adapters.on_base import warn_of_other_base
+from swlora.adapters.saved import adapter_folder, read_facts
 from swlora.adapters.temporary import adapter_on
 from swlora.config import DecodeSpec
 from swlora.decoding.batch import BatchDecoder, DecodeRequest

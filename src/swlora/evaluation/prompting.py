@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.saved import load_with_adapter
+from swlora.adapters.on_base import load_with_adapter
 from swlora.config import RunSpec
 from swlora.data.encode import encode_prompts, encode_turns
 from swlora.data.examples import Example, Message

@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from swlora.adapters.merged_in_memory import adapter_merged, check_mergeable
-from swlora.adapters.saved import WEIGHTS, warn_of_other_base
+from swlora.adapters.on_base import warn_of_other_base
+from swlora.adapters.saved import WEIGHTS
 from swlora.config import IdentifySpec
 from swlora.files import sha256_of
 from swlora.models.anatomy import Anatomy, WeightAddress

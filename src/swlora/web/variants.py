@@ -18,8 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from swlora.adapters.methods import quiet_peft
+from swlora.adapters.on_base import warn_of_other_base
 from swlora.adapters.own_tensors import check_tensors
-from swlora.adapters.saved import WEIGHTS, changed_file, warn_of_other_base, what_is_not_finite
+from swlora.adapters.saved import WEIGHTS, changed_file, what_is_not_finite
 from swlora.adapters.served_config import served_config
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.forwards import decode_forwards

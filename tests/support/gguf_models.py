@@ -45,8 +45,10 @@ GEMMA = {
 }
 
 
-def bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """Return byte-level BPE with six merges; <s> and </s> are the last two tokens."""
+def bpe_tokenizer(
+    bos: str = "<s>", eos: str = "</s>", template: str = CHAT_TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """Return byte-level BPE with six merges; BOS and EOS are the last two tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -55,9 +57,9 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=N_EMBEDDINGS - 2, initial_alphabet=sorted(alphabet), show_progress=False
     )
     core.train_from_iterator([TEXTS], trainer)
-    core.add_special_tokens(["<s>", "</s>"])
+    core.add_special_tokens([bos, eos])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=core, bos_token=bos, eos_token=eos, chat_template=template
     )
 
 

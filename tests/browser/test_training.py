@@ -104,7 +104,7 @@ def stop_in_the_middle(page: Page, run: Path, picture) -> None:
 
 
 def merge_and_export(page: Page, run: Path, picture) -> None:
-    """Make a model of the adapter; no .gguf file of it, whose tokenizer llama.cpp would not read."""
+    """Make a model of the adapter; no .gguf of it, whose tokenizer llama.cpp would not read."""
     page.get_by_role("button", name="Merge into a model").click()
     export = page.get_by_role("button", name="Write as GGUF")
     expect(export).to_be_visible()

@@ -30,8 +30,8 @@ def check_free(folder: Path) -> None:
     has_ended = facts["status"] == "done" and STOPPED not in facts
     can_resume = not has_ended and facts["command"] in RESUMABLE
     raise UserError(
-        f"{folder} already holds a run ({present_status(folder, facts)}); choose another --output"
-        + (" or continue it with --resume" if can_resume else "")
+        f"{folder} already holds a run ({present_status(folder / RUN, facts)}); choose another "
+        "--output" + (" or continue it with --resume" if can_resume else "")
     )
 
 

@@ -1,8 +1,9 @@
 """A folder that one process at a time works in, and the file in it that says how things stand.
 
 The folder of a run and that of a study are such folders. The file, run.json or study.json, holds
-"status", when and with which packages the work began, and whatever else is recorded. Where the
-work broke off it has the "reason" for people and "error" {code, message} for programs.
+"status", when, on which machine and with which packages the work began, and whatever else is
+recorded. Where the work broke off it has the "reason" for people and "error" {code, message} for
+programs.
 """
 
 import platform
@@ -80,7 +81,7 @@ class WorkFolder(ABC):
         """Record that the work is under way, and no more how it ended before."""
         for name in ("reason", "error"):
             self.facts.pop(name, None)
-        self.record(status="running")
+        self.record(status="running", host=platform.node())
 
     def __exit__(
         self,
@@ -153,13 +154,19 @@ def _difference(before: Mapping[str, Any], name: str, value: Any) -> str | None:
     return f"{name} was {_short(noted)} and is now {_short(value)}"
 
 
-def present_status(folder: Path, facts: Mapping[str, Any]) -> str:
-    """Return the status of the work in a folder: KILLED for what is no more under way.
+def present_status(file: Path, facts: Mapping[str, Any]) -> str:
+    """Return the status of the work whose facts were read in a file: KILLED where it was killed.
 
-    The file cannot say so: a process that is killed writes nothing. It leaves the lock.
+    The file cannot say so: a process that is killed writes nothing. It leaves the lock, which is
+    not seen from another machine.
     """
-    status = str(facts["status"])
-    return KILLED if status == "running" and is_abandoned(folder) else status
+    status, here = str(facts["status"]), platform.node()
+    if status != "running" or facts.get("host", here) != here or not is_abandoned(file.parent):
+        return status
+    try:  # it may have ended between the reading and the look at the lock
+        return KILLED if read_facts(file, ("status",))["status"] == "running" else status
+    except UserError:
+        return status
 
 
 def read_facts(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
@@ -171,8 +178,9 @@ def read_facts(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
 
 
 def facts_of_now() -> dict[str, Any]:
-    """Return when work begins, and with which versions of Python and of the packages."""
+    """Return when and where work begins, and with which versions of Python and of the packages."""
     return {
+        "host": platform.node(),
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "packages": package_versions(),
         "python": platform.python_version(),

@@ -8,6 +8,7 @@ from html import unescape
 
 import pytest
 
+from swlora import work_folder
 from swlora.locks import lock_folder
 from swlora.web.folders import FRESH_S
 from swlora.web.pages.runs_view import loss_chart
@@ -132,6 +133,29 @@ def test_a_run_whose_process_is_gone_is_not_running(make, browse, root):
             assert "its process is gone" in text
         assert "data-live" not in text or "part=work" in text
         assert "step 3" not in look(client, "/runs")
+
+
+def test_a_run_that_ends_while_it_is_looked_at_was_not_killed(make, browse, root, monkeypatch):
+    """Its file says running when it is read, and nobody holds the lock a moment later."""
+    make_run(root / "mine", n_steps=3)
+    whole = work_folder.is_abandoned
+
+    def ends(folder):
+        make_run(folder, "done", 3)
+        return whole(folder)
+
+    monkeypatch.setattr(work_folder, "is_abandoned", ends)
+    with browse(make(runs=root)) as client:
+        text = look(client, "/runs/mine")
+        assert "killed" not in text and "data-live" in text  # the next look shows the end
+        assert "done</span>" in look(client, "/runs/mine")
+
+
+def test_of_a_run_on_another_machine_no_lock_is_seen(make, browse, root):
+    make_run(root / "mine", n_steps=3, host="elsewhere")
+    kill(root / "mine")
+    with browse(make(runs=root)) as client:
+        assert "running</span>" in look(client, "/runs")
 
 
 def test_where_there_are_no_locks_a_run_is_what_its_file_says(make, browse, root, monkeypatch):
@@ -269,6 +293,8 @@ def test_of_a_study_that_was_killed_a_run_may_be_at_work_still(make, browse, roo
         text = look(client, "/studies/mine")
         assert text.count("killed</span>") == 2 and "running</span>" not in text
         assert "1 run done, 1 killed" in text
+        make_run(root / "mine/runs/super/seed-0", "done", 5)  # after its study was killed
+        assert "2 runs done" in look(client, "/studies/mine")
 
 
 @pytest.mark.parametrize("place", ["../elsewhere", "/tmp", "pipe", "gone"])

@@ -229,7 +229,7 @@ def run_summary(entry: RunEntry) -> dict[str, Any]:
     facts = known_run(entry.folder)
     names = ("status", "command", "seed", "started_at", "reason", "timings_s")
     summary = {"name": entry.name, **{name: facts.get(name) for name in names}}
-    summary["status"], reason = present_status(entry.folder, facts), summary["reason"]
+    summary["status"], reason = present_status(entry.folder / RUN, facts), summary["reason"]
     return summary | {"reason": without_folders(reason) if isinstance(reason, str) else None}
 
 

@@ -16,7 +16,15 @@ from swlora.metrics_file import METRICS
 from swlora.progress import duration
 from swlora.runs import Run
 from swlora.study.live import snapshot
-from swlora.web.folders import METRICS_FILES, RunEntry, known_run, reading, run_figures, run_result
+from swlora.web.folders import (
+    METRICS_FILES,
+    RUN,
+    RunEntry,
+    known_run,
+    reading,
+    run_figures,
+    run_result,
+)
 from swlora.web.pages.charts import Chart, Series, finite, line_chart
 from swlora.web.pages.data_view import data_facts
 from swlora.web.pages.identified_view import Identified, identified_view
@@ -205,7 +213,7 @@ def _never_started(entry: RunEntry, facts: dict[str, Any]) -> bool:
 
 
 def _row(entry: RunEntry, facts: dict[str, Any]) -> RunRow:
-    status = present_status(entry.folder, facts)
+    status = present_status(entry.folder / RUN, facts)
     timings = facts.get("timings_s")
     total_s = finite(timings.get("total")) if isinstance(timings, dict) else None
     is_running = status == "running"

@@ -6,6 +6,7 @@ stands is read from study.json at any time.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,15 @@ from swlora.progress import duration
 from swlora.study import tables
 from swlora.study.compared import FinishedArm, read_finished
 from swlora.study.tables import Column
-from swlora.web.folders import RunEntry, known_study, reading, run_figures
+from swlora.web.folders import (
+    RUN,
+    STUDY,
+    RunEntry,
+    known_run,
+    known_study,
+    reading,
+    run_figures,
+)
 from swlora.web.pages.charts import finite
 from swlora.web.pages.runs_view import shown_time, status_look
 from swlora.work_folder import KILLED, present_status
@@ -146,7 +155,7 @@ def study_figures(entry: RunEntry) -> list[tuple[str, str, str]]:
 def _runs(entry: RunEntry, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what study.json says of the runs; of a study that was killed, what is true of them."""
     runs = _mapping(facts["runs"])
-    if present_status(entry.folder, facts) != KILLED:
+    if present_status(entry.folder / STUDY, facts) != KILLED:
         return runs
     return {place: _as_it_is(entry, place, told) for place, told in runs.items()}
 
@@ -156,8 +165,11 @@ def _as_it_is(entry: RunEntry, place: str, told: Any) -> Any:
     if _said(told, "status") != "running":
         return told
     study, folder = entry.folder.resolve(), (entry.folder / place).resolve()
-    is_there = folder.is_relative_to(study) and folder.is_dir()
-    return told | {"status": present_status(folder, told) if is_there else KILLED}
+    status = KILLED
+    if folder.is_relative_to(study) and folder.is_dir():
+        with suppress(UserError):  # it had not begun
+            status = present_status(folder / RUN, known_run(folder))
+    return told | {"status": status}
 
 
 def _row(entry: RunEntry, facts: Mapping[str, Any]) -> StudyRow:
@@ -167,7 +179,7 @@ def _row(entry: RunEntry, facts: Mapping[str, Any]) -> StudyRow:
     others = [f"{n} {state}" for state, n in sorted(states.items()) if state]
     arms = _mapping(facts["arms"])
     said = [counted(len(arms), "arm"), f"{counted(n_done, 'run')} done", *others]
-    status = present_status(entry.folder, facts)
+    status = present_status(entry.folder / STUDY, facts)
     return StudyRow(
         entry.name,
         status,

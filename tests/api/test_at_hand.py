@@ -73,6 +73,16 @@ def test_a_run_of_it_says_which_model_it_was(settings) -> None:
     assert (spec.model.name, spec.model.dtype, spec.model.device) == tuple(model.values())
 
 
+def test_a_run_of_the_embedded_model_names_it_as_everywhere(settings, monkeypatch) -> None:
+    """Not by its folder in this machine's cache."""
+    model, data = parts(settings)
+    loaded = swlora.load(**model)
+    monkeypatch.setattr("swlora.models.builtin.unpacked_folder", lambda: Path(loaded.name))
+    swlora.evaluate(model=loaded, **data, max_new_tokens=2, output="../eval")
+    spec = load_spec(Path("../eval/config.yaml"), {})
+    assert [read_run(Path("../eval"))["model"], spec.model.name] == ["builtin", "builtin"]
+
+
 def test_what_would_be_without_effect_beside_it_is_refused(settings) -> None:
     model, data = parts(settings)
     loaded = swlora.load(**model)

@@ -44,6 +44,8 @@ def spec_at_hand(loaded: "LoadedModel", said: ModelSpec, config: Path | None) ->
     `said` is the section `model` of the file `config`. Raises UserError where that is of another
     model, precision or device.
     """
+    from swlora.models.builtin import flag_of
+
     dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device
     other = ""
     if "name" in said.model_fields_set and not _is_named(said.name, loaded.name):
@@ -59,7 +61,7 @@ def spec_at_hand(loaded: "LoadedModel", said: ModelSpec, config: Path | None) ->
         )
     return ModelSpec.model_validate(
         {
-            "name": loaded.name,
+            "name": flag_of(loaded.name),
             "revision": loaded.revision,
             "dtype": dtype if dtype in ("float32", "bfloat16") else "auto",
             "device": str(device) if device.type == "cuda" else device.type,

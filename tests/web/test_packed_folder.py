@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -52,6 +53,14 @@ def test_it_is_a_zip_of_the_regular_files(tmp_path):
         f"adapter/{name}": content for name, content in FILES.items()
     }
     assert response.headers["content-disposition"] == 'attachment; filename="mine.zip"'
+
+
+@pytest.mark.parametrize(("written_s", "year"), [(0, 1980), (10**10, 2107)])
+def test_a_time_that_a_zip_cannot_name_is_the_nearest(written_s, year, tmp_path):
+    folder = write(tmp_path / "adapter", {"a.json": b"{}"})
+    os.utime(folder / "a.json", (written_s, written_s))
+    packed = zipfile.ZipFile(io.BytesIO(asyncio.run(sent(PackedFolder(folder, "mine.zip")))))
+    assert packed.infolist()[0].date_time[0] == year
 
 
 def test_its_name_may_hold_anything(tmp_path):

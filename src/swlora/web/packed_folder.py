@@ -20,7 +20,7 @@ from swlora.bounded_read import UnreadableError, regular_file
 
 PART_BYTES = 1 << 18
 MAX_FILES = 100
-FIRST_YEAR = 1980  # that a zip can name
+FIRST, LAST = (1980, 1, 1, 0, 0, 0), (2107, 12, 31, 23, 59, 58)  # times that a zip can name
 Opened = Sequence[tuple[str, BinaryIO]]
 
 
@@ -54,7 +54,7 @@ def zip_parts(files: Opened) -> Iterator[bytes]:
         for name, file in files:
             found = os.fstat(file.fileno())
             when = time.localtime(found.st_mtime)[:6]
-            info = zipfile.ZipInfo(name, max(when, (FIRST_YEAR, 1, 1, 0, 0, 0)))
+            info = zipfile.ZipInfo(name, min(max(when, FIRST), LAST))
             info.external_attr = 0o644 << 16
             info.file_size = left = found.st_size  # a large one has other fields
             with packed.open(info, "w") as target:

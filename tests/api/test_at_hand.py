@@ -1,6 +1,8 @@
 """A model that is loaded already: evaluated as its files are, and nothing beside it is ignored."""
 
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,15 @@ def test_a_file_that_says_another_model_is_refused(section, mistake, settings) -
         swlora.generate("a", model=loaded, config=config)
     with pytest.raises(UserError, match=mistake):
         swlora.evaluate(model=loaded, config=config, **data)
+
+
+def test_a_file_that_says_another_revision_is_refused(settings) -> None:
+    model, _ = parts(settings)
+    loaded = replace(swlora.load(**model), name="some/model", revision="a" * 40)
+    for revision in ("b" * 40, "a" * 40):
+        Path("c.yaml").write_text(f"model: {{revision: {revision}}}\n")
+        with pytest.raises(UserError, match="revision bbb") if "b" in revision else nullcontext():
+            swlora.generate("a", model=loaded, config="c.yaml", max_new_tokens=1)
 
 
 def test_a_file_that_says_the_same_model_is_taken(settings) -> None:

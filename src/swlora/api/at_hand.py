@@ -42,14 +42,17 @@ def spec_at_hand(loaded: "LoadedModel", said: ModelSpec, config: Path | None) ->
     """Return the specification of a model that is loaded already.
 
     `said` is the section `model` of the file `config`. Raises UserError where that is of another
-    model, precision or device.
+    model, revision, precision or device.
     """
     from swlora.models.builtin import flag_of
+    from swlora.models.load import commit_of
 
     dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device
     other = ""
     if "name" in said.model_fields_set and not _is_named(said.name, loaded.name):
         other = f"the model {said.name}, and the one that is given is {loaded.source}"
+    elif said.revision and commit_of(loaded.name, said.revision) != loaded.revision:
+        other = f"revision {said.revision}, and the model that is given is of {loaded.revision}"
     elif said.dtype not in ("auto", dtype):
         other = f"dtype {said.dtype}, and the model that is given has {dtype}"
     elif said.device not in ("auto", device.type, str(device)):

@@ -98,7 +98,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     check_finite(model, place.source)
     ends = find_end_tokens(model, tokenizer, model.generation_config)
     model.generation_config = GenerationConfig()  # DecodeSpec alone says how text is generated
-    revision = _commit(place.model, spec.revision)
+    revision = commit_of(place.model, spec.revision)
     model = model.to(device).eval()
     return LoadedModel(model, tokenizer, place.model, revision, place.source, ends)
 
@@ -131,7 +131,7 @@ def load_skeleton(spec: ModelSpec) -> LoadedModel:
     if not place.model.endswith(".gguf"):
         decoding = _load_generation_config(place.model, spec.revision)
     ends = find_end_tokens(model, tokenizer, decoding)
-    revision = _commit(place.model, spec.revision)
+    revision = commit_of(place.model, spec.revision)
     return LoadedModel(model, tokenizer, place.model, revision, place.source, ends)
 
 
@@ -315,7 +315,7 @@ def _is_offline(name: str) -> bool:
     return Path(name).exists() or not hub_reachable()
 
 
-def _commit(name: str, revision: str | None) -> str | None:
+def commit_of(name: str, revision: str | None) -> str | None:
     """Return the commit of a Hub model, which names its folder in the cache; None for others."""
     if Path(name).exists():
         return None

@@ -25,6 +25,7 @@ from tests.support.small_runs import ROWS, signal_in_step
 
 from benchmarks import scenario_picture, tree_picture
 from swlora.cli import main
+from swlora.deploy.llama_cpp import VARIABLE, find_llama_cpp
 from swlora.models.builtin import unpacked_folder
 from swlora.runs import Run
 
@@ -163,6 +164,8 @@ def beginner(
     shutil.copytree(small_model, unpacked_folder())
     shutil.copy(small_model.with_name("smol.gguf"), folder)
     write_beginners_folder(folder)
+    if llama_cpp := find_llama_cpp():  # which is looked for from the repository's folder on
+        monkeypatch.setenv(VARIABLE, str(llama_cpp.package))
     monkeypatch.chdir(folder)
     monkeypatch.delenv("SWLORA_E2E", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

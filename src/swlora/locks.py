@@ -11,7 +11,7 @@ from typing import Self
 
 from swlora.errors import UserError
 
-LOOKS, LOOK_S = 3, 0.01  # at a folder that is locked: `is_locked` locks it for a moment, too
+LOOKS, LOOK_S = 3, 0.01  # at a folder that is locked: a look locks it for a moment, too
 
 
 class Lock:
@@ -87,30 +87,25 @@ def lock(path: Path, *, alone: bool, wait: bool = False, make: bool = False) -> 
 
 
 def is_locked(path: Path) -> bool:
-    """Say whether a file or folder is locked by a process alone; nothing there is not."""
-    try:
-        held = lock(path, alone=False)
-    except OSError:
-        return False
-    if held is None:
-        return True
-    held.release()
-    return False
+    """Say whether a file or folder is known to be locked by a process alone."""
+    return _is_held(path) is True
 
 
 def is_abandoned(path: Path) -> bool:
-    """Say whether it is known that no process has locked a file or folder alone.
+    """Say whether it is known that no process has locked a file or folder alone."""
+    return _is_held(path) is False
 
-    It is not where the system, or the file system, has no locks.
-    """
+
+def _is_held(path: Path) -> bool | None:
+    """Say whether a process has locked it alone; None where nothing is there, or has no locks."""
     try:
         held = lock(path, alone=False)
     except OSError:
-        return False
+        return None
     if held is None:
-        return False
+        return True
     held.release()
-    return held.keeps_out
+    return False if held.keeps_out else None
 
 
 def lock_folder(folder: Path) -> Lock:

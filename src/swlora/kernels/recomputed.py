@@ -21,9 +21,9 @@ class _Recipe:
     """How a result is made again; the last of its readers in backward lets it go."""
 
     def __init__(
-        self, result: Tensor, make: Callable[[], Tensor], forget: Callable[[], object]
+        self, result: Tensor, make: Callable[[], Tensor], forget: Callable[[Any], object]
     ) -> None:
-        self._result = weakref.ref(result, lambda _: forget())
+        self._result = weakref.ref(result, forget)
         self._version = result._version
         self._make = make
         self._n_readers = 0
@@ -88,7 +88,7 @@ def made_by(result: Tensor, make: Callable[[], Tensor]) -> Tensor:
     if recipes is not None and torch.is_grad_enabled() and result.is_contiguous():
         address = result.data_ptr()
         # A recipe holds what it is made from: noted, it would outlive those who need it.
-        recipes[address] = _Recipe(result, make, lambda: recipes.pop(address, None))
+        recipes[address] = _Recipe(result, make, lambda _: recipes.pop(address, None))
     return result
 
 

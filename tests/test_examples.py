@@ -7,18 +7,13 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from tests.support.document_blocks import PAGES, ROOT, blocks
 
 from swlora.cli.app import app
 from swlora.config import RunSpec, load_spec
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-DOCUMENTS = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "examples/starter.yaml",
-    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))),
-)
+STARTER = "examples/starter.yaml"
 
 
 def test_there_are_examples() -> None:
@@ -43,14 +38,19 @@ def _commands() -> list[tuple[str, str, bool]]:
 
     A mention is code within a sentence: it may leave out what the command must have.
     """
-    found = []
-    for name in DOCUMENTS:
-        text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
-        inline = re.findall(r"`(swlora [a-z][^`\n]*)`", text)
-        lines = re.findall(r"^(?:#? {4,}|\$ )(swlora [a-z].*)$", text, flags=re.MULTILINE)
-        found += [(name, command, True) for command in inline]
-        found += [(name, command, False) for command in lines]
-    return found
+    found = [
+        (page, command.text, False)
+        for page in PAGES
+        for block in blocks(page)
+        for command in block.commands
+        if command.text.startswith("swlora ")
+    ]
+    for name in (*PAGES, STARTER):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        found += [(name, command, True) for command in re.findall(r"`(swlora [a-z][^`\n]*)`", text)]
+    starter = (ROOT / STARTER).read_text(encoding="utf-8")
+    lines = re.findall(r"^# {4,}(swlora [a-z].*)$", starter, flags=re.MULTILINE)
+    return found + [(STARTER, command, False) for command in lines]
 
 
 def test_the_list_of_commands_has_an_example_of_each() -> None:

@@ -1,6 +1,7 @@
 """What a recipe trains: LoRA or MiSS, in which projections of which layers, from which start."""
 
 from collections import defaultdict
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -83,15 +84,13 @@ def feature_norms(model: Any, sequences: TokenSequences, step: Step) -> dict[str
     (arXiv 2506.20629) adapts the kinds where it is lowest. The mean is over tokens of the step.
     """
     found: dict[str, list[float]] = defaultdict(list)
-    hooks = []
-    for projection in Anatomy(model).all_projections():
-        measure = partial(_measure, found[projection.name])
-        hooks.append(projection.module.register_forward_hook(measure))
     walk = TreeWalk(model, 0)
-    for ids in step:
-        walk.whole(TreeLayout(build_tree(sequences, ids), model.device))
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for projection in Anatomy(model).all_projections():
+            measure = partial(_measure, found[projection.name])
+            hooks.callback(projection.module.register_forward_hook(measure).remove)
+        for ids in step:
+            walk.whole(TreeLayout(build_tree(sequences, ids), model.device))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 

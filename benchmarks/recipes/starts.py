@@ -1,5 +1,7 @@
 """Starts of an adapter other than PEFT's: A along the gradient, and the fixed A of MiSS."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,22 +23,32 @@ def leading_inputs(
 ) -> dict[nn.Module, Tensor]:
     """Return by projection the leading right singular vectors of its gradient, (rank, in)."""
     projections = [p.module for p in Anatomy(model).all_projections()]
-    for module in projections:
-        module.weight.requires_grad_(True)
-    walk = TreeWalk(model, 0)
-    with patched_forwards(fast_forwards(model)):
+    walk, found = TreeWalk(model, 0), {}
+    with _weights_trained(projections), patched_forwards(fast_forwards(model)):
         for ids in step:
             tree = build_tree(rows, ids)
             hidden = walk.whole(TreeLayout(tree, model.device))
             torch.autograd.backward(tree_nats(walk, tree, hidden))
-    found = {}
-    for module in projections:
-        gradient, module.weight.grad = module.weight.grad, None
-        module.weight.requires_grad_(False)
-        assert weight_out_in(module).shape == gradient.shape
-        torch.manual_seed(0)
-        found[module] = torch.svd_lowrank(gradient.float(), q=rank + 20)[2][:, :rank].T.contiguous()
+        for module in projections:
+            gradient = module.weight.grad
+            assert weight_out_in(module).shape == gradient.shape
+            torch.manual_seed(0)
+            leading = torch.svd_lowrank(gradient.float(), q=rank + 20)[2]
+            found[module] = leading[:, :rank].T.contiguous()
     return found
+
+
+@contextmanager
+def _weights_trained(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the frozen weights of modules have gradients while the body runs."""
+    for module in modules:
+        module.weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.weight.requires_grad_(False)
+            module.weight.grad = None
 
 
 def sums_of_shards(rank: int, n_in: int) -> Tensor:

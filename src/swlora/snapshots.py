@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import RunFailedError, UserError
-from swlora.files import atomic_path, sha256_of, write_json
+from swlora.files import atomic_path, sha256_of, sync_path, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,10 +54,17 @@ def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 1) -> None:
     manifest = {"file": data_path.name, "sha256": sha256_of(data_path)}
     write_json(data_path.with_suffix(".json"), manifest)
     (folder / OLD_MANIFEST).unlink(missing_ok=True)
-    kept = range(snapshot.number - keep + 1, snapshot.number + 1)
-    for path in sorted(folder.iterdir()):  # a manifest before its bytes
-        if _number(path) not in (None, *kept):
-            path.unlink()
+    remove_other_snapshots(folder, snapshot.number, keep)
+
+
+def remove_other_snapshots(folder: Path, number: int, keep: int) -> None:
+    """Remove all snapshots but `number` and the `keep` - 1 with the numbers before it."""
+    kept = (None, *range(number - keep + 1, number + 1))
+    outdated = sorted(path for path in folder.glob("state-*") if _number(path) not in kept)
+    for path in outdated:  # a manifest before its bytes
+        path.unlink()
+    if outdated:
+        sync_path(folder)  # before the run is said to be done: nobody comes to remove them then
 
 
 def load_snapshot(folder: Path, say: Callable[[str], None]) -> Snapshot | None:

@@ -22,7 +22,7 @@ from swlora.errors import RunFailedError
 from swlora.processes import from_main, world
 from swlora.processes.tensors import tensors_from_main
 from swlora.run_record import RunRecord
-from swlora.snapshots import Snapshot, load_snapshot, save_snapshot
+from swlora.snapshots import Snapshot, load_snapshot, remove_other_snapshots, save_snapshot
 from swlora.training.watch import HeldOutState
 
 
@@ -163,11 +163,16 @@ class Checkpoints:
             self.save()
 
     def save(self) -> None:
-        """Save the state, unless it is saved already, after the reports of its steps."""
-        folder = self._run.checkpoint
+        """Save the state, unless it is saved already, after the reports of its steps.
+
+        Where it is, a kill may have come before the snapshots that it replaces were removed.
+        """
+        folder, keep = self._run.checkpoint, self._spec.keep_checkpoints
         if folder and not self._state.is_saved:
             self._run.sync()
-            self._state.save(folder, self._spec.keep_checkpoints)
+            self._state.save(folder, keep)
+        elif folder:
+            remove_other_snapshots(folder, self._state.number, keep)
         self._saved_at_s = time.perf_counter()
 
 

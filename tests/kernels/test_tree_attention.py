@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.trees import path_mask, random_tree
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
@@ -144,6 +145,41 @@ def test_long_stems_and_long_branches(tails: list[int], dtype: torch.dtype) -> N
     found = run(tree, inputs, None, None, 0.3)
     bound = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
     assert max(relative_errors(found, reference(tree, inputs, None, None, 0.3))) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_long_paths_below_ancestors_that_lie_apart(dtype: torch.dtype) -> None:
+    stem, turn = [1] * 20, [6] * 30
+    branches = [[4, 5], [*turn, 2, 7, 8], [*turn, 9, *[3] * PATH_NODES], [*turn, *[5] * 280], [8]]
+    pairs = [(stem, branch) for branch in branches]
+    tree = build_tree(TokenSequences.from_lists(pairs), np.arange(len(pairs)))
+    paths = TreeLayout(tree, torch.device("cpu")).paths
+    assert len(paths) == 2
+    assert all(len(np.flatnonzero(np.diff(path.ancestors) > 1)) == 1 for path in paths)
+    inputs = make_inputs(tree, Shape(6, 2, 8), dtype)
+    bound = {torch.float64: 1e-12, torch.float32: 1e-6}[dtype]
+    for options in ((None, None, 0.3), (40, None, 0.3), (None, 2.0, 0.3)):
+        found = run(tree, inputs, *options)
+        assert max(relative_errors(found, reference(tree, inputs, *options))) < bound
+
+
+@pytest.mark.parametrize(
+    ("dtype", "window", "softcap", "n_calls"),
+    [
+        (torch.float32, None, None, 1),
+        (torch.float32, 40, None, 0),
+        (torch.float32, None, 2.0, 0),
+        (torch.bfloat16, None, None, 0),
+    ],
+)
+def test_the_fused_kernel_is_for_what_it_can_and_gains(
+    dtype: torch.dtype, window: int | None, softcap: float | None, n_calls: int
+) -> None:
+    tree = build_tree(TokenSequences.from_lists([([3], [4] * PATH_NODES)]), np.array([0]))
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        run(tree, make_inputs(tree, Shape(2, 1, 4), dtype), window, softcap, 0.3)
+    calls = [event.key for event in record.events()]
+    assert sum("flash_attention_for_cpu_backward" in name for name in calls) == n_calls
 
 
 def test_a_forest_of_single_nodes() -> None:

@@ -1,8 +1,9 @@
 """Attention of all nodes of a prefix tree, forward and backward.
 
 On a CPU it is plain matrix products over the chunks of `TreeLayout` with a softmax that computes in
-float32: at these lengths several times faster than the fused CPU kernel with a mask, and on a path
-faster than that kernel without one. On CUDA it is one of the ways of `cuda_attention`.
+float32: at these lengths several times faster than the fused CPU kernel with a mask. In float32
+long paths, which need no mask, are left to that kernel. On CUDA it is one of the ways of
+`cuda_attention`.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.cuda_attention import attend
 from swlora.kernels.first_order import first_order
+from swlora.kernels.path_attention import PathAttention, is_fused
 from swlora.kernels.tree_layout import NodeChunks, TreeLayout
 from swlora.kernels.wide import wide, wide_dtype
 from swlora.threads import adapt_threads
@@ -46,7 +48,7 @@ def chunk_attention(
 
 
 class _ChunkAttention(torch.autograd.Function):
-    """softmax(scale q k' + mask) v by parts of chunks; grouped heads share a key without copies.
+    """softmax(scale q k' + mask) v by paths and parts of chunks; heads share a key without copies.
 
     The probabilities of parts with few scores are kept, others are made again in backward, so that
     what is kept is linear in T.
@@ -58,13 +60,20 @@ class _ChunkAttention(torch.autograd.Function):
     ) -> Tensor:
         _, n_heads, n_nodes, head_dim = query.shape
         out = query.new_empty(1, n_nodes, n_heads, head_dim)
-        kept = []
-        for chunks in layout.parts(scoring.window):
+        has_paths = is_fused(query, scoring)
+        ctx.paths = layout.paths if has_paths else []
+        ctx.parts = layout.parts(scoring.window, beside_paths=has_paths)
+        log_sums, kept = [], []
+        for path in ctx.paths:
+            attention = PathAttention(path, query, key, value, scoring.scale)
+            out[:, path.nodes], log_sums_of_path = attention.outcome()
+            log_sums.append(log_sums_of_path)
+        for chunks in ctx.parts:
             part = _Part(layout, chunks, scoring, query, key, value)
             p = part.probabilities()
             out[:, chunks.start : chunks.end] = chunks.merge_queries(torch.bmm(p, part.v))
             kept.append(p if chunks.has_few_scores else None)
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value, out if ctx.paths else None, *log_sums, *kept)
         ctx.layout, ctx.scoring = layout, scoring
         return out
 
@@ -72,12 +81,21 @@ class _ChunkAttention(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         adapt_threads()
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, out, *of_parts = ctx.saved_tensors
+        log_sums, kept = of_parts[: len(ctx.paths)], of_parts[len(ctx.paths) :]
         scoring: Scoring = ctx.scoring
         d_out = grads[0].transpose(1, 2)
         d_query = torch.empty_like(query)
         d_key, d_value = _zeros_by_node(key), _zeros_by_node(value)
-        for chunks, p in zip(ctx.layout.parts(scoring.window), kept, strict=True):
+        for path, log_sums_of_path in zip(ctx.paths, log_sums, strict=True):
+            attention = PathAttention(path, query, key, value, scoring.scale)
+            d_query[:, :, path.nodes], of_seen = attention.gradients(
+                d_out[:, :, path.nodes], out[:, path.nodes].transpose(1, 2), log_sums_of_path
+            )
+            for nodes, d_k, d_v in of_seen:
+                d_key[nodes] += d_k.transpose(0, 1)
+                d_value[nodes] += d_v.transpose(0, 1)
+        for chunks, p in zip(ctx.parts, kept, strict=True):
             part = _Part(ctx.layout, chunks, scoring, query, key, value)
             p = part.probabilities() if p is None else p
             nodes = slice(chunks.start, chunks.end)

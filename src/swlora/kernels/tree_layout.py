@@ -99,6 +99,14 @@ class NodeChunks:
         return x.reshape(1, self.n_chunks * self.chunk_nodes, -1, head_dim)[:, : self.n_nodes]
 
 
+@dataclass(frozen=True)
+class NodePath:
+    """Nodes of which each is the child of the one before, and the ancestors of the first, (A,)."""
+
+    nodes: slice
+    ancestors: Tensor
+
+
 class TreeLayout:
     """One prefix tree of T nodes on a device: what a decoder and its attention need to run it.
 
@@ -113,7 +121,7 @@ class TreeLayout:
         self.depth = self.position_ids[0]
         self.sequence_tokens = tree.shortest_tokens, tree.longest_tokens
         self.tree = tree
-        self._parts: dict[int | None, list[NodeChunks]] = {}
+        self._parts: dict[tuple[int | None, bool], list[NodeChunks]] = {}
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
 
     @property
@@ -122,22 +130,40 @@ class TreeLayout:
         return int(self.subtree_end.shape[0])
 
     @cached_property
-    def _path_edges(self) -> NDArray[np.int64]:
+    def _long_paths(self) -> list[tuple[int, int]]:
         """Where paths of PATH_NODES nodes and more begin and end."""
         begins = np.flatnonzero(np.diff(self.tree.position_ids, prepend=-2) != 1)
         ends = np.append(begins[1:], self.n_nodes)
         is_long = ends - begins >= PATH_NODES
-        return np.union1d(begins[is_long], ends[is_long])
+        return list(zip(begins[is_long].tolist(), ends[is_long].tolist(), strict=True))
 
-    def parts(self, window: int | None) -> list[NodeChunks]:
+    @cached_property
+    def paths(self) -> list[NodePath]:
+        """Paths of PATH_NODES nodes and more, in the order of the nodes."""
+        return [
+            NodePath(slice(start, end), on_device(_ancestors(self.tree, start), self.depth.device))
+            for start, end in self._long_paths
+        ]
+
+    def parts(self, window: int | None, *, beside_paths: bool = False) -> list[NodeChunks]:
         """Return all nodes in stretches of chunks that need few scores, made once a window.
 
         Chunks of a stretch are padded to its longest list of ancestors, so a stretch is halved
         where that saves more scores than `PART_SCORES`, or where it has more than `MOST_SCORES`.
+        `beside_paths`: without those of `paths`.
         """
-        if window not in self._parts:
-            self._parts[window] = self._halved(self.cut(0, self.n_nodes, window=window), window)
-        return self._parts[window]
+        kind = window, beside_paths
+        if kind not in self._parts:
+            paths = self._long_paths if beside_paths else []
+            starts = [0, *(end for _, end in paths)]
+            ends = [*(start for start, _ in paths), self.n_nodes]
+            self._parts[kind] = [
+                part
+                for start, end in zip(starts, ends, strict=True)
+                if start < end
+                for part in self._halved(self.cut(start, end, window=window), window)
+            ]
+        return self._parts[kind]
 
     def _halved(self, whole: NodeChunks, window: int | None) -> list[NodeChunks]:
         start, end, size = whole.start, whole.end, CHUNK_NODES[0]
@@ -158,7 +184,8 @@ class TreeLayout:
     def _middle(self, start: int, end: int) -> int:
         """Return where to halve: where a long path begins or ends, else after whole chunks."""
         size, middle = CHUNK_NODES[0], (start + end) // 2
-        edges = self._path_edges[(self._path_edges > start) & (self._path_edges < end)]
+        edges = np.unique(np.array(self._long_paths, dtype=np.int64))
+        edges = edges[(edges > start) & (edges < end)]
         if len(edges):
             return int(edges[np.abs(edges - middle).argmin()])
         return start + size * ((end - start + size) // (2 * size))
@@ -226,7 +253,7 @@ def _keys_of_chunks(
     depth = tree.position_ids
     paths = []
     for first in starts:
-        path = np.flatnonzero(tree.subtree_end[:first] > first)  # by depth
+        path = _ancestors(tree, first)
         if window is not None:
             shallowest = int(depth[first : min(first + chunk_nodes, end)].min())
             path = path[max(0, shallowest - window + 1) :]
@@ -238,6 +265,11 @@ def _keys_of_chunks(
         keys[chunk, : len(path)] = path
         keys[chunk, n_ancestors : n_ancestors + len(own)] = own
     return keys
+
+
+def _ancestors(tree: PrefixTree, node: int) -> NDArray[np.int64]:
+    """Return the ancestors of a node by their depth, (A,)."""
+    return np.flatnonzero(tree.subtree_end[:node] > node)
 
 
 def _stretches(keys: NDArray[np.int64]) -> tuple[slice, ...]:

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from swlora.data.prefix_tree import PrefixTree, build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
+from swlora.kernels import tree_layout
 from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.tree_attention import tree_attention
 from swlora.kernels.tree_layout import FEW_KEYS, PATH_NODES, TreeLayout
@@ -96,6 +97,7 @@ shapes = st.sampled_from([Shape(1, 1, 5), Shape(4, 4, 3), Shape(6, 2, 4), Shape(
     window=st.sampled_from([None, 1, 2, 7, 40]),
     softcap=st.sampled_from([None, 1.5]),
     scale=st.sampled_from([0.3, 0.7]),
+    path_nodes=st.sampled_from([1, 2, 7, PATH_NODES]),
 )
 @settings(max_examples=200, deadline=None)
 def test_equals_a_dense_masked_softmax(
@@ -105,13 +107,15 @@ def test_equals_a_dense_masked_softmax(
     window: int | None,
     softcap: float | None,
     scale: float,
+    path_nodes: int,
 ) -> None:
     tree = random_tree(seed, n_nodes)
     inputs = make_inputs(tree, shape, torch.float64)
     options = (window, softcap, scale)
-    assert (
-        max(relative_errors(run(tree, inputs, *options), reference(tree, inputs, *options))) < 1e-12
-    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tree_layout, "PATH_NODES", path_nodes)
+        found = run(tree, inputs, *options)
+    assert max(relative_errors(found, reference(tree, inputs, *options))) < 1e-12
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -214,11 +218,12 @@ def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
     assert float(found[0].detach().abs().max()) <= float(v.abs().max()) * 1.01  # an average of v
 
 
-def test_what_is_kept_for_backward_is_linear_in_the_nodes() -> None:
-    kept = {}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_for_backward_is_linear_in_the_nodes(dtype: torch.dtype) -> None:
+    n_heads, n_kv, width = 2, 1, 4
     for n_nodes in (1000, 2000, 4000):
         tree = build_tree(TokenSequences.from_lists([([3], [4] * n_nodes)]), np.array([0]))
-        q, k, v, _ = make_inputs(tree, Shape(2, 1, 4), torch.float32)
+        q, k, v, _ = make_inputs(tree, Shape(n_heads, n_kv, width), dtype)
         layout, n_bytes = TreeLayout(tree, q.device), 0
 
         def count(x: Tensor) -> Tensor:
@@ -228,13 +233,40 @@ def test_what_is_kept_for_backward_is_linear_in_the_nodes() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             tree_attention(layout, q.requires_grad_(), k, v, Scoring(0.3))
-        kept[n_nodes] = n_bytes
         masks = sum(mask.numel() * mask.element_size() for mask in layout._masks.values())
-        assert masks <= n_nodes * PATH_NODES * 4  # once for all layers
-    own = (2 + 1 + 1) * 4 * 4  # q, k and v of a node
-    few = 64 * FEW_KEYS * (2 + 1) * 4  # the first stretches of 64 nodes see few keys
-    for n_nodes, n_bytes in kept.items():
-        assert own * n_nodes <= n_bytes < own * n_nodes + 4 * few
+        inputs = (n_heads + 2 * n_kv) * width * q.element_size() * n_nodes
+        if dtype == torch.float32:  # the outcome, and a logarithm for each head
+            assert n_bytes == inputs + n_heads * (width + 1) * 4 * n_nodes
+            assert masks == 0
+        else:  # the first stretches of 64 nodes see few keys
+            few = 64 * FEW_KEYS * n_heads * 2
+            assert inputs <= n_bytes < inputs + 4 * few
+            assert masks <= n_nodes * PATH_NODES * 4  # once for all layers
+
+
+def test_a_window_beyond_the_longest_sequence_is_none() -> None:
+    tree = random_tree(3, 400)
+    inputs = make_inputs(tree, Shape(4, 2, 8), torch.float64)
+    n_deepest = int(tree.position_ids.max()) + 1
+    for window in (n_deepest - 1, n_deepest, tree.longest_tokens, tree.longest_tokens + 50):
+        found = run(tree, inputs, window, None, 0.3)
+        expected = reference(tree, inputs, window, None, 0.3)
+        assert max(relative_errors(found, expected)) < 1e-12
+    whole = run(tree, inputs, None, None, 0.3)
+    assert all(map(torch.equal, run(tree, inputs, tree.longest_tokens, None, 0.3), whole))
+
+
+def test_heads_whose_values_lie_apart_are_right() -> None:
+    tree = build_tree(TokenSequences.from_lists([([3], [4] * 300)]), np.array([0]))
+    inputs = make_inputs(tree, Shape(2, 1, 4), torch.float64)
+    apart = tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs)
+    assert all(x.stride(-1) != 1 for x in apart)
+    layout = TreeLayout(tree, torch.device("cpu"))
+    for number in range(3):
+        q, k, v = (apart[i] if i == number else x for i, x in enumerate(inputs[:3]))
+        found = tree_attention(layout, q, k, v, Scoring(0.3))
+        expected = dense(q, k, v, path_mask(tree, None), 0.3, None)
+        assert relative_errors((found,), (expected,))[0] < 1e-12
 
 
 def test_a_batch_is_refused() -> None:

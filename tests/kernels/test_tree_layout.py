@@ -115,3 +115,28 @@ def test_long_branches_are_cut_where_they_begin_and_copied_instead_of_gathered()
         runs = [(0, n_stem), (begins[branch], part.end)] if branch else [(0, part.end)]
         assert [(run.start, run.stop) for run in part.stretches] == runs
         assert part.n_open == part.n_ancestors and part.n_nodes <= PATH_NODES
+
+
+@pytest.mark.parametrize(
+    "tails",
+    [[0], [400], [400, 400], [3, 400, 5], [400, 3, 400, 3], [300] * 3, [3] * 9],
+)
+def test_paths_and_the_parts_beside_them_hold_every_node_once(tails: list[int]) -> None:
+    """And a path's nodes see its ancestors and those of its nodes that are not below."""
+    pairs = [([1] * 20, [2 + k, *[9] * n]) for k, n in enumerate(tails)]
+    pairs += [([0], [5] * 270), ([0, 5, 5], [6])]  # another root
+    tree = build_tree(TokenSequences.from_lists(pairs), np.arange(len(pairs)))
+    layout = TreeLayout(tree, CPU)
+    parts = layout.parts(None, beside_paths=True)
+    edges = [(part.start, part.end) for part in parts]
+    edges += [(path.nodes.start, path.nodes.stop) for path in layout.paths]
+    starts, ends = zip(*sorted(edges), strict=True)
+    assert [0, *ends] == [*starts, layout.n_nodes]
+    assert len(layout.paths) == 1 + sum(n >= PATH_NODES for n in tails)
+    visible = path_mask(tree, None)
+    for path in layout.paths:
+        start, stop = path.nodes.start, path.nodes.stop
+        own = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+        assert torch.equal(visible[path.nodes, path.nodes], own)
+        seen = torch.zeros(start, dtype=torch.bool).scatter(0, path.ancestors, True)
+        assert torch.equal(visible[path.nodes, :start], seen.expand(stop - start, -1))

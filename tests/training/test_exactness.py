@@ -26,6 +26,7 @@ from swlora.config import AdapterSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.steps import StepOrder, plan_steps
 from swlora.data.token_sequences import TokenSequences
+from swlora.kernels import tree_layout
 from swlora.models.anatomy import FAMILIES
 from swlora.training.plain import PlainStep
 from swlora.training.step import TreeStep
@@ -133,6 +134,15 @@ def test_data_branches_and_exceeds_a_chunk(data: str, nodes: int) -> None:
 def test_loss_and_every_gradient_equal_the_plain_step(
     make_model: MakeModel, shape: str, data: str
 ) -> None:
+    assert_same(adapted(make_model, shape), TokenSequences.from_lists(DATA[data]()))
+
+
+@pytest.mark.parametrize("data", ["deep", "chain"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_long_paths_equal_the_plain_step(
+    make_model: MakeModel, shape: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_layout, "PATH_NODES", 8)  # most nodes lie on such paths
     assert_same(adapted(make_model, shape), TokenSequences.from_lists(DATA[data]()))
 
 

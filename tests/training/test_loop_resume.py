@@ -24,6 +24,7 @@ from tests.support.toy_loop import (
 
 from swlora.config import RunSpec, load_spec
 from swlora.errors import RunFailedError
+from swlora.files import write_json
 from swlora.metrics_file import read_metrics
 from swlora.runs import Run, read_run
 from swlora.training.checkpoint import LoopState, steps_done
@@ -203,6 +204,24 @@ def test_the_checkpoint_before_a_damaged_one_gives_the_same_adapter(tmp_path):
     assert "resuming after step 3" in heard.lines
     assert all(torch.equal(parameters[name], expected[name]) for name in expected)
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_the_last_checkpoint_replaces_goes_though_the_removal_was_killed(tmp_path):
+    every_step = spec(save_every="1step", keep_checkpoints=1)
+    run = start(tmp_path / "run")
+    with pytest.raises(MemoryError):
+        run_loop(run, every_step, interrupted_at(4, "crash"))
+    older = {path.name: path.read_bytes() for path in run.checkpoint.iterdir()}
+    reopened, _ = Run.reopen(run.folder, "train")
+    run_loop(reopened, every_step)
+    names = {path.name for path in run.checkpoint.iterdir()}
+    assert not names & older.keys()
+    for name, content in older.items():  # as a kill at the end leaves them
+        (run.checkpoint / name).write_bytes(content)
+    write_json(run.folder / "run.json", read_run(run.folder) | {"status": "failed"})
+    again, _ = Run.reopen(run.folder, "train")
+    run_loop(again, every_step)
+    assert {path.name for path in run.checkpoint.iterdir()} == names
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from swlora.adapters.methods import adapt, train_mode, trainable_parameters
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import UserError
+from swlora.kernels import tree_attention
 from swlora.training.fitting import (
     CHEAP_COPIES_BYTES,
     MANY_NODES,
@@ -58,12 +59,19 @@ def test_live_bytes_are_those_of_tensors_that_somebody_holds() -> None:
     assert live.peak_bytes >= 804 + 400
 
 
+@pytest.mark.parametrize("has_fused_paths", [True, False])
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2,)])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_a_short_sequence_tells_of_a_longer_one_and_of_many(
-    make_model: MakeModel, model_type: str, layers: Any
+def test_short_sequences_tell_of_a_longer_one_and_of_many(
+    make_model: MakeModel,
+    model_type: str,
+    layers: Any,
+    has_fused_paths: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The peak that is foreseen is about that of the tensors, for what is much larger."""
+    if not has_fused_paths:  # as in bfloat16
+        monkeypatch.setattr(tree_attention, "is_fused", lambda *_: False)
     model = make_model(model_type, **ROOM[model_type])
     peft_model = attach(model, adapter_spec("lora"), layers, seed=1)
     train_mode(peft_model)
@@ -73,7 +81,9 @@ def test_a_short_sequence_tells_of_a_longer_one_and_of_many(
         n_nodes = int((sequences.lengths - 1).sum())
         peak = peak_bytes(step, [np.arange(n)])
         foreseen = measured_memory(step).peak_bytes(n_nodes) / RESIDENT
-        assert 0.95 * peak < foreseen < 3 * peak
+        assert 0.95 * peak < foreseen
+        if n > 1 or not has_fused_paths:  # which take less than other trees of as many nodes
+            assert foreseen < 3 * peak
 
 
 @pytest.mark.parametrize(("method", "model_type"), CASES)

@@ -20,7 +20,8 @@ from swlora.kernels.tree_layout import NodePath
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-_DTYPES = (torch.float32, torch.float64)  # in bfloat16 plain products are faster
+# In bfloat16 plain products are faster; tests run in float64.
+_DTYPES = (torch.float32, torch.float64)
 
 
 class NodeGradients(NamedTuple):
@@ -31,10 +32,14 @@ class NodeGradients(NamedTuple):
     d_value: Tensor
 
 
-def is_fused(query: Tensor, scoring: Scoring) -> bool:
-    """Say whether long paths attend by the kernel, which has no window and no soft cap."""
+def is_fused(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
+    """Say whether long paths attend by the kernel, which has no window and no soft cap.
+
+    It reads the values of a head as neighbours without a look at how they lie.
+    """
     is_plain = scoring.window is None and scoring.softcap is None
-    return is_plain and query.device.type == "cpu" and query.dtype in _DTYPES
+    is_whole = all(x.stride(-1) == 1 for x in (query, key, value))
+    return is_plain and is_whole and query.device.type == "cpu" and query.dtype in _DTYPES
 
 
 class PathAttention:
@@ -67,8 +72,8 @@ class PathAttention:
         self, d_out: Tensor, out: Tensor, log_sums: Tensor
     ) -> tuple[Tensor, list[NodeGradients]]:
         """Return the gradient of its queries, (1, H, N, h) like d_out and out, and of its keys."""
-        d_o, o = self._by_group(d_out), self._by_group(out)
-        d_q, of_nodes = torch.zeros_like(o), []
+        d_o, o = self._by_group(d_out).contiguous(), self._by_group(out)
+        d_q, of_nodes = torch.zeros_like(d_o), []
         for nodes, is_causal in self._seen:
             k, v = self._keys(self._key, nodes), self._keys(self._value, nodes)
             d_q_seen, d_k, d_v = _gradients(

@@ -7,6 +7,7 @@ long paths, which need no mask, are left to that kernel. On CUDA it is one of th
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def chunk_attention(
     layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> Tensor:
     """Attend as `tree_attention`, on any device."""
+    if scoring.window is not None and scoring.window >= layout.sequence_tokens[1]:
+        scoring = replace(scoring, window=None)  # which reaches further back than any sequence
     return _chunk_attention(query, key, value, layout, scoring)
 
 
@@ -60,7 +63,7 @@ class _ChunkAttention(torch.autograd.Function):
     ) -> Tensor:
         _, n_heads, n_nodes, head_dim = query.shape
         out = query.new_empty(1, n_nodes, n_heads, head_dim)
-        has_paths = is_fused(query, scoring)
+        has_paths = is_fused(query, key, value, scoring)
         ctx.paths = layout.paths if has_paths else []
         ctx.parts = layout.parts(scoring.window, beside_paths=has_paths)
         log_sums, kept = [], []

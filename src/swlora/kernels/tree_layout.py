@@ -4,7 +4,7 @@
 
 Nodes are cut into equal chunks of neighbours. What a chunk can see is itself and the ancestors of
 its first node, because the layout is depth first, so a chunk needs Lq x (A + Lq) scores instead of
-Lq x T.
+Lq x T. Long paths, whose nodes all see the same ancestors, can be had whole.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ CHUNK_NODES = (64, 128, 256, 512)
 # In scores of one head: what a key costs that is fetched for a chunk, and a stretch of chunks that
 # is computed on its own; and the most that a stretch has, where it can be halved.
 GATHER_SCORES, PART_SCORES, MOST_SCORES = 16, 8192, 1 << 20
-# A path is cut into parts of so many nodes: with fewer, the shapes of their products, three a part,
-# are more than the kernels that oneDNN keeps, and making them anew took a tenth of a step.
+# A path is long with so many nodes, and in chunks it is cut into parts of as many: with fewer, the
+# shapes of their products, three a part, are more than the kernels that oneDNN keeps, and making
+# them anew took a tenth of a step.
 PATH_NODES = 256
 FEW_KEYS = 160  # seen by a node
 MOST_STRETCHES = 8  # runs of neighbours that a chunk's keys are copied from, instead of gathered
@@ -122,7 +123,7 @@ class TreeLayout:
         self.sequence_tokens = tree.shortest_tokens, tree.longest_tokens
         self.tree = tree
         self._parts: dict[tuple[int | None, bool], list[NodeChunks]] = {}
-        self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
 
     @property
     def n_nodes(self) -> int:
@@ -138,6 +139,10 @@ class TreeLayout:
         return list(zip(begins[is_long].tolist(), ends[is_long].tolist(), strict=True))
 
     @cached_property
+    def _path_edges(self) -> NDArray[np.int64]:
+        return np.unique(np.array(self._long_paths, dtype=np.int64))
+
+    @cached_property
     def paths(self) -> list[NodePath]:
         """Paths of PATH_NODES nodes and more, in the order of the nodes."""
         return [
@@ -146,7 +151,7 @@ class TreeLayout:
         ]
 
     def parts(self, window: int | None, *, beside_paths: bool = False) -> list[NodeChunks]:
-        """Return all nodes in stretches of chunks that need few scores, made once a window.
+        """Return all nodes in stretches of chunks that need few scores, made once for all layers.
 
         Chunks of a stretch are padded to its longest list of ancestors, so a stretch is halved
         where that saves more scores than `PART_SCORES`, or where it has more than `MOST_SCORES`.
@@ -184,8 +189,7 @@ class TreeLayout:
     def _middle(self, start: int, end: int) -> int:
         """Return where to halve: where a long path begins or ends, else after whole chunks."""
         size, middle = CHUNK_NODES[0], (start + end) // 2
-        edges = np.unique(np.array(self._long_paths, dtype=np.int64))
-        edges = edges[(edges > start) & (edges < end)]
+        edges = self._path_edges[(self._path_edges > start) & (self._path_edges < end)]
         if len(edges):
             return int(edges[np.abs(edges - middle).argmin()])
         return start + size * ((end - start + size) // (2 * size))
@@ -227,13 +231,14 @@ class TreeLayout:
         It is that of the keys after the `n_open` that every node sees. Where it is small, linear in
         the nodes, it is kept for the other layers.
         """
-        kept = self._masks.get((chunks.start, window, dtype))
+        kind = chunks.start, chunks.end, window, dtype
+        kept = self._masks.get(kind)
         if kept is not None:
             return kept
         visible = self.visible(chunks, window)[..., chunks.n_open :]
         mask = additive_mask(visible, dtype)[:, None]
         if mask.shape[-1] <= max(FEW_KEYS, PATH_NODES):
-            self._masks[chunks.start, window, dtype] = mask
+            self._masks[kind] = mask
         return mask
 
 

@@ -44,7 +44,7 @@ from swlora.processes import world
 from swlora.versions import package_versions
 
 GIB = 1 << 30
-FORMAT = 3
+FORMAT = 4  # another one where the same states would have other bits
 CHECKSUM = np.dtype(np.uint32)
 
 

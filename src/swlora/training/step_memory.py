@@ -3,7 +3,7 @@
     peak bytes of a tree = a + b T        T: nodes of the tree
 
 Attention keeps no more than FEW_KEYS scores of a node. A rough b is enough where there is plenty of
-memory; else it is measured on a short sequence. What is done where a step would not fit is in
+memory; else it is measured on two short sequences. What is done where a step would not fit is in
 `fitting`.
 """
 
@@ -69,25 +69,25 @@ def rough_memory_of(config: Any, n_with_graph: int, value_bytes: int) -> StepMem
 def measured_memory(
     step: TreeStep, *, n_recomputed: int = 0, n_suffix: int | None = None
 ) -> StepMemory:
-    """Return what forward and backward of a short sequence took; the gradients are dropped.
+    """Return what forward and backward of two short sequences took; the gradients are dropped.
 
-    Its nodes need not keep all scores that those of another tree do. `n_recomputed` blocks keep
+    Their nodes need not keep all scores that those of another tree do. `n_recomputed` blocks keep
     their input alone; `n_suffix` blocks have a graph, by default those from the lowest adapted one
     on.
     """
     n_suffix = step.walk.n_suffix if n_suffix is None else n_suffix
-    path, n_nodes = _path(step)
+    short, n_nodes = _short_sequences(step)
     n_kept = max(1, n_suffix - n_recomputed)  # one is run again at a time
     scores = _scores_bytes(step.base_model.config, n_kept, _value_bytes(step))
-    weights, peak_bytes = _Gathered.of(step), _measured_peak(step, path, n_recomputed, n_suffix)
+    weights, peak_bytes = _Gathered.of(step), _measured_peak(step, short, n_recomputed, n_suffix)
     own_bytes = peak_bytes - weights.counted_bytes
     return StepMemory(weights.most_bytes, own_bytes / n_nodes + scores)
 
 
 def measured_without_graph(step: TreeStep) -> StepMemory:
     """Return what all blocks and the loss take without a gradient, one block's states at a time."""
-    path, n_nodes = _path(step)
-    tree, live = build_tree(path, np.array([0])), LiveBytes()
+    short, n_nodes = _short_sequences(step)
+    tree, live = build_tree(short, np.arange(len(short))), LiveBytes()
     layout = TreeLayout(tree, step.base_model.device)
     with torch.inference_mode(), patched_forwards(fast_forwards(step.peft_model)), live:
         tree_nats(step.walk, tree, step.walk.whole(layout))
@@ -99,11 +99,15 @@ def head_bytes(step: TreeStep) -> int:
     return CHUNK_ROWS * int(step.base_model.config.vocab_size) * _value_bytes(step)
 
 
-def _path(step: TreeStep) -> tuple[TokenSequences, int]:
-    """Return the short sequence that is measured, alone, and its nodes."""
+def _short_sequences(step: TreeStep) -> tuple[TokenSequences, int]:
+    """Return two sequences that are measured, and their nodes.
+
+    They share nothing, and neither is a long path, whose attention takes less memory in float32.
+    """
     n_most = int(getattr(step.base_model.config, "max_position_embeddings", None) or 1 << 20)
-    n_nodes = max(1, min(MEASURED_NODES, n_most - 1))
-    return TokenSequences.from_lists([([1], [1] * n_nodes)]), n_nodes
+    n_nodes = max(1, min(MEASURED_NODES // 2, n_most - 1))
+    pairs = [([first], [first] * n_nodes) for first in (0, 1)]
+    return TokenSequences.from_lists(pairs), 2 * n_nodes
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,10 @@ def _value_bytes(step: TreeStep) -> int:
     return int(step.base_model.dtype.itemsize)
 
 
-def _measured_peak(step: TreeStep, path: TokenSequences, n_recomputed: int, n_suffix: int) -> int:
-    """Return the most bytes of tensors while a sequence is run."""
-    cut, groups = step.walk.anatomy.n_layers - n_suffix, [np.array([0])]
-    trial = TreeStep(step.peft_model, path, label_smoothing=step.label_smoothing, cut=cut)
+def _measured_peak(step: TreeStep, short: TokenSequences, n_recomputed: int, n_suffix: int) -> int:
+    """Return the most bytes of tensors while sequences are run."""
+    cut, groups = step.walk.anatomy.n_layers - n_suffix, [np.arange(len(short))]
+    trial = TreeStep(step.peft_model, short, label_smoothing=step.label_smoothing, cut=cut)
     trial.n_recomputed = lambda _nodes: n_recomputed
     parameters = trainable_parameters(step.peft_model).values()
     live = LiveBytes()

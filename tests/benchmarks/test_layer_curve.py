@@ -1,0 +1,53 @@
+"""The curve of single layers: what counts as a layer's loss, and how well gradients order them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.recipes.layer_curve import by_layer, draw, rank_correlation
+from benchmarks.recipes.recipe import Recipe
+
+from swlora.errors import UserError
+
+
+def case(text: str, nll: float, seed: int = 0) -> dict[str, Any]:
+    recipe = Recipe.parse(f"steps=4 {text}")
+    of_dev = {"dev": {"nll": nll}, "seed": seed}
+    return {"recipe": str(recipe), "settings": recipe.settings()} | of_dev
+
+
+def test_a_layer_has_the_loss_of_its_best_rate() -> None:
+    cases = [
+        case("layers=3 rate=1e-3", 1.5),
+        case("layers=3 rate=2e-3", 1.2),
+        case("layers=3 rate=2e-3", 1.6, seed=1),
+        case("layers=3 rate=4e-3", 1.45),
+        case("layers=3 rate=8e-3", 1.7),
+        case("layers=0 rate=1e-3", 1.9),
+        case("layers=0 rate=2e-3", 1.3) | {"error": "not finite"},
+        case("layers=all", 1.0),
+        case("layers=last:1", 1.1),
+    ]
+    first, third = by_layer(cases)
+    assert (first["layer"], first["nll"], first["at_edge"]) == (0, 1.9, True)
+    assert (third["layer"], third["nll"], third["seeds"]) == (3, pytest.approx(1.4), 2)
+    assert third["recipe"] == "steps=4 layers=3 rate=0.002" and not third["at_edge"]
+
+
+def test_one_layer_is_no_curve() -> None:
+    with pytest.raises(UserError, match="no two layers"):
+        by_layer([case("layers=3", 1.5), case("layers=all", 1.0)])
+
+
+def test_ranks_alone_count() -> None:
+    assert rank_correlation([1, 2, 3, 4], [1, 10, 100, 1000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+
+
+def test_the_picture_is_drawn_the_same_every_time(tmp_path: Path) -> None:
+    layers = [{"layer": k, "nll": 1.5 - k, "gradient_l1": 3.0 + k} for k in range(3)]
+    for name in ("a.svg", "b.svg"):
+        draw({"layers": layers}, tmp_path / name)
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert text == (tmp_path / "b.svg").read_text(encoding="utf-8") and "<svg" in text

@@ -117,11 +117,15 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def few_threads(request: pytest.FixtureRequest) -> None:
-    """Run tiny models on one thread: threads that wait for each other cost more than the work."""
+    """Run tiny models on one thread: threads that wait for each other cost more than the work.
+
+    Slow tests have this process's share of the cores, beside the others that run tests.
+    """
     import torch
 
     is_slow = request.node.get_closest_marker("slow") is not None
-    torch.set_num_threads((os.cpu_count() or 1) if is_slow else 1)
+    n_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_processes) if is_slow else 1)
 
 
 @pytest.fixture(scope="session")

@@ -140,7 +140,11 @@ def test_damaged_states_are_computed_to_the_same_bits(
 @pytest.mark.slow
 @DTYPES
 def test_states_of_the_embedded_model_whoever_asks(builtin_dir: Path, dtype: torch.dtype) -> None:
-    """At real widths, where bf16 does not round the trees' differences away as in tiny models."""
+    """At real widths, where bf16 does not round the trees' differences away as in tiny models.
+
+    With two threads, among which a product may be split by its size.
+    """
+    torch.set_num_threads(2)
     model = load_model(ModelSpec(name=str(builtin_dir), device="cpu", dtype="float32")).model
     walk, sequences = TreeWalk(model.to(dtype), 26), long_sequences()
     ids = np.arange(len(sequences))

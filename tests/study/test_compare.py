@@ -10,6 +10,7 @@ from swlora.errors import RunFailedError, UserError
 from swlora.study import compare as study
 from swlora.study.compare import Request
 from swlora.study.folder import differences
+from swlora.study.plan import rate_beyond
 
 ARMS = ["lora", "super", "super-random-1", "super-last", "fixed"]
 ROWS = [{"prompt": f"prompt {k}\n", "completion": f"answer {k}."} for k in range(45)]
@@ -92,6 +93,44 @@ def test_a_study_from_beginning_to_end(compare, request_of, children, tmp_path, 
     beam = yaml.safe_load((tmp_path / "out/beam/fixed/seed-5/config.yaml").read_text())
     assert beam["decode"]["num_beams"] == 10
     assert not (tmp_path / "out" / ".cache").exists()
+
+
+def test_a_grid_whose_best_is_at_its_edge_is_extended(compare, request_of, children, tmp_path):
+    losses = {"0.5": 1.0, "0.1": 0.5, "0.02": 0.4, "0.004": 0.45}
+    children.acts = {f"rates/lora/{rate}": {"nll": nll} for rate, nll in losses.items()}
+    rate = {"grid": [0.5, 0.1], "train_rows": 20, "extend": 3}
+    request = request_of(arms=["lora"], beam={}, rate=rate)
+    compare(request)
+    assert [place for place in children.ran() if "rates/" in place] == list(children.acts)
+    found = facts(tmp_path)["arms"]["lora"]
+    assert (found["learning_rate"], found["rate"]["at_edge"]) == (0.02, False)
+    assert found["rate"]["grid"] == [0.5, 0.1, 0.02, 0.004]
+    assert found["rate"]["nll"] == losses
+    compare(request)
+    assert children.ran() == []
+
+
+def test_a_grid_is_extended_so_often_and_no_more(compare, request_of, children, tmp_path):
+    children.acts = {f"rates/lora/{rate}": {"nll": rate} for rate in (0.5, 0.1, 0.02, 0.004)}
+    rate = {"grid": [0.5, 0.1], "train_rows": 20, "extend": 1}
+    compare(request_of(arms=["lora"], beam={}, rate=rate))
+    found = facts(tmp_path)["arms"]["lora"]
+    assert (found["learning_rate"], found["rate"]["at_edge"]) == (0.02, True)
+    assert found["rate"]["grid"] == [0.5, 0.1, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen", "beyond"),
+    [
+        ((1e-3, 2e-3, 4e-3), 2e-3, None),
+        ((1e-3, 2e-3, 4e-3), 4e-3, 8e-3),
+        ((4e-3, 1e-3, 2e-3), 1e-3, 5e-4),
+        ((1e-2, 3e-2), 1e-2, 3.33e-3),
+        ((1e-2,), 1e-2, None),
+    ],
+)
+def test_the_next_rate_is_as_far_away_as_the_last(rates, chosen, beyond):
+    assert rate_beyond(rates, chosen) == beyond
 
 
 def test_rates_are_chosen_on_a_slice_of_other_rows(compare, request_of, tmp_path):

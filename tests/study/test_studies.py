@@ -19,7 +19,12 @@ STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
 
 def test_there_are_studies():
-    assert {path.name for path in STUDIES} == {"e2e.yaml", "gpt2-e2e.yaml", "smoke.yaml"}
+    assert {path.name for path in STUDIES} == {
+        "e2e.yaml",
+        "e2e-large.yaml",
+        "gpt2-e2e.yaml",
+        "smoke.yaml",
+    }
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
@@ -51,6 +56,15 @@ def test_the_e2e_study_has_the_arms_that_were_asked_for():
     others = ("lora+", "dora", "adalora", "pissa", "rslora", "full", "supertuning")
     assert names.keys() >= set(others)
     assert study.spec.data.eval_split == "test"
+
+
+def test_the_large_study_asks_the_question_at_a_size_that_counts():
+    (study,) = read_studies(ROOT / "studies" / "e2e-large.yaml", {})
+    assert study.spec.seeds == [0, 1, 2] and study.spec.random_draws == 2
+    assert study.spec.data.eval_prompts is None  # all MRs of the test set
+    assert study.spec.rate.extend > 0
+    names = {arm.name for arm in study.spec.arms}
+    assert names >= {"lora", "super", "layer-10", "layer-12", "layer-15", "auto", "pissa", "dora"}
 
 
 @pytest.fixture

@@ -46,6 +46,7 @@ class Plan:
     margin: dict[str, float]
     arms: list[PlannedArm]
     n_short_runs: int
+    n_further_rates: int  # of an arm, beyond the edge of its grid, at most
     n_runs: int
     n_beam_runs: int
     unchecked: list[str]
@@ -85,6 +86,7 @@ def plan_of(name: str, checked: Checked, wanted: list[str]) -> Plan:
         margin=spec.margin.model_dump(),
         arms=[_planned(checked, arm) for arm in arms],
         n_short_runs=n_short,
+        n_further_rates=spec.rate.extend,
         n_runs=sum(len(arm.seeds) for arm in arms),
         n_beam_runs=n_beam,
         unchecked=checked.unchecked,
@@ -135,6 +137,8 @@ def _show_plan(plan: Plan) -> None:
         f"{plan.n_runs} measured runs, {plan.n_short_runs} short ones to choose learning "
         f"rates, {plan.n_beam_runs} evaluations with beam search"
     )
+    if plan.n_further_rates and plan.n_short_runs:
+        print(f"where the best rate is at an edge, {plan.n_further_rates} further ones at most")
     for reason in plan.unchecked:
         print(f"not checked: {reason}")
 

@@ -17,7 +17,7 @@ from swlora.study.check import Checked
 from swlora.study.folder import StudyFolder
 from swlora.study.live import Board, View
 from swlora.study.overview import arms_before
-from swlora.study.plan import Task, beam_tasks, identify_tasks, rate_tasks, run_tasks
+from swlora.study.plan import Task, beam_tasks, identify_tasks, rate_beyond, rate_tasks, run_tasks
 from swlora.study.runner import Outcome, Runner
 
 Facts = dict[str, Any]
@@ -135,12 +135,31 @@ class Phases:
         )
 
     def _choose_rate(self, arm: Arm) -> None:
-        """Take the rate with the lowest held-out NLL; note an arm for which there is none."""
-        tasks = rate_tasks(arm, self.checked.spec, self.checked.n_rows["train"])
-        if not tasks:
+        """Take the rate with the lowest held-out NLL; note an arm for which there is none.
+
+        Where it is at the edge of the grid, `rate.extend` further rates are tried at most.
+        """
+        if len(arm.rates) == 1:
             self.rates[arm.name] = arm.rates[0]
             self.study.record_arm(arm.name, learning_rate=arm.rates[0], rate=None)
             return
+        facts, reason = self._compared_rates(arm)
+        for _ in range(self.checked.spec.rate.extend):
+            beyond = None if reason else rate_beyond(arm.rates, facts["chosen"])
+            if beyond is None:
+                break
+            self.view.say(f"{arm.name}: {facts['chosen']:g} is at the edge; trying {beyond:g}")
+            arm = replace(arm, rates=(*arm.rates, beyond))
+            facts, reason = self._compared_rates(arm)
+        if reason is None:
+            self.rates[arm.name] = facts["chosen"]
+            self.view.say(f"{arm.name}: learning rate {facts['chosen']:g}")
+        learning_rate = self.rates.get(arm.name)
+        self.study.record_arm(arm.name, rate=facts, learning_rate=learning_rate, reason=reason)
+
+    def _compared_rates(self, arm: Arm) -> tuple[Facts, str | None]:
+        """Try the rates of an arm; return what is known of them, or why there is none."""
+        tasks = rate_tasks(arm, self.checked.spec, self.checked.n_rows["train"])
         outcomes = {task.label: self.runner.run(task) for task in tasks}
         nll: dict[str, float | None] = {}
         for task in tasks:
@@ -153,11 +172,8 @@ class Phases:
             pairs = ((t.spec.train.learning_rate, nll[t.label]) for t in tasks)
             measured = {rate: value for rate, value in pairs if value is not None}
             chosen = min(measured, key=lambda rate: measured[rate])
-            self.rates[arm.name] = chosen
-            self.view.say(f"{arm.name}: learning rate {chosen:g}")
             facts |= {"chosen": chosen, "at_edge": chosen in (min(arm.rates), max(arm.rates))}
-        learning_rate = self.rates.get(arm.name)
-        self.study.record_arm(arm.name, rate=facts, learning_rate=learning_rate, reason=reason)
+        return facts, reason
 
     def _tell_board(self) -> None:
         """Tell the board of all runs that are to come, as far as they are known."""

@@ -1,12 +1,13 @@
 """The runs of a study, phase by phase: one run is one process and one folder.
 
 identify   layers of `super`, `auto`, ...: once for every arm that needs them
-rates      short runs on a slice of the data, one for each arm and learning rate of its grid
+rates      short runs on a slice of the data, one for each arm and learning rate of its grid, and
+           beyond the grid where the best is at its edge
 runs       the measured runs, seed by seed over all arms, so that a drift hits all alike
 beam       some of their adapters once more, with beam search
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,6 +67,18 @@ def rate_tasks(arm: Arm, spec: StudySpec, n_train_rows: int) -> list[Task]:
         folder = f"rates/{arm.name}/{rate:g}"
         tasks.append(Task("rates", arm.name, f"{rate:g}", folder, run, _all_rows(run, n_rows)))
     return tasks
+
+
+def rate_beyond(rates: Sequence[float], chosen: float) -> float | None:
+    """Return the next rate beyond the edge of a grid where the chosen one lies; None inside.
+
+    It is as far from the edge as the edge is from its neighbour, in proportion.
+    """
+    order = sorted(rates)
+    if len(order) < 2 or chosen not in (order[0], order[-1]):
+        return None
+    neighbour = order[1] if chosen == order[0] else order[-2]
+    return float(f"{chosen * chosen / neighbour:.3g}")
 
 
 def run_tasks(arms: list[Arm], rates: Mapping[str, float], n_train_rows: int) -> list[Task]:

@@ -101,7 +101,8 @@ _CURVES_CAPTION = (
 )
 _RATES = (
     "Held-out NLL after the short runs of each arm, all with one seed that is used nowhere else; "
-    "the rate with the lowest was taken. A choice at the edge of its grid may not be the best."
+    "the rate with the lowest was taken. A choice at the edge of its grid may not be the best: "
+    "`rate: {extend: N}` tries on beyond it."
 )
 _ORIGINAL = (
     "The table that was published before: GPT-2, E2E, one run an arm, no controls, no intervals. "

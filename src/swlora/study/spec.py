@@ -89,6 +89,12 @@ class RateSearch(Spec):
     """How each arm's learning rate is chosen: the lowest held-out NLL after short runs."""
 
     grid: Rates = Field(default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3])
+    extend: int = Field(
+        default=0,
+        ge=0,
+        le=10,
+        description="further rates, at most, that are tried beyond the edge where the best lies",
+    )
     train_rows: int = Field(default=640, ge=1, description="the first N rows of the training data")
     eval_prompts: int = Field(default=64, ge=1, description="the first N prompts of the dev split")
     max_steps: int | None = Field(default=None, ge=1, description="steps of a short run")

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 FAMILIES = {  # an odd number of layers, tokens and rows: parts are not of one size
     "gpt2": {},
     "llama": {"adapter.layers": "all"},
-    "gemma2": {"model.memory_gb": 0.002},  # its steps are run in smaller parts
+    "gemma2": {"model.memory_gb": 0.0023},  # its steps are run in smaller parts
 }
 
 
@@ -49,7 +49,9 @@ def test_sharded_weights_give_the_adapter_of_whole_ones(kind, settings, tmp_path
     for name in ("sum_nats", "n_tokens", "eval_nll"):
         ours, theirs = ([m[name] for m in read_metrics(run) if name in m] for run in (one, two))
         assert len(ours) in (2, 20) and ours == pytest.approx(theirs, rel=1e-5)
-    assert "no prefix cache" in (tmp_path / "log-0").read_text() or kind == "llama"
+    said = (tmp_path / "log-0").read_text()
+    assert "no prefix cache" in said or kind == "llama"
+    assert ("with the same gradient" in said) == (kind == "gemma2")
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("gpt2", "bfloat16"), ("gemma3_text", "float32")])

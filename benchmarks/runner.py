@@ -39,6 +39,11 @@ def builtin_model() -> str:
     return str(builtin_folder())
 
 
+def model_folder(name: str) -> str:
+    """Return what a model is loaded from, whose name may be `builtin`."""
+    return builtin_model() if name == "builtin" else name
+
+
 def run_module(
     module: str,
     arguments: Sequence[str],

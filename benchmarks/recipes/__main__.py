@@ -65,8 +65,7 @@ def run(args: argparse.Namespace, recipes: list[Recipe]) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from benchmarks.recipes.course import Bench
 
-    model = runner.builtin_model() if args.model == "builtin" else args.model
-    bench = Bench(model, args.e2e, args.points)
+    bench = Bench(runner.model_folder(args.model), args.e2e, args.points)
     for number, (seed, recipe) in enumerate(cases, start=1):
         load = runner.load()
         found = bench.run(recipe, seed, with_test=args.report)

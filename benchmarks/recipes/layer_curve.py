@@ -20,7 +20,8 @@ from benchmarks import runner
 from benchmarks.recipes.recipe import Recipe
 from benchmarks.recipes.results import Case, read
 from swlora.errors import UserError
-from swlora.files import atomic_path, write_json
+from swlora.files import write_json
+from swlora.study.figures import FOUND, GREY, STYLES, dress_panel, figure_file
 
 GRADIENT_ROWS = 64
 
@@ -90,8 +91,7 @@ def gradient_norms(model: str, e2e: Path | None) -> list[float]:
     from swlora.training.layer_profile import profile
     from swlora.training.schedule import Schedule
 
-    folder = runner.builtin_model() if model == "builtin" else model
-    loaded = load_model(ModelSpec(name=folder))
+    loaded = load_model(ModelSpec(name=runner.model_folder(model)))
     rows = Data("e2e", loaded, e2e).train.sequences
     spec = RunSpec(train=TrainSpec(batch_size=GRADIENT_ROWS))
     step = next(Schedule.of(rows, spec.train, spec.seed).steps())
@@ -105,24 +105,16 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def draw(found: dict[str, Any], target: Path) -> None:
-    """Draw the loss of every layer, and its gradient below, as an SVG."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasSVG(figure)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    numbers = [row["layer"] for row in found["layers"]]
-    above.plot(numbers, [row["nll"] for row in found["layers"]], marker="o", color="#0080c8")
-    above.set_ylabel("held-out NLL of this layer alone,\nnats a token")
-    below.bar(numbers, [row["gradient_l1"] for row in found["layers"]], color="#7b7b7b")
-    below.set_ylabel("gradient at the start,\nL1 norm")
-    below.set_xlabel("layer")
-    for panel in (above, below):
-        panel.grid(True, alpha=0.3)
-    with atomic_path(target) as scratch, rc_context({"svg.hashsalt": "layers"}):
-        figure.savefig(scratch, format="svg", metadata={"Date": None})
+    """Draw the loss of every layer, and its gradient below, as PNG or SVG."""
+    with figure_file(target, (7, 5)) as figure:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        numbers = [row["layer"] for row in found["layers"]]
+        losses = [row["nll"] for row in found["layers"]]
+        above.plot(numbers, losses, marker="o", color=STYLES[FOUND].color)
+        dress_panel(above, "", "held-out NLL of this layer alone,\nnats a token")
+        below.bar(numbers, [row["gradient_l1"] for row in found["layers"]], color=GREY)
+        dress_panel(below, "layer", "gradient at the start,\nL1 norm")
+        figure.canvas.draw()  # which places them
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def draw_pareto(results: Compared, target: Path) -> None:
     baseline, vertical bars are the arms' own intervals.
     """
     arms = results.finished
-    with _figure(target, (11.5, 5.4)) as figure:
+    with figure_file(target, (11.5, 5.4)) as figure:
         panels = figure.subplots(1, 2)
         for panel, (score, label, larger_is_better) in zip(panels, PANELS, strict=True):
             baseline = next((arm for arm in arms if arm.is_baseline), None)
@@ -59,7 +59,7 @@ def draw_pareto(results: Compared, target: Path) -> None:
             if not larger_is_better:
                 panel.invert_yaxis()
             panel.margins(x=0.12, y=0.12)
-            _dress(panel, "seconds to the end, one-off costs included", label)
+            dress_panel(panel, "seconds to the end, one-off costs included", label)
         _legend(figure, arms, markers=True)
         colors = [STYLES[_kind(arm)].color for arm in arms]
         for panel, (score, _, _) in zip(panels, PANELS, strict=True):
@@ -74,7 +74,7 @@ def draw_curves(results: Compared, target: Path) -> None:
     """
     arms = results.finished
     kinds = [_kind(arm) for arm in arms]
-    with _figure(target, (11.5, 6.0)) as figure:
+    with figure_file(target, (11.5, 6.0)) as figure:
         panel = figure.subplots()
         for k, (arm, kind) in enumerate(zip(arms, kinds, strict=True)):
             curve, held_out = arm.curve, arm.curve.kind == "held-out"
@@ -95,7 +95,7 @@ def draw_curves(results: Compared, target: Path) -> None:
         panel.set_xlim(left=0)
         kind_of_loss = {arm.curve.kind for arm in arms}
         label = " or ".join(sorted(kind_of_loss)) + " loss, nats a token"
-        _dress(panel, "seconds from the start, one-off costs included", label)
+        dress_panel(panel, "seconds from the start, one-off costs included", label)
         _legend(figure, arms, markers=False)
         ends = [(arm.curve.seconds[-1], arm.curve.nll[-1]) for arm in arms]
         colors = [STYLES[kind].color for kind in kinds]
@@ -103,7 +103,7 @@ def draw_curves(results: Compared, target: Path) -> None:
 
 
 @contextmanager
-def _figure(target: Path, size: tuple[float, float]) -> Iterator[Any]:
+def figure_file(target: Path, size: tuple[float, float]) -> Iterator[Any]:
     """Yield a figure that is written as PNG or SVG afterwards, the same bytes for the same data."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -187,7 +187,8 @@ def _at_share(values: Sequence[float], share: float) -> float:
     return values[min(len(values) - 1, round(share * len(values)))]
 
 
-def _dress(panel: Any, x_label: str, y_label: str) -> None:
+def dress_panel(panel: Any, x_label: str, y_label: str) -> None:
+    """Label a panel, with axes and a grid that can be read on white and on black."""
     panel.set_xlabel(x_label, color=GREY)
     panel.set_ylabel(y_label, color=GREY)
     panel.tick_params(which="both", colors=GREY)

@@ -172,7 +172,7 @@ class Phases:
             pairs = ((t.spec.train.learning_rate, nll[t.label]) for t in tasks)
             measured = {rate: value for rate, value in pairs if value is not None}
             chosen = min(measured, key=lambda rate: measured[rate])
-            facts |= {"chosen": chosen, "at_edge": chosen in (min(arm.rates), max(arm.rates))}
+            facts |= {"chosen": chosen, "at_edge": rate_beyond(arm.rates, chosen) is not None}
         return facts, reason
 
     def _tell_board(self) -> None:

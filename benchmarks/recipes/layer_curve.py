@@ -4,7 +4,7 @@
         --recipes 'order=pairs batch=16 layers=0|1|2|3 rate=8e-3|1.6e-2'
     python -m benchmarks.recipes.layer_curve --cases F --json layers.json --picture layers.svg
 
-The loss of a layer is the lowest mean over seeds that a recipe with that layer alone came to; the
+The loss of a layer is the lowest mean over seeds that a rate came to with that layer alone; the
 gradient is the L1 norm by which `--layers auto` proposes layers (`swlora.training.layer_profile`).
 Spearman's correlation says how well one orders the layers as the other does.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks import runner
-from benchmarks.recipes.recipe import Recipe
 from benchmarks.recipes.results import Case, read
 from swlora.errors import UserError
 from swlora.files import write_json
@@ -39,10 +39,10 @@ def main() -> None:
     try:
         report = read(args.cases)
         layers = by_layer(report["cases"])
-        gradients = gradient_norms(report["model"], args.e2e)
+        data = report["cases"][0]["settings"]["data"]
+        rows = with_gradients(layers, gradient_norms(report["model"], data, args.e2e))
     except UserError as error:
         raise SystemExit(str(error)) from error
-    rows = [row | {"gradient_l1": gradients[row["layer"]]} for row in layers]
     found = {"benchmark": "layer_curve", "model": report["model"], "layers": rows}
     found["rank_correlation"] = rank_correlation(
         [-row["nll"] for row in rows], [row["gradient_l1"] for row in rows]
@@ -51,39 +51,66 @@ def main() -> None:
     draw(found, args.picture)
     for row in rows:
         print(f"layer {row['layer']:2}: {row['nll']:.4f} nats, gradient {row['gradient_l1']:.3g}")
-    print(f"rank correlation of gradient and gain: {found['rank_correlation']:+.2f}")
+    if found["rank_correlation"] is not None:
+        print(f"rank correlation of gradient and gain: {found['rank_correlation']:+.2f}")
 
 
 def by_layer(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Return what training each layer alone came to, with the recipe; UserError for no such case.
 
-    `at_edge` says whether its rate is the lowest or the highest that was tried in that layer.
+    Of the rates of a layer that failed with no seed, the best is that with the most seeds and then
+    the lowest mean. `at_edge` says whether it is the lowest or the highest that was tried there.
+    UserError too where the trainings differ in more than their layer and rate.
     """
-    losses: dict[int, dict[str, list[float]]] = {}
-    for case in cases:
-        layer = case["settings"]["layers"]
-        if layer.isdigit() and "error" not in case:
-            own = losses.setdefault(int(layer), {})
-            own.setdefault(case["recipe"], []).append(case["dev"]["nll"])
-    if len(losses) < 2:
+    alone = [case for case in cases if case["settings"]["layers"].isdigit()]
+    _refuse_others(alone)
+    by_rate: dict[int, dict[float, list[Case]]] = {}
+    for case in alone:
+        layer, rate = int(case["settings"]["layers"]), case["settings"]["rate"]
+        by_rate.setdefault(layer, {}).setdefault(rate, []).append(case)
+    rows = [row for layer, own in sorted(by_rate.items()) if (row := _best(layer, own))]
+    if len(rows) < 2:
         raise UserError("there are no two layers that were trained alone: layers=0|1|2|...")
-    rows = []
-    for layer, own in sorted(losses.items()):
-        best = min(own, key=lambda recipe: np.mean(own[recipe]))
-        rates = sorted({Recipe.parse(recipe).rate for recipe in own})
-        rows.append(
-            {
-                "layer": layer,
-                "nll": float(np.mean(own[best])),
-                "seeds": len(own[best]),
-                "recipe": best,
-                "at_edge": Recipe.parse(best).rate in (rates[0], rates[-1]),
-            }
-        )
     return rows
 
 
-def gradient_norms(model: str, e2e: Path | None) -> list[float]:
+def _refuse_others(cases: Sequence[Case]) -> None:
+    """Raise UserError where the cases differ in more than layer and rate."""
+    for key in cases[0]["settings"].keys() - {"layers", "rate"} if cases else ():
+        values = sorted({str(case["settings"][key]) for case in cases})
+        if len(values) > 1:
+            raise UserError(f"the single layers were trained with {key}={' and '.join(values)}")
+
+
+def _best(layer: int, by_rate: dict[float, list[Case]]) -> dict[str, Any] | None:
+    """Return the row of a layer; None where no rate came through."""
+
+    def losses(rate: float) -> list[float]:
+        return [case["dev"]["nll"] for case in by_rate[rate]]
+
+    good = [r for r, own in by_rate.items() if not any("error" in case for case in own)]
+    if not good:
+        return None
+    best = min(good, key=lambda rate: (-len(by_rate[rate]), np.mean(losses(rate))))
+    return {
+        "layer": layer,
+        "nll": float(np.mean(losses(best))),
+        "seeds": len(by_rate[best]),
+        "recipe": by_rate[best][0]["recipe"],
+        "at_edge": best in (min(by_rate), max(by_rate)),
+    }
+
+
+def with_gradients(
+    rows: Sequence[dict[str, Any]], gradients: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Add the gradient of each layer to its row; UserError for a layer that the model has not."""
+    if rows[-1]["layer"] >= len(gradients):
+        raise UserError(f"layer {rows[-1]['layer']} is not in a model of {len(gradients)} layers")
+    return [row | {"gradient_l1": gradients[row["layer"]]} for row in rows]
+
+
+def gradient_norms(model: str, data: str, e2e: Path | None) -> list[float]:
     """Return the gradient of every layer at the start: L1 norms, nats a token and unit of rate."""
     from benchmarks.recipes.rows import Data
     from swlora.config import ModelSpec, RunSpec, TrainSpec
@@ -92,16 +119,23 @@ def gradient_norms(model: str, e2e: Path | None) -> list[float]:
     from swlora.training.schedule import Schedule
 
     loaded = load_model(ModelSpec(name=runner.model_folder(model)))
-    rows = Data("e2e", loaded, e2e).train.sequences
+    rows = Data(data, loaded, e2e).train.sequences
     spec = RunSpec(train=TrainSpec(batch_size=GRADIENT_ROWS))
     step = next(Schedule.of(rows, spec.train, spec.seed).steps())
     return profile(loaded.model, rows, spec, [step], print).gradient_norms
 
 
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Return Spearman's correlation of two lists without ties."""
-    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Return Spearman's correlation, equal values at their mean rank; None if all are equal."""
+    ranks = [_mean_ranks(values) for values in (a, b)]
+    if not all(np.ptp(one) for one in ranks):
+        return None
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _mean_ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def draw(found: dict[str, Any], target: Path) -> None:

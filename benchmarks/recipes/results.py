@@ -59,7 +59,9 @@ def read(path: Path) -> dict[str, Any]:
     """Read a file of results; UserError where it is none."""
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if report["benchmark"] == "recipes" and "cases" in report:
+        if report["benchmark"] == "recipes" and "model" in report:
+            for case in report["cases"]:
+                Recipe(**case["settings"])
             return report
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as results of recipes: {error}") from error

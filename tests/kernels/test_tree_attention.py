@@ -209,13 +209,41 @@ def test_rounding_is_that_of_the_dtype(
     assert max(errors) < bound
 
 
+@pytest.mark.parametrize("window", [None, 50])  # with and without the fused kernel in float32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_scores_stay_finite(dtype: torch.dtype) -> None:
-    tree = random_tree(6, 300)
+def test_large_scores_stay_finite(dtype: torch.dtype, window: int | None) -> None:
+    tree = two_long_paths()
     q, k, v, d_out = make_inputs(tree, Shape(2, 2, 8), dtype)
-    found = run(tree, (q * 100, k * 100, v, d_out), 50, None, 0.3)
+    found = run(tree, (q * 100, k * 100, v, d_out), window, None, 0.3)
     assert all(bool(x.isfinite().all()) for x in found)
     assert float(found[0].detach().abs().max()) <= float(v.abs().max()) * 1.01  # an average of v
+
+
+@pytest.mark.parametrize("score", [50.0, 1000.0])
+def test_what_all_keys_share_leaves_the_gradients_exact(score: float) -> None:
+    """In the fused kernel alone it does not: findings/torch_cpu_attention_shared_key.sh."""
+    tree = two_long_paths()
+    q, k, v, d_out = make_inputs(tree, Shape(4, 2, 8), torch.float32)
+    q[..., 0], k[..., 0] = 1, score / 0.3
+    inputs = (q, k, v, d_out)
+    errors = relative_errors(
+        run(tree, inputs, None, None, 0.3), reference(tree, inputs, None, None, 0.3)
+    )
+    assert max(errors) < 5e-6
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_a_scale_that_is_not_above_0(scale: float) -> None:
+    tree = two_long_paths()
+    inputs, options = make_inputs(tree, Shape(4, 2, 8), torch.float64), (None, None, scale)
+    found, expected = run(tree, inputs, *options), reference(tree, inputs, *options)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+def two_long_paths() -> PrefixTree:
+    rows = [([1] * 30, [2] * 300), ([1] * 30, [3] * 270)]
+    return build_tree(TokenSequences.from_lists(rows), np.arange(len(rows)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,11 +33,11 @@ class NodeGradients(NamedTuple):
 
 
 def is_fused(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> bool:
-    """Say whether long paths attend by the kernel, which has no window and no soft cap.
+    """Say whether long paths attend by the kernel: no window, no soft cap, a scale above 0.
 
     It reads the values of a head as neighbours without a look at how they lie.
     """
-    is_plain = scoring.window is None and scoring.softcap is None
+    is_plain = scoring.window is None and scoring.softcap is None and scoring.scale > 0
     is_whole = all(x.stride(-1) == 1 for x in (query, key, value))
     return is_plain and is_whole and query.device.type == "cpu" and query.dtype in _DTYPES
 
@@ -54,6 +54,9 @@ class PathAttention:
         self._n_kv, self._scale = key.shape[1], scale
         self._q = self._by_group(query[:, :, path.nodes])
         self._key, self._value = key, value
+        # What all keys share changes no softmax. Without it the scores are smaller, and so is the
+        # error of exp(score - l) in the kernel's backward, which is that of l: about 6e-8 l.
+        self._shared = key[0, :, path.nodes].mean(1)[:, None, None]
         # Which nodes are seen, and whether each node of the path sees those up to itself alone
         self._seen: list[tuple[slice | Tensor, bool]] = [(path.nodes, True)]
         if len(path.ancestors):
@@ -75,7 +78,7 @@ class PathAttention:
         d_o, o = self._by_group(d_out).contiguous(), self._by_group(out)
         d_q, of_nodes = torch.zeros_like(d_o), []
         for nodes, is_causal in self._seen:
-            k, v = self._keys(self._key, nodes), self._keys(self._value, nodes)
+            k, v = self._seen_by(nodes)
             d_q_seen, d_k, d_v = _gradients(
                 d_o, self._q, k, v, o, log_sums, 0.0, is_causal, scale=self._scale
             )
@@ -84,7 +87,7 @@ class PathAttention:
         return d_q.flatten(0, 1)[None], of_nodes
 
     def _of(self, nodes: slice | Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-        k, v = self._keys(self._key, nodes), self._keys(self._value, nodes)
+        k, v = self._seen_by(nodes)
         out, log_sums = _attend(self._q, k, v, 0.0, is_causal, scale=self._scale)
         return out, log_sums
 
@@ -92,6 +95,8 @@ class PathAttention:
         """(1, H, N, h) -> (H_kv, G, N, h)."""
         return x[0].view(self._n_kv, -1, *x.shape[2:])
 
-    def _keys(self, x: Tensor, nodes: slice | Tensor) -> Tensor:
-        """(1, H_kv, T, h) -> (H_kv, G, K, h) of some nodes."""
-        return x[0, :, nodes, None].transpose(1, 2).expand(-1, self._q.shape[1], -1, -1)
+    def _seen_by(self, nodes: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys, without what all share, and values of some nodes: (H_kv, G, K, h)."""
+        k, v = (x[0][:, None, nodes] for x in (self._key, self._value))
+        n_groups = self._q.shape[1]
+        return (k - self._shared).expand(-1, n_groups, -1, -1), v.expand(-1, n_groups, -1, -1)

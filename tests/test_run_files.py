@@ -12,7 +12,13 @@ from swlora.config import RunSpec
 from swlora.errors import RunFailedError
 from swlora.metrics_file import read_metrics
 from swlora.runs import Run
-from swlora.snapshots import Snapshot, load_snapshot, save_snapshot
+from swlora.snapshots import (
+    OLD_MANIFEST,
+    Snapshot,
+    load_snapshot,
+    remove_other_snapshots,
+    save_snapshot,
+)
 
 
 def start(folder: Path) -> Run:
@@ -222,6 +228,28 @@ def test_a_full_disk_keeps_the_old_snapshot(error, tmp_path, monkeypatch):
     assert len(str(failed.value).splitlines()) == 1
     assert same(loaded(tmp_path))
     assert files_in(tmp_path) == files_of(1)
+
+
+@pytest.mark.parametrize("name", ["state-0.json", OLD_MANIFEST])
+def test_an_old_snapshot_that_cannot_be_removed_says_what_to_do(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(RunFailedError, match=f"cannot remove .*{name}: .*go on with --resume$"):
+        save_snapshot(tmp_path, FIRST)
+
+
+def test_a_disk_that_fails_says_so(tmp_path, monkeypatch):
+    run = start(tmp_path)
+    run.append_metrics({"step": 1})
+    save_snapshot(run.checkpoint, FIRST)
+
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(RunFailedError, match=r"cannot write .*metrics\.jsonl: I/O error"):
+        run.sync()
+    with pytest.raises(RunFailedError, match=r"cannot remove .* for good: I/O error; .*--resume$"):
+        remove_other_snapshots(run.checkpoint, 2, keep=1)
 
 
 def test_every_flipped_bit_and_every_cut_of_the_data_is_seen(tmp_path):

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,24 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_files(paths: Sequence[Path], remedy: str) -> None:
+    """Remove files of one folder, those that are there, so that a power cut leaves them removed.
+
+    Raises RunFailedError, with `remedy`, where that cannot be done.
+    """
+    there = [path for path in paths if os.path.lexists(path)]
+    try:
+        for path in there:
+            path.unlink()
+        if there:
+            sync_path(there[0].parent)
+    except OSError as error:
+        what = error.filename or f"files of {paths[0].parent} for good"
+        raise RunFailedError(
+            f"cannot remove {what}: {error.strerror or error}; {remedy}"
+        ) from error
 
 
 def make_folder(folder: Path, *, exist_ok: bool = True) -> None:

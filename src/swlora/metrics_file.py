@@ -29,10 +29,13 @@ def append_metrics(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def sync_metrics(folder: Path) -> None:
-    """Have the lines on the disk."""
+    """Have the lines on the disk; RunFailedError where they cannot be."""
     path = folder / METRICS
-    if path.exists():
-        sync_path(path)
+    try:
+        if path.exists():
+            sync_path(path)
+    except OSError as error:
+        raise RunFailedError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def truncate_metrics(folder: Path, after_step: int) -> None:

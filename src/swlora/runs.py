@@ -24,9 +24,9 @@ from swlora.errors import RunFailedError, UserError
 from swlora.files import (
     check_writable,
     read_json,
+    remove_files,
     remove_scratch,
     restore_folder,
-    sync_path,
     write_json,
     write_text,
 )
@@ -120,9 +120,8 @@ class Run(WorkFolder):
             self._take()
         check_free(self.folder)
         self._tidy()
-        if (self.folder / CONFIG).exists():  # of a run that came to nothing: not of this one
-            (self.folder / CONFIG).unlink()
-            sync_path(self.folder)
+        # Of a run that came to nothing: not of this one
+        remove_files([self.folder / CONFIG], "choose another --output")
         self._spec = spec or self._spec
         self.has_begun = True
         self._write_start()

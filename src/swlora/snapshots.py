@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import RunFailedError, UserError
-from swlora.files import atomic_path, sha256_of, sync_path, write_json
+from swlora.files import atomic_path, remove_files, sha256_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 OLD_MANIFEST = "manifest.json"  # of older versions, which kept one snapshot
+_REMEDY = "see to it that it can be removed, then go on with --resume"
 _NAME = re.compile(r"state-(\d+)\.(?:json|safetensors)")
 
 
@@ -36,7 +37,7 @@ class Snapshot:
 def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 1) -> None:
     """Write a snapshot, then remove all others but the `keep` - 1 with the numbers before its own.
 
-    Raises RunFailedError where the disk is full.
+    Raises RunFailedError where the disk is full, or what is to be removed stays.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -51,20 +52,21 @@ def save_snapshot(folder: Path, snapshot: Snapshot, keep: int = 1) -> None:
             save_file(contents, scratch, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
-    manifest = {"file": data_path.name, "sha256": sha256_of(data_path)}
+        manifest = {"file": data_path.name, "sha256": sha256_of(scratch)}
     write_json(data_path.with_suffix(".json"), manifest)
-    (folder / OLD_MANIFEST).unlink(missing_ok=True)
+    remove_files([folder / OLD_MANIFEST], _REMEDY)
     remove_other_snapshots(folder, snapshot.number, keep)
 
 
 def remove_other_snapshots(folder: Path, number: int, keep: int) -> None:
-    """Remove all snapshots but `number` and the `keep` - 1 with the numbers before it."""
+    """Remove all snapshots but `number` and the `keep` - 1 with the numbers before it.
+
+    For good, before the run is said to be done: nobody comes to remove them then. Raises
+    RunFailedError where one stays.
+    """
     kept = (None, *range(number - keep + 1, number + 1))
     outdated = sorted(path for path in folder.glob("state-*") if _number(path) not in kept)
-    for path in outdated:  # a manifest before its bytes
-        path.unlink()
-    if outdated:
-        sync_path(folder)  # before the run is said to be done: nobody comes to remove them then
+    remove_files(outdated, _REMEDY)  # a manifest before its bytes
 
 
 def load_snapshot(folder: Path, say: Callable[[str], None]) -> Snapshot | None:
@@ -114,7 +116,11 @@ def _whole(manifest: Path) -> Path:
     path = manifest.parent / str(facts.get("file"))
     if not _NAME.fullmatch(path.name) or path.parent != manifest.parent or not path.is_file():
         raise UserError(f"the checkpoint {manifest} is damaged: its {path.name} is not there")
-    if sha256_of(path) != facts.get("sha256"):
+    try:
+        is_as_saved = sha256_of(path) == facts.get("sha256")
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
+    if not is_as_saved:
         raise UserError(f"the checkpoint {path} is damaged: it is not as it was saved")
     return path
 

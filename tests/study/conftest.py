@@ -1,4 +1,4 @@
-"""A study's folder made by hand: runs that never ran, with numbers that are known."""
+"""Studies whose runs never ran: a folder made by hand, processes that only pretend."""
 
 import json
 import sys
@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from tests.support.data_files import write_rows
 
 from swlora.config import RunSpec, dump_yaml
 from swlora.evaluation.scores import SegmentStatistics
 from swlora.evaluation.segments import Segments
 from swlora.loss_sum import LossSum
 from swlora.result_json import as_json
+from swlora.study.compare import Request
+from swlora.study.compare import compare as run_studies
 from swlora.study.live import board_table
 from swlora.study.spec import StudySpec
 
@@ -241,3 +245,37 @@ class SilentView:
 def view() -> SilentView:
     """A view for one study."""
     return SilentView()
+
+
+@pytest.fixture
+def settings(model_folder: Any, tmp_path: Path) -> dict[str, Any]:
+    """A study of two arms and the controls of one, on a Llama of three layers."""
+    lines = [{"prompt": f"prompt {k}\n", "completion": f"answer {k}."} for k in range(45)]
+    rows = write_rows(tmp_path / "rows.jsonl", lines)
+    return {
+        "model": {"name": str(model_folder("llama")), "dtype": "float32"},
+        "data": {"name": str(rows)},
+        "decode": {"max_new_tokens": 8},
+        "arms": ["lora", "super", {"name": "fixed", "layers": "0", "rates": [0.25], "seeds": [5]}],
+        "seeds": [0, 5],
+        "rate": {"grid": [0.5, 0.1], "train_rows": 20},
+        "beam": {"arms": ["fixed", "lora"], "seeds": [5]},
+    }
+
+
+@pytest.fixture
+def request_of(settings: dict[str, Any], tmp_path: Path) -> Callable[..., Request]:
+    """A function (**changes of the settings) -> Request; `only` and `overrides` are its own."""
+
+    def make(only: Any = None, overrides: Any = None, **changes: Any) -> Request:
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump(settings | changes))
+        return Request(path, tmp_path / "out", only, overrides or {})
+
+    return make
+
+
+@pytest.fixture
+def compare(view: SilentView, children: FakeChildren) -> Callable[[Request], Any]:
+    """A function request -> what came out, with fake processes."""
+    return lambda request: run_studies(request, view, children)

@@ -4,49 +4,13 @@ import json
 
 import pytest
 import yaml
-from tests.support.data_files import write_rows
 
 from swlora.errors import RunFailedError, UserError
 from swlora.study import compare as study
 from swlora.study.compare import Request
 from swlora.study.folder import differences
-from swlora.study.plan import rate_beyond
 
 ARMS = ["lora", "super", "super-random-1", "super-last", "fixed"]
-ROWS = [{"prompt": f"prompt {k}\n", "completion": f"answer {k}."} for k in range(45)]
-
-
-@pytest.fixture
-def settings(model_folder, tmp_path):
-    """A study of two arms and the controls of one, on a Llama of three layers."""
-    rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    return {
-        "model": {"name": str(model_folder("llama")), "dtype": "float32"},
-        "data": {"name": str(rows)},
-        "decode": {"max_new_tokens": 8},
-        "arms": ["lora", "super", {"name": "fixed", "layers": "0", "rates": [0.25], "seeds": [5]}],
-        "seeds": [0, 5],
-        "rate": {"grid": [0.5, 0.1], "train_rows": 20},
-        "beam": {"arms": ["fixed", "lora"], "seeds": [5]},
-    }
-
-
-@pytest.fixture
-def request_of(settings, tmp_path):
-    """A function (**changes of the settings) -> Request; `only` and `overrides` are its own."""
-
-    def make(only=None, overrides=None, **changes):
-        path = tmp_path / "study.yaml"
-        path.write_text(yaml.safe_dump(settings | changes))
-        return Request(path, tmp_path / "out", only, overrides or {})
-
-    return make
-
-
-@pytest.fixture
-def compare(view, children):
-    """A function request -> what came out, with fake processes."""
-    return lambda request: study.compare(request, view, children)
 
 
 def facts(tmp_path):
@@ -95,53 +59,6 @@ def test_a_study_from_beginning_to_end(compare, request_of, children, tmp_path, 
     assert not (tmp_path / "out" / ".cache").exists()
 
 
-def test_a_grid_whose_best_is_at_its_edge_is_extended(compare, request_of, children, tmp_path):
-    losses = {"0.5": 1.0, "0.1": 0.5, "0.02": 0.4, "0.004": 0.45}
-    children.acts = {f"rates/lora/{rate}": {"nll": nll} for rate, nll in losses.items()}
-    rate = {"grid": [0.5, 0.1], "train_rows": 20, "extend": 3}
-    request = request_of(arms=["lora"], beam={}, rate=rate)
-    compare(request)
-    assert [place for place in children.ran() if "rates/" in place] == list(children.acts)
-    found = facts(tmp_path)["arms"]["lora"]
-    assert (found["learning_rate"], found["rate"]["at_edge"]) == (0.02, False)
-    assert found["rate"]["grid"] == [0.5, 0.1, 0.02, 0.004]
-    assert found["rate"]["nll"] == losses
-    compare(request)
-    assert children.ran() == []
-
-
-def test_a_grid_is_extended_so_often_and_no_more(compare, request_of, children, tmp_path):
-    children.acts = {f"rates/lora/{rate}": {"nll": rate} for rate in (0.5, 0.1, 0.02, 0.004)}
-    rate = {"grid": [0.5, 0.1], "train_rows": 20, "extend": 1}
-    compare(request_of(arms=["lora"], beam={}, rate=rate))
-    found = facts(tmp_path)["arms"]["lora"]
-    assert (found["learning_rate"], found["rate"]["at_edge"]) == (0.02, True)
-    assert found["rate"]["grid"] == [0.5, 0.1, 0.02]
-
-
-@pytest.mark.parametrize(
-    ("rates", "chosen", "beyond"),
-    [
-        ((1e-3, 2e-3, 4e-3), 2e-3, None),
-        ((1e-3, 2e-3, 4e-3), 4e-3, 8e-3),
-        ((4e-3, 1e-3, 2e-3), 1e-3, 5e-4),
-        ((1e-2, 3e-2), 1e-2, 3.33e-3),
-        ((1e-2,), 1e-2, None),
-    ],
-)
-def test_the_next_rate_is_as_far_away_as_the_last(rates, chosen, beyond):
-    assert rate_beyond(rates, chosen) == beyond
-
-
-def test_rates_are_chosen_on_a_slice_of_other_rows(compare, request_of, tmp_path):
-    compare(request_of(arms=["lora"], beam={}))
-    folder = tmp_path / "out/rates/lora/0.5/config.yaml"
-    config = yaml.safe_load(folder.read_text())
-    assert (config["data"]["train_rows"], config["data"]["eval_prompts"]) == (20, 64)
-    assert (config["data"]["eval_split"], config["seed"]) == ("dev", 1000)
-    assert config["train"]["learning_rate"] == 0.5
-
-
 def test_the_same_again_runs_nothing(compare, request_of, children, tmp_path):
     compare(request_of())
     children.ran()
@@ -167,29 +84,6 @@ def test_a_failed_run_does_not_stop_the_others(compare, request_of, children, tm
     assert facts(tmp_path)["status"] == "incomplete"  # super has not run
     compare(request_of())
     assert facts(tmp_path)["status"] == "done"
-
-
-def test_an_arm_without_a_rate_is_left_behind(compare, request_of, children, tmp_path):
-    too_high = {"fail": "RunFailedError: the loss is not finite at step 1"}
-    children.acts = {f"rates/lora/{rate}": too_high for rate in (0.5, 0.1)}
-    children.acts["rates/super/0.5"] = too_high
-    with pytest.raises(RunFailedError, match="lora: every rate of its grid is too high"):
-        compare(request_of())
-    assert not any(place.startswith("runs/lora") for place in children.ran())
-    told = facts(tmp_path)["arms"]
-    assert told["super"]["rate"]["nll"] == {"0.5": None, "0.1": 1.0}
-    assert told["super"]["learning_rate"] == 0.1
-    assert told["lora"]["learning_rate"] is None
-
-
-def test_a_rate_that_could_not_be_tried_is_no_choice(compare, request_of, children):
-    children.acts = {"rates/lora/0.5": {"fail": "RunFailedError: no more space"}}
-    with pytest.raises(RunFailedError, match=r"lora: the rate 0\.5 could not be tried"):
-        compare(request_of(arms=["lora"], beam={}))
-    children.acts = {}
-    children.ran()
-    compare(request_of(arms=["lora"], beam={}))
-    assert children.ran() == ["rates/lora/0.5", "runs/lora/seed-0", "runs/lora/seed-5"]
 
 
 def test_a_model_without_super_weights_is_an_answer(compare, request_of, children, tmp_path):

@@ -293,6 +293,33 @@ def test_rates_that_were_tried_are_in_the_report(two_arms: Any) -> None:
     assert "(edge of the grid)" in report
 
 
+ADVICE = "`rate: {extend: N}`"
+
+
+@pytest.mark.parametrize(
+    ("extend", "rate", "said"),
+    [
+        (0, {"grid": [1e-3, 4e-3]}, f"{ADVICE} in the study file tries on beyond it; a changed"),
+        (3, {"grid": [1e-3, 4e-3]}, f"{ADVICE} with N above 3 in the study file tries on"),
+        (10, {"grid": [1e-3, 4e-3]}, None),  # no more can be asked for
+        (0, {"grid": [3.999e-3, 4e-3]}, None),  # nothing lies beyond, rounded
+        (3, {"grid": [1e-3, 4e-3], "untried": "1.6e-2 failed"}, None),
+        (0, {"grid": [1e-3, 4e-3, 8e-3], "at_edge": False}, None),
+    ],
+)
+def test_the_report_advises_what_the_study_file_can_use(
+    two_arms: Any, extend: int, rate: dict[str, Any], said: str | None
+) -> None:
+    two_arms.settings["rate"]["extend"] = extend
+    told = two_arms.facts["arms"]["lora"]["rate"]
+    told |= {"nll": {"0.001": 1.5, "0.004": 1.25}, "at_edge": True} | rate
+    publish(two_arms.save())
+    report = (two_arms.folder / "results.md").read_text()
+    assert ADVICE not in report if said is None else said in report
+    assert ("may not be the best" in report) == told["at_edge"]
+    assert ("\nlora: 1.6e-2 failed\n" in report) == ("untried" in rate)
+
+
 def test_the_published_table_stands_beside(two_arms: Any) -> None:
     results = publish(two_arms.save())
     rows = {r["method"]: (r["acceleration_percent"], r["quality"]) for r in results["published"]}

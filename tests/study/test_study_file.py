@@ -152,6 +152,7 @@ arms:
   - {name: twice, rank: 3}
   - {name: twice, rank: 4}
   - {name: steady, train.schedule: constant}
+  - {name: same, rates: [0.001, 0.0010000001]}
 """,
     )
     wanted = [
@@ -164,6 +165,7 @@ arms:
         "arm extra: colour: there is no such setting",
         "arm odd: overrides: ",
         "arm number 11: ",
+        "arm same: rates: a rate is listed twice; six digits of it count",
         "baseline: there is no arm 'lroa'",
         "beam: there is no arm 'gone'",
         "beam: no arm has seed 9",
@@ -211,3 +213,10 @@ def test_seeds_of_controls_that_an_arm_does_not_have_are_refused(tmp_path):
     assert study.problems == [
         "arm top: control_seeds: it has no controls, which layers that are found have"
     ]
+
+
+def test_an_extension_without_a_grid_is_refused(tmp_path):
+    text = "arms: [{name: lora, rates: [0.1]}, dora]\nrate: {extend: 2, grid: [%s]}"
+    assert read(tmp_path, text % "0.1, 0.2").problems == []
+    (problem,) = read(tmp_path, text % "0.1").problems
+    assert problem.startswith("rate.extend: no arm has several rates")

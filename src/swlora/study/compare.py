@@ -108,8 +108,8 @@ def compare(
     if failures:
         more = f" and {len(failures) - 4} more" if len(failures) > 4 else ""
         raise RunFailedError(
-            f"not done: {'; '.join(failures[:4])}{more}; the same command tries them again, and "
-            f"results.md in {', '.join(results)} has what is done"
+            f"not done: {'; '.join(failures[:4])}{more}; the same command tries again what may end "
+            f"otherwise, and results.md in {', '.join(results)} has what is done"
         )
     return next(iter(results.values())) if len(results) == 1 else ComparedModels(results)
 

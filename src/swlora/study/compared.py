@@ -115,9 +115,9 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class RateChoice:
-    """The held-out NLL that each rate of an arm's grid led to, and the rate that was taken.
+    """The held-out NLL that each rate that was tried led to, and the rate that was taken.
 
-    What was not recorded is empty, or None.
+    `untried`: a rate beyond the grid that failed, and why. What was not recorded is empty, or None.
     """
 
     grid: list[float] = field(default_factory=list, metadata=IF_ANY)
@@ -125,6 +125,7 @@ class RateChoice:
     cost_s: float | None = field(default=None, metadata=IF_ANY)
     chosen: float | None = field(default=None, metadata=IF_ANY)
     at_edge: bool | None = field(default=None, metadata=IF_ANY)
+    untried: str | None = field(default=None, metadata=IF_ANY)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@
 
 study.json has "status" (running, done, incomplete, cancelled), facts of machine and data, and
 "arms": name -> {policy, layers, n_trainable, seeds, control_of, controls, one_off_s, rate: {grid,
-nll, chosen, at_edge, cost_s}, learning_rate, reason}, "runs": folder -> {phase, arm, label,
-status, reason, seconds, load_before}; the load is the system's, of the last minute.
+nll, chosen, at_edge, cost_s, untried}, learning_rate, reason}, "runs": folder -> {phase, arm,
+label, status, reason, seconds, load_before}; the load is the system's, of the last minute.
 """
 
 import os
@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from swlora.config import dump_yaml
 from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
-from swlora.files import write_text
+from swlora.files import read_json, write_text
 from swlora.matrix_peak import processor
 from swlora.study.spec import StudySpec
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
@@ -62,6 +62,17 @@ class StudyFolder(WorkFolder):
         """Replace what study.json says of a run."""
         self.facts["runs"][folder] = facts
         self.record()
+
+    def read_run_value(self, run: str, name: str, *keys: str) -> Any:
+        """Return a value in a JSON file of a run's folder; UserError where it is not there."""
+        path = self.folder / run / name
+        try:
+            value: Any = read_json(path)
+            for key in keys:
+                value = value[key]
+        except (UserError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read; remove its folder to run it again") from error
+        return value
 
     def __enter__(self) -> Self:
         check_folder(self.folder, self._spec)  # before a folder is made: a file may be there

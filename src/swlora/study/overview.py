@@ -12,6 +12,7 @@ from swlora.layer_policy import EN_DASH, layer_ranges
 from swlora.study.arms import Arm, arms_of, expected_controls
 from swlora.study.check import Checked
 from swlora.study.compared import Compared, ComparedModels
+from swlora.study.spec import rate_name
 from swlora.study.tables import markdown_table, verdict_columns
 
 
@@ -127,7 +128,7 @@ def _show_plan(plan: Plan) -> None:
             str(arm.epochs),
             "?" if arm.n_trainable is None else f"{arm.n_trainable:,}",
             str(arm.n_steps or "?"),
-            " ".join(f"{rate:g}" for rate in arm.rates),
+            " ".join(map(rate_name, arm.rates)),
             " ".join(map(str, arm.seeds)),
         )
     Console(highlight=False, width=200).print(table)
@@ -138,7 +139,11 @@ def _show_plan(plan: Plan) -> None:
         f"rates, {plan.n_beam_runs} evaluations with beam search"
     )
     if plan.n_further_rates and plan.n_short_runs:
-        print(f"where the best rate is at an edge, {plan.n_further_rates} further ones at most")
+        n_all = plan.n_further_rates * sum(len(arm.rates) > 1 for arm in plan.arms)
+        print(
+            f"where the best rate of an arm is at an edge, up to {plan.n_further_rates} further "
+            f"short runs of that arm, {n_all} in all at most"
+        )
     for reason in plan.unchecked:
         print(f"not checked: {reason}")
 

@@ -7,20 +7,15 @@ but an answer: its arm has no layers, and no runs.
 """
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
-from swlora.errors import UserError
-from swlora.files import read_json
 from swlora.study.arms import Arm, add_controls, arms_of
 from swlora.study.check import Checked
 from swlora.study.folder import StudyFolder
 from swlora.study.live import Board, View
 from swlora.study.overview import arms_before
-from swlora.study.plan import Task, beam_tasks, identify_tasks, rate_beyond, rate_tasks, run_tasks
-from swlora.study.runner import Outcome, Runner
-
-Facts = dict[str, Any]
+from swlora.study.plan import Task, beam_tasks, identify_tasks, rate_tasks, run_tasks
+from swlora.study.rates import RateChoices
+from swlora.study.runner import Runner
 
 
 @dataclass
@@ -58,9 +53,8 @@ class Phases:
         self._tell_board()
         running = [arm for arm in self.arms if arm.name in self.wanted and arm.layers is not None]
         n_rows = self.checked.n_rows["train"]
-        self.runner.ahead([task for arm in running for task in rate_tasks(arm, spec, n_rows)])
-        for arm in running:
-            self._choose_rate(arm)
+        choices = RateChoices(spec, n_rows, self.study, self.runner, self.view)
+        self.rates = choices.choose(running)
         self._end_phase("rates")
         runs = run_tasks(running, self.rates, n_rows)
         self.runner.ahead(runs)
@@ -103,8 +97,8 @@ class Phases:
             reason = f"no layers for {task.label}: {outcome.reason}"
             self.study.record_arm(arm.name, layers=None, reason=reason)
             return arm
-        choice = self._read(task, "result.json")["choice"]
-        seconds = self._read(task, "run.json")["timings_s"]["choose_layers"]
+        choice = self.study.read_run_value(task.folder, "result.json", "choice")
+        seconds = self.study.read_run_value(task.folder, "run.json", "timings_s", "choose_layers")
         found = {"layers": choice["layers"], "reason": choice["reason"], "one_off_s": seconds}
         self.study.record_arm(arm.name, **found)
         self.view.say(f"{arm.name}: layers {choice['layers'] or 'none'}")
@@ -134,47 +128,6 @@ class Phases:
             reason=known.get("reason") if arm.layers is None else None,
         )
 
-    def _choose_rate(self, arm: Arm) -> None:
-        """Take the rate with the lowest held-out NLL; note an arm for which there is none.
-
-        Where it is at the edge of the grid, `rate.extend` further rates are tried at most.
-        """
-        if len(arm.rates) == 1:
-            self.rates[arm.name] = arm.rates[0]
-            self.study.record_arm(arm.name, learning_rate=arm.rates[0], rate=None)
-            return
-        facts, reason = self._compared_rates(arm)
-        for _ in range(self.checked.spec.rate.extend):
-            beyond = None if reason else rate_beyond(arm.rates, facts["chosen"])
-            if beyond is None:
-                break
-            self.view.say(f"{arm.name}: {facts['chosen']:g} is at the edge; trying {beyond:g}")
-            arm = replace(arm, rates=(*arm.rates, beyond))
-            facts, reason = self._compared_rates(arm)
-        if reason is None:
-            self.rates[arm.name] = facts["chosen"]
-            self.view.say(f"{arm.name}: learning rate {facts['chosen']:g}")
-        learning_rate = self.rates.get(arm.name)
-        self.study.record_arm(arm.name, rate=facts, learning_rate=learning_rate, reason=reason)
-
-    def _compared_rates(self, arm: Arm) -> tuple[Facts, str | None]:
-        """Try the rates of an arm; return what is known of them, or why there is none."""
-        tasks = rate_tasks(arm, self.checked.spec, self.checked.n_rows["train"])
-        outcomes = {task.label: self.runner.run(task) for task in tasks}
-        nll: dict[str, float | None] = {}
-        for task in tasks:
-            is_done = outcomes[task.label].status == "done"
-            nll[task.label] = self._read(task, "result.json")["heldout"]["nll"] if is_done else None
-        seconds = (self.study.facts["runs"][task.folder]["seconds"] or 0.0 for task in tasks)
-        facts: Facts = {"grid": list(arm.rates), "nll": nll, "cost_s": round(sum(seconds), 3)}
-        reason = _why_no_rate(outcomes)
-        if reason is None:
-            pairs = ((t.spec.train.learning_rate, nll[t.label]) for t in tasks)
-            measured = {rate: value for rate, value in pairs if value is not None}
-            chosen = min(measured, key=lambda rate: measured[rate])
-            facts |= {"chosen": chosen, "at_edge": rate_beyond(arm.rates, chosen) is not None}
-        return facts, reason
-
     def _tell_board(self) -> None:
         """Tell the board of all runs that are to come, as far as they are known."""
         spec, n_rows = self.checked.spec, self.checked.n_rows["train"]
@@ -190,20 +143,3 @@ class Phases:
         seconds = sum(run["seconds"] or 0.0 for run in runs if run["phase"] == phase)
         phases_s = {**self.study.facts.get("phases_s", {}), phase: round(seconds, 3)}
         self.study.record(phases_s=phases_s)
-
-    def _read(self, task: Task, name: str) -> Facts:
-        path: Path = self.study.folder / task.folder / name
-        try:
-            return read_json(path)
-        except UserError as error:
-            raise UserError(f"{path} cannot be read; remove its folder to run it again") from error
-
-
-def _why_no_rate(outcomes: dict[str, Outcome]) -> str | None:
-    """Say why no rate can be chosen among runs by rate, or None; rates may be too high."""
-    for label, outcome in outcomes.items():
-        if outcome.status != "done" and not outcome.has_diverged:
-            return f"the rate {label} could not be tried: {outcome.reason}"
-    if all(outcome.has_diverged for outcome in outcomes.values()):
-        return "every rate of its grid is too high: the loss is not finite"
-    return None

@@ -1,19 +1,20 @@
 """The runs of a study, phase by phase: one run is one process and one folder.
 
 identify   layers of `super`, `auto`, ...: once for every arm that needs them
-rates      short runs on a slice of the data, one for each arm and learning rate of its grid, and
-           beyond the grid where the best is at its edge
+rates      short runs on a slice of the data, one for each arm and learning rate of its grid, then
+           round by round one more beyond the grid of each arm whose best is at its edge
 runs       the measured runs, seed by seed over all arms, so that a drift hits all alike
 beam       some of their adapters once more, with beam search
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from swlora.config import RunSpec
 from swlora.study.arms import Arm
-from swlora.study.spec import StudySpec, folder_name
+from swlora.study.spec import StudySpec, folder_name, rate_name
 from swlora.training.schedule import sequences_per_step
 
 Phase = Literal["identify", "rates", "runs", "beam"]
@@ -53,32 +54,40 @@ def rate_tasks(arm: Arm, spec: StudySpec, n_train_rows: int) -> list[Task]:
     """Return the short runs among which the arm's learning rate is chosen; none for one rate."""
     if len(arm.rates) == 1:
         return []
-    choice, tasks = spec.rate, []
-    for rate in arm.rates:
-        run = arm.run_spec(seed=choice.seed, rate=rate)
-        rows = {"train_rows": choice.train_rows, "eval_prompts": choice.eval_prompts}
-        data = run.data.model_copy(update={**rows, "eval_split": "dev"})
-        limits = [n for n in (choice.max_steps, run.train.max_steps) if n is not None]
-        short = {"max_steps": min(limits, default=None), "eval_every_steps": 0}
-        unwatched = {"eval_rows": None, "early_stopping": None}
-        train = run.train.model_copy(update=short | unwatched)
-        run = run.model_copy(update={"data": data, "train": train})
-        n_rows = min(choice.train_rows, n_train_rows)
-        folder = f"rates/{arm.name}/{rate:g}"
-        tasks.append(Task("rates", arm.name, f"{rate:g}", folder, run, _all_rows(run, n_rows)))
-    return tasks
+    return [rate_task(arm, rate, spec, n_train_rows) for rate in arm.rates]
 
 
-def rate_beyond(rates: Sequence[float], chosen: float) -> float | None:
+def rate_task(arm: Arm, rate: float, spec: StudySpec, n_train_rows: int) -> Task:
+    """Return the short run of an arm with a learning rate."""
+    choice, run = spec.rate, arm.run_spec(seed=spec.rate.seed, rate=rate)
+    rows = {"train_rows": choice.train_rows, "eval_prompts": choice.eval_prompts}
+    data = run.data.model_copy(update={**rows, "eval_split": "dev"})
+    limits = [n for n in (choice.max_steps, run.train.max_steps) if n is not None]
+    short = {"max_steps": min(limits, default=None), "eval_every_steps": 0}
+    unwatched = {"eval_rows": None, "early_stopping": None}
+    train = run.train.model_copy(update=short | unwatched)
+    run = run.model_copy(update={"data": data, "train": train})
+    name, n_rows = rate_name(rate), min(choice.train_rows, n_train_rows)
+    return Task("rates", arm.name, name, f"rates/{arm.name}/{name}", run, _all_rows(run, n_rows))
+
+
+def is_at_edge(rates: Collection[float], chosen: float) -> bool:
+    """Say whether the chosen one of several rates is the lowest or the highest."""
+    return len(rates) > 1 and chosen in (min(rates), max(rates))
+
+
+def rate_beyond(rates: Collection[float], chosen: float) -> float | None:
     """Return the next rate beyond the edge of a grid where the chosen one lies; None inside.
 
-    It is as far from the edge as the edge is from its neighbour, in proportion.
+    It is as far from the edge as the edge is from its neighbour, in proportion. None too where no
+    positive, finite number of three digits lies there that has another name than those tried.
     """
-    order = sorted(rates)
-    if len(order) < 2 or chosen not in (order[0], order[-1]):
+    if not is_at_edge(rates, chosen):
         return None
+    order, named = sorted(rates), [float(rate_name(rate)) for rate in rates]
     neighbour = order[1] if chosen == order[0] else order[-2]
-    return float(f"{chosen * chosen / neighbour:.3g}")
+    beyond = float(f"{chosen * (chosen / neighbour):.3g}")
+    return beyond if 0 < beyond < min(named) or max(named) < beyond < math.inf else None
 
 
 def run_tasks(arms: list[Arm], rates: Mapping[str, float], n_train_rows: int) -> list[Task]:

@@ -7,6 +7,8 @@ from swlora.evaluation.scales import OF_100
 from swlora.plural import counted
 from swlora.study import tables
 from swlora.study.compared import Compared, FinishedArm
+from swlora.study.plan import rate_beyond
+from swlora.study.spec import MOST_FURTHER
 from swlora.study.tables import markdown_table
 
 
@@ -35,7 +37,13 @@ def markdown_report(results: Compared) -> str:
         ]
     chosen = [arm for arm in results.arms if arm.rate_choice and arm.rate_choice.nll]
     if chosen:
-        parts += ["## Choice of the learning rates", _RATES, tables.rate_table(chosen)]
+        parts += [
+            "## Choice of the learning rates",
+            _rates_line(results),
+            tables.rate_table(chosen),
+        ]
+        untried = [(arm.name, arm.rate_choice.untried) for arm in chosen if arm.rate_choice]
+        parts += [f"{name}: {reason}" for name, reason in untried if reason]
     beam = [arm.beam for arm in finished if arm.beam]
     if beam:
         parts += ["## Beam search", _decode_line(beam[0].decode)]
@@ -83,6 +91,25 @@ def _introduction(results: Compared, finished: Sequence[FinishedArm]) -> str:
     return "\n\n".join(lines)
 
 
+def _rates_line(results: Compared) -> str:
+    """Say how the rates were chosen, and what can be done about a choice at an edge."""
+    choices = [arm.rate_choice for arm in results.arms if arm.rate_choice]
+    said, extend = [_RATES], results.setting["rate"].get("extend", 0)
+    if any(choice.at_edge for choice in choices):
+        said.append("A choice at the edge of its grid may not be the best.")
+    can_go_on = any(
+        choice.chosen is not None and not choice.untried and rate_beyond(choice.grid, choice.chosen)
+        for choice in choices
+    )
+    if can_go_on and extend < MOST_FURTHER:
+        above = f" with N above {extend}" if extend else ""
+        said.append(
+            f"`rate: {{extend: N}}`{above} in the study file tries on beyond it; a changed file "
+            "needs another --output."
+        )
+    return " ".join(said)
+
+
 def _decode_line(decode: dict[str, Any]) -> str:
     return (
         f"{decode['num_beams']} beams, length penalty {decode['length_penalty']:g}, no repeated "
@@ -101,8 +128,7 @@ _CURVES_CAPTION = (
 )
 _RATES = (
     "Held-out NLL after the short runs of each arm, all with one seed that is used nowhere else; "
-    "the rate with the lowest was taken. A choice at the edge of its grid may not be the best: "
-    "`rate: {extend: N}` tries on beyond it."
+    "the rate with the lowest was taken."
 )
 _ORIGINAL = (
     "The table that was published before: GPT-2, E2E, one run an arm, no controls, no intervals. "

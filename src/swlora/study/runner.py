@@ -66,6 +66,11 @@ class Runner:
     def close(self) -> None:
         """End what still runs: nothing here."""
 
+    def is_over(self, task: Task) -> bool:
+        """Say that a run is there and need not be made."""
+        facts = run_facts(self._study.folder / task.folder)
+        return facts is not None and _is_over(facts, task)
+
     def run(self, task: Task) -> Outcome:
         """Run one task, unless it is done; KeyboardInterrupt ends it as cancelled and goes on up.
 

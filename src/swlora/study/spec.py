@@ -36,7 +36,14 @@ SHORT = {
     "epochs": "train.epochs",
 }
 
+MOST_FURTHER = 10
+
 PositiveRate = Annotated[float, Field(gt=0)]
+
+
+def rate_name(rate: float) -> str:
+    """Return how folders and tables call a learning rate: by six digits."""
+    return f"{rate:g}"
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -45,7 +52,13 @@ def _distinct(values: list[Any]) -> list[Any]:
     return values
 
 
-Rates = Annotated[list[PositiveRate], Field(min_length=1), AfterValidator(_distinct)]
+def _distinct_rates(rates: list[float]) -> list[float]:
+    if len({rate_name(rate) for rate in rates}) < len(rates):
+        raise ValueError("a rate is listed twice; six digits of it count")
+    return rates
+
+
+Rates = Annotated[list[PositiveRate], Field(min_length=1), AfterValidator(_distinct_rates)]
 Seeds = Annotated[
     list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_distinct)
 ]
@@ -92,8 +105,8 @@ class RateSearch(Spec):
     extend: int = Field(
         default=0,
         ge=0,
-        le=10,
-        description="further rates, at most, that are tried beyond the edge where the best lies",
+        le=MOST_FURTHER,
+        description="further rates of an arm, at most, beyond the edge where its best lies",
     )
     train_rows: int = Field(default=640, ge=1, description="the first N rows of the training data")
     eval_prompts: int = Field(default=64, ge=1, description="the first N prompts of the dev split")

@@ -19,6 +19,7 @@ from swlora.study.compared import (
     Published,
     Unfinished,
 )
+from swlora.study.spec import rate_name
 
 Row = TypeVar("Row")
 Column = tuple[str, Callable[[Row], str]]
@@ -234,7 +235,7 @@ def _rank(arm: FinishedArm) -> str:
 
 def _rate(arm: FinishedArm) -> str:
     at_edge = arm.rate_choice is not None and arm.rate_choice.at_edge
-    return f"{arm.learning_rate:g}" + (" (edge of the grid)" if at_edge else "")
+    return rate_name(arm.learning_rate) + (" (edge of the grid)" if at_edge else "")
 
 
 def rate_table(arms: Sequence[ArmResult]) -> str:
@@ -249,7 +250,7 @@ def rate_table(arms: Sequence[ArmResult]) -> str:
                 return ""
             nll, chosen = choice.nll[rate], choice.chosen
             text = "no result" if nll is None else number(nll, SCORE_DIGITS["nll"])
-            return f"**{text}**" if chosen is not None and f"{chosen:g}" == rate else text
+            return f"**{text}**" if chosen is not None and rate_name(chosen) == rate else text
 
         return cell
 

@@ -86,7 +86,7 @@ def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
 def _check_data(found: ConfigCheck, job: Any) -> None:
     from swlora.data.hub_data import HubUnreachableError
     from swlora.data.sources import load_dataset
-    from swlora.training.schedule import planned_steps, sequences_per_step
+    from swlora.training.schedule import fitted, planned_steps
 
     spec = job.spec
     try:
@@ -102,9 +102,8 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
     found.resolved += [("data", dataset.source), ("rows", rows)]
     if not n_train:
         return
-    size, train = sequences_per_step(spec.train, n_train), spec.train
-    n_steps = planned_steps(train, n_train)
-    epochs, rows = counted(train.epochs, "epoch"), counted(size, "row")
+    train, n_steps = fitted(spec.train, n_train), planned_steps(spec.train, n_train)
+    epochs, rows = counted(train.epochs or 1, "epoch"), counted(train.batch_size or 1, "row")
     shown = f"about {n_steps:,} of {rows} ({epochs}), learning rate {train.learning_rate:g}"
     found.resolved.append(("steps", f"{shown}, {train.schedule}"))
 

@@ -124,7 +124,7 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     from swlora.evaluation.held_out import planned_measurements
     from swlora.training.changed_schedule import ChangedSchedule, Stretch
     from swlora.training.checkpoint import steps_done
-    from swlora.training.schedule import Schedule, batch_note
+    from swlora.training.schedule import Schedule, data_note
 
     spec, goes_on = job.spec, bool(job.run.facts.get("resumed"))
     n_done = from_main(lambda: steps_done(job.run.checkpoint) if goes_on else 0)
@@ -136,7 +136,7 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
         stretches[0].spec, n_steps=first.n_steps, n_sequences=first.n_sequences
     )
     if len(stretches) == 1:
-        if note := batch_note(spec.train, len(sequences)):
+        if note := data_note(spec.train, len(sequences)):
             job.progress.say(note)
         schedule = first
     else:
@@ -145,7 +145,7 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     for change in changes:
         job.progress.say(f"from step {change.step + 1} on: {change}")
     if changes and changes[-1].extends and schedule.n_steps <= n_done:
-        asked = f"--epochs {spec.train.epochs}"
+        asked = f"--epochs {schedule.spec.epochs}"
         if spec.train.max_steps is not None:
             asked += f" and --max-steps {spec.train.max_steps}"
         raise UserError(

@@ -23,8 +23,6 @@ from swlora.plural import counted
 from swlora.preview import DataPreview, preview_data
 from swlora.progress import Progress
 
-FEW_ROWS = 2000  # of which a training makes several passes
-PASSES = 3
 PATIENCE = 3
 STEP_OF_TOKENS = 16
 SCHEMA = "swlora.schema.json"
@@ -75,9 +73,8 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
     """Choose values for a model and its data, as they were found."""
     train, held_out, steps = found.summary.train, found.summary.held_out, found.summary.steps
     n_rows = train.n_rows
-    epochs = PASSES if n_rows < FEW_ROWS else 1
-    sized = TrainSpec(epochs=epochs)
-    batch, n_steps = _steps(sized, train.n_sequences)
+    sized, n_steps = _steps(train.n_sequences)
+    epochs, batch = sized.epochs or 1, sized.batch_size
     settings = [
         Setting("model", "name", spec.model.name, found.model),
         *(
@@ -98,7 +95,7 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
             "all",
             "the best scores; last:4, or auto:0.5 for half of the time, are faster",
         ),
-        Setting("train", "epochs", epochs, _why_epochs(n_rows)),
+        Setting("train", "epochs", epochs, _why_epochs(epochs, n_rows)),
         Setting("train", "batch_size", batch, f"rows a step: {counted(n_steps, 'step')} in all"),
         Setting(
             "train",
@@ -140,17 +137,17 @@ def _data_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
     return settings
 
 
-def _why_epochs(n_rows: int) -> str:
-    if n_rows < FEW_ROWS:
+def _why_epochs(epochs: int, n_rows: int) -> str:
+    if epochs > 1:
         return f"passes over the data, which are few ({counted(n_rows, 'row')})"
     return f"one pass over {counted(n_rows, 'row')}; more may still help"
 
 
-def _steps(train: TrainSpec, n_sequences: int) -> tuple[int, int]:
-    """Return (rows a step, steps) as a training would take them."""
-    from swlora.training.schedule import planned_steps, sequences_per_step
+def _steps(n_sequences: int) -> tuple[TrainSpec, int]:
+    """Return what a training fits to its data, and its steps."""
+    from swlora.training.schedule import fitted, planned_steps
 
-    return sequences_per_step(train, n_sequences), planned_steps(train, n_sequences)
+    return fitted(TrainSpec(), n_sequences), planned_steps(TrainSpec(), n_sequences)
 
 
 def _watching(has_held_out: bool, epochs: int) -> list[Setting]:

@@ -174,7 +174,7 @@ def test_few_rows_get_small_steps_and_are_told(
     spec = make_spec(model_folder("llama"), data, train__batch_size=None, train__epochs=2)
     result = train_in(tmp_path / "run", spec, heard)
     assert (result.course.batch_size, result.course.steps) == (1, 24)
-    said = "12 rows would make 2 steps of 32 rows; taking 1 row a step, 24 steps"
+    said = "few data (12 rows): 1 row a step, 24 steps in all (--batch-size sets another number)"
     assert any(line.startswith(said) for line in heard.lines)
     assert load_spec(tmp_path / "run" / "config.yaml", {}) == spec
 

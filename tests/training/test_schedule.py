@@ -10,7 +10,7 @@ from swlora.config import TrainSpec
 from swlora.data.steps import StepOrder, plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
-from swlora.training.schedule import Schedule, batch_note, learning_rate, sequences_per_step
+from swlora.training.schedule import Schedule, data_note, fitted, learning_rate
 
 
 def spec(**changes) -> TrainSpec:
@@ -113,38 +113,40 @@ def test_the_schedule_of_sequences_is_that_of_plan_steps(order, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "changes", "size", "n_steps"),
+    ("n_rows", "changes", "epochs", "size", "n_steps"),
     [
-        (57, {}, 2, 29),  # 3 rows make 19 steps
-        (60, {}, 3, 20),
-        (61, {}, 3, 21),
-        (12, {}, 1, 12),
-        (1, {}, 1, 1),
-        (609, {}, 32, 20),
-        (608, {}, 31, 20),
-        (100, {"epochs": 5}, 32, 20),
-        (96, {"epochs": 5}, 31, 20),
-        (60, {"epochs": 20}, 32, 40),
-        (60, {"max_steps": 5}, 14, 5),
-        (60, {"batch_size": 32}, 32, 2),
-        (60, {"batch_size": 1}, 1, 60),
+        (1, {}, 3, 1, 3),
+        (12, {}, 3, 1, 36),  # 2 rows a step make 18 steps
+        (57, {}, 3, 9, 21),
+        (60, {}, 3, 9, 21),
+        (608, {}, 3, 32, 57),
+        (1999, {}, 3, 32, 189),
+        (2000, {}, 1, 32, 63),
+        (608, {"epochs": 1}, 1, 31, 20),
+        (60, {"epochs": 1}, 1, 3, 20),
+        (96, {"epochs": 5}, 5, 31, 20),
+        (60, {"max_steps": 5}, 3, 32, 5),
+        (60, {"max_steps": 5, "epochs": 1}, 1, 14, 5),
+        (60, {"batch_size": 32}, 3, 32, 6),
+        (2000, {"batch_size": 1}, 1, 1, 2000),
     ],
 )
-def test_few_rows_get_a_batch_that_makes_twenty_steps(n_rows, changes, size, n_steps):
+def test_few_rows_get_passes_and_a_batch_that_make_enough_steps(
+    n_rows, changes, epochs, size, n_steps
+):
     train_spec = TrainSpec(**changes)
-    assert sequences_per_step(train_spec, n_rows) == size
+    own = fitted(train_spec, n_rows)
+    assert (own.epochs, own.batch_size) == (epochs, size)
     sequences = TokenSequences.from_lists([([5, i], [i, 0]) for i in range(n_rows)])
     schedule = Schedule.of(sequences, train_spec, seed=0)
-    assert schedule.n_steps == n_steps
-    assert schedule.spec.batch_size == size
+    assert schedule.n_steps == n_steps and schedule.spec == own
     assert len(list(schedule.steps())) == n_steps
 
 
 @pytest.mark.parametrize("n_rows", range(1, 700, 7))
 @pytest.mark.parametrize("epochs", [1, 2, 3, 20])
 def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
-    train_spec = TrainSpec(epochs=epochs)
-    size = sequences_per_step(train_spec, n_rows)
+    size = fitted(TrainSpec(epochs=epochs), n_rows).batch_size
     assert 1 <= size <= 32
     assert size == 1 or epochs * math.ceil(n_rows / size) >= 20
     assert size == 32 or epochs * math.ceil(n_rows / (size + 1)) < 20
@@ -153,17 +155,20 @@ def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
 @pytest.mark.parametrize(
     ("n_rows", "changes", "said"),
     [
-        (57, {}, "57 rows would make 2 steps of 32 rows; taking 2 rows a step, 29 steps"),
-        (57, {"batch_size": 32}, "57 rows make only 2 steps of 32 rows; more --epochs or a"),
-        (20, {"batch_size": 20}, "20 rows make only 1 step of 20 rows; more --epochs or a"),
-        (12, {"batch_size": 1}, "12 rows make only 12 steps of 1 row; more --epochs makes"),
-        (57, {"batch_size": 2}, None),
+        (57, {}, "few data (57 rows): 3 epochs, 9 rows a step, 21 steps in all (--epochs and"),
+        (1999, {}, "few data (1,999 rows): 3 epochs, 189 steps in all (--epochs sets another"),
+        (57, {"epochs": 1}, "few data (57 rows): 2 rows a step, 29 steps in all (--batch-size s"),
+        (600, {"max_steps": 50}, None),
+        (57, {"batch_size": 32, "epochs": 1}, "57 rows make only 2 steps of 32 rows; more --e"),
+        (20, {"batch_size": 20, "epochs": 1}, "20 rows make only 1 step of 20 rows; more --ep"),
+        (12, {"batch_size": 1, "epochs": 1}, "12 rows make only 12 steps of 1 row; more --epo"),
+        (57, {"batch_size": 2, "epochs": 1}, None),
         (57, {"batch_size": 20, "max_steps": 3}, None),
-        (640, {}, None),
+        (2000, {}, None),
     ],
 )
-def test_few_steps_are_said(n_rows, changes, said):
-    note = batch_note(TrainSpec(**changes), n_rows)
+def test_what_few_rows_mean_is_said(n_rows, changes, said):
+    note = data_note(TrainSpec(**changes), n_rows)
     assert note is None if said is None else note.startswith(said)
 
 

@@ -112,8 +112,8 @@ class _Method(TypedDict, total=False):
 
 
 class _Epochs(TypedDict, total=False):
-    epochs: int
-    """[default: 1]"""
+    epochs: int | None
+    """passes over the training rows [default: 3 where there are fewer than 2,000, else 1]"""
     batch_size: int | None
     """examples per optimizer step [default: 32, fewer where that makes less than 20 steps]"""
     learning_rate: float

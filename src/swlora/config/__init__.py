@@ -25,7 +25,7 @@ from swlora.config.run import (
     sharding_problem,
 )
 from swlora.config.serve import ServeSpec
-from swlora.config.train import DEFAULT_BATCH_SIZE, TrainSpec
+from swlora.config.train import DEFAULT_BATCH_SIZE, FEW_ROWS, FEW_STEPS, PASSES, TrainSpec
 from swlora.config.yaml_file import dump_yaml
 
 __all__ = [
@@ -33,8 +33,11 @@ __all__ = [
     "DEFAULT_BATCH_SIZE",
     "DEFAULT_DATASET",
     "DEFAULT_MODEL",
+    "FEW_ROWS",
+    "FEW_STEPS",
     "METHOD_SETTINGS",
     "OPTIONAL_SETTINGS",
+    "PASSES",
     "SAMPLE_DATASET",
     "AdapterSpec",
     "DataSpec",

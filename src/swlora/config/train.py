@@ -10,6 +10,8 @@ from swlora.config.save_every import SaveEvery, parse_save_every
 from swlora.settings import flag_name
 
 DEFAULT_BATCH_SIZE = 32
+FEW_STEPS = 20  # fewer hardly train anything
+FEW_ROWS, PASSES = 2000, 3  # of fewer rows a training makes so many passes
 DEFAULT_SAVE_EVERY = "5min"
 SAY_THE_SAME = {"train.save_every": "train.checkpoint_every_s"}  # one of the two at most
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
@@ -23,12 +25,17 @@ TrackerNames = Annotated[
 class TrainSpec(Spec):
     """The optimisation."""
 
-    epochs: int = Field(default=1, ge=1)
+    epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="passes over the training rows "
+        f"[default: {PASSES} where there are fewer than {FEW_ROWS:,}, else 1]",
+    )
     batch_size: int | None = Field(
         default=None,
         ge=1,
         description="examples per optimizer step "
-        f"[default: {DEFAULT_BATCH_SIZE}, fewer where that makes less than 20 steps]",
+        f"[default: {DEFAULT_BATCH_SIZE}, fewer where that makes less than {FEW_STEPS} steps]",
     )
     learning_rate: float = Field(default=2e-3, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -158,7 +158,7 @@ def _planned(checked: Checked, arm: Arm) -> PlannedArm:
         layers=None if arm.layers is None else list(arm.layers),
         control_of=arm.control_of,
         rank=adapter.rank if has_rank else None,
-        epochs=arm.settings.train.epochs,
+        epochs=arm.settings.train.epochs or 1,
         n_trainable=checked.n_trainable(arm),
         n_steps=checked.n_steps(arm.settings),
         rates=list(arm.rates),

@@ -15,7 +15,7 @@ from typing import Literal
 from swlora.config import RunSpec
 from swlora.study.arms import Arm
 from swlora.study.spec import StudySpec, folder_name, rate_name
-from swlora.training.schedule import sequences_per_step
+from swlora.training.schedule import n_epochs, sequences_per_step
 
 Phase = Literal["identify", "rates", "runs", "beam"]
 
@@ -120,5 +120,5 @@ def beam_tasks(runs: list[Task], spec: StudySpec) -> list[Task]:
 
 def _all_rows(run: RunSpec, n_rows: int) -> int:
     """Return the rows that a run trains on, all epochs counted."""
-    rows, limit = n_rows * run.train.epochs, run.train.max_steps
+    rows, limit = n_rows * n_epochs(run.train, n_rows), run.train.max_steps
     return rows if limit is None else min(rows, limit * sequences_per_step(run.train, n_rows))

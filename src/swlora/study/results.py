@@ -178,7 +178,7 @@ def _description(runs: Sequence[ArmRun]) -> Description:
         rank=spec.adapter.rank if "rank" in settings_of(spec.adapter.method) else None,
         rank_pattern=trained.get("rank_pattern"),
         targets=spec.adapter.targets,
-        epochs=spec.train.epochs,
+        epochs=spec.train.epochs or 1,
         learning_rate=spec.train.learning_rate,
         n_prompts=runs[0].result["eval"]["n_prompts"],
         n_trainable=trained["n_trainable"],

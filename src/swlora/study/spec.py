@@ -149,6 +149,8 @@ class StudySpec(SharedSections):
         fixed: dict[str, Any] = {}
         if train.batch_size is None:
             fixed["batch_size"] = DEFAULT_BATCH_SIZE
+        if train.epochs is None:
+            fixed["epochs"] = 1
         if train.eval_every_steps is train.eval_rows is train.early_stopping is None:
             fixed["eval_every_steps"] = 0
         return train.model_copy(update=fixed)

@@ -17,8 +17,8 @@ from swlora.data.token_sequences import TokenSequences
 from swlora.training.schedule import (
     Schedule,
     Step,
+    fitted,
     learning_rate,
-    sequences_per_step,
     step_plan,
 )
 
@@ -116,7 +116,7 @@ class ChangedSchedule(Schedule):
 
     def _n_steps_of(self, spec: TrainSpec) -> int:
         """Return how many steps the training has in all if nothing changes any more."""
-        n_epochs = max(0, spec.epochs - self._epoch)
+        n_epochs = max(0, (spec.epochs or 1) - self._epoch)
         n_left = self._left.n_steps if self._left and n_epochs else 0
         n_whole = n_epochs - 1 if n_left else n_epochs
         n_steps = self._n_before + n_left + n_whole * self._n_steps_of_epoch(spec)
@@ -148,10 +148,11 @@ class ChangedSchedule(Schedule):
 
 
 def _with_sizes(stretches: Sequence[Stretch], n_sequences: int) -> list[Stretch]:
-    """Give every stretch the number of sequences of its steps: as it was, where none is given."""
-    size, sized = sequences_per_step(stretches[0].spec, n_sequences), []
+    """Give every stretch its epochs and the sequences of its steps: as they were, if not given."""
+    first, sized = fitted(stretches[0].spec, n_sequences), []
+    size, epochs = first.batch_size, first.epochs
     for stretch in stretches:
-        size = stretch.spec.batch_size or size
-        spec = stretch.spec.model_copy(update={"batch_size": size})
+        size, epochs = stretch.spec.batch_size or size, stretch.spec.epochs or epochs
+        spec = stretch.spec.model_copy(update={"batch_size": size, "epochs": epochs})
         sized.append(Stretch(stretch.first, spec))
     return sized

@@ -9,14 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
-from swlora.config import DEFAULT_BATCH_SIZE, TrainSpec
+from swlora.config import DEFAULT_BATCH_SIZE, FEW_ROWS, FEW_STEPS, PASSES, TrainSpec
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
 from swlora.plural import counted
 
 Step = Sequence[np.ndarray]
-FEW_STEPS = 20  # fewer hardly train anything
 
 
 class StepPlan(Protocol):
@@ -37,7 +36,7 @@ class Schedule:
         self._plan = plan
         self._n_steps_per_epoch = n_steps_per_epoch
         self._planned: tuple[int, list[list[np.ndarray]]] | None = None  # the last epoch asked for
-        n_planned = spec.epochs * n_steps_per_epoch
+        n_planned = (spec.epochs or 1) * n_steps_per_epoch
         self.n_steps = min(n_planned, spec.max_steps or n_planned)
         if self.n_steps == 0:
             raise RunFailedError("the training data holds no step; nothing was trained")
@@ -45,8 +44,8 @@ class Schedule:
     @classmethod
     def of(cls, sequences: TokenSequences, spec: TrainSpec, seed: int) -> "Schedule":
         """Return the schedule that `spec` asks for on these sequences."""
-        size = sequences_per_step(spec, len(sequences))
-        spec = spec.model_copy(update={"batch_size": size})
+        spec = fitted(spec, len(sequences))
+        size = spec.batch_size or 1
         n_steps_per_epoch = math.ceil(len(sequences) / size)  # see plan_steps
         return cls(spec, step_plan(sequences, spec, seed), n_steps_per_epoch)
 
@@ -84,6 +83,18 @@ class Schedule:
         return self.spec
 
 
+def fitted(spec: TrainSpec, n_sequences: int) -> TrainSpec:
+    """Return `spec` with the epochs and the sequences per step that it leaves to the data."""
+    chosen = {"epochs": n_epochs(spec, n_sequences)}
+    chosen["batch_size"] = sequences_per_step(spec, n_sequences)
+    return spec.model_copy(update=chosen)
+
+
+def n_epochs(spec: TrainSpec, n_sequences: int) -> int:
+    """Return the passes over the data: what was asked for, else 1, or 3 where data are few."""
+    return spec.epochs or (PASSES if n_sequences < FEW_ROWS else 1)
+
+
 def sequences_per_step(spec: TrainSpec, n_sequences: int) -> int:
     """Return the sequences per step: what was asked for, else 32, or fewer where data are few.
 
@@ -102,27 +113,31 @@ def planned_steps(spec: TrainSpec, n_sequences: int) -> int:
     return min(n_planned, spec.max_steps or n_planned)
 
 
-def batch_note(spec: TrainSpec, n_sequences: int) -> str | None:
-    """Say what few sequences mean for the number of steps, where there is something to say."""
-    size = sequences_per_step(spec, n_sequences)
-    n_steps = _n_planned(spec, n_sequences, size)
+def data_note(spec: TrainSpec, n_sequences: int) -> str | None:
+    """Say what few sequences mean for epochs and steps, where there is something to say."""
+    own = fitted(spec, n_sequences)
+    size, n_steps = own.batch_size or 1, planned_steps(spec, n_sequences)
+    rows, chosen = counted(n_sequences, "row"), {}
+    if spec.epochs is None and own.epochs != 1 and spec.max_steps is None:
+        chosen["--epochs"] = counted(own.epochs or 1, "epoch")
     if spec.batch_size is None and size < DEFAULT_BATCH_SIZE:
-        n_default = _n_planned(spec, n_sequences, DEFAULT_BATCH_SIZE)
+        chosen["--batch-size"] = f"{counted(size, 'row')} a step"
+    if chosen:
+        others = "sets another number" if len(chosen) == 1 else "set other numbers"
         return (
-            f"{counted(n_sequences, 'row')} would make {counted(n_default, 'step')} of "
-            f"{DEFAULT_BATCH_SIZE} rows; taking {counted(size, 'row')} a step, "
-            f"{counted(n_steps, 'step')} (--batch-size sets another number)"
+            f"few data ({rows}): {', '.join(chosen.values())}, {counted(n_steps, 'step')} in all "
+            f"({' and '.join(chosen)} {others})"
         )
     if n_steps < min(FEW_STEPS, spec.max_steps or FEW_STEPS):
         advice = "more --epochs or a smaller --batch-size" if size > 1 else "more --epochs"
         make = "makes" if n_sequences == 1 else "make"
         steps = f"{counted(n_steps, 'step')} of {counted(size, 'row')}"
-        return f"{counted(n_sequences, 'row')} {make} only {steps}; {advice} makes more"
+        return f"{rows} {make} only {steps}; {advice} makes more"
     return None
 
 
 def _n_planned(spec: TrainSpec, n_sequences: int, size: int) -> int:
-    return spec.epochs * math.ceil(n_sequences / size)  # see plan_steps
+    return n_epochs(spec, n_sequences) * math.ceil(n_sequences / size)  # see plan_steps
 
 
 def step_plan(sequences: TokenSequences, spec: TrainSpec, seed: int) -> StepPlan:

@@ -21,6 +21,7 @@ class TrainingCourse:
 
     rows: int
     batch_size: int | None
+    epochs: int | None
     steps: int
     planned_steps: int
     train_s: float

@@ -103,7 +103,7 @@ def _training(
         ("Layers", _layers(adapter.get("layers"), trained.get("layers"))),
         ("Trained weights", n_trainable),
         ("Rows", trained.get("rows")),
-        ("Epochs", train.get("epochs")),
+        ("Epochs", trained.get("epochs") or train.get("epochs")),
         ("Steps", _steps(finite(trained.get("steps")) or n_steps, trained.get("planned_steps"))),
         ("Batch size", trained.get("batch_size") or train.get("batch_size")),
         ("Learning rate", train.get("learning_rate")),

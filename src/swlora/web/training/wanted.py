@@ -44,7 +44,6 @@ def defaults() -> dict[str, str]:
         "layers": str(spec.adapter.layers),
         "method": spec.adapter.method,
         "rank": str(spec.adapter.rank),
-        "epochs": str(spec.train.epochs),
         "learning_rate": f"{spec.train.learning_rate:g}",
         "eval_share": "0.05",
     }
@@ -86,7 +85,7 @@ def _check(given: Mapping[str, Any]) -> None:
         train = load_spec(None, dict(given)).train
     except UserError as error:
         raise UserError(with_labels(str(error))[:400]) from error
-    if train.epochs > MAX_EPOCHS or (train.max_steps or 0) > MAX_STEPS:
+    if (train.epochs or 0) > MAX_EPOCHS or (train.max_steps or 0) > MAX_STEPS:
         raise UserError(
             f"the page takes {MAX_EPOCHS:,} epochs and {MAX_STEPS:,} steps at most; "
             "the command line takes more"

@@ -43,7 +43,8 @@ class Configuration:
     def arguments(self, scratch: Path) -> list[str]:
         """Return the arguments of `swlora train`."""
         model, data = made_model(self.model, scratch), made_rows(self.tokens, self.n_rows, scratch)
-        return ["train", "--model", model, *data, *self.flags.split()]
+        once = [] if "--epochs" in self.flags else ["--epochs", "1"]
+        return ["train", "--model", model, *data, *once, *self.flags.split()]
 
 
 CONFIGURATIONS = (

@@ -83,7 +83,7 @@ def flags(model: Path, rows: Path, dtype: str, n: int, args: argparse.Namespace)
     """Return the command of a training; the last flag's value is added by the arm."""
     settings = {
         **{"model": model, "dtype": dtype, "device": "cpu", "memory-gb": 0},
-        **{"dataset": rows, "eval-file": rows, "eval-every-steps": 0},
+        **{"dataset": rows, "eval-file": rows, "eval-every-steps": 0, "epochs": 1},
         **{"layers": "all", "batch-size": args.ranks, "row-tokens": args.tokens},
     }
     said = [part for name, value in settings.items() for part in (f"--{name}", str(value))]

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import runner
+from benchmarks.recipes.recipe import Recipe
 from benchmarks.recipes.results import Case, read
 from swlora.errors import UserError
 from swlora.files import write_json
@@ -39,7 +40,7 @@ def main() -> None:
     try:
         report = read(args.cases)
         layers = by_layer(report["cases"])
-        data = report["cases"][0]["settings"]["data"]
+        data = Recipe.parse(layers[0]["recipe"]).data
         rows = with_gradients(layers, gradient_norms(report["model"], data, args.e2e))
     except UserError as error:
         raise SystemExit(str(error)) from error

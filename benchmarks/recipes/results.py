@@ -61,7 +61,9 @@ def read(path: Path) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if report["benchmark"] == "recipes" and "model" in report:
             for case in report["cases"]:
-                Recipe(**case["settings"])
+                case["settings"] = Recipe(**case["settings"]).settings()
+                if not {"recipe", "seed"} <= case.keys() or not {"dev", "error"} & case.keys():
+                    raise UserError(f"{path} holds a case without recipe, seed or outcome")
             return report
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as results of recipes: {error}") from error

@@ -57,7 +57,8 @@ def attach(job: Job, schedule: "Schedule", layers: list[int]) -> Attached:
 
     spec, loaded, n_steps = job.spec, job.loaded, schedule.n_steps
     with job.timed("attach"):
-        resolved = spec.model_copy(update={"train": schedule.spec})
+        train = schedule.spec.model_copy(update={"epochs": schedule.n_epochs})
+        resolved = spec.model_copy(update={"train": train})
         base = identify_base(loaded)
         job.run.record_source(base_weights_sample_sha256=base.weights_sample_sha256)
         check_alike("weights", {"weights_sample_sha256": base.weights_sample_sha256})

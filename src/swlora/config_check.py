@@ -86,7 +86,7 @@ def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
 def _check_data(found: ConfigCheck, job: Any) -> None:
     from swlora.data.hub_data import HubUnreachableError
     from swlora.data.sources import load_dataset
-    from swlora.training.schedule import fitted, planned_steps
+    from swlora.training.schedule import begun_epochs, planned_steps, sequences_per_step
 
     spec = job.spec
     try:
@@ -102,8 +102,9 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
     found.resolved += [("data", dataset.source), ("rows", rows)]
     if not n_train:
         return
-    train, n_steps = fitted(spec.train, n_train), planned_steps(spec.train, n_train)
-    epochs, rows = counted(train.epochs or 1, "epoch"), counted(train.batch_size or 1, "row")
+    train, n_steps = spec.train, planned_steps(spec.train, n_train)
+    epochs = counted(begun_epochs(train, n_train), "epoch")
+    rows = counted(sequences_per_step(train, n_train), "row")
     shown = f"about {n_steps:,} of {rows} ({epochs}), learning rate {train.learning_rate:g}"
     found.resolved.append(("steps", f"{shown}, {train.schedule}"))
 

@@ -112,7 +112,7 @@ def estimate_training(job: Job) -> Estimate:
         n_tokens=_n_tokens(prepared),
         n_nodes=found.work.step_nodes if isinstance(step, TreeStep) else None,
         n_steps=prepared.schedule.n_steps,
-        n_epochs=prepared.schedule.spec.epochs or 1,
+        n_epochs=prepared.schedule.n_epochs,
         memory=found.memory,
         time=found.time,
         disk={need.what: need.n_bytes for need in found.disk},

@@ -101,9 +101,15 @@ def differences(before: Values, now: Values) -> dict[str, tuple[Any, Any]]:
 
 def shown_differences(found: Mapping[str, tuple[Any, Any]]) -> str:
     """Write what differs for people: "train.epochs was 3 and is now 1", the first of many."""
-    said = [f"{name} was {was} and is now {now}" for name, (was, now) in found.items()]
+    said = [
+        f"{name} was {_said(was)} and is now {_said(now)}" for name, (was, now) in found.items()
+    ]
     more = f" and {len(said) - SHOWN} more" if len(said) > SHOWN else ""
     return ", ".join(said[:SHOWN]) + more
+
+
+def _said(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def changes_of(facts: Mapping[str, Any]) -> list[Change]:

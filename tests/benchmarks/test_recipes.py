@@ -182,9 +182,13 @@ def test_mistakes_end_in_a_line(
     other.write_text('{"benchmark": "speed"}')
     with pytest.raises(SystemExit, match="holds no cases"):
         run(monkeypatch, "--table", other)
-    for cases in ("[{}]", '[{"settings": {"layer": 3}}]'):
-        other.write_text(f'{{"benchmark": "recipes", "model": "m", "cases": {cases}}}')
-        with pytest.raises(SystemExit, match="cannot be read as results of recipes"):
+    for one, said in (
+        ("{}", "cannot be read as results"),
+        ('{"settings": {"layer": 3}}', "cannot be read as results"),
+        ('{"settings": {"steps": 3}}', "without recipe, seed or outcome"),
+    ):
+        other.write_text(f'{{"benchmark": "recipes", "model": "m", "cases": [{one}]}}')
+        with pytest.raises(SystemExit, match=said):
             run(monkeypatch, "--table", other)
     run(monkeypatch, "--list", "--grid", "ends", "--budget", "160")
     assert "steps=10 batch=16 order=pairs rate=0.002 schedule=sqrt:0.2    (160 rows)" in (

@@ -171,10 +171,11 @@ def test_few_rows_get_small_steps_and_are_told(
     model_folder: ModelFolder, data: dict[str, str], tmp_path: Path
 ) -> None:
     heard = Heard()
-    spec = make_spec(model_folder("llama"), data, train__batch_size=None, train__epochs=2)
+    spec = make_spec(model_folder("llama"), data, train__batch_size=None, train__epochs=None)
     result = train_in(tmp_path / "run", spec, heard)
-    assert (result.course.batch_size, result.course.steps) == (1, 24)
-    said = "few data (12 rows): 1 row a step, 24 steps in all (--batch-size sets another number)"
+    course = result.course
+    assert (course.epochs, course.batch_size, course.steps) == (3, 1, 36)
+    said = "few data (12 rows): 3 epochs, 1 row a step, 36 steps in all (--epochs and --batch-size"
     assert any(line.startswith(said) for line in heard.lines)
     assert load_spec(tmp_path / "run" / "config.yaml", {}) == spec
 

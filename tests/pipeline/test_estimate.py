@@ -56,7 +56,8 @@ def test_a_dry_run_tells_what_a_run_does(
     metrics, train = read_metrics(tmp_path / "run"), result["train"]
     assert found.refused is None
     assert (found.n_steps, found.n_trainable) == (len(metrics), train["n_trainable"])
-    assert (found.method, found.layers) == (train["method"], train["layers"])
+    assert (found.n_epochs, found.method) == (train["epochs"], train["method"])
+    assert found.layers == train["layers"]
     assert sum(found.maps.values()) == 7 * len(found.layers)
     assert found.n_rows == result["data"]["train"]["n_rows"] == 12
     assert found.n_tokens == 2 * result["data"]["train"]["n_tokens"]

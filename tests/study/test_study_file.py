@@ -71,6 +71,7 @@ arms:
   - lora
   - {name: dora, layers: super}
   - {name: super, method: rslora, rank: 2}
+  - {name: "null", method: lora, epochs: null}
   - {name: mine, layers: [1, 2], epochs: 3, train.weight_decay: 0.25, rates: [1], seeds: [7]}
 """
     found = arms(tmp_path, text)
@@ -81,6 +82,8 @@ arms:
     )
     assert found["super"].adapter.rank == 2
     fixed = {"batch_size": 32, "eval_every_steps": 0}
+    assert found["lora"].train == TrainSpec(epochs=1, **fixed)
+    assert found["null"].train == TrainSpec(epochs=1, **fixed)
     assert found["mine"].train == TrainSpec(epochs=3, weight_decay=0.25, **fixed)
     assert (str(found["mine"].adapter.layers), found["mine"].adapter.alpha) == ("1,2", 16)
 

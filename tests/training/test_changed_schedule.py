@@ -103,6 +103,16 @@ def test_a_batch_size_that_nobody_gave_stays_as_it_was(sequences):
     assert found.spec.batch_size == size
 
 
+def test_epochs_that_nobody_gave_stay_as_they_were(sequences):
+    first = FIRST.model_copy(update={"epochs": None})
+    rate = first.model_copy(update={"learning_rate": 0.02})
+    found = ChangedSchedule(sequences, [Stretch(0, first), Stretch(4, rate)], 3)
+    assert found.n_steps == Schedule.of(sequences, first, 3).n_steps == 15
+    assert found.n_epochs == found.spec.epochs == 3
+    cut = rate.model_copy(update={"max_steps": 7})
+    assert ChangedSchedule(sequences, [Stretch(0, first), Stretch(4, cut)], 3).n_epochs == 2
+
+
 def test_the_steps_that_are_left_are_those_of_the_whole(sequences):
     found = changed(
         sequences, (2, {"batch_size": 3}), (4, {"learning_rate": 0.3}), (6, {"row_tokens": 64})

@@ -10,7 +10,7 @@ from swlora.config import TrainSpec
 from swlora.data.steps import StepOrder, plan_steps
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
-from swlora.training.schedule import Schedule, data_note, fitted, learning_rate
+from swlora.training.schedule import Schedule, begun_epochs, data_note, fitted, learning_rate
 
 
 def spec(**changes) -> TrainSpec:
@@ -140,6 +140,11 @@ def test_few_rows_get_passes_and_a_batch_that_make_enough_steps(
     sequences = TokenSequences.from_lists([([5, i], [i, 0]) for i in range(n_rows)])
     schedule = Schedule.of(sequences, train_spec, seed=0)
     assert schedule.n_steps == n_steps and schedule.spec == own
+    assert (
+        schedule.n_epochs
+        == begun_epochs(train_spec, n_rows)
+        == math.ceil(n_steps / math.ceil(n_rows / size))
+    )
     assert len(list(schedule.steps())) == n_steps
 
 
@@ -158,7 +163,8 @@ def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
         (57, {}, "few data (57 rows): 3 epochs, 9 rows a step, 21 steps in all (--epochs and"),
         (1999, {}, "few data (1,999 rows): 3 epochs, 189 steps in all (--epochs sets another"),
         (57, {"epochs": 1}, "few data (57 rows): 2 rows a step, 29 steps in all (--batch-size s"),
-        (600, {"max_steps": 50}, None),
+        (600, {"max_steps": 50}, "few data (600 rows): 3 epochs, 50 steps in all (--epochs sets"),
+        (600, {"max_steps": 19}, None),
         (57, {"batch_size": 32, "epochs": 1}, "57 rows make only 2 steps of 32 rows; more --e"),
         (20, {"batch_size": 20, "epochs": 1}, "20 rows make only 1 step of 20 rows; more --ep"),
         (12, {"batch_size": 1, "epochs": 1}, "12 rows make only 12 steps of 1 row; more --epo"),

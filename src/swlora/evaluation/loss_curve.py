@@ -49,7 +49,7 @@ def course_of(
     return TrainingCourse(
         rows=totals.rows,
         batch_size=schedule.spec.batch_size,
-        epochs=schedule.spec.epochs,
+        epochs=schedule.n_epochs,
         steps=totals.step,
         planned_steps=schedule.n_steps,
         train_s=totals.elapsed_s,

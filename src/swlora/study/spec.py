@@ -146,11 +146,7 @@ class StudySpec(SharedSections):
     @classmethod
     def _same_for_all_runs(cls, train: TrainSpec) -> TrainSpec:
         """Fix what a run alone would choose by its data: the short runs have fewer rows."""
-        fixed: dict[str, Any] = {}
-        if train.batch_size is None:
-            fixed["batch_size"] = DEFAULT_BATCH_SIZE
-        if train.epochs is None:
-            fixed["epochs"] = 1
+        fixed = _not_by_data(train)
         if train.eval_every_steps is train.eval_rows is train.early_stopping is None:
             fixed["eval_every_steps"] = 0
         return train.model_copy(update=fixed)
@@ -167,7 +163,15 @@ class StudySpec(SharedSections):
             del tree["adapter"][name]
         for dotted, value in overrides.items():
             set_dotted(tree, dotted, value)
-        return RunSpec.model_validate(tree)
+        run = RunSpec.model_validate(tree)
+        train = run.train.model_copy(update=_not_by_data(run.train))
+        return run.model_copy(update={"train": train})
+
+
+def _not_by_data(train: TrainSpec) -> dict[str, Any]:
+    """Return the epochs and rows a step that are not given, which a run would fit to its data."""
+    fixed = {"epochs": 1, "batch_size": DEFAULT_BATCH_SIZE}
+    return {name: value for name, value in fixed.items() if getattr(train, name) is None}
 
 
 def folder_name(policy: LayerPolicy) -> str:

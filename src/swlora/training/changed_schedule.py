@@ -80,6 +80,11 @@ class ChangedSchedule(Schedule):
             self._run_to(ends[number] if number < len(ends) else n_steps, stretch.spec)
         self.n_steps = n_steps
 
+    @property
+    def n_epochs(self) -> int:
+        """How many passes over the data are begun."""
+        return self._epoch + (self._left is not None)
+
     def steps(self, n_done: int = 0) -> Iterator[Step]:
         """Yield the steps that are left after `n_done` of them."""
         for part in self._parts:

@@ -50,6 +50,11 @@ class Schedule:
         return cls(spec, step_plan(sequences, spec, seed), n_steps_per_epoch)
 
     @property
+    def n_epochs(self) -> int:
+        """How many passes over the data are begun."""
+        return math.ceil(self.n_steps / self._n_steps_per_epoch)
+
+    @property
     def n_sequences(self) -> int:
         """About how many sequences are run, each counted once in every epoch."""
         return self.n_steps * (self.spec.batch_size or 1)
@@ -85,9 +90,8 @@ class Schedule:
 
 def fitted(spec: TrainSpec, n_sequences: int) -> TrainSpec:
     """Return `spec` with the epochs and the sequences per step that it leaves to the data."""
-    chosen = {"epochs": n_epochs(spec, n_sequences)}
-    chosen["batch_size"] = sequences_per_step(spec, n_sequences)
-    return spec.model_copy(update=chosen)
+    size = sequences_per_step(spec, n_sequences)
+    return spec.model_copy(update={"epochs": n_epochs(spec, n_sequences), "batch_size": size})
 
 
 def n_epochs(spec: TrainSpec, n_sequences: int) -> int:
@@ -113,13 +117,18 @@ def planned_steps(spec: TrainSpec, n_sequences: int) -> int:
     return min(n_planned, spec.max_steps or n_planned)
 
 
+def begun_epochs(spec: TrainSpec, n_sequences: int) -> int:
+    """Return how many passes over the data are begun: all of them, unless `max_steps` ends it."""
+    n_steps_per_epoch = math.ceil(n_sequences / sequences_per_step(spec, n_sequences))
+    return math.ceil(planned_steps(spec, n_sequences) / n_steps_per_epoch)
+
+
 def data_note(spec: TrainSpec, n_sequences: int) -> str | None:
     """Say what few sequences mean for epochs and steps, where there is something to say."""
-    own = fitted(spec, n_sequences)
-    size, n_steps = own.batch_size or 1, planned_steps(spec, n_sequences)
-    rows, chosen = counted(n_sequences, "row"), {}
-    if spec.epochs is None and own.epochs != 1 and spec.max_steps is None:
-        chosen["--epochs"] = counted(own.epochs or 1, "epoch")
+    size, n_steps = sequences_per_step(spec, n_sequences), planned_steps(spec, n_sequences)
+    epochs, rows, chosen = begun_epochs(spec, n_sequences), counted(n_sequences, "row"), {}
+    if spec.epochs is None and epochs > 1:
+        chosen["--epochs"] = counted(epochs, "epoch")
     if spec.batch_size is None and size < DEFAULT_BATCH_SIZE:
         chosen["--batch-size"] = f"{counted(size, 'row')} a step"
     if chosen:

@@ -14,14 +14,15 @@ from swlora.training.watch import HeldOutLosses
 class TrainingCourse:
     """How a training went; losses in nats a trained token.
 
-    `rows` are those of the data set, counted once in every epoch. `final_loss` is the mean over the
-    last `final_loss_steps` steps. `held_out` is None where nothing was measured,
-    `skipped_steps` where every step had a finite loss and gradient.
+    `rows` are those of the data set, counted once in every epoch; `epochs` is how many of these the
+    planned steps begin. `final_loss` is the mean over the last `final_loss_steps` steps. `held_out`
+    is None where nothing was measured, `skipped_steps` where every step had a finite loss and
+    gradient.
     """
 
     rows: int
     batch_size: int | None
-    epochs: int | None
+    epochs: int
     steps: int
     planned_steps: int
     train_s: float

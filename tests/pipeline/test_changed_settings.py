@@ -73,7 +73,11 @@ def test_a_run_that_is_done_goes_on_as_if_it_had_been_longer(method, model_folde
 
 def test_a_run_that_is_done_stays_so_where_nothing_is_left(model_folder, rows, tmp_path):
     folder = tmp_path / "run"
-    run_in(folder, make_spec(model_folder("llama"), rows, train__max_steps=3), "train")
+    run_in(
+        folder,
+        make_spec(model_folder("llama"), rows, train__epochs=None, train__max_steps=3),
+        "train",
+    )
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with pytest.raises(
         UserError, match="has done 3 steps, all that --epochs 3 and --max-steps 3 allow; "
@@ -215,7 +219,7 @@ def test_a_changed_configuration_is_noticed(model_folder, rows, tmp_path):
     with pytest.raises(UserError, match=expected):
         go_on(folder, {})
     path.write_text(whole[: whole.index("train:")])
-    said = r"train.epochs was 3 and is now None, .* and \d+ more; put"
+    said = r"train.epochs was 3 and is now not given, .* and \d+ more; put"
     with pytest.raises(UserError, match=said):
         go_on(folder, {})
     path.write_text(whole.replace("batch_size: 3", "batch_size: 5"))

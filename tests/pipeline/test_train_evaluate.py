@@ -232,6 +232,7 @@ def test_thirty_steps_on_real_data_teach_the_embedded_model(builtin_dir, shared_
             "data.eval_prompts": 12,
             "adapter.layers": "last:2",
             "adapter.rank": 8,
+            "train.epochs": 1,
             "train.batch_size": 8,
             "train.learning_rate": 4e-3,
         },

@@ -43,8 +43,7 @@ class Configuration:
     def arguments(self, scratch: Path) -> list[str]:
         """Return the arguments of `swlora train`."""
         model, data = made_model(self.model, scratch), made_rows(self.tokens, self.n_rows, scratch)
-        once = [] if "--epochs" in self.flags else ["--epochs", "1"]
-        return ["train", "--model", model, *data, *once, *self.flags.split()]
+        return ["train", "--model", model, *data, "--epochs", "1", *self.flags.split()]
 
 
 CONFIGURATIONS = (

@@ -14,6 +14,11 @@ from swlora.data.token_sequences import Ints, TokenSequences, common_with_previo
 StepOrder = Literal["prompts", "pairs", "neighbours", "iid"]
 
 
+def steps_per_epoch(n_sequences: int, sequences_per_step: int) -> int:
+    """Return how many steps `plan_steps` makes of so many sequences."""
+    return -(-n_sequences // sequences_per_step)
+
+
 def plan_steps(
     sequences: TokenSequences,
     *,
@@ -41,7 +46,7 @@ def plan_steps(
     if sequences_per_step < 1 or max_tokens_per_tree < 1:
         raise ValueError("sequences_per_step and max_tokens_per_tree must be at least 1")
     rng = np.random.default_rng([seed, epoch])
-    n_steps = -(-len(sequences) // sequences_per_step)
+    n_steps = steps_per_epoch(len(sequences), sequences_per_step)
     largest = len(sequences) // n_steps  # so that there are units for all steps
     if order == "iid":
         step = _in_equal_shares(rng.permutation(len(sequences)), n_steps, rng)

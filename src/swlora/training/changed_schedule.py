@@ -19,9 +19,12 @@ from swlora.training.schedule import (
     Step,
     fitted,
     learning_rate,
+    n_epochs,
     step_plan,
+    steps_of_epoch,
 )
 
+FITTED = ("epochs", "batch_size")  # to the data, where they are not given
 OF_THE_PLAN = ("batch_size", "order", "row_tokens")
 
 
@@ -117,25 +120,24 @@ class ChangedSchedule(Schedule):
         def steps() -> list[Step]:
             return [[ids[group] for group in step] for step in plan(epoch)]
 
-        self._left = _Planned(self._n_before, -(-len(ids) // (spec.batch_size or 1)), steps)
+        self._left = _Planned(self._n_before, steps_of_epoch(spec, len(ids)), steps)
 
     def _n_steps_of(self, spec: TrainSpec) -> int:
         """Return how many steps the training has in all if nothing changes any more."""
-        n_epochs = max(0, (spec.epochs or 1) - self._epoch)
-        n_left = self._left.n_steps if self._left and n_epochs else 0
-        n_whole = n_epochs - 1 if n_left else n_epochs
-        n_steps = self._n_before + n_left + n_whole * self._n_steps_of_epoch(spec)
+        n_to_go = max(0, n_epochs(spec, len(self._sequences)) - self._epoch)
+        n_left = self._left.n_steps if self._left and n_to_go else 0
+        n_whole = n_to_go - 1 if n_left else n_to_go
+        n_steps = self._n_before + n_left + n_whole * steps_of_epoch(spec, len(self._sequences))
         return max(self._n_before, min(n_steps, spec.max_steps or n_steps))
-
-    def _n_steps_of_epoch(self, spec: TrainSpec) -> int:
-        return -(-len(self._sequences) // (spec.batch_size or 1))
 
     def _run_to(self, end: int, spec: TrainSpec) -> None:
         """Take the steps up to step `end`, of as many epochs as they need."""
         plan = step_plan(self._sequences, spec, self._seed)
         while self._n_before < end:
             part = self._left or _Planned(
-                self._n_before, self._n_steps_of_epoch(spec), partial(plan, self._epoch)
+                self._n_before,
+                steps_of_epoch(spec, len(self._sequences)),
+                partial(plan, self._epoch),
             )
             n_taken = min(part.n_steps, end - self._n_before)
             self._parts.append(_Planned(part.first, n_taken, part.steps))
@@ -154,10 +156,10 @@ class ChangedSchedule(Schedule):
 
 def _with_sizes(stretches: Sequence[Stretch], n_sequences: int) -> list[Stretch]:
     """Give every stretch its epochs and the sequences of its steps: as they were, if not given."""
-    first, sized = fitted(stretches[0].spec, n_sequences), []
-    size, epochs = first.batch_size, first.epochs
+    spec, sized = fitted(stretches[0].spec, n_sequences), []
     for stretch in stretches:
-        size, epochs = stretch.spec.batch_size or size, stretch.spec.epochs or epochs
-        spec = stretch.spec.model_copy(update={"batch_size": size, "epochs": epochs})
+        before, spec = spec, stretch.spec
+        kept = {name: getattr(before, name) for name in FITTED if getattr(spec, name) is None}
+        spec = spec.model_copy(update=kept)
         sized.append(Stretch(stretch.first, spec))
     return sized

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from swlora.config import DEFAULT_BATCH_SIZE, FEW_ROWS, FEW_STEPS, PASSES, TrainSpec
-from swlora.data.steps import plan_steps
+from swlora.data.steps import plan_steps, steps_per_epoch
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
 from swlora.plural import counted
@@ -45,9 +45,8 @@ class Schedule:
     def of(cls, sequences: TokenSequences, spec: TrainSpec, seed: int) -> "Schedule":
         """Return the schedule that `spec` asks for on these sequences."""
         spec = fitted(spec, len(sequences))
-        size = spec.batch_size or 1
-        n_steps_per_epoch = math.ceil(len(sequences) / size)  # see plan_steps
-        return cls(spec, step_plan(sequences, spec, seed), n_steps_per_epoch)
+        n_steps = steps_of_epoch(spec, len(sequences))
+        return cls(spec, step_plan(sequences, spec, seed), n_steps)
 
     @property
     def n_epochs(self) -> int:
@@ -107,20 +106,25 @@ def sequences_per_step(spec: TrainSpec, n_sequences: int) -> int:
     if spec.batch_size is not None:
         return spec.batch_size
     n_wanted = min(FEW_STEPS, spec.max_steps or FEW_STEPS)
+    n_per_epoch = math.ceil(n_wanted / n_epochs(spec, n_sequences))
     sizes = range(DEFAULT_BATCH_SIZE, 1, -1)
-    return next((size for size in sizes if _n_planned(spec, n_sequences, size) >= n_wanted), 1)
+    return next((s for s in sizes if steps_per_epoch(n_sequences, s) >= n_per_epoch), 1)
+
+
+def steps_of_epoch(spec: TrainSpec, n_sequences: int) -> int:
+    """Return the steps of one pass over so many sequences."""
+    return steps_per_epoch(n_sequences, sequences_per_step(spec, n_sequences))
 
 
 def planned_steps(spec: TrainSpec, n_sequences: int) -> int:
     """Return how many steps a training on so many sequences has, all epochs of it."""
-    n_planned = _n_planned(spec, n_sequences, sequences_per_step(spec, n_sequences))
+    n_planned = n_epochs(spec, n_sequences) * steps_of_epoch(spec, n_sequences)
     return min(n_planned, spec.max_steps or n_planned)
 
 
 def begun_epochs(spec: TrainSpec, n_sequences: int) -> int:
     """Return how many passes over the data are begun: all of them, unless `max_steps` ends it."""
-    n_steps_per_epoch = math.ceil(n_sequences / sequences_per_step(spec, n_sequences))
-    return math.ceil(planned_steps(spec, n_sequences) / n_steps_per_epoch)
+    return math.ceil(planned_steps(spec, n_sequences) / steps_of_epoch(spec, n_sequences))
 
 
 def data_note(spec: TrainSpec, n_sequences: int) -> str | None:
@@ -143,10 +147,6 @@ def data_note(spec: TrainSpec, n_sequences: int) -> str | None:
         steps = f"{counted(n_steps, 'step')} of {counted(size, 'row')}"
         return f"{rows} {make} only {steps}; {advice} makes more"
     return None
-
-
-def _n_planned(spec: TrainSpec, n_sequences: int, size: int) -> int:
-    return n_epochs(spec, n_sequences) * math.ceil(n_sequences / size)  # see plan_steps
 
 
 def step_plan(sequences: TokenSequences, spec: TrainSpec, seed: int) -> StepPlan:

@@ -6,11 +6,13 @@ from typing import Any
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
 from swlora.models.gguf_config import read_gguf_config
+from swlora.models.gguf_reading import read_once
 from swlora.models.gguf_tokenizer import read_gguf_tokenizer
 from swlora.models.gguf_weights import GgufWeights
 from swlora.plural import counted
 
 
+@read_once()
 def load_gguf(path: Path) -> tuple[Any, Any]:
     """Return (model in float32, tokenizer) of a .gguf file; UserError where it is unreadable."""
     import torch
@@ -36,6 +38,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+@read_once()
 def read_gguf_header(path: Path) -> tuple[Any, Any]:
     """Return (configuration, tokenizer) of a .gguf file without reading its weights.
 

@@ -19,6 +19,7 @@ from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
 from swlora.models.gguf_config import read_gguf_config
 from swlora.models.gguf_header import StoredTensor, read_gguf_table
+from swlora.models.gguf_reading import read_once
 from swlora.plural import counted
 
 
@@ -29,6 +30,7 @@ class GgufWeights:
     UserError where the file is damaged, or of an architecture that transformers does not read.
     """
 
+    @read_once()
     def __init__(self, path: Path, model: Any = None) -> None:
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,

@@ -35,13 +35,15 @@ def main() -> None:
     made.add_argument("--cases", type=Path, required=True, help="results of benchmarks.recipes")
     made.add_argument("--json", type=Path, required=True, help="where the table goes")
     made.add_argument("--picture", type=Path, required=True, help="where the picture goes")
+    made.add_argument("--model", help="where the model of --cases lies, if in a folder or file")
     made.add_argument("--e2e", type=Path, help="folder with trainset.csv (default: SWLORA_E2E)")
     args = made.parse_args()
     try:
         report = read(args.cases)
         layers = by_layer(report["cases"])
         data = Recipe.parse(layers[0]["recipe"]).data
-        rows = with_gradients(layers, gradient_norms(report["model"], data, args.e2e))
+        model = model_of(report, args.model)
+        rows = with_gradients(layers, gradient_norms(model, data, args.e2e))
     except UserError as error:
         raise SystemExit(str(error)) from error
     found = {"benchmark": "layer_curve", "model": report["model"], "layers": rows}
@@ -54,6 +56,13 @@ def main() -> None:
         print(f"layer {row['layer']:2}: {row['nll']:.4f} nats, gradient {row['gradient_l1']:.3g}")
     if found["rank_correlation"] is not None:
         print(f"rank correlation of gradient and gain: {found['rank_correlation']:+.2f}")
+
+
+def model_of(report: dict[str, Any], given: str | None) -> str:
+    """Return what the model of a report is loaded from; UserError where `given` is another one."""
+    if given is not None and Path(given).name != report["model"]:
+        raise UserError(f"the cases are of the model {report['model']}, not of {given}")
+    return given or str(report["model"])
 
 
 def by_layer(cases: Sequence[Case]) -> list[dict[str, Any]]:

@@ -15,12 +15,13 @@ Case = dict[str, Any]
 class Results:
     """The cases of one model in one file.
 
-    With `add` those of the file stay, else it must not be there. Raises UserError where it is of
+    With `add` those of the file stay, else it must not be there. A model in a folder is known by
+    its own name: where it lies says nothing elsewhere. Raises UserError where the file is of
     something else, or of another model.
     """
 
     def __init__(self, path: Path, model: str, *, add: bool) -> None:
-        self._path, self._model = path, model
+        self._path, self._model = path, Path(model).name if Path(model).exists() else model
         self.cases: list[Case] = []
         self._machines: list[dict[str, Any]] = []
         if not path.exists():
@@ -28,8 +29,8 @@ class Results:
         if not add:
             raise UserError(f"{path} is there already: --add keeps its cases and adds others")
         report = read(path)
-        if report["model"] != model:
-            raise UserError(f"{path} is of the model {report['model']}, not of {model}")
+        if report["model"] != self._model:
+            raise UserError(f"{path} is of the model {report['model']}, not of {self._model}")
         self.cases, self._machines = report["cases"], report["machines"]
 
     def has(self, recipe: Recipe, seed: int, *, with_test: bool) -> bool:

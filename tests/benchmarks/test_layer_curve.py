@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.recipes.layer_curve import by_layer, draw, rank_correlation, with_gradients
+from benchmarks.recipes.layer_curve import (
+    by_layer,
+    draw,
+    model_of,
+    rank_correlation,
+    with_gradients,
+)
 from benchmarks.recipes.recipe import Recipe
 
 from swlora.errors import UserError
@@ -90,3 +96,10 @@ def test_the_picture_is_drawn_the_same_every_time(tmp_path: Path) -> None:
         draw({"layers": layers}, tmp_path / name)
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert text == (tmp_path / "b.svg").read_text(encoding="utf-8") and "<svg" in text
+
+
+def test_the_model_is_looked_for_where_it_lies() -> None:
+    assert model_of({"model": "builtin"}, None) == "builtin"
+    assert model_of({"model": "gemma.gguf"}, "some/where/gemma.gguf") == "some/where/gemma.gguf"
+    with pytest.raises(UserError, match=r"are of the model gemma.gguf, not of llama.gguf"):
+        model_of({"model": "gemma.gguf"}, "llama.gguf")

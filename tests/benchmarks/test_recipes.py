@@ -130,6 +130,7 @@ def test_a_file_goes_on_where_it_was_left(
     file, again = tmp_path / "results.json", tmp_path / "again.json"
     run(monkeypatch, "--json", again, "--seeds", "0,1", *options)
     whole = json.loads(again.read_text())
+    assert whole["model"] == model_folder("llama").name, "not where it lies"
     assert [(c["seed"], c["settings"]["optimizer"]) for c in whole["cases"]] == [
         *((0, "adamw"), (0, "lora-rite"), (1, "adamw"), (1, "lora-rite"))
     ]

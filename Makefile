@@ -20,7 +20,7 @@ LLAMA_CPP_VERSION := 3.21.1
 LLAMA_CPP := .cache/llama-cpp/.installed-$(LLAMA_CPP_VERSION)
 LLAMA_CPP_PLATFORM = $(shell node -p '({darwin: {arm64: "mac-arm64-metal", x64: "mac-x64"}}[process.platform] || {})[process.arch] || `$${process.platform}-$${process.arch}`')
 # A process for every core, each of which computes with one thread (tests/conftest.py)
-PARALLEL := --numprocesses auto --maxprocesses 4
+PARALLEL := --numprocesses auto --maxprocesses 4 --durations 15 --durations-min 10
 QUICK := "not slow and not gpu and not browser"
 
 .PHONY: help demo test coverage test-newest lint site faults lock settings clean

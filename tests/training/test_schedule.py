@@ -119,13 +119,13 @@ def test_the_schedule_of_sequences_is_that_of_plan_steps(order, batch_size):
         (12, {}, 3, 1, 36),  # 2 rows a step make 18 steps
         (57, {}, 3, 9, 21),
         (60, {}, 3, 9, 21),
-        (608, {}, 3, 32, 57),
-        (1999, {}, 3, 32, 189),
-        (2000, {}, 1, 32, 63),
-        (608, {"epochs": 1}, 1, 31, 20),
+        (608, {}, 3, 16, 114),
+        (1999, {}, 3, 16, 375),
+        (2000, {}, 1, 16, 125),
+        (300, {"epochs": 1}, 1, 15, 20),
         (60, {"epochs": 1}, 1, 3, 20),
-        (96, {"epochs": 5}, 5, 31, 20),
-        (60, {"max_steps": 5}, 3, 32, 5),
+        (48, {"epochs": 5}, 5, 15, 20),
+        (60, {"max_steps": 5}, 3, 16, 5),
         (60, {"max_steps": 5, "epochs": 1}, 1, 14, 5),
         (60, {"batch_size": 32}, 3, 32, 6),
         (2000, {"batch_size": 1}, 1, 1, 2000),
@@ -152,18 +152,18 @@ def test_few_rows_get_passes_and_a_batch_that_make_enough_steps(
 @pytest.mark.parametrize("epochs", [1, 2, 3, 20])
 def test_the_batch_is_the_largest_one_that_does(n_rows, epochs):
     size = fitted(TrainSpec(epochs=epochs), n_rows).batch_size
-    assert 1 <= size <= 32
+    assert 1 <= size <= 16
     assert size == 1 or epochs * math.ceil(n_rows / size) >= 20
-    assert size == 32 or epochs * math.ceil(n_rows / (size + 1)) < 20
+    assert size == 16 or epochs * math.ceil(n_rows / (size + 1)) < 20
 
 
 @pytest.mark.parametrize(
     ("n_rows", "changes", "said"),
     [
         (57, {}, "few data (57 rows): 3 epochs, 9 rows a step, 21 steps in all (--epochs and"),
-        (1999, {}, "few data (1,999 rows): 3 epochs, 189 steps in all (--epochs sets another"),
+        (1999, {}, "few data (1,999 rows): 3 epochs, 375 steps in all (--epochs sets another"),
         (57, {"epochs": 1}, "few data (57 rows): 2 rows a step, 29 steps in all (--batch-size s"),
-        (600, {"max_steps": 50}, "few data (600 rows): 3 epochs, 50 steps in all (--epochs sets"),
+        (600, {"max_steps": 90}, "few data (600 rows): 3 epochs, 90 steps in all (--epochs sets"),
         (600, {"max_steps": 19}, None),
         (57, {"batch_size": 32, "epochs": 1}, "57 rows make only 2 steps of 32 rows; more --e"),
         (20, {"batch_size": 20, "epochs": 1}, "20 rows make only 1 step of 20 rows; more --ep"),

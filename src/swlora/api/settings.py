@@ -115,7 +115,7 @@ class _Epochs(TypedDict, total=False):
     epochs: int | None
     """passes over the training rows [default: 3 where there are fewer than 2,000, else 1]"""
     batch_size: int | None
-    """examples per optimizer step [default: 32, fewer where that makes less than 20 steps]"""
+    """examples per optimizer step [default: 16, fewer where that makes less than 20 steps]"""
     learning_rate: float
     """[default: 0.002]"""
     schedule: Literal["linear", "cosine", "constant"]

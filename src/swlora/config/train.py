@@ -9,7 +9,7 @@ from swlora.config.fields import PromptList, Spec, split_list
 from swlora.config.save_every import SaveEvery, parse_save_every
 from swlora.settings import flag_name
 
-DEFAULT_BATCH_SIZE = 32
+DEFAULT_BATCH_SIZE = 16
 FEW_STEPS = 20  # fewer hardly train anything
 FEW_ROWS, PASSES = 2000, 3  # of fewer rows a training makes so many passes
 DEFAULT_SAVE_EVERY = "5min"

@@ -14,7 +14,6 @@ from typing import Annotated, Any, get_args
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from swlora.config import (
-    DEFAULT_BATCH_SIZE,
     OPTIONAL_SETTINGS,
     DecodeSpec,
     MethodName,
@@ -37,6 +36,8 @@ SHORT = {
 }
 
 MOST_FURTHER = 10
+# Where a study says nothing: its arms are alike whatever their data, and one that is old goes on
+EPOCHS, BATCH_SIZE = 1, 32
 
 PositiveRate = Annotated[float, Field(gt=0)]
 
@@ -170,7 +171,7 @@ class StudySpec(SharedSections):
 
 def _not_by_data(train: TrainSpec) -> dict[str, Any]:
     """Return the epochs and rows a step that are not given, which a run would fit to its data."""
-    fixed = {"epochs": 1, "batch_size": DEFAULT_BATCH_SIZE}
+    fixed = {"epochs": EPOCHS, "batch_size": BATCH_SIZE}
     return {name: value for name, value in fixed.items() if getattr(train, name) is None}
 
 

@@ -50,7 +50,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         model=ModelSpec(name=args.model),
         data=DataSpec(name=str(args.data), train_rows=args.rows),
         adapter=AdapterSpec(rank=LORA_RANK, alpha=LORA_ALPHA),
-        train=TrainSpec(epochs=1, learning_rate=4e-3),
+        train=TrainSpec(epochs=1, batch_size=32, learning_rate=4e-3),
     )
     with Run.create(args.out, spec, "train") as run:
         trained = pipeline.train(pipeline.Job(spec, run, Silent()))

@@ -85,7 +85,7 @@ def prepare(path: Path, model: str) -> dict[str, Any]:
             dataset.train, dataset.separator, tokenizer, context_tokens=8192, truncate=False
         ).sequences
     with watch("plan"), memory("plan"):
-        steps = step_plan(sequences, TrainSpec(), 0)(0)
+        steps = step_plan(sequences, TrainSpec(batch_size=32), 0)(0)
     with watch("rows"), memory("rows"):
         n_nodes = sum(len(build_tree(sequences, ids).token_ids) for s in steps[:STEPS] for ids in s)
     return {

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks import runner
 from benchmarks.recipes.recipe import Recipe
-from benchmarks.recipes.results import Case, read
+from benchmarks.recipes.results import Case, known_as, read
 from swlora.errors import UserError
 from swlora.files import write_json
 from swlora.study.figures import FOUND, GREY, STYLES, dress_panel, figure_file
@@ -60,7 +60,7 @@ def main() -> None:
 
 def model_of(report: dict[str, Any], given: str | None) -> str:
     """Return what the model of a report is loaded from; UserError where `given` is another one."""
-    if given is not None and Path(given).name != report["model"]:
+    if given is not None and known_as(given) != report["model"]:
         raise UserError(f"the cases are of the model {report['model']}, not of {given}")
     return given or str(report["model"])
 

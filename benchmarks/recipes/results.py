@@ -21,7 +21,7 @@ class Results:
     """
 
     def __init__(self, path: Path, model: str, *, add: bool) -> None:
-        self._path, self._model = path, Path(model).name if Path(model).exists() else model
+        self._path, self._model = path, known_as(model)
         self.cases: list[Case] = []
         self._machines: list[dict[str, Any]] = []
         if not path.exists():
@@ -54,6 +54,11 @@ class Results:
     def _find(self, recipe: Recipe, seed: int) -> Case | None:
         same = (c for c in self.cases if Recipe(**c["settings"]) == recipe and c["seed"] == seed)
         return next(same, None)
+
+
+def known_as(model: str) -> str:
+    """Return how a model is called in results: a folder or file by its name, not where it lies."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def read(path: Path) -> dict[str, Any]:

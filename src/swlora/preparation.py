@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swlora.config import TrainSpec, sharding_problem
+from swlora.config import DEFAULT_BATCH_SIZE, EARLIER_BATCH_SIZE, TrainSpec, sharding_problem
 from swlora.data.examples import Example
 from swlora.data.prefix_tree import count_group_nodes
 from swlora.data.summary import short_lines
@@ -130,13 +130,15 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     n_done = from_main(lambda: steps_done(job.run.checkpoint) if goes_on else 0)
     noted = from_main(lambda: [vars(change) for change in job.run.changes_from(n_done)])
     changes = [Change(**values) for values in noted]
-    stretches = [Stretch(step, own.train) for step, own in specs_by_step(spec, changes)]
+    (_, original), *later = specs_by_step(spec, changes)
+    begun = begun_with(job, original.train, len(sequences), n_done)
+    stretches = [Stretch(0, begun), *(Stretch(step, own.train) for step, own in later)]
     first = Schedule.of(sequences, stretches[0].spec, spec.seed)
     planned = planned_measurements(
         stretches[0].spec, n_steps=first.n_steps, n_sequences=first.n_sequences
     )
     if len(stretches) == 1:
-        if note := data_note(spec.train, len(sequences)):
+        if not goes_on and (note := data_note(spec.train, len(sequences))):
             job.progress.say(note)
         schedule = first
     else:
@@ -155,6 +157,22 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     if planned:
         planned = replace(planned, patience=spec.train.early_stopping)
     return schedule, planned
+
+
+def begun_with(job: Job, train: TrainSpec, n_sequences: int, n_done: int) -> TrainSpec:
+    """Return settings with the epochs and rows a step that the run chose when it began.
+
+    They are noted in run.json: another version may choose other numbers for the same data.
+    """
+    from swlora.training.schedule import fitted
+
+    noted = from_main(lambda: job.run.facts.get("fitted"))
+    if noted is None:
+        largest = EARLIER_BATCH_SIZE if n_done else DEFAULT_BATCH_SIZE
+        noted = fitted(train, n_sequences, largest).model_dump(include={"epochs", "batch_size"})
+        job.run.record(fitted=noted)
+    left_to_data = {name: size for name, size in noted.items() if getattr(train, name) is None}
+    return train.model_copy(update=left_to_data)
 
 
 def check_enough_sequences(schedule: "Schedule") -> None:

@@ -98,8 +98,11 @@ def test_the_picture_is_drawn_the_same_every_time(tmp_path: Path) -> None:
     assert text == (tmp_path / "b.svg").read_text(encoding="utf-8") and "<svg" in text
 
 
-def test_the_model_is_looked_for_where_it_lies() -> None:
+def test_the_model_is_looked_for_where_it_lies(tmp_path: Path) -> None:
+    file = tmp_path / "gemma.gguf"
+    file.touch()
     assert model_of({"model": "builtin"}, None) == "builtin"
-    assert model_of({"model": "gemma.gguf"}, "some/where/gemma.gguf") == "some/where/gemma.gguf"
-    with pytest.raises(UserError, match=r"are of the model gemma.gguf, not of llama.gguf"):
-        model_of({"model": "gemma.gguf"}, "llama.gguf")
+    assert model_of({"model": "owner/name"}, "owner/name") == "owner/name"
+    assert model_of({"model": "gemma.gguf"}, str(file)) == str(file)
+    with pytest.raises(UserError, match=r"are of the model other.gguf, not of .*gemma.gguf"):
+        model_of({"model": "other.gguf"}, str(file))

@@ -1,4 +1,4 @@
-"""A .gguf file's header is taken apart once, whatever is read of it together."""
+"""gguf's reader of a file is made once, whatever is read of it together."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,7 +53,8 @@ def test_what_it_says_is_what_gguf_reads(path):
     for name, field in plain.fields.items():
         assert quick.fields[name].contents() == field.contents()
     for one, other in zip(quick.tensors, plain.tensors, strict=True):
-        assert one[:2] == other[:2] and one.data.tobytes() == other.data.tobytes()
+        assert one[:2] == other[:2] and one.data.shape == other.data.shape
+        assert one.data.tobytes() == other.data.tobytes()
 
 
 def test_what_is_read_later_is_read_anew(path, make_model, tiny_tokenizer):

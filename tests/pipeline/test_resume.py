@@ -12,6 +12,7 @@ from tests.support.data_files import write_rows
 from tests.support.small_runs import ROWS
 from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
 
+from swlora import preparation
 from swlora.config import RunSpec
 from swlora.data import truncate
 from swlora.errors import RunFailedError, UserError
@@ -146,6 +147,26 @@ def test_an_older_run_goes_on_unless_its_rows_are_cut(model_folder, rows, tmp_pa
     for _ in range(2):
         with pytest.raises(UserError, match="12 of its rows are cut to the context, and the older"):
             resume(cut)
+
+
+@pytest.mark.parametrize(("chosen", "is_noted", "n_steps"), [(14, True, 54), (32, False, 24)])
+def test_a_run_keeps_the_rows_a_step_that_it_chose(
+    chosen, is_noted, n_steps, model_folder, tmp_path, monkeypatch
+):
+    """Where another version chooses others, and where it was begun by one that noted none."""
+    many = [{"prompt": f"{k}", "completion": f" is {k % 7}."} for k in range(250)]
+    data = (write_rows(tmp_path / "many.jsonl", many),) * 2
+    free = {"train__batch_size": None, "train__epochs": None, "train__checkpoint_every_s": 1e-9}
+    folder = tmp_path / "run"
+    with monkeypatch.context() as before:
+        before.setattr(preparation, "DEFAULT_BATCH_SIZE", chosen)
+        stopped(folder, make_spec(model_folder("llama"), data, **free))
+    facts = read_run(folder)
+    assert facts["fitted"] == {"epochs": 3, "batch_size": chosen}
+    if not is_noted:
+        del facts["fitted"]
+        (folder / "run.json").write_text(json.dumps(facts))
+    assert resume(folder)["train"]["steps"] == n_steps
 
 
 def test_a_run_does_not_go_on_beside_other_held_out_tokens(model_folder, rows, tmp_path):

@@ -25,7 +25,14 @@ from swlora.config.run import (
     sharding_problem,
 )
 from swlora.config.serve import ServeSpec
-from swlora.config.train import DEFAULT_BATCH_SIZE, FEW_ROWS, FEW_STEPS, PASSES, TrainSpec
+from swlora.config.train import (
+    DEFAULT_BATCH_SIZE,
+    EARLIER_BATCH_SIZE,
+    FEW_ROWS,
+    FEW_STEPS,
+    PASSES,
+    TrainSpec,
+)
 from swlora.config.yaml_file import dump_yaml
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "DEFAULT_BATCH_SIZE",
     "DEFAULT_DATASET",
     "DEFAULT_MODEL",
+    "EARLIER_BATCH_SIZE",
     "FEW_ROWS",
     "FEW_STEPS",
     "METHOD_SETTINGS",

@@ -10,6 +10,7 @@ from swlora.config.save_every import SaveEvery, parse_save_every
 from swlora.settings import flag_name
 
 DEFAULT_BATCH_SIZE = 16
+EARLIER_BATCH_SIZE = 32  # of runs that do not note what they were begun with
 FEW_STEPS = 20  # fewer hardly train anything
 FEW_ROWS, PASSES = 2000, 3  # of fewer rows a training makes so many passes
 DEFAULT_SAVE_EVERY = "5min"

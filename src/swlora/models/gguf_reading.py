@@ -1,4 +1,4 @@
-"""What is read of a .gguf file together takes its header apart once, and quickly.
+"""What is read of a .gguf file together makes gguf's reader of it once, a quick one.
 
 transformers 5.23 makes a reader of gguf's (0.19) for the configuration, the tokenizer and the
 weights each, and for the weights the table of all names of tensors anew for each module of the
@@ -27,11 +27,11 @@ def read_once() -> Iterator[None]:
         before = {name: vars(gguf)[name] for name in ("GGUFReader", "get_tensor_name_map")}
         reader = before["GGUFReader"]
         made = _OfPlainArrays if reader is gguf.gguf_reader.GGUFReader else reader
-        vars(gguf).update(
-            GGUFReader=functools.cache(made),
-            get_tensor_name_map=functools.cache(before["get_tensor_name_map"]),
-        )
         try:
+            vars(gguf).update(
+                GGUFReader=functools.cache(made),
+                get_tensor_name_map=functools.cache(before["get_tensor_name_map"]),
+            )
             yield
         finally:
             vars(gguf).update(before)

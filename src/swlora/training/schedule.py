@@ -87,9 +87,9 @@ class Schedule:
         return self.spec
 
 
-def fitted(spec: TrainSpec, n_sequences: int) -> TrainSpec:
+def fitted(spec: TrainSpec, n_sequences: int, largest_size: int = DEFAULT_BATCH_SIZE) -> TrainSpec:
     """Return `spec` with the epochs and the sequences per step that it leaves to the data."""
-    size = sequences_per_step(spec, n_sequences)
+    size = sequences_per_step(spec, n_sequences, largest_size)
     return spec.model_copy(update={"epochs": n_epochs(spec, n_sequences), "batch_size": size})
 
 
@@ -98,8 +98,8 @@ def n_epochs(spec: TrainSpec, n_sequences: int) -> int:
     return spec.epochs or (PASSES if n_sequences < FEW_ROWS else 1)
 
 
-def sequences_per_step(spec: TrainSpec, n_sequences: int) -> int:
-    """Return the sequences per step: what was asked for, else 32, or fewer where data are few.
+def sequences_per_step(spec: TrainSpec, n_sequences: int, largest: int = DEFAULT_BATCH_SIZE) -> int:
+    """Return the sequences per step: what was asked for, else 16, or fewer where data are few.
 
     Then it is the largest that makes at least 20 steps, or as many as `max_steps` allows.
     """
@@ -107,7 +107,7 @@ def sequences_per_step(spec: TrainSpec, n_sequences: int) -> int:
         return spec.batch_size
     n_wanted = min(FEW_STEPS, spec.max_steps or FEW_STEPS)
     n_per_epoch = math.ceil(n_wanted / n_epochs(spec, n_sequences))
-    sizes = range(DEFAULT_BATCH_SIZE, 1, -1)
+    sizes = range(largest, 1, -1)
     return next((s for s in sizes if steps_per_epoch(n_sequences, s) >= n_per_epoch), 1)
 
 

@@ -158,6 +158,7 @@ def draw(found: dict[str, Any], target: Path) -> None:
         dress_panel(above, "", "held-out NLL of this layer alone,\nnats a token")
         below.bar(numbers, [row["gradient_l1"] for row in found["layers"]], color=GREY)
         dress_panel(below, "layer", "gradient at the start,\nL1 norm")
+        below.xaxis.get_major_locator().set_params(integer=True)
         figure.canvas.draw()  # which places them
 
 

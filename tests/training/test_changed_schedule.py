@@ -95,7 +95,7 @@ def test_its_rate_is_that_of_the_same_place_in_the_data(sequences):
 
 
 def test_a_batch_size_that_nobody_gave_stays_as_it_was(sequences):
-    spec = FIRST.model_copy(update={"batch_size": None, "max_steps": 4})
+    spec = FIRST.model_copy(update={"batch_size": None, "max_steps": 12})
     size = Schedule.of(sequences, spec, 3).spec.batch_size
     longer = spec.model_copy(update={"epochs": 9})
     assert Schedule.of(sequences, longer, 3).spec.batch_size != size

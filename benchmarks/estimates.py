@@ -47,17 +47,17 @@ class Configuration:
 
 
 CONFIGURATIONS = (
-    Configuration("all-60", "builtin", 60, 384, "--layers all --batch-size 32"),
+    Configuration("all-60", "builtin", 60, 384, "--layers all --batch-size 20"),
     Configuration("last4-60", "builtin", 60, 480, "--layers last:4 --epochs 2 --batch-size 32"),
     Configuration("one-60", "builtin", 60, 640, "--layers 11 --epochs 2 --batch-size 32"),
-    Configuration("dora-60", "builtin", 60, 320, "--layers all --method dora --batch-size 32"),
+    Configuration("dora-60", "builtin", 60, 320, "--layers all --method dora --batch-size 16"),
     Configuration(
-        "adalora-60", "builtin", 60, 320, "--layers all --method adalora --batch-size 32"
+        "adalora-60", "builtin", 60, 320, "--layers all --method adalora --batch-size 16"
     ),
     Configuration("full-one-60", "builtin", 60, 640, "--layers 11 --method full --batch-size 32"),
     Configuration("all-500", "builtin", 500, 28, "--layers all --batch-size 4"),
     Configuration("all-2000", "builtin", 2000, 5, "--layers all --batch-size 1"),
-    Configuration("0.36B-last4-60", "0.36B", 60, 320, "--layers last:4 --batch-size 32"),
+    Configuration("0.36B-last4-60", "0.36B", 60, 320, "--layers last:4 --batch-size 16"),
     Configuration("0.36B-gguf-500", "0.36B.gguf", 500, 6, "--layers all --batch-size 1"),
 )
 

@@ -45,11 +45,7 @@ def _training(given: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         *("--dropout", str(given.lora_dropout)),
         *("--targets", _joined(given.lora_target_modules) or "all-linear"),
         *("--layers", layers),
-        *(
-            "--epochs",
-            "1",
-        ),  # however few the rows are, and as many a step as there have always been
-        *("--batch-size", "32"),
+        *("--epochs", "1"),  # however few the rows are
     ]
 
 

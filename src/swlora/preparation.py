@@ -133,10 +133,8 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     (_, original), *later = specs_by_step(spec, changes)
     begun = begun_with(job, original.train, len(sequences), n_done)
     stretches = [Stretch(0, begun), *(Stretch(step, own.train) for step, own in later)]
-    first = Schedule.of(sequences, stretches[0].spec, spec.seed)
-    planned = planned_measurements(
-        stretches[0].spec, n_steps=first.n_steps, n_sequences=first.n_sequences
-    )
+    first = Schedule.of(sequences, begun, spec.seed)
+    planned = planned_measurements(begun, n_steps=first.n_steps, n_sequences=first.n_sequences)
     if len(stretches) == 1:
         if not goes_on and (note := data_note(spec.train, len(sequences))):
             job.progress.say(note)

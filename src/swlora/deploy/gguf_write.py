@@ -18,6 +18,7 @@ from swlora.errors import UserError
 from swlora.models.end_tokens import find_end_tokens
 from swlora.models.gguf_config import MISREAD_NAME
 from swlora.models.gguf_header import read_gguf_table
+from swlora.models.gguf_reading import read_once
 from swlora.models.weight_source import WeightSource
 from swlora.progress import Task
 
@@ -65,8 +66,9 @@ def write_gguf(parts: ModelParts, path: Path, kind: TypeName, name: str, task: T
             extra = extra_tensors(parts.config)
         else:
             _check_base(parts.base, layout.family.arch, {p.name: p.shape for p in pieces})
-            _copy_metadata(writer, parts.base)
-            extra = _factors_of(parts.base)
+            with read_once():
+                _copy_metadata(writer, parts.base)
+                extra = _factors_of(parts.base)
         writer.add_file_type(FILE_TYPES[kind])
         types = {p.name: tensor_type(p.name, p.shape, kind) for p in pieces}
         for piece in pieces:
@@ -174,6 +176,7 @@ def _check_base(base: Path, arch: str, shapes: dict[str, tuple[int, ...]]) -> No
             )
 
 
+@read_once()
 def copied_fields(path: Path) -> dict[str, tuple[Any, Any, Any]]:
     """Return what a file says of its model and tokenizer: (value, type, type of an array's items).
 

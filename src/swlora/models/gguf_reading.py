@@ -25,11 +25,12 @@ def read_once() -> Iterator[None]:
     """
     with _names:
         before = {name: vars(gguf)[name] for name in ("GGUFReader", "get_tensor_name_map")}
-        reader = before["GGUFReader"]
-        made = _OfPlainArrays if reader is gguf.gguf_reader.GGUFReader else reader
+        if before["GGUFReader"] is not gguf.gguf_reader.GGUFReader:
+            yield  # inside another, which puts things back
+            return
         try:
             vars(gguf).update(
-                GGUFReader=functools.cache(made),
+                GGUFReader=functools.cache(_OfPlainArrays),
                 get_tensor_name_map=functools.cache(before["get_tensor_name_map"]),
             )
             yield
@@ -38,7 +39,7 @@ def read_once() -> Iterator[None]:
 
 
 class _OfPlainArrays(gguf.GGUFReader):  # type: ignore[misc]  # gguf has no types
-    """A reader whose entries are plain arrays: each slice of a memmap is twice as slow to make."""
+    """A reader whose entries are plain arrays: slices of a memmap take longer to make."""
 
     _bytes: NDArray[np.uint8]
 

@@ -11,6 +11,7 @@ slowly, take part in E2E only.
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,26 @@ QUICK_SCENARIOS = dict.fromkeys(("trl", "unsloth-compiled"), ("e2e",))
 def main() -> None:
     parser = cases.parser("Training speed on seven kinds of data.", "20 minutes at most")
     parser.add_argument("--scenarios", help=f"comma-separated, of: {', '.join(SCENARIOS)}")
+    for arms in ("ours", "peer"):
+        step = f"rows a step of the {arms} arms, in place of the scenario's"
+        parser.add_argument(f"--{arms}-batch", type=_rows_a_step, help=step)
     args = parser.parse_args()
     if args.table:
         print(markdown(json.loads(args.table.read_text(encoding="utf-8"))))
         return
-    scenarios = [SCENARIOS[n] for n in cases.named(args.scenarios, SCENARIOS, "scenario")]
+    sizes = {"ours_batch": args.ours_batch, "peer_batch": args.peer_batch}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    names = cases.named(args.scenarios, SCENARIOS, "scenario")
+    scenarios = [replace(SCENARIOS[name], **given) for name in names]
     arms = cases.named(args.arms, SCENARIO_ARMS, "arm")
     cases.find_unsloth(args)
     cases.publish(measured(scenarios, arms, args), args, markdown)
+
+
+def _rows_a_step(text: str) -> int:
+    if (n := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return n
 
 
 def measured(scenarios: list[Scenario], arms: list[str], args: argparse.Namespace) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.scenario_data import SCENARIOS
+from benchmarks.scenario_data import SCENARIOS, Scenario
 from benchmarks.scenario_report import markdown, ratios
 
 from benchmarks import cases, runner, scenarios
@@ -120,4 +120,23 @@ def test_the_others_go_on_where_an_arm_or_a_scenario_cannot_run(
 def test_unknown_names_are_refused_with_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["scenarios", "--json", "x", "--scenarios", "e2e,no"])
     with pytest.raises(SystemExit, match="no scenario is called 'no'; there are e2e, system-"):
+        scenarios.main()
+
+
+def test_rows_a_step_can_be_given_in_place_of_the_scenarios(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: dict[str, tuple[int, int]] = {}
+
+    def measured(chosen: list[Scenario], arms: list[str], args: argparse.Namespace) -> Any:
+        ran.update({arm: chosen[0].amount(arm, args.quick) for arm in arms})
+
+    monkeypatch.setattr(scenarios, "measured", measured)
+    monkeypatch.setattr(cases, "publish", lambda *_: None)
+    options = ["--scenarios", "e2e", "--arms", "ours,peft"]
+    monkeypatch.setattr("sys.argv", ["x", "--json", "x", *options, "--peer-batch", "8"])
+    scenarios.main()
+    assert ran == {"ours": (64, 1024), "peft": (8, 128)}
+    monkeypatch.setattr("sys.argv", ["x", "--json", "x", *options, "--ours-batch", "0"])
+    with pytest.raises(SystemExit):
         scenarios.main()

@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import pytest
 from tests.support.fake_host import BROKEN, OTHER, Client, submit
 
-from swlora.web.tickets import ModelFailedError, Variant
+from swlora.decoding.batch import Event
+from swlora.web.scheduler import Scheduler
+from swlora.web.tickets import Ended, ModelFailedError, Variant
 
 
 def test_a_failure_ends_its_own_tickets_and_the_model_is_looked_at(host, make_scheduler):
@@ -52,6 +54,61 @@ def test_a_model_that_stays_broken_takes_nothing_on_until_it_is_back(
             submit(scheduler, Client())
     until(lambda: scheduler.is_ready)
     assert host.checks.count("rebuild") == 3
+    again = Client()
+    submit(scheduler, again)
+    assert again.tokens == [1, 2, 3]
+
+
+class Watcher(Client):
+    """Notes whether the server said that it was ready when this client was told of its end."""
+
+    def __init__(self, scheduler: Scheduler, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.scheduler = scheduler
+
+    def deliver(self, item: Event | Ended) -> None:
+        self.was_ready = self.scheduler.is_ready
+        super().deliver(item)
+
+
+@pytest.mark.parametrize("failing", [{"variant": BROKEN}, {"variant": BROKEN, "prompt": [13]}])
+@pytest.mark.parametrize(
+    ("health", "is_ready", "end_of_other"),
+    [([True], True, "length"), ([False, True], True, "failed"), ([False] * 2, False, "failed")],
+)
+def test_who_is_told_of_a_failure_finds_the_server_as_ready_as_it_is(
+    host, make_scheduler, failing, health, is_ready, end_of_other
+):
+    """Whoever asks /ready after an error must not be told yes, and refused a moment later."""
+    scheduler = make_scheduler()
+    host.health = list(health)
+    other, broken = Watcher(scheduler, 5, OTHER), Watcher(scheduler, **failing)
+    submit(scheduler, other, broken)
+    scheduler.start()
+    assert (other.end, broken.end) == (end_of_other, "failed")
+    assert broken.was_ready == is_ready
+    assert other.was_ready == (end_of_other == "length")
+
+
+def test_a_failure_of_the_thread_itself_is_told_by_a_server_that_is_not_ready(
+    host, make_scheduler, monkeypatch, until
+):
+    scheduler = make_scheduler()
+    own, n_calls = scheduler._end_overdue, [0]
+
+    def once() -> None:
+        n_calls[0] += 1
+        if n_calls[0] == 1:
+            raise RuntimeError("nobody foresaw this")
+        own()
+
+    monkeypatch.setattr(scheduler, "_end_overdue", once)
+    waiting = Watcher(scheduler)
+    submit(scheduler, waiting)
+    scheduler.start()
+    assert waiting.end == "failed"
+    assert not waiting.was_ready
+    until(lambda: scheduler.is_ready)
     again = Client()
     submit(scheduler, again)
     assert again.tokens == [1, 2, 3]

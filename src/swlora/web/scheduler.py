@@ -138,7 +138,7 @@ class Scheduler:
                 self._turn()
             except Exception:  # whatever went wrong, the next request shall find a server
                 log.exception("the model's thread failed")
-                self._end_all(FAILED)
+                self._end_all_broken()
                 self._restore_model()
         self._end_all(Ended("shutdown", "the server is shutting down"))
         self._leave()
@@ -219,8 +219,7 @@ class Scheduler:
         except UserError as error:  # nothing was taken on
             self._end(tickets, Ended("refused", str(error)))
         except Exception:
-            self._end(tickets, FAILED)
-            self._fail(variant, "the model could not take a text on")
+            self._fail(variant, "the model could not take a text on", tickets)
         else:
             batch.tickets.update((ticket.request.request_id, ticket) for ticket in tickets)
             self._batches[variant] = batch
@@ -259,17 +258,21 @@ class Scheduler:
         for ticket in tickets:
             self._deliver(ticket, ended)
 
-    def _discard(self, variant: Variant, ended: Ended = FAILED) -> None:
+    def _take_out(self, variant: Variant) -> list[Ticket]:
+        """Forget a variant's batch; return its tickets, which nobody has told of their end."""
         self._host.forget(variant)
         batch = self._batches.pop(variant, None)
-        if batch is not None:
-            self._end(list(batch.tickets.values()), ended)
+        return list(batch.tickets.values()) if batch is not None else []
 
-    def _fail(self, variant: Variant, what: str) -> None:
-        """End the tickets of a variant because of the exception that is being handled."""
+    def _fail(self, variant: Variant, what: str, taken: Sequence[Ticket] = ()) -> None:
+        """End the tickets of a variant because of the exception that is being handled.
+
+        They are told last: whoever knows of a failure finds the server as ready as it is.
+        """
         log.exception("%s (%s)", what, variant.adapter or "the base model")
-        self._discard(variant)
+        tickets = [*taken, *self._take_out(variant)]
         self._restore_model()
+        self._end(tickets, FAILED)
 
     def _restore_model(self) -> None:
         """Leave the variant, and bring the base model back to what it was at the start."""
@@ -280,17 +283,23 @@ class Scheduler:
             log.exception("the model could not be checked after a failure")
             is_whole = False
         if not is_whole:  # then the other variants' texts may be wrong too
-            self._end_all(FAILED)
+            self._end_all_broken()
             try:
                 is_whole = self._host.rebuild()
             except Exception:
                 log.exception("the model could not be put together again")
         if not is_whole:
             log.error("the model does not answer as it did: no texts are taken on until it does")
+        if is_whole:
+            with self._changed:
+                self._is_broken = False
+        else:
+            self._end_all_broken()  # what was submitted meanwhile
+
+    def _end_all_broken(self) -> None:
         with self._changed:
-            self._is_broken = not is_whole
-        if self._is_broken:
-            self._end_all(FAILED)  # what was submitted meanwhile
+            self._is_broken = True  # before anybody is told
+        self._end_all(FAILED)
 
     def _end_all(self, ended: Ended) -> None:
         """End everything, also what waits."""
@@ -300,7 +309,7 @@ class Scheduler:
         for ticket in waiting:
             self._deliver(ticket, ended)
         for variant in list(self._batches):
-            self._discard(variant, ended)
+            self._end(self._take_out(variant), ended)
 
     def _deliver(self, ticket: Ticket, news: Event | Ended) -> None:
         try:

@@ -132,10 +132,18 @@ class Resumption:
                     f"{', '.join(sorted(others))}"
                 )
             self._let_through(said)
+        flags = {
+            name: value for name, value in flags.items() if not self._repeats(name, value, before)
+        }
         spec = load_recorded_spec(path, flags)
         found = differences(before, flat(spec))
         check_changeable(spec, {name: pair for name, pair in found.items() if name in flags})
         return spec, found
+
+    def _repeats(self, name: str, value: Any, before: Values) -> bool:
+        """Whether a flag names the number that the run itself chose when it began."""
+        chosen = self._facts.get("fitted", {}).get(name.removeprefix("train."))
+        return before.get(name) is None and chosen is not None and value == chosen
 
 
 def check_extendable(folder: Path, result: Mapping[str, Any], flags: Values) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from tests.support.data_files import write_rows
 from tests.support.small_runs import Heard
 from tests.support.whole_jobs import StopsIn, make_spec, run_in, same_adapters, work
 
@@ -53,6 +54,27 @@ def test_a_changed_rate_holds_from_there_on_through_further_stops(model_folder, 
     run_in(lower, make_spec(model_folder("llama"), rows, train__learning_rate=0.005), "train")
     rates = {f: [m["learning_rate"] for m in read_metrics(f)] for f in (once, plain, lower)}
     assert rates[once] == rates[plain][:4] + rates[lower][4:]
+
+
+def test_a_flag_that_names_what_the_run_chose_is_no_change(model_folder, tmp_path):
+    """AdaLoRA, which refuses other numbers of steps, goes on, too."""
+    many = [{"prompt": f"{k}", "completion": f" is {k % 7}."} for k in range(60)]
+    data = (write_rows(tmp_path / "many.jsonl", many),) * 2
+    free = {"train__batch_size": None, "train__epochs": None, **SAVED}
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    spec = make_spec(model_folder("llama"), data, method="adalora", **free)
+    run_in(whole, spec, "train")
+    stopped(folder, spec)
+    chosen = read_run(folder)["fitted"]
+    flags = {f"train.{name}": size for name, size in chosen.items()}
+    with pytest.raises(UserError, match="planned its pruning over all its steps, which --epochs"):
+        go_on(folder, flags | {"train.epochs": chosen["epochs"] + 1})
+    go_on(folder, flags)
+    assert same_adapters(folder, whole)
+    assert "changes" not in read_run(folder)
+    assert load_spec(folder / "config.yaml", {}) == spec
+    with pytest.raises(UserError, match="nothing"):
+        go_on(folder, flags)
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa"])

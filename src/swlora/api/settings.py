@@ -117,7 +117,7 @@ class _Epochs(TypedDict, total=False):
     batch_size: int | None
     """examples per optimizer step [default: 16, fewer where that makes less than 20 steps]"""
     learning_rate: float
-    """[default: 0.002]"""
+    """[default: 0.001]"""
     schedule: Literal["linear", "cosine", "constant"]
     """linear, cosine or constant [default: linear]"""
     warmup_fraction: float

@@ -38,7 +38,7 @@ class TrainSpec(Spec):
         description="examples per optimizer step "
         f"[default: {DEFAULT_BATCH_SIZE}, fewer where that makes less than {FEW_STEPS} steps]",
     )
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -75,14 +75,3 @@ def test_a_folder_of_an_older_version_lacks_settings_that_came_since(tmp_path):
     other = StudySpec.model_validate({"arms": ["lora"], "data": {"train_on": "last-turn"}})
     with pytest.raises(UserError, match=r"holds another study \(data\.train_on: all-turns there"):
         check_folder(tmp_path / "study", other)
-
-
-def test_a_folder_of_a_version_with_another_default_rate_goes_on(tmp_path):
-    """A study chooses the rates of its arms: the one of its section `train` is used nowhere."""
-    with StudyFolder(tmp_path / "study", "s", SPEC):
-        pass
-    path = tmp_path / "study" / "study.yaml"
-    old = yaml.safe_load(path.read_text())
-    old["train"]["learning_rate"] *= 2
-    path.write_text(yaml.safe_dump(old))
-    assert check_folder(tmp_path / "study", SPEC)

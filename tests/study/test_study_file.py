@@ -81,7 +81,7 @@ arms:
         "super",
     )
     assert found["super"].adapter.rank == 2
-    fixed = {"batch_size": 32, "eval_every_steps": 0}
+    fixed = {"batch_size": 32, "eval_every_steps": 0, "learning_rate": 2e-3}
     assert found["lora"].train == TrainSpec(epochs=1, **fixed)
     assert found["null"].train == TrainSpec(epochs=1, **fixed)
     assert found["mine"].train == TrainSpec(epochs=3, weight_decay=0.25, **fixed)
@@ -202,6 +202,9 @@ def test_a_file_without_any_arm(text, tmp_path):
 
 
 def test_a_learning_rate_for_all_arms_is_refused(tmp_path):
+    as_older_versions_wrote_it = read(tmp_path, "train: {learning_rate: 0.002}\narms: [lora]")
+    assert not as_older_versions_wrote_it.problems
+    assert as_older_versions_wrote_it.spec == read(tmp_path, "arms: [lora]").spec
     problems = read(tmp_path, "train: {learning_rate: 0.5}\narms: [lora]").problems
     assert problems == ["train.learning_rate: a study chooses it; give rate.grid"]
     (problem,) = read(tmp_path, "arms: [lora, {name: x, train.learning_rate: 1}]").problems

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from tests.support.fake_host import BROKEN, OTHER, Client, submit
+from tests.support.fake_host import BROKEN, INTACT, OTHER, Client, submit
 
 from swlora.decoding.batch import Event
 from swlora.web.scheduler import Scheduler
@@ -147,6 +147,39 @@ def test_a_failure_while_switching_or_leaving_does_not_end_the_thread(
     submit(scheduler, third)
     assert third.tokens == [1, 2, 3]
     assert scheduler.is_ready
+
+
+@pytest.mark.parametrize(
+    ("order", "health", "stays_broken"),
+    [((INTACT, OTHER), [False, True], False), ((OTHER, INTACT), [False] * 8, True)],
+)
+def test_a_model_that_was_not_left_whole_writes_nothing_more(
+    host, make_scheduler, monkeypatch, order, health, stays_broken
+):
+    """Neither for texts that ended meanwhile nor for those that are taken on in that turn."""
+    scheduler = make_scheduler()
+    host.health, own = list(health), host.switched
+
+    @contextmanager
+    def half_left(variant: Variant) -> Iterator[None]:
+        with own(variant):
+            yield
+        if variant == OTHER:
+            raise RuntimeError("could not switch back")
+
+    monkeypatch.setattr(host, "switched", half_left)
+    clients = [Client(5, variant) for variant in order]
+    submit(scheduler, *clients)
+    scheduler.start()
+    assert [client.end for client in clients] == ["failed", "failed"]
+    if not stays_broken:
+        again = Client()
+        submit(scheduler, again)
+        assert again.tokens == [1, 2, 3]
+    assert scheduler.is_broken == stays_broken
+    stepped = [ids for _, ids in host.steps]
+    assert stepped == ([] if stays_broken else [(again.id,)] * 3)
+    assert all(client.tokens == [] for client in clients)
 
 
 def test_a_client_that_cannot_be_told_harms_its_own_variant_only(host, make_scheduler):

@@ -122,10 +122,8 @@ def check_folder(path: Path, spec: StudySpec) -> bool:
     before = read_mapping(path / "study.yaml")
     with suppress(ValidationError):  # settings that an older version did not have: their defaults
         before = StudySpec.model_validate(before).model_dump(mode="json")
-    now = spec.model_dump(mode="json")
-    for study in (before, now):  # a study chooses its rates; what stands there is a default
-        (study.get("train") or {}).pop("learning_rate", None)
-    if lines := differences(before, now):
+    lines = differences(before, spec.model_dump(mode="json"))
+    if lines:
         shown = "; ".join(lines[:8]) + (f"; and {len(lines) - 8} more" if len(lines) > 8 else "")
         raise UserError(
             f"{path} holds another study ({shown}); choose another --output, or the settings "

@@ -37,7 +37,7 @@ SHORT = {
 
 MOST_FURTHER = 10
 # Where a study says nothing: its arms are alike whatever their data, and one that is old goes on
-EPOCHS, BATCH_SIZE = 1, 32
+EPOCHS, BATCH_SIZE, RATE = 1, 32, 2e-3  # the rate is for trials of layers: arms choose theirs
 
 PositiveRate = Annotated[float, Field(gt=0)]
 
@@ -148,6 +148,8 @@ class StudySpec(SharedSections):
     def _same_for_all_runs(cls, train: TrainSpec) -> TrainSpec:
         """Fix what a run alone would choose by its data: the short runs have fewer rows."""
         fixed = _not_by_data(train)
+        if "learning_rate" not in train.model_fields_set:
+            fixed["learning_rate"] = RATE
         if train.eval_every_steps is train.eval_rows is train.early_stopping is None:
             fixed["eval_every_steps"] = 0
         return train.model_copy(update=fixed)

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from swlora.config import RunSpec, TrainSpec
+from swlora.config import RunSpec
 from swlora.config.yaml_file import read_mapping, set_dotted
 from swlora.errors import UserError
 from swlora.settings import Problem, problem_lines, problems_in
 from swlora.study.arms import arms_of, expected_controls
-from swlora.study.spec import ArmSpec, StudySpec
+from swlora.study.spec import RATE, ArmSpec, StudySpec
 
 # What all arms of a study share, or what the study itself decides
 SHARED = {
@@ -150,7 +150,7 @@ def _problems(spec: StudySpec, names_in_file: list[str]) -> list[str]:
     problems += [f"beam: no arm has seed {s}" for s in spec.beam.seeds or [] if s not in seeds]
     if spec.train.schedule == "constant":
         problems.append(CONSTANT)
-    if spec.train.learning_rate != TrainSpec().learning_rate:
+    if spec.train.learning_rate != RATE:
         problems.append("train.learning_rate: a study chooses it; give rate.grid")
     if spec.rate.extend and all(len(arm.rates or spec.rate.grid) == 1 for arm in spec.arms):
         problems.append("rate.extend: no arm has several rates, so there is no edge to go beyond")

@@ -226,6 +226,8 @@ class Scheduler:
 
     def _new_batch(self, variant: Variant) -> _Batch:
         self._enter(None)
+        if self._is_broken:
+            raise RuntimeError("the model did not come back from the variant before this one")
         self._host.load(variant, self._batches.keys())
         self._enter(variant)
         return _Batch(self._host.decoder(variant))
@@ -233,6 +235,8 @@ class Scheduler:
     def _step(self, variant: Variant, batch: _Batch) -> None:
         try:
             self._enter(variant)
+            if self._batches.get(variant) is not batch:
+                return  # it ended with all others when the model was put together again
             for event in batch.decoder.step():
                 ticket = batch.tickets[event.request_id]
                 self._deliver(ticket, event)
@@ -271,8 +275,10 @@ class Scheduler:
         """
         log.exception("%s (%s)", what, variant.adapter or "the base model")
         tickets = [*taken, *self._take_out(variant)]
-        self._restore_model()
-        self._end(tickets, FAILED)
+        try:
+            self._restore_model()
+        finally:
+            self._end(tickets, FAILED)
 
     def _restore_model(self) -> None:
         """Leave the variant, and bring the base model back to what it was at the start."""
@@ -290,11 +296,8 @@ class Scheduler:
                 log.exception("the model could not be put together again")
         if not is_whole:
             log.error("the model does not answer as it did: no texts are taken on until it does")
-        if is_whole:
-            with self._changed:
-                self._is_broken = False
-        else:
-            self._end_all_broken()  # what was submitted meanwhile
+        with self._changed:
+            self._is_broken = not is_whole
 
     def _end_all_broken(self) -> None:
         with self._changed:

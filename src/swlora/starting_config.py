@@ -101,7 +101,7 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
             "train",
             "learning_rate",
             sized.learning_rate,
-            "for LoRA; try 3e-4 with billions of weights, a tenth for --method full",
+            "for LoRA; down to 3e-4 with billions of weights, a tenth for --method full",
         ),
     ]
     if steps is not None and steps.ideal_ratio > 1.05:

@@ -52,7 +52,8 @@ def fit_steps(
 ) -> Fit:
     """Let a step run trees that fit into memory; return what it takes, and all the rest.
 
-    A run that goes on has the trees with which it began, which decide its last bits. Padded
+    A run that goes on has the trees with which it began, and no more copies of weights, both of
+    which decide its last bits. Padded
     batches, and steps on a GPU, whose memory runs out without harm, are left alone. Raises
     UserError where it does not fit all the same, with what would.
     """
@@ -71,6 +72,8 @@ def fit_steps(
         return Fit(fitted.needed_bytes, worth, None)
     whose = "--memory-gb allows" if is_limited() else "there are"
     check_fits(step, fitted, steps_limit_bytes(share=1), whose)
+    with kept_for_steps(fitted.needed_bytes, copies_bytes=worth):
+        worth = _copies_begun_with(job)
     with kept_for_steps(fitted.needed_bytes, copies_bytes=worth):
         memory = _parts(job, prepared, adapted, step, fitted, held_bytes, free)
     return Fit(fitted.needed_bytes, worth, memory)
@@ -104,6 +107,16 @@ def _fitted(job: Job, schedule: "Schedule", step: "TreeStep", held_bytes: int) -
     needed, step.most_nodes = from_main(lambda: (fitted.needed_bytes, step.most_nodes))
     job.run.record(tokens_at_once=step.most_nodes)
     return replace(fitted, needed_bytes=needed)
+
+
+def _copies_begun_with(job: Job) -> int:
+    """Return what copies of weights may take: on some processors they give other last bits."""
+    noted = job.run.facts.get("copies_limit_bytes") if job.run.facts.get("resumed") else None
+    if isinstance(noted, int):
+        return noted
+    limit_bytes = copies_limit_bytes()
+    job.run.record(copies_limit_bytes=limit_bytes)
+    return limit_bytes
 
 
 def _parts(

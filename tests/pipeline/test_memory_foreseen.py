@@ -58,16 +58,20 @@ def test_a_run_goes_on_with_the_parts_that_it_began_with(
     """Whatever is free then, so that the last bits are those of a run that was not stopped."""
     spec = make_spec(model_folder("llama"), write_data(tmp_path), train__batch_size=12)
     spec = spec.model_copy(update={"train": spec.train.model_copy(update={"epochs": 6})})
-    monkeypatch.setattr(memory, "available_bytes", lambda: 1_950_000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1_800_000)
     trained(tmp_path / "whole", spec)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "append_metrics", signal_in_step(2))
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path / "stopped", spec)
     monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(memory, "_free_bytes", None)  # as in another process
     run, again = Run.reopen(tmp_path / "stopped", "train")
     with run:
         pipeline.train(Job(again, run, Heard()))
-    parts = [read_run(tmp_path / name)["tokens_at_once"] for name in ("whole", "stopped")]
-    assert parts == [64, 64]
+    facts = [read_run(tmp_path / name) for name in ("whole", "stopped")]
+    assert [fact["tokens_at_once"] for fact in facts] == [64, 64]
+    # Some, but not all that are worth it: on some processors each copy gives other last bits.
+    limits = [fact["copies_limit_bytes"] for fact in facts]
+    assert limits[0] == limits[1] < 60_000
     assert same_weights(tmp_path / "whole/adapter", tmp_path / "stopped/adapter")

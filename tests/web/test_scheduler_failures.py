@@ -154,7 +154,7 @@ def test_a_failure_while_switching_or_leaving_does_not_end_the_thread(
     [((INTACT, OTHER), [False, True], False), ((OTHER, INTACT), [False] * 8, True)],
 )
 def test_a_model_that_was_not_left_whole_writes_nothing_more(
-    host, make_scheduler, monkeypatch, order, health, stays_broken
+    host, make_scheduler, monkeypatch, until, order, health, stays_broken
 ):
     """Neither for texts that ended meanwhile nor for those that are taken on in that turn."""
     scheduler = make_scheduler()
@@ -173,6 +173,7 @@ def test_a_model_that_was_not_left_whole_writes_nothing_more(
     scheduler.start()
     assert [client.end for client in clients] == ["failed", "failed"]
     if not stays_broken:
+        until(lambda: scheduler.is_ready)  # these were told before it was put together again
         again = Client()
         submit(scheduler, again)
         assert again.tokens == [1, 2, 3]

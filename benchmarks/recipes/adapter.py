@@ -1,4 +1,4 @@
-"""What a recipe trains: LoRA or MiSS, in which projections of which layers, from which start."""
+"""What a recipe trains: a method, in which projections of which layers, from which start."""
 
 from collections import defaultdict
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ from benchmarks.recipes.rows import Rows
 from benchmarks.recipes.starts import leading_inputs, sums_of_shards
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import ALL_LINEAR, adapt, adapted_modules, trainable_parameters
-from swlora.config import AdapterSpec, TrainSpec
+from swlora.config import AdapterSpec, TrainSpec, settings_of
 from swlora.data.prefix_tree import build_tree
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import TokenSequences
@@ -31,25 +31,43 @@ Pair = tuple[nn.Parameter, nn.Parameter]
 def make_adapter(model: Any, recipe: Recipe, rows: Rows, seed: int) -> Adapted:
     """Put the adapter of a recipe into the model; `rows` are those that it will train on."""
     anatomy = Anatomy(model)
+    method = "lora" if recipe.method == "miss" else recipe.method
+    size = {"rank": recipe.rank, "alpha": recipe.scale_value * recipe.rank}
     spec = AdapterSpec(
-        rank=recipe.rank,
-        alpha=recipe.scale_value * recipe.rank,
+        method=method,
         targets=targets(model, recipe.targets, rows.sequences),
+        **{name: value for name, value in size.items() if name in settings_of(method)},
     )
     starts: dict[nn.Module, Tensor] = {}
     if recipe.gradient_start is not None:
         few = next(Schedule.of(rows.sequences, TrainSpec(batch_size=GRADIENT_ROWS), seed).steps())
         starts = leading_inputs(model, rows.sequences, few, recipe.rank)
-    adapted = adapt(model, spec, parse_policy(recipe.layers).resolve(anatomy.n_layers), seed=seed)
-    for layer in adapted_modules(adapted.model).values():
+    layers = parse_policy(recipe.layers).resolve(anatomy.n_layers)
+    adapted = adapt(model, spec, layers, seed=seed, n_steps=recipe.steps)
+    has_own_start = recipe.method == "miss" or recipe.gradient_start is not None
+    for layer in adapted_modules(adapted.model).values() if has_own_start else ():
         a: nn.Parameter = layer.lora_A["default"].weight
         if recipe.method == "miss":
             a.data = sums_of_shards(*a.shape).to(a)
             a.requires_grad_(False)
-        elif recipe.gradient_start is not None:
+        else:
             a.data = starts[layer.base_layer] * recipe.gradient_start
     adapted.parameters = trainable_parameters(adapted.model)
     return adapted
+
+
+def take_out(adapted: Adapted) -> None:
+    """Leave the model as it was before `make_adapter`; after `finish`, if the steps were made."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    originals = {
+        name.removeprefix("base_model.model."): module.original_module
+        for name, module in adapted.model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    model = adapted.model.unload()  # puts what was trained into the place of whole modules
+    for name, module in originals.items():
+        model.set_submodule(name, module)
 
 
 def pairs(adapted: Adapted) -> list[Pair]:

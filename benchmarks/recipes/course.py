@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.recipes.adapter import make_adapter
+from benchmarks.recipes.adapter import make_adapter, take_out
 from benchmarks.recipes.choice import chosen, without_some
 from benchmarks.recipes.descent import Descent, NotFiniteError, rate_at, schedule_of
 from benchmarks.recipes.ends import Average, Jumps
@@ -75,14 +75,17 @@ class Bench:
         before_s = clock.read()
         try:
             course = Course(recipe, rows, held_out, adapted, clock)
-            found = course.run(seed, data.curve, self._n_points)
+            try:
+                found = course.run(seed, data.curve, self._n_points)
+            finally:
+                adapted.finish()
             if "error" not in found:
                 adapted.model.eval()
                 found["dev"] = by_prompt(adapted.model, data.dev)
                 if with_test:
                     found["test"] = by_prompt(adapted.model, data.test)
         finally:
-            adapted.model.unload()
+            take_out(adapted)
         return {"threads": torch.get_num_threads(), "before_steps": before_s, **found}
 
     def _rows(self, recipe: Recipe, rows: Rows, seed: int) -> tuple[Rows, Rows | None]:

@@ -13,6 +13,7 @@ from benchmarks.recipes.recipe import Recipe
 from swlora.adapters.adapted import Adapted
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
+from swlora.training.loop import rate_groups
 from swlora.training.schedule import Schedule, Step, learning_rate
 from swlora.training.step import TreeStep
 
@@ -63,7 +64,7 @@ def make_optimizer(adapted: Adapted, recipe: Recipe) -> torch.optim.Optimizer:
             scaled: torch.optim.Optimizer
             scaled = create_riemannian_optimizer(adapted.model, adamw, **settings)
             return scaled
-    return adamw(list(adapted.parameters.values()), betas=betas, fused=True, **settings)
+    return adamw(rate_groups(adapted), betas=betas, fused=True, **settings)
 
 
 class Descent:
@@ -83,6 +84,7 @@ class Descent:
         b_alone: int = 0,
     ) -> None:
         self._step, self._optimizer, self._clip, self._b_alone = step, optimizer, clip, b_alone
+        self._adapted = adapted
         self.parameters = list(adapted.parameters.values())
         self._all_a = [p for name, p in adapted.parameters.items() if ".lora_A." in name]
         self._n_done = 0
@@ -100,10 +102,12 @@ class Descent:
         Raises NotFiniteError where loss, gradient or weights are not finite.
         """
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("factor", 1.0)
         loss = self._step(rows)
-        gradients = [p.grad for p in self.parameters]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, 1.0 / loss.n_tokens)
+        if (penalty := self._adapted.penalty()) is not None:
+            torch.autograd.backward(penalty)
         norm = nn.utils.clip_grad_norm_(self.parameters, self._clip or math.inf)
         if not (math.isfinite(loss.sum_nats) and math.isfinite(norm)):
             raise NotFiniteError(
@@ -113,8 +117,9 @@ class Descent:
             for a in self._all_a:
                 a.grad = None
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
         self._n_done += 1
+        self._adapted.after_step(self._n_done)
+        self._optimizer.zero_grad(set_to_none=True)
         norms = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters]))
         if not norms.isfinite().all():
             raise NotFiniteError(f"the weights are not finite after step {self._n_done}")

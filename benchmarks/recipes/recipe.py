@@ -15,7 +15,7 @@ from swlora.layer_policy import parse_policy
 
 DATA = ("e2e", "chats")
 CHOICES = ("random", "hard", "easy", "middle", "diverse")
-METHODS = ("lora", "miss")
+METHODS = ("lora", "lora+", "dora", "adalora", "pissa", "full", "supertuning", "miss")
 SCHEDULES = "linear, cosine, constant or sqrt:SHARE, such as sqrt:0.2"
 OPTIMIZERS: dict[str, frozenset[str]] = {  # which settings each one has
     "adamw": frozenset({"scale", "beta1", "beta2", "decay", "clip"}),
@@ -24,6 +24,14 @@ OPTIMIZERS: dict[str, frozenset[str]] = {  # which settings each one has
     "lora-muon": frozenset({"beta1", "decay"}),
 }
 _OPTIONAL = frozenset().union(*OPTIMIZERS.values())
+_OF_PAIRS = frozenset({"b_alone", "gradient_start"})  # of an A and a B that start as LoRA's
+_WITHOUT: dict[str, frozenset[str]] = {  # which settings of LoRA a method does not have
+    "adalora": _OF_PAIRS,
+    "pissa": _OF_PAIRS,
+    "full": _OF_PAIRS | {"rank", "scale"},
+    "supertuning": _OF_PAIRS | {"rank", "scale"},
+    "miss": _OF_PAIRS | {"scale"},
+}
 _SCALE = re.compile(r"(?P<number>[\d.e+-]+)(?P<over>/r|/sqrt\(r\))?")
 
 
@@ -34,14 +42,15 @@ class Recipe:
     data: e2e, or chats that a grammar makes. prompts: rows of the first N prompts of the training
     file only. rows, choice: of those, so many rows, two of a prompt at a time, drawn at random, by
     the loss of the base model (hard, easy, middle) or for prompts that are unlike each other
-    (diverse). method: lora, or miss (a fixed A, B alone). scale: of the product B A: a number,
-    NUMBER/r (LoRA's alpha / r) or NUMBER/sqrt(r) (rsLoRA's). targets: all, attention, mlp, names of
-    projections, or plop:N, the N kinds that PLoP finds. gradient_start: A begins as the leading
-    right singular vectors of the gradient of each weight, times this. b_alone: A is left as it is
-    in the first N steps. beta1 is lora-muon's momentum. schedule: sqrt:SHARE is constant, then
-    falls as 1 - sqrt over the last SHARE of the steps. average: the adapter in the end is the mean
-    of those that the last steps left, this share of all. jump: every N steps the last change is
-    repeated for as long as that lowers the loss of rows held out from training (Fast Forward).
+    (diverse). method: one of `swlora train`, or miss (a fixed A, B alone). scale: of the product B
+    A: a number, NUMBER/r (LoRA's alpha / r) or NUMBER/sqrt(r) (rsLoRA's). targets: all, attention,
+    mlp, names of projections, or plop:N, the N kinds that PLoP finds. gradient_start: A begins as
+    the leading right singular vectors of the gradient of each weight, times this. b_alone: A is
+    left as it is in the first N steps. beta1 is lora-muon's momentum. schedule: sqrt:SHARE is
+    constant, then falls as 1 - sqrt over the last SHARE of the steps. average: the adapter in the
+    end is the mean of those that the last steps left, this share of all. jump: every N steps the
+    last change is repeated for as long as that lowers the loss of rows held out from training (Fast
+    Forward).
     """
 
     steps: int
@@ -173,11 +182,11 @@ class Recipe:
             return f"{self.optimizer} has no {ignored[0]}"
         if self.choice is not None and self.rows is None:
             return "choice needs rows=N, how many are chosen"
-        if self.method == "miss":
-            ignored = sorted(given & {"scale", "b_alone", "gradient_start"})
-            if ignored or self.optimizer != "adamw":
-                what = ignored[0] if ignored else f"use of {self.optimizer}"
-                return f"miss has a fixed A and no {what}"
+        ignored = sorted(given & _WITHOUT.get(self.method, frozenset()))
+        if ignored:
+            return f"{self.method} has no {ignored[0]}"
+        if self.method != "lora" and self.optimizer != "adamw":
+            return f"{self.method} is trained with adamw, not with {self.optimizer}"
         return None
 
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.recipes.adapter import feature_norms, make_adapter, pairs
+from benchmarks.recipes.adapter import feature_norms, make_adapter, pairs, take_out
 from benchmarks.recipes.choice import HELD_OUT_PROMPTS, chosen, without_some
 from benchmarks.recipes.course import Clock, Course, HeldOutLoss
 from benchmarks.recipes.descent import Descent, rate_at, schedule_of
 from benchmarks.recipes.ends import FUTILE_JUMPS, Average, Jumps
-from benchmarks.recipes.recipe import Recipe
+from benchmarks.recipes.recipe import METHODS, Recipe
 from benchmarks.recipes.rows import Rows, number_within
 from benchmarks.recipes.starts import sums_of_shards
 from torch import nn
@@ -74,6 +74,12 @@ def test_a_plain_recipe_is_the_training_loop(make_model: Callable[..., Any], row
         "optimizer=lora-rite rate=1e-3 b_alone=1",
         "optimizer=lora-muon rate=0.05 average=0.5",
         "method=miss rank=3 rate=1e-3",
+        "method=lora+ rate=1e-3",
+        "method=dora rate=4e-3",
+        "method=pissa rate=1e-3",
+        "method=full rate=1e-3",
+        "method=adalora rate=0.1",
+        "method=supertuning rate=0.05",
         "rank=8 scale=16/sqrt(r) targets=plop:2 layers=last:2 schedule=sqrt:0.5",
         "gradient_start=0.5 rank=2 jump=2 rate=1e-3",
     ],
@@ -88,6 +94,40 @@ def test_every_kind_of_recipe_lowers_the_loss(model: Any, rows: Rows, text: str)
     if "jump" not in text:  # else some rows are held out
         assert after == pytest.approx(found["curve"][-1]["nll"], rel=1e-5)
     assert found["rows"] >= 60 and found["nodes"] > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_next_recipe_finds_the_model_as_it_was(model: Any, rows: Rows, method: str) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found, adapted = course(model, rows, f"steps=6 batch=8 method={method}")
+    assert "error" not in found
+    adapted.finish()
+    take_out(adapted)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_lora_plus_moves_b_sixteen_times_as_fast(model: Any, rows: Rows) -> None:
+    recipe = Recipe.parse("steps=2 batch=8 method=lora+")
+    adapted = make_adapter(model, recipe, rows, seed=0)
+    train_mode(adapted.model)
+    descent = Descent.of(TreeStep(adapted.model, rows.sequences), adapted, recipe)
+    before = [(a.detach().clone(), b.detach().clone()) for a, b in pairs(adapted)]
+    for step in schedule_of(rows.sequences, recipe, 0).steps():
+        descent.step(step, 1e-3)
+    moved = [
+        float(
+            torch.stack(
+                [(new.detach() - old).norm() / old.numel() ** 0.5 for new, old in both]
+            ).mean()
+        )
+        for both in (
+            [(a, old) for (a, _), (old, _) in zip(pairs(adapted), before, strict=True)],
+            [(b, old) for (_, b), (_, old) in zip(pairs(adapted), before, strict=True)],
+        )
+    ]
+    assert moved[1] > 10 * moved[0]  # AdamW's first steps are about as long as the rate
 
 
 def test_what_is_not_finite_ends_a_training_with_a_reason(model: Any, rows: Rows) -> None:

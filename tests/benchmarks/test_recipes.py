@@ -73,8 +73,13 @@ def test_the_scale_of_the_product_may_follow_the_rank(text: str, scale: float) -
         ("steps=5 optimizer=lora-rite damping=0.1", "lora-rite has no damping"),
         ("steps=5 damping=0.01", "adamw has no damping"),
         ("steps=5 choice=hard", "choice needs rows=N"),
-        ("steps=5 method=miss scale=8", "miss has a fixed A and no scale"),
-        ("steps=5 method=miss optimizer=lora-rite", "no use of lora-rite"),
+        ("steps=5 method=miss scale=8", "miss has no scale"),
+        ("steps=5 method=full rank=8", "full has no rank"),
+        ("steps=5 method=pissa b_alone=2", "pissa has no b_alone"),
+        (
+            "steps=5 method=miss optimizer=lora-rite",
+            "miss is trained with adamw, not with lora-rite",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_said_in_a_line(text: str, problem: str) -> None:

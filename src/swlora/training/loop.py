@@ -294,13 +294,18 @@ def _usable(adapted: Adapted) -> torch.Tensor:
 
 
 def make_optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:
-    """Return AdamW with one group of parameters for each factor on the learning rate."""
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for name, parameter in adapted.parameters.items():
-        groups.setdefault(adapted.rate(name), []).append(parameter)
+    """Return AdamW over all that is trained."""
     return torch.optim.AdamW(
-        [{"params": members, "factor": factor} for factor, members in groups.items()],
+        rate_groups(adapted),
         lr=spec.learning_rate,
         weight_decay=spec.weight_decay,
         fused=True,
     )
+
+
+def rate_groups(adapted: Adapted) -> list[dict[str, Any]]:
+    """Return the parameters in a group for each factor on the learning rate."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in adapted.parameters.items():
+        groups.setdefault(adapted.rate(name), []).append(parameter)
+    return [{"params": members, "factor": factor} for factor, members in groups.items()]

@@ -105,20 +105,22 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
     train, n_steps = spec.train, planned_steps(spec.train, n_train)
     epochs = counted(begun_epochs(train, n_train), "epoch")
     rows = counted(sequences_per_step(train, n_train), "row")
-    shown = f"about {n_steps:,} of {rows} ({epochs}), learning rate {train.learning_rate:g}"
-    found.resolved.append(("steps", f"{shown}, {train.schedule}"))
+    found.resolved.append(("steps", f"about {n_steps:,} of {rows} ({epochs})"))
 
 
 def _check_adapter(found: ConfigCheck, job: Any) -> None:
     """Put the adapter into the model without weights, where its layers are known."""
     from swlora.adapters.methods import check_fit, count_trainable
     from swlora.models.anatomy import Anatomy
+    from swlora.settling import settle_rate
 
     adapter, anatomy = job.spec.adapter, Anatomy(job.loaded.model)
     if not adapter.is_settled:
         found.resolved.append(("adapter", f"that in {adapter.start}, trained on"))
         return
-    policy = adapter.layers
+    settle_rate(job)
+    train, policy = job.spec.train, adapter.layers
+    found.resolved.append(("learning rate", f"{train.learning_rate:g}, {train.schedule}"))
     if policy.needs_search:
         check_fit(anatomy, adapter, [0], n_steps=MANY_STEPS)
         found.resolved.append(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from swlora.config import DEFAULT_BATCH_SIZE, EARLIER_BATCH_SIZE, TrainSpec, sharding_problem
+from swlora.config import DEFAULT_BATCH_SIZE, EARLIER_BATCH_SIZE, TrainSpec
 from swlora.data.examples import Example
 from swlora.data.prefix_tree import count_group_nodes
 from swlora.data.summary import short_lines
@@ -19,6 +19,7 @@ from swlora.plural import counted
 from swlora.preview import summarise
 from swlora.processes import check_alike, from_main, world
 from swlora.run_settings import Change, specs_by_step
+from swlora.settling import settle
 
 if TYPE_CHECKING:
     from swlora.evaluation.held_out import Measurements
@@ -98,6 +99,7 @@ def prepare_training(job: Job) -> PreparedTraining:
     if job.spec.train.shard:
         job.load_shard()
     sequences = job.encoded("train").sequences
+    settle(job)
     schedule, planned = planned_schedule(job, sequences)
     held_out = encode_held_out(job, planned) if planned else None
     if held_out is None and job.spec.train.sample_prompts:
@@ -230,7 +232,6 @@ def check_adapter(job: Job, n_steps: int) -> None:
     from swlora.models.anatomy import Anatomy
     from swlora.training import layer_choice
 
-    settle_start(job)
     spec, anatomy = job.spec, Anatomy(job.loaded.model)
     policy = spec.adapter.layers
     if job.will_identify:
@@ -240,34 +241,6 @@ def check_adapter(job: Job, n_steps: int) -> None:
     # The first layer stands for layers that are not found yet.
     layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
     check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
-
-
-def settle_start(job: Job) -> None:
-    """Give a job the settings of the adapter that it starts from; UserError where it cannot."""
-    from swlora.adapters.start import check_start_base, settled_start, start_facts
-    from swlora.models.anatomy import Anatomy
-    from swlora.models.identity import weights_sample_sha256
-
-    given, loaded = job.spec.adapter, job.loaded
-    if given.start is None:
-        return
-    goes_on = bool(job.run.facts.get("resumed"))
-    if goes_on and not given.start.is_dir():
-        raise UserError(
-            f"the adapter that this training started from is not in {given.start} any more; put it "
-            "back, or give its new place beside --resume: --adapter DIR"
-        )
-    settled = settled_start(given, Anatomy(loaded.model))
-    check_start_base(settled, loaded.source, weights_sample_sha256(loaded.model))
-    job.run.record_source(**start_facts(settled))
-    job.spec = job.spec.model_copy(update={"adapter": settled})
-    if problem := sharding_problem(job.spec):
-        raise UserError(problem)
-    if not goes_on:
-        job.progress.say(
-            f"starts from the adapter in {given.start} ({settled.method}, layers "
-            f"{settled.layers}), with a new optimizer and schedule"
-        )
 
 
 def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> PreparedEvaluation:

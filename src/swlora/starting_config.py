@@ -101,7 +101,8 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
             "train",
             "learning_rate",
             sized.learning_rate,
-            "for LoRA; down to 3e-4 with billions of weights, a tenth for --method full",
+            "of lora in all layers; without it, what suits method and layers",
+            is_hint=True,
         ),
     ]
     if steps is not None and steps.ideal_ratio > 1.05:

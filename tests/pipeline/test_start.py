@@ -11,6 +11,7 @@ from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_ad
 from swlora import pipeline
 from swlora.adapters.saved import read_facts
 from swlora.config import RunSpec, load_spec
+from swlora.config.train import RATES
 from swlora.errors import UserError
 from swlora.files import sha256_of
 from swlora.job import Job
@@ -53,6 +54,19 @@ def test_it_goes_on_from_the_losses_of_the_first(model_folder, rows, tmp_path):
     of_first = json.loads((first / "metrics.jsonl").read_text().splitlines()[0])
     of_second = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
     assert of_second["loss"] < of_first["loss"]
+
+
+@pytest.mark.parametrize("given", [{}, {"learning_rate": 0.02}])
+def test_without_a_rate_it_has_that_of_the_adapters_method(model_folder, rows, tmp_path, given):
+    first = make_spec(model_folder("llama"), rows, adapter__method="lora+", train__max_steps=1)
+    run_in(tmp_path / "plus", first, "train")
+    train = {"max_steps": 2, "schedule": "constant", "warmup_fraction": 0.0, **given}
+    spec = starting(first, tmp_path / "plus", train=train)
+    train_in(tmp_path / "second", spec)
+    expected = given.get("learning_rate", RATES["lora+"])
+    lines = (tmp_path / "second" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["learning_rate"] for line in lines] == [expected, expected]
+    assert load_spec(tmp_path / "second" / "config.yaml", {}).train.learning_rate == expected
 
 
 def test_a_stopped_one_goes_on_and_not_from_another_adapter(model_folder, rows, tmp_path):

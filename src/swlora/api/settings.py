@@ -117,7 +117,8 @@ class _Epochs(TypedDict, total=False):
     batch_size: int | None
     """examples per optimizer step [default: 16, fewer where that makes less than 20 steps]"""
     learning_rate: float
-    """[default: 0.001]"""
+    """lora+ 5e-05, pissa 0.0003, rslora 0.0005, adalora 0.008, full 5e-05, supertuning 0.004, lora
+    and dora 0.001; higher in few layers [default: 0.001]"""
     schedule: Literal["linear", "cosine", "constant"]
     """linear, cosine or constant [default: linear]"""
     warmup_fraction: float

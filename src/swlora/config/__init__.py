@@ -17,6 +17,7 @@ from swlora.config.data import DEFAULT_DATASET, SAMPLE_DATASET, DataSpec
 from swlora.config.decode import DecodeSpec
 from swlora.config.identify import IdentifySpec
 from swlora.config.model import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
+from swlora.config.rates import default_rate
 from swlora.config.run import (
     RunSpec,
     SharedSections,
@@ -57,6 +58,7 @@ __all__ = [
     "ServeSpec",
     "SharedSections",
     "TrainSpec",
+    "default_rate",
     "dump_yaml",
     "load_recorded_spec",
     "load_spec",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from swlora.config.fields import PromptList, Spec, split_list
+from swlora.config.rates import DEFAULT_RATE, RATES
 from swlora.config.save_every import SaveEvery, parse_save_every
 from swlora.settings import flag_name
 
@@ -38,7 +39,12 @@ class TrainSpec(Spec):
         description="examples per optimizer step "
         f"[default: {DEFAULT_BATCH_SIZE}, fewer where that makes less than {FEW_STEPS} steps]",
     )
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(
+        default=DEFAULT_RATE,
+        gt=0,
+        description=", ".join(f"{method} {rate:g}" for method, rate in RATES.items())
+        + f", lora and dora {DEFAULT_RATE:g}; higher in few layers",
+    )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -44,7 +44,6 @@ def defaults() -> dict[str, str]:
         "layers": str(spec.adapter.layers),
         "method": spec.adapter.method,
         "rank": str(spec.adapter.rank),
-        "learning_rate": f"{spec.train.learning_rate:g}",
         "eval_share": "0.05",
     }
 

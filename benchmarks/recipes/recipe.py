@@ -42,15 +42,15 @@ class Recipe:
     data: e2e, or chats that a grammar makes. prompts: rows of the first N prompts of the training
     file only. rows, choice: of those, so many rows, two of a prompt at a time, drawn at random, by
     the loss of the base model (hard, easy, middle) or for prompts that are unlike each other
-    (diverse). method: one of `swlora train`, or miss (a fixed A, B alone). scale: of the product B
-    A: a number, NUMBER/r (LoRA's alpha / r) or NUMBER/sqrt(r) (rsLoRA's). targets: all, attention,
-    mlp, names of projections, or plop:N, the N kinds that PLoP finds. gradient_start: A begins as
-    the leading right singular vectors of the gradient of each weight, times this. b_alone: A is
-    left as it is in the first N steps. beta1 is lora-muon's momentum. schedule: sqrt:SHARE is
-    constant, then falls as 1 - sqrt over the last SHARE of the steps. average: the adapter in the
-    end is the mean of those that the last steps left, this share of all. jump: every N steps the
-    last change is repeated for as long as that lowers the loss of rows held out from training (Fast
-    Forward).
+    (diverse). method: one of `swlora train` (rsLoRA is a scale), or miss (a fixed A, B alone).
+    scale: of the product B A: a number, NUMBER/r (LoRA's alpha / r) or NUMBER/sqrt(r) (rsLoRA's).
+    targets: all, attention, mlp, names of projections, or plop:N, the N kinds that PLoP finds.
+    gradient_start: A begins as the leading right singular vectors of the gradient of each weight,
+    times this. b_alone: A is left as it is in the first N steps. beta1 is lora-muon's momentum.
+    schedule: sqrt:SHARE is constant, then falls as 1 - sqrt over the last SHARE of the steps.
+    average: the adapter in the end is the mean of those that the last steps left, this share of
+    all. jump: every N steps the last change is repeated for as long as that lowers the loss of rows
+    held out from training (Fast Forward).
     """
 
     steps: int

@@ -81,6 +81,9 @@ def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
     if "loaded" in vars(job):
         with _noted(found, "adapter"):
             _check_adapter(found, job)
+    train = job.spec.train
+    rate = "that of its method and layers" if train.learning_rate is None else f"{train.rate:g}"
+    found.resolved.append(("learning rate", f"{rate}, {train.schedule}"))
 
 
 def _check_data(found: ConfigCheck, job: Any) -> None:
@@ -112,15 +115,14 @@ def _check_adapter(found: ConfigCheck, job: Any) -> None:
     """Put the adapter into the model without weights, where its layers are known."""
     from swlora.adapters.methods import check_fit, count_trainable
     from swlora.models.anatomy import Anatomy
-    from swlora.settling import settle_rate
+    from swlora.open_settings import settle_rate
 
     adapter, anatomy = job.spec.adapter, Anatomy(job.loaded.model)
     if not adapter.is_settled:
         found.resolved.append(("adapter", f"that in {adapter.start}, trained on"))
         return
     settle_rate(job)
-    train, policy = job.spec.train, adapter.layers
-    found.resolved.append(("learning rate", f"{train.learning_rate:g}, {train.schedule}"))
+    policy = adapter.layers
     if policy.needs_search:
         check_fit(anatomy, adapter, [0], n_steps=MANY_STEPS)
         found.resolved.append(

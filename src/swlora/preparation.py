@@ -15,11 +15,11 @@ from swlora.errors import UserError
 from swlora.job import Job
 from swlora.models.load import LoadedModel
 from swlora.models.provenance import tokenizer_sha256
+from swlora.open_settings import settle
 from swlora.plural import counted
 from swlora.preview import summarise
 from swlora.processes import check_alike, from_main, world
 from swlora.run_settings import Change, specs_by_step
-from swlora.settling import settle
 
 if TYPE_CHECKING:
     from swlora.evaluation.held_out import Measurements

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from swlora.command_settings import OF_A_FILE
-from swlora.config import RunSpec, TrainSpec
+from swlora.config import DEFAULT_RATE, RunSpec, TrainSpec
 from swlora.config_schema import run_schema
 from swlora.errors import UserError
 from swlora.files import check_writable, write_text
@@ -100,7 +100,7 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
         Setting(
             "train",
             "learning_rate",
-            sized.learning_rate,
+            DEFAULT_RATE,
             "of lora in all layers; without it, what suits method and layers",
             is_hint=True,
         ),

@@ -116,18 +116,11 @@ def test_lora_plus_moves_b_sixteen_times_as_fast(model: Any, rows: Rows) -> None
     before = [(a.detach().clone(), b.detach().clone()) for a, b in pairs(adapted)]
     for step in schedule_of(rows.sequences, recipe, 0).steps():
         descent.step(step, 1e-3)
-    moved = [
-        float(
-            torch.stack(
-                [(new.detach() - old).norm() / old.numel() ** 0.5 for new, old in both]
-            ).mean()
-        )
-        for both in (
-            [(a, old) for (a, _), (old, _) in zip(pairs(adapted), before, strict=True)],
-            [(b, old) for (_, b), (_, old) in zip(pairs(adapted), before, strict=True)],
-        )
-    ]
-    assert moved[1] > 10 * moved[0]  # AdamW's first steps are about as long as the rate
+    of_a, of_b = 0.0, 0.0
+    for now, then in zip(pairs(adapted), before, strict=True):
+        of_a = max(of_a, float((now[0].detach() - then[0]).abs().max()))
+        of_b = max(of_b, float((now[1].detach() - then[1]).abs().max()))
+    assert of_b > 10 * of_a  # AdamW's first steps are about as long as the rate
 
 
 def test_what_is_not_finite_ends_a_training_with_a_reason(model: Any, rows: Rows) -> None:

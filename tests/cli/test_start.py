@@ -81,7 +81,8 @@ def test_a_good_file(swlora, model, rows):
     assert resolved["model"].endswith(model)
     assert resolved["adapter"].startswith("lora in layers 0-2 of 3, ")
     assert resolved["rows"].startswith("4 to train on, 4 dev")
-    assert resolved["steps"].startswith("about 12 of 1 row (3 epochs), learning rate")
+    assert resolved["steps"].startswith("about 12 of 1 row (3 epochs)")
+    assert resolved["learning rate"] == "0.001, linear"
     assert "good.yaml: nothing is wrong with this run" in done.out
 
 

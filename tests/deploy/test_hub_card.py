@@ -168,6 +168,7 @@ def test_a_gguf_file_that_names_a_folder_is_refused(swlora, merged):
         {},
         {"data.skip_bad_rows": True, "train.learning_rate": 3e-05, "seed": 7},
         {"identify.prompt": ["one, two", "three"], "adapter.layers": "super"},
+        {"adapter.method": "pissa", "train.learning_rate": 1e-3},  # LoRA's default, not PiSSA's
         {"adapter.targets": ["q_proj", "v_proj"], "model.name": "mary/tiny", "adapter.alpha": 0.1},
     ],
 )

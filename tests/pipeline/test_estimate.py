@@ -117,6 +117,15 @@ def test_layers_that_are_found_later_are_assumed(model_folder: Any, tmp_path: Pa
     assert found.kept_states_bytes == 0
 
 
+def test_the_rate_is_that_of_the_layers_that_are_found_later(
+    model_folder: Any, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"adapter__layers": "super", "train__learning_rate": None}
+    spec = make_spec(model_folder("llama"), write_data(tmp_path), **changes)
+    found = estimated(spec, tmp_path / "run")
+    assert (found.layers, found.learning_rate) == ([0, 1, 2], 1.7e-3)  # of one of three layers
+
+
 def test_padded_batches_have_a_time(model_folder: Any, tmp_path: Path) -> None:
     spec = make_spec(model_folder("llama"), write_data(tmp_path), train__engine="plain")
     found = estimated(spec, tmp_path / "run")

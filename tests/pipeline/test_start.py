@@ -11,7 +11,7 @@ from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_ad
 from swlora import pipeline
 from swlora.adapters.saved import read_facts
 from swlora.config import RunSpec, load_spec
-from swlora.config.train import RATES
+from swlora.config.rates import RATES
 from swlora.errors import UserError
 from swlora.files import sha256_of
 from swlora.job import Job

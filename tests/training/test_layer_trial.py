@@ -7,6 +7,7 @@ import torch
 
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
+from swlora.config.rates import DEFAULT_RATE, RATES
 from swlora.data.token_sequences import TokenSequences
 from swlora.loss_sum import LossSum
 from swlora.progress import Silent
@@ -94,6 +95,9 @@ def test_a_trial_is_an_ordinary_training_and_leaves_no_trace(make_model, sequenc
     model = make_model("llama")
     adapter = AdapterSpec(method="full") if method == "full" else _spec(method=method).adapter
     spec = _spec().model_copy(update={"adapter": adapter})
+    if method == "full":  # 0.02 is to LoRA what 0.001 is to it
+        rate = {"learning_rate": 0.02 * RATES["full"] / DEFAULT_RATE}
+        spec = spec.model_copy(update={"train": spec.train.model_copy(update=rate)})
     plan, bits, rng = _plan(sequences, spec), _bits(model), torch.get_rng_state()
     n_steps = plan.n_trial + 3
     told = []
@@ -108,7 +112,7 @@ def test_a_trial_is_an_ordinary_training_and_leaves_no_trace(make_model, sequenc
     adapted = adapt(model, adapter.model_copy(update={"method": used}), [1, 2], seed=spec.seed)
     step = PlainStep(adapted.model, sequences)
     parameters = list(adapted.parameters.values())
-    optimizer = torch.optim.AdamW(parameters, lr=spec.train.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
     assert losses.before_nats == pytest.approx(_held_out(step, plan, optimizer), rel=1e-5)
     for i in range(n_steps):
         if i == plan.n_trial:

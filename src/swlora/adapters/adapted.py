@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from swlora.config import AdapterSpec
+from swlora.config import LORA_PLUS_RATIO, AdapterSpec
 
 NAME = "default"  # how PEFT calls an adapter that was given no name
 
@@ -72,11 +72,9 @@ class Adapted:
 class LoraPlus(Adapted):
     """LoRA+ (arXiv 2402.12354): the learning rate of B is a multiple of A's."""
 
-    DEFAULT_RATIO = 16.0  # 2^4, which section 4 recommends
-
     def rate(self, name: str) -> float:
         """Return the ratio for B, 1 for A."""
-        return (self.spec.lora_plus_ratio or self.DEFAULT_RATIO) if ".lora_B." in name else 1.0
+        return (self.spec.lora_plus_ratio or LORA_PLUS_RATIO) if ".lora_B." in name else 1.0
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -116,9 +116,9 @@ class _Epochs(TypedDict, total=False):
     """passes over the training rows [default: 3 where there are fewer than 2,000, else 1]"""
     batch_size: int | None
     """examples per optimizer step [default: 16, fewer where that makes less than 20 steps]"""
-    learning_rate: float
-    """lora+ 5e-05, pissa 0.0003, rslora 0.0005, adalora 0.008, full 5e-05, supertuning 0.004, lora
-    and dora 0.001; higher in few layers [default: 0.001]"""
+    learning_rate: float | None
+    """higher in few layers [default: lora 0.001, lora+ 5e-05, dora 0.001, adalora 0.008, pissa
+    0.0003, rslora 0.0005, full 5e-05, supertuning 0.004]"""
     schedule: Literal["linear", "cosine", "constant"]
     """linear, cosine or constant [default: linear]"""
     warmup_fraction: float

@@ -50,6 +50,7 @@ def estimate_lines(found: "Estimate") -> list[Line]:
         ("", f"on {_maps(found)}: {found.n_trainable:,} weights are trained, {share:.2g} %"),
         ("data", f"{found.data}; {counted(found.n_rows, 'row')}"),
         ("steps", _steps(found)),
+        ("", f"at a learning rate of {found.learning_rate:g}"),
         *_memory(found),
         ("time", _time(found)),
         ("disk", _disk(found)),

@@ -7,6 +7,7 @@ probes the machine.
 """
 
 from swlora.config.adapter import (
+    LORA_PLUS_RATIO,
     METHOD_SETTINGS,
     OPTIONAL_SETTINGS,
     AdapterSpec,
@@ -17,7 +18,7 @@ from swlora.config.data import DEFAULT_DATASET, SAMPLE_DATASET, DataSpec
 from swlora.config.decode import DecodeSpec
 from swlora.config.identify import IdentifySpec
 from swlora.config.model import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
-from swlora.config.rates import default_rate
+from swlora.config.rates import DEFAULT_RATE, default_rate, method_rate
 from swlora.config.run import (
     RunSpec,
     SharedSections,
@@ -41,9 +42,11 @@ __all__ = [
     "DEFAULT_BATCH_SIZE",
     "DEFAULT_DATASET",
     "DEFAULT_MODEL",
+    "DEFAULT_RATE",
     "EARLIER_BATCH_SIZE",
     "FEW_ROWS",
     "FEW_STEPS",
+    "LORA_PLUS_RATIO",
     "METHOD_SETTINGS",
     "OPTIONAL_SETTINGS",
     "PASSES",
@@ -62,6 +65,7 @@ __all__ = [
     "dump_yaml",
     "load_recorded_spec",
     "load_spec",
+    "method_rate",
     "settings_of",
     "sharding_problem",
 ]

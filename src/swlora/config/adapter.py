@@ -10,6 +10,7 @@ from swlora.layer_policy import parse_policy
 from swlora.settings import flag_name
 
 MethodName = Literal["lora", "lora+", "dora", "adalora", "pissa", "rslora", "full", "supertuning"]
+LORA_PLUS_RATIO = 16.0  # 2^4, which section 4 of LoRA+ (arXiv 2402.12354) recommends
 LORA_SETTINGS = frozenset({"rank", "alpha", "dropout"})
 METHOD_SETTINGS: dict[str, frozenset[str]] = {  # those of the others: LORA_SETTINGS
     "lora+": LORA_SETTINGS | {"lora_plus_ratio"},
@@ -32,7 +33,9 @@ class AdapterSpec(Spec):
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     lora_plus_ratio: float | None = Field(
-        default=None, ge=1, description="lora+: B's learning rate over A's [default: 16]"
+        default=None,
+        ge=1,
+        description=f"lora+: B's learning rate over A's [default: {LORA_PLUS_RATIO:g}]",
     )
     sparsity: float | None = Field(
         default=None, ge=0, lt=1, description="supertuning: share left frozen [default: 0.99]"

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from swlora.config.adapter import MethodName
 from swlora.config.fields import PromptList, Spec, split_list
 from swlora.config.rates import DEFAULT_RATE, RATES
 from swlora.config.save_every import SaveEvery, parse_save_every
@@ -18,6 +19,7 @@ DEFAULT_SAVE_EVERY = "5min"
 SAY_THE_SAME = {"train.save_every": "train.checkpoint_every_s"}  # one of the two at most
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TRACKERS: tuple[str, ...] = get_args(TrackerName)
+METHODS: tuple[str, ...] = get_args(MethodName)
 TrackerNames = Annotated[
     list[TrackerName],
     BeforeValidator(split_list, json_schema_input_type=str | list[TrackerName]),
@@ -39,11 +41,11 @@ class TrainSpec(Spec):
         description="examples per optimizer step "
         f"[default: {DEFAULT_BATCH_SIZE}, fewer where that makes less than {FEW_STEPS} steps]",
     )
-    learning_rate: float = Field(
-        default=DEFAULT_RATE,
+    learning_rate: float | None = Field(
+        default=None,
         gt=0,
-        description=", ".join(f"{method} {rate:g}" for method, rate in RATES.items())
-        + f", lora and dora {DEFAULT_RATE:g}; higher in few layers",
+        description="higher in few layers "
+        f"[default: {', '.join(f'{m} {RATES.get(m, DEFAULT_RATE):g}' for m in METHODS)}]",
     )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
@@ -124,6 +126,11 @@ class TrainSpec(Spec):
         description="what to do where the loss of a step or its gradient is not finite: stop, or "
         "skip:N, leave the weights as they are in N steps of the training at most",
     )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate; LoRA's default where it is still open."""
+        return DEFAULT_RATE if self.learning_rate is None else self.learning_rate
 
     @property
     def skippable_steps(self) -> int:

@@ -123,7 +123,7 @@ class RateChoices:
             self._note(search, task, self.runner.run(task))
 
     def _note(self, search: Search, task: Task, outcome: Outcome) -> None:
-        rate = task.spec.train.learning_rate
+        rate = task.spec.train.rate
         has_failed = outcome.status != "done" and not outcome.has_diverged
         if has_failed and rate not in search.arm.rates:
             search.untried = _untried(task, outcome.reason)

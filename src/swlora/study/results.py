@@ -179,7 +179,7 @@ def _description(runs: Sequence[ArmRun]) -> Description:
         rank_pattern=trained.get("rank_pattern"),
         targets=spec.adapter.targets,
         epochs=spec.train.epochs or 1,
-        learning_rate=spec.train.learning_rate,
+        learning_rate=spec.train.rate,
         n_prompts=runs[0].result["eval"]["n_prompts"],
         n_trainable=trained["n_trainable"],
         adapter_bytes=trained.get("adapter_bytes"),

@@ -148,7 +148,7 @@ class StudySpec(SharedSections):
     def _same_for_all_runs(cls, train: TrainSpec) -> TrainSpec:
         """Fix what a run alone would choose by its data: the short runs have fewer rows."""
         fixed = _not_by_data(train)
-        if "learning_rate" not in train.model_fields_set:
+        if train.learning_rate is None:
             fixed["learning_rate"] = RATE
         if train.eval_every_steps is train.eval_rows is train.early_stopping is None:
             fixed["eval_every_steps"] = 0

@@ -71,16 +71,21 @@ class LayerProfile:
         return self.pass_s(lowest, is_first=True) + max(0.0, n_epochs - 1) * later_s
 
 
+def tried_as(spec: AdapterSpec) -> AdapterSpec:
+    """Return the adapter that stands for `spec` in a trial: LoRA for a method that costs more."""
+    method = spec.method if spec.method in TRIED_AS_THEMSELVES else "lora"
+    return spec.model_copy(update={"method": method})
+
+
 @contextmanager
 def temporary_adapters(
     model: Any, spec: AdapterSpec, layers: Sequence[int], seed: int
 ) -> Iterator[Adapted]:
-    """Put adapters like those of `spec` on a base model while the body runs.
+    """Put the adapters of `spec` on a base model while the body runs.
 
     Its weights are the same to the last bit afterwards. Raises UserError where they do not fit.
     """
-    method = spec.method if spec.method in TRIED_AS_THEMSELVES else "lora"
-    adapted = adapt(model, spec.model_copy(update={"method": method}), layers, seed=seed)
+    adapted = adapt(model, spec, layers, seed=seed)
     train_mode(adapted.model)
     try:
         yield adapted

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from swlora.adapters.methods import train_mode
-from swlora.config import RunSpec, TrainSpec
+from swlora.config import RunSpec, TrainSpec, method_rate
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import DivergedError
@@ -22,7 +22,7 @@ from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.loss_sum import LossSum
 from swlora.training.fitting import fit_trial
-from swlora.training.layer_profile import temporary_adapters
+from swlora.training.layer_profile import temporary_adapters, tried_as
 from swlora.training.loop import reports
 from swlora.training.schedule import Schedule, Step
 from swlora.training.step import TreeStep, tree_nats
@@ -115,12 +115,16 @@ def try_layers(
 ) -> TrialLosses:
     """Train fresh adapters in `layers` for `n_steps` at the asked rate; take them off again.
 
-    Every call begins with the same weights, examples and random numbers.
+    Every call begins with the same weights, examples and random numbers. Where LoRA stands for
+    another method, its rate is to LoRA's default as the asked one is to that method's.
     """
-    schedule = _trial_schedule(spec.train, plan, n_steps)
+    tried = tried_as(spec.adapter)
+    rate = spec.train.rate * method_rate(tried) / method_rate(spec.adapter)
+    train = spec.train.model_copy(update={"learning_rate": rate})
+    schedule = _trial_schedule(train, plan, n_steps)
     losses: dict[int, float | None] = {}
     with (
-        temporary_adapters(model, spec.adapter, layers, spec.seed) as adapted,
+        temporary_adapters(model, tried, layers, spec.seed) as adapted,
         torch.random.fork_rng(devices=[]),
     ):
         step = TreeStep(

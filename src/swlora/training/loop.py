@@ -297,7 +297,7 @@ def make_optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:
     """Return AdamW over all that is trained."""
     return torch.optim.AdamW(
         rate_groups(adapted),
-        lr=spec.learning_rate,
+        lr=spec.rate,
         weight_decay=spec.weight_decay,
         fused=True,
     )

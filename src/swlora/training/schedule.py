@@ -169,10 +169,10 @@ def learning_rate(spec: TrainSpec, step: float, n_steps: float) -> float:
     """Return the rate of step `step` (0-based, or between two): warm-up, then the schedule to 0."""
     n_warmup = round(spec.warmup_fraction * n_steps)
     if step < n_warmup:
-        return spec.learning_rate * (step + 1) / n_warmup
+        return spec.rate * (step + 1) / n_warmup
     if spec.schedule == "constant":
-        return spec.learning_rate
+        return spec.rate
     progress = (step - n_warmup) / max(1, n_steps - n_warmup)
     if spec.schedule == "linear":
-        return spec.learning_rate * (1 - progress)
-    return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return spec.rate * (1 - progress)
+    return spec.rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -37,6 +37,7 @@ def _facts(found: Mapping[str, Any]) -> list[Fact]:
     return [
         ("Time", _of(time, "train_s", lambda s: f"about {duration(s)}")),
         ("Steps", _of(found, "n_steps", "{:,.0f}".format)),
+        ("Learning rate", _of(found, "learning_rate", "{:g}".format)),
         ("Memory at the peak", _of(memory, "peak_bytes", size)),
         ("Free now", _of(memory, "free_bytes", size)),
         ("Disk, in the run's folder", size(sum(disk)) if disk else ""),

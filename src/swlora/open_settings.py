@@ -3,9 +3,10 @@
 They are the place and method of an adapter to start from, and the learning rate.
 """
 
-from swlora.config import default_rate, sharding_problem
+from swlora.config import DEFAULT_RATE, default_rate, sharding_problem
 from swlora.errors import UserError
 from swlora.job import Job
+from swlora.layer_policy import LayerPolicy
 
 
 def settle(job: Job) -> None:
@@ -45,29 +46,29 @@ def settle_start(job: Job) -> None:
         )
 
 
-def settle_rate(job: Job) -> None:
+def settle_rate(job: Job, policy: LayerPolicy | None = None) -> None:
     """Give a job without a learning rate that of its method and layers, and say so.
 
-    Of `super` one layer is expected; `auto` measures with the rate of all layers, and keeps it.
+    `policy` stands for another one than the job's. Of layers that are found before the training
+    the number is not known: of `super` it is taken to be 1. `auto` tries layers, and trains in
+    them, with the rate of all.
     """
     from swlora.models.anatomy import Anatomy
 
     train, adapter = job.spec.train, job.spec.adapter
-    if "learning_rate" in train.model_fields_set:
+    if train.learning_rate is not None:
         return
-    n_layers = Anatomy(job.loaded.model).n_layers
-    if adapter.layers.needs_identification:
-        n_adapted = 1
-    elif adapter.layers.needs_search:
-        n_adapted = n_layers
+    policy, n_layers = policy or adapter.layers, Anatomy(job.loaded.model).n_layers
+    if policy.needs_search:
+        n_adapted = 1 if policy.needs_identification else n_layers
     else:
-        n_adapted = len(adapter.layers.resolve(n_layers))
-    rate = default_rate(adapter.method, n_adapted=n_adapted, n_layers=n_layers)
-    if rate != train.learning_rate:
+        n_adapted = len(policy.resolve(n_layers))
+    rate = default_rate(adapter, n_adapted=n_adapted, n_layers=n_layers)
+    if rate != DEFAULT_RATE:
         layers = "all layers" if n_adapted == n_layers else f"{n_adapted} of {n_layers} layers"
         job.progress.say(
             f"learning rate {rate:g}, for {adapter.method} in {layers} (--learning-rate sets "
             "another)"
         )
-    train = train.model_copy(update={"learning_rate": rate})
-    job.spec = job.spec.model_copy(update={"train": train})
+    settled = train.model_copy(update={"learning_rate": rate})
+    job.spec = job.spec.model_copy(update={"train": settled})

@@ -65,7 +65,8 @@ def take_out(adapted: Adapted) -> None:
         for name, module in adapted.model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
     }
-    model = adapted.model.unload()  # puts what was trained into the place of whole modules
+    # It leaves trained copies of whole modules: findings/peft_unload_keeps_saved_modules.sh
+    model = adapted.model.unload()
     for name, module in originals.items():
         model.set_submodule(name, module)
 

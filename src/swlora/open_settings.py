@@ -9,16 +9,16 @@ from swlora.job import Job
 from swlora.layer_policy import LayerPolicy
 
 
-def settle(job: Job) -> None:
-    """Fill in what `job.spec` leaves open; UserError where that makes no training.
+def settle(job: Job) -> list[str]:
+    """Fill in what `job.spec` leaves open; return lines about it, to be said when the run begins.
 
-    A run that goes on has all of it in its configuration.
+    A run that goes on has all of it in its configuration. Raises UserError where the adapter to
+    start from cannot be trained on.
     """
-    settle_start(job)
-    settle_rate(job)
+    return [line for line in (settle_start(job), settle_rate(job)) if line]
 
 
-def settle_start(job: Job) -> None:
+def settle_start(job: Job) -> str | None:
     """Give a job the settings of the adapter that it starts from; UserError where it cannot."""
     from swlora.adapters.start import check_start_base, settled_start, start_facts
     from swlora.models.anatomy import Anatomy
@@ -26,7 +26,7 @@ def settle_start(job: Job) -> None:
 
     given, loaded = job.spec.adapter, job.loaded
     if given.start is None:
-        return
+        return None
     goes_on = bool(job.run.facts.get("resumed"))
     if goes_on and not given.start.is_dir():
         raise UserError(
@@ -39,15 +39,16 @@ def settle_start(job: Job) -> None:
     job.spec = job.spec.model_copy(update={"adapter": settled})
     if problem := sharding_problem(job.spec):
         raise UserError(problem)
-    if not goes_on:
-        job.progress.say(
-            f"starts from the adapter in {given.start} ({settled.method}, layers "
-            f"{settled.layers}), with a new optimizer and schedule"
-        )
+    if goes_on:
+        return None
+    return (
+        f"starts from the adapter in {given.start} ({settled.method}, layers {settled.layers}), "
+        "with a new optimizer and schedule"
+    )
 
 
-def settle_rate(job: Job, policy: LayerPolicy | None = None) -> None:
-    """Give a job without a learning rate that of its method and layers, and say so.
+def settle_rate(job: Job, policy: LayerPolicy | None = None) -> str | None:
+    """Give a job without a learning rate that of its method and layers.
 
     `policy` stands for another one than the job's. Of layers that are found before the training
     the number is not known: of `super` it is taken to be 1. `auto` tries layers, and trains in
@@ -57,18 +58,18 @@ def settle_rate(job: Job, policy: LayerPolicy | None = None) -> None:
 
     train, adapter = job.spec.train, job.spec.adapter
     if train.learning_rate is not None:
-        return
+        return None
     policy, n_layers = policy or adapter.layers, Anatomy(job.loaded.model).n_layers
     if policy.needs_search:
         n_adapted = 1 if policy.needs_identification else n_layers
     else:
         n_adapted = len(policy.resolve(n_layers))
     rate = default_rate(adapter, n_adapted=n_adapted, n_layers=n_layers)
-    if rate != DEFAULT_RATE:
-        layers = "all layers" if n_adapted == n_layers else f"{n_adapted} of {n_layers} layers"
-        job.progress.say(
-            f"learning rate {rate:g}, for {adapter.method} in {layers} (--learning-rate sets "
-            "another)"
-        )
     settled = train.model_copy(update={"learning_rate": rate})
     job.spec = job.spec.model_copy(update={"train": settled})
+    if rate == DEFAULT_RATE:
+        return None
+    layers = "all layers" if n_adapted == n_layers else f"{n_adapted} of {n_layers} layers"
+    return (
+        f"learning rate {rate:g}, for {adapter.method} in {layers} (--learning-rate sets another)"
+    )

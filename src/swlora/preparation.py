@@ -99,7 +99,7 @@ def prepare_training(job: Job) -> PreparedTraining:
     if job.spec.train.shard:
         job.load_shard()
     sequences = job.encoded("train").sequences
-    settle(job)
+    settled = settle(job)
     schedule, planned = planned_schedule(job, sequences)
     held_out = encode_held_out(job, planned) if planned else None
     if held_out is None and job.spec.train.sample_prompts:
@@ -111,7 +111,7 @@ def prepare_training(job: Job) -> PreparedTraining:
     check_adapter(job, schedule.n_steps)
     job.begin()
     summary = summarise(job, schedule)
-    for line in short_lines(summary):
+    for line in (*settled, *short_lines(summary)):
         job.progress.say(line)
     job.run.write_result({"data": summary})
     return PreparedTraining(sequences, schedule, planned, held_out)

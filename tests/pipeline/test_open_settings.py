@@ -25,10 +25,9 @@ def open_spec(model, rows, **changes):
 
 def settled(spec):
     """Return the settings that a training has, and what it says of them."""
-    heard = Heard()
-    job = Job(spec, MemoryRecord(), heard)
-    settle(job)
-    return job.spec, [line for line in heard.lines if not line.startswith("model: ")]
+    job = Job(spec, MemoryRecord(), Silent())
+    lines = settle(job)
+    return job.spec, lines
 
 
 @pytest.mark.parametrize(
@@ -110,7 +109,8 @@ def test_a_run_goes_on_with_the_rate_that_it_chose(model_folder, rows, tmp_path,
         with Run.prepare(tmp_path / name, spec, "train") as run:
             pipeline.train(Job(spec, run, progress))
 
-    train("whole", Silent())
+    train("whole", heard := Heard())
+    assert sum("learning rate 0.00052, for pissa in 1 of 3" in line for line in heard.lines) == 1
     with pytest.raises(KeyboardInterrupt):
         train("stopped", StopsIn("train", 3))
     monkeypatch.setitem(RATES, "pissa", 0.5)  # as another version might have it

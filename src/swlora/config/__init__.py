@@ -8,6 +8,7 @@ probes the machine.
 
 from swlora.config.adapter import (
     LORA_PLUS_RATIO,
+    METHOD_NAMES,
     METHOD_SETTINGS,
     OPTIONAL_SETTINGS,
     AdapterSpec,
@@ -47,6 +48,7 @@ __all__ = [
     "FEW_ROWS",
     "FEW_STEPS",
     "LORA_PLUS_RATIO",
+    "METHOD_NAMES",
     "METHOD_SETTINGS",
     "OPTIONAL_SETTINGS",
     "PASSES",

@@ -1,7 +1,7 @@
 """The section `adapter`, and which methods have which of its settings."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from swlora.layer_policy import parse_policy
 from swlora.settings import flag_name
 
 MethodName = Literal["lora", "lora+", "dora", "adalora", "pissa", "rslora", "full", "supertuning"]
+METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 LORA_PLUS_RATIO = 16.0  # 2^4, which section 4 of LoRA+ (arXiv 2402.12354) recommends
 LORA_SETTINGS = frozenset({"rank", "alpha", "dropout"})
 METHOD_SETTINGS: dict[str, frozenset[str]] = {  # those of the others: LORA_SETTINGS

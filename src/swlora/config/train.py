@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from swlora.config.adapter import MethodName
+from swlora.config.adapter import METHOD_NAMES
 from swlora.config.fields import PromptList, Spec, split_list
 from swlora.config.rates import DEFAULT_RATE, RATES
 from swlora.config.save_every import SaveEvery, parse_save_every
@@ -19,7 +19,6 @@ DEFAULT_SAVE_EVERY = "5min"
 SAY_THE_SAME = {"train.save_every": "train.checkpoint_every_s"}  # one of the two at most
 TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 TRACKERS: tuple[str, ...] = get_args(TrackerName)
-METHODS: tuple[str, ...] = get_args(MethodName)
 TrackerNames = Annotated[
     list[TrackerName],
     BeforeValidator(split_list, json_schema_input_type=str | list[TrackerName]),
@@ -45,7 +44,7 @@ class TrainSpec(Spec):
         default=None,
         gt=0,
         description="higher in few layers "
-        f"[default: {', '.join(f'{m} {RATES.get(m, DEFAULT_RATE):g}' for m in METHODS)}]",
+        f"[default: {', '.join(f'{m} {RATES.get(m, DEFAULT_RATE):g}' for m in METHOD_NAMES)}]",
     )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)

@@ -9,14 +9,14 @@ Bare names, and settings beside an arm's name, are short for its dotted `overrid
 """
 
 import re
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from swlora.config import (
+    METHOD_NAMES,
     OPTIONAL_SETTINGS,
     DecodeSpec,
-    MethodName,
     RunSpec,
     SharedSections,
     TrainSpec,
@@ -26,7 +26,6 @@ from swlora.config.fields import NameList, Spec
 from swlora.config.yaml_file import set_dotted
 from swlora.layer_policy import LayerPolicy, policy_or_none
 
-METHODS: tuple[str, ...] = get_args(MethodName)
 SHORT = {
     "method": "adapter.method",
     "layers": "adapter.layers",
@@ -86,14 +85,14 @@ class ArmSpec(Spec):
         for key in [k for k in given if k in SHORT or (isinstance(k, str) and "." in k)]:
             overrides[SHORT.get(key, key)] = given.pop(key)
         if isinstance(name, str):
-            if name in METHODS:
+            if name in METHOD_NAMES:
                 overrides.setdefault("adapter.method", name)
             elif policy := policy_or_none(name):
                 overrides.setdefault("adapter.layers", name)
                 given["name"] = folder_name(policy)
             elif isinstance(value, str):
                 raise ValueError(
-                    f"{name!r} is neither a method ({', '.join(METHODS)}) nor a layer policy; "
+                    f"{name!r} is neither a method ({', '.join(METHOD_NAMES)}) nor a layer policy; "
                     "describe it as {name: ..., layers: ...}"
                 )
         return {**given, "overrides": overrides}

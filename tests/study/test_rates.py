@@ -77,6 +77,28 @@ def test_a_result_that_is_damaged_says_what_to_do(compare, lora, tmp_path):
         compare(lora())
 
 
+def test_a_study_without_rates_tries_those_of_methods_and_found_layers(
+    compare, lora, children, tmp_path
+):
+    arms = ["lora", "super", {"name": "full", "method": "full", "layers": "0"}]
+    children.acts = {"identify/super": {"layers": [0, 1]}}
+    compare(lora(arms=arms, rate={"train_rows": 20}, random_draws=1, overrides={"controls": False}))
+    grids = {arm: arm_facts(tmp_path, arm)["rate"]["grid"] for arm in ("lora", "super", "full")}
+    assert grids == {
+        "lora": [1e-3, 2e-3, 4e-3, 8e-3],
+        "super": [1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],  # two of three layers
+        "full": [8.7e-5, 1.7e-4, 3.5e-4, 7e-4],  # one of three
+    }
+    assert children.ran()[1:5] == [f"rates/lora/{r}" for r in ("0.001", "0.002", "0.004", "0.008")]
+
+
+def test_a_study_of_one_grid_for_all_says_which_grid_it_has(compare, lora):
+    compare(lora())
+    said = r"rate\.grid: \[0\.5, 0\.1\] there, nothing here"
+    with pytest.raises(UserError, match=said):
+        compare(lora(rate={"train_rows": 20}))
+
+
 # Beyond the edge of a grid
 
 

@@ -9,10 +9,10 @@ is there anyway, that arm serves as the control.
 
 from dataclasses import dataclass, replace
 
-from swlora.config import RunSpec
+from swlora.config import RunSpec, default_rate
 from swlora.errors import UserError
 from swlora.layer_policy import LayerPolicy, parse_policy
-from swlora.study.spec import ArmSpec, StudySpec
+from swlora.study.spec import RATE_STEPS, ArmSpec, StudySpec
 
 N_TRIES = 100  # draws until a random control is one that is not there yet
 
@@ -24,9 +24,11 @@ class Arm:
     name: str
     policy: LayerPolicy
     settings: RunSpec
-    rates: tuple[float, ...]
+    given_rates: tuple[float, ...] | None  # None: those of `RATE_STEPS`
     seeds: tuple[int, ...]
     layers: tuple[int, ...] | None = None
+    n_layers: int = 1  # of the model, and how many are expected to be adapted while `layers` is
+    n_expected: int = 1  # not known; 1 of 1 stands for all of a model that is not at hand
     control_of: str | None = None
     control_seeds: tuple[int, ...] | None = None
 
@@ -34,6 +36,15 @@ class Arm:
     def method(self) -> str:
         """The adapter's method."""
         return self.settings.adapter.method
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to choose from; open ones change when the layers are found."""
+        if self.given_rates is not None:
+            return self.given_rates
+        n_adapted, adapter = len(self.layers or ()) or self.n_expected, self.settings.adapter
+        rate = default_rate(adapter, n_adapted=n_adapted, n_layers=self.n_layers)
+        return tuple(float(f"{rate * step:.2g}") for step in RATE_STEPS)
 
     def run_spec(self, *, seed: int, rate: float) -> RunSpec:
         """Return the configuration of one run of this arm."""
@@ -94,9 +105,18 @@ def _arm(spec: StudySpec, arm: ArmSpec, n_layers: int | None) -> Arm:
     layers = None
     if n_layers is not None and not policy.needs_search:
         layers = tuple(policy.resolve(n_layers))
-    rates, seeds = tuple(arm.rates or spec.rate.grid), tuple(arm.seeds or spec.seeds)
-    control_seeds = tuple(arm.control_seeds) if arm.control_seeds else None
-    return Arm(arm.name, policy, settings, rates, seeds, layers, control_seeds=control_seeds)
+    rates, seeds = arm.rates or spec.rate.grid, tuple(arm.seeds or spec.seeds)
+    return Arm(
+        arm.name,
+        policy,
+        settings,
+        tuple(rates) if rates else None,
+        seeds,
+        layers,
+        n_layers=n_layers or 1,
+        n_expected=policy.expected_count(n_layers) if n_layers else 1,
+        control_seeds=tuple(arm.control_seeds) if arm.control_seeds else None,
+    )
 
 
 def _as_control(arm: Arm) -> Arm:

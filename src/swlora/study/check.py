@@ -167,7 +167,7 @@ def _check_data(checked: Checked, tokenizer: Any) -> None:
         return
     checked.facts |= {"data_source": dataset.source, "data_sha256": dataset.sha256}
     needed = ["train", spec.data.eval_split]
-    if any(len(arm.rates or spec.rate.grid) > 1 for arm in spec.arms):
+    if any(map(spec.chooses_rate, spec.arms)):
         needed.append("dev")
     for split in dict.fromkeys(needed):
         try:

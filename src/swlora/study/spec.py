@@ -35,6 +35,7 @@ SHORT = {
 }
 
 MOST_FURTHER = 10
+RATE_STEPS = (1, 2, 4, 8)  # short runs end lower at higher rates than whole ones: none is below 1
 # Where a study says nothing: its arms are alike whatever their data, and one that is old goes on
 EPOCHS, BATCH_SIZE, RATE = 1, 32, 2e-3  # the rate is for trials of layers: arms choose theirs
 
@@ -101,7 +102,10 @@ class ArmSpec(Spec):
 class RateSearch(Spec):
     """How each arm's learning rate is chosen: the lowest held-out NLL after short runs."""
 
-    grid: Rates = Field(default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3])
+    grid: Rates | None = Field(
+        default=None,
+        description="default: 1, 2, 4 and 8 times the default of an arm's method and layers",
+    )
     extend: int = Field(
         default=0,
         ge=0,
@@ -152,6 +156,10 @@ class StudySpec(SharedSections):
         if train.eval_every_steps is train.eval_rows is train.early_stopping is None:
             fixed["eval_every_steps"] = 0
         return train.model_copy(update=fixed)
+
+    def chooses_rate(self, arm: ArmSpec) -> bool:
+        """Whether an arm has several rates, of which short runs choose one."""
+        return len(arm.rates or self.rate.grid or RATE_STEPS) > 1
 
     def run_spec(self, overrides: dict[str, Any]) -> RunSpec:
         """Return the configuration of an arm; ValidationError or UserError for impossible ones.

@@ -152,7 +152,7 @@ def _problems(spec: StudySpec, names_in_file: list[str]) -> list[str]:
         problems.append(CONSTANT)
     if spec.train.learning_rate != RATE:
         problems.append("train.learning_rate: a study chooses it; give rate.grid")
-    if spec.rate.extend and all(len(arm.rates or spec.rate.grid) == 1 for arm in spec.arms):
+    if spec.rate.extend and not any(map(spec.chooses_rate, spec.arms)):
         problems.append("rate.extend: no arm has several rates, so there is no edge to go beyond")
     for arm in spec.arms:
         problems += [f"arm {arm.name}: {line}" for line in arm_problems(spec, arm)]

@@ -39,14 +39,14 @@ def test_a_run_of_an_arm():
 @pytest.mark.parametrize(
     ("arm", "rates"),
     [
-        ("lora", (1e-3, 2e-3, 4e-3, 8e-3)),
-        ("full", (5e-5, 1e-4, 2e-4, 4e-4)),
-        ("adalora", (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
-        ({"name": "lora+", "adapter.lora_plus_ratio": 8}, (1e-4, 2e-4, 4e-4, 8e-4)),
-        ("last:3", (2e-3, 4e-3, 8e-3, 1.6e-2)),  # a quarter of the layers
-        ({"name": "top", "layers": "7,8,11", "method": "pissa"}, (6e-4, 1.2e-3, 2.4e-3, 4.8e-3)),
-        ("super", (3.5e-3, 7e-3, 1.4e-2, 2.8e-2)),  # one layer, as far as is known
-        ("auto:0.5", (1e-3, 2e-3, 4e-3, 8e-3)),  # all layers, as far as is known
+        ("lora", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+        ("full", (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4)),
+        ("adalora", (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
+        ({"name": "lora+", "adapter.lora_plus_ratio": 8}, (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
+        ("last:3", (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),  # a quarter of the layers
+        ({"name": "top", "layers": "7,8,11", "method": "pissa"}, (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)),
+        ("super", (1.8e-3, 3.5e-3, 7e-3, 1.4e-2, 2.8e-2)),  # one layer, as far as is known
+        ("auto:0.5", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),  # all layers, as far as is known
     ],
 )
 def test_open_rates_are_multiples_of_the_default_of_method_and_layers(arm, rates):
@@ -60,12 +60,12 @@ def test_open_rates_of_found_layers_are_those_of_as_many():
     spec = study("super", "auto:0.5", "every:3")
     layers = {"super": (2, 3, 5), "auto-0.5": (4, 5, 9)}
     arms, controls = add_controls(found(spec, **layers), spec, N_LAYERS)
-    assert {arm.rates for arm in arms} == {(2e-3, 4e-3, 8e-3, 1.6e-2)}
+    assert {arm.rates for arm in arms} == {(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)}
     assert controls["super"]["super-every"] == controls["auto-0.5"]["auto-0.5-every"] == "every-3"
 
 
 def test_open_rates_without_the_model_are_those_of_all_layers():
-    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
     assert {arm.rates for arm in arms_of(study("lora", "super", "last:2"), None)} == {rates}
 
 

@@ -85,11 +85,11 @@ def test_a_study_without_rates_tries_those_of_methods_and_found_layers(
     compare(lora(arms=arms, rate={"train_rows": 20}, random_draws=1, overrides={"controls": False}))
     grids = {arm: arm_facts(tmp_path, arm)["rate"]["grid"] for arm in ("lora", "super", "full")}
     assert grids == {
-        "lora": [1e-3, 2e-3, 4e-3, 8e-3],
-        "super": [1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],  # two of three layers
-        "full": [8.7e-5, 1.7e-4, 3.5e-4, 7e-4],  # one of three
+        "lora": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+        "super": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],  # two of three layers
+        "full": [4.4e-5, 8.7e-5, 1.7e-4, 3.5e-4, 7e-4],  # one of three
     }
-    assert children.ran()[1:5] == [f"rates/lora/{r}" for r in ("0.001", "0.002", "0.004", "0.008")]
+    assert children.ran()[1:4] == [f"rates/lora/{r}" for r in ("0.0005", "0.001", "0.002")]
 
 
 def test_a_study_of_one_grid_for_all_says_which_grid_it_has(compare, lora):

@@ -35,7 +35,7 @@ SHORT = {
 }
 
 MOST_FURTHER = 10
-RATE_STEPS = (1, 2, 4, 8)  # short runs end lower at higher rates than whole ones: none is below 1
+RATE_STEPS = (0.5, 1, 2, 4, 8)  # more of them above 1: short runs want more than whole ones
 # Where a study says nothing: its arms are alike whatever their data, and one that is old goes on
 EPOCHS, BATCH_SIZE, RATE = 1, 32, 2e-3  # the rate is for trials of layers: arms choose theirs
 
@@ -104,7 +104,7 @@ class RateSearch(Spec):
 
     grid: Rates | None = Field(
         default=None,
-        description="default: 1, 2, 4 and 8 times the default of an arm's method and layers",
+        description="default: 0.5 to 8 times the default of an arm's method and layers, doubling",
     )
     extend: int = Field(
         default=0,

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,29 @@ def test_a_signal_at_any_time_is_recorded(number, swlora, small, monkeypatch):
     assert (done.code, done.err.splitlines()[-1]) == (130, "swlora: interrupted")
     assert read_run(Path("run"))["status"] == "cancelled"
     assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_finaliser_swallows_is_recorded_too(number, swlora, small, monkeypatch):
+    """Python only prints what __del__ raises; regex's parser has such objects."""
+
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+
+    def interrupted(job):
+        job.begin()
+        Finalised()  # gone at once
+        for _ in range(200):
+            time.sleep(0.05)
+        raise RuntimeError("the signal was lost")
+
+    before = sys.unraisablehook
+    monkeypatch.setattr(pipeline, "train", interrupted)
+    done = swlora("train", *small, "--output", "run")
+    assert (done.code, done.err.splitlines()[-1]) == (130, "swlora: interrupted")
+    assert read_run(Path("run"))["status"] == "cancelled"
+    assert sys.unraisablehook is before
 
 
 def test_a_failure_is_one_line_too_and_exit_code_1(swlora, small, monkeypatch):

@@ -44,7 +44,10 @@ def test_a_run_of_an_arm():
         ("adalora", (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)),
         ({"name": "lora+", "adapter.lora_plus_ratio": 8}, (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)),
         ("last:3", (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),  # a quarter of the layers
-        ({"name": "top", "layers": "7,8,11", "method": "pissa"}, (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)),
+        (
+            {"name": "top", "layers": "7,8,11", "method": "pissa"},
+            (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
+        ),
         ("super", (1.8e-3, 3.5e-3, 7e-3, 1.4e-2, 2.8e-2)),  # one layer, as far as is known
         ("auto:0.5", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),  # all layers, as far as is known
     ],

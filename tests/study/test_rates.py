@@ -92,6 +92,24 @@ def test_a_study_without_rates_tries_those_of_methods_and_found_layers(
     assert children.ran()[1:4] == [f"rates/lora/{r}" for r in ("0.0005", "0.001", "0.002")]
 
 
+def test_open_rates_are_those_with_which_the_study_began(compare, lora, monkeypatch, children):
+    """A version that tries others does not mix them into what is there."""
+    compare(lora(rate={"train_rows": 20}, seeds=[0]))
+    children.ran()
+    monkeypatch.setattr("swlora.study.arms.RATE_STEPS", (3, 5))
+    compare(lora(rate={"train_rows": 20}, seeds=[0]))
+    assert children.ran() == []
+
+
+def test_a_plan_says_which_rates_are_not_known_yet(lora, capsys):
+    arms = ["lora", "super", {"name": "own", "layers": "auto:0.5", "rates": [0.1, 0.2]}]
+    show_plans(plan(lora(arms=arms, rate={"train_rows": 20}, random_draws=1)))
+    said = "the learning rates of super, super-random-1, super-last, super-every: they follow"
+    assert said in " ".join(capsys.readouterr().out.split())
+    show_plans(plan(lora(arms=arms)))
+    assert "learning rates of" not in capsys.readouterr().out
+
+
 def test_a_study_of_one_grid_for_all_says_which_grid_it_has(compare, lora):
     compare(lora())
     said = r"rate\.grid: \[0\.5, 0\.1\] there, nothing here"

@@ -47,6 +47,13 @@ def test_what_a_run_would_choose_by_its_data_is_fixed(tmp_path, train, expected)
         assert load_spec(None, run.model_dump(mode="json")) == run  # as its child reads it
 
 
+def test_layers_are_tried_at_a_rate_of_the_arms_method(tmp_path):
+    """`full` at LoRA's rate would have its trials, which are of LoRA, at 20 times theirs."""
+    text = "arms: [lora, full, {name: a, method: adalora, layers: 'auto:0.5'}]"
+    rates = {name: run.train.learning_rate for name, run in arms(tmp_path, text).items()}
+    assert rates == {"lora": 2e-3, "full": 1e-4, "a": 1.6e-2}
+
+
 # Short forms
 
 

@@ -17,7 +17,7 @@ from swlora.cli.command import (
     Invocation,
 )
 from swlora.cli.estimate import DryRun, estimated
-from swlora.cli.process import no_library_notes, sigterm_interrupts
+from swlora.cli.process import no_library_notes
 from swlora.cli.show import (
     show_candidates,
     show_evaluation,
@@ -28,6 +28,7 @@ from swlora.cli.show import (
 from swlora.cli.verbs import Adapter, Metrics, app, named_metric, verb
 from swlora.command_settings import SETTINGS
 from swlora.errors import UserError
+from swlora.interrupts import sigterm_interrupts
 
 __all__ = ["app", "export", "merge", "share", "start"]
 

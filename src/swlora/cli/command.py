@@ -13,12 +13,13 @@ import typer
 from swlora.cli.disk import say_what_is_left
 from swlora.cli.failure import failure_in_one_line
 from swlora.cli.flags import setting_options
-from swlora.cli.process import no_library_notes, shown_by_main, sigterm_interrupts
+from swlora.cli.process import no_library_notes, shown_by_main
 from swlora.command_settings import check_processes
 from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
 from swlora.idle_settings import check_effects
+from swlora.interrupts import sigterm_interrupts
 from swlora.processes import world
 from swlora.result_json import as_json
 from swlora.run_settings import flat

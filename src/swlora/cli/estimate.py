@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swlora.cli.command import Invocation
-from swlora.cli.process import sigterm_interrupts
 from swlora.cli.show import show_table
 from swlora.disk_space import size
+from swlora.interrupts import sigterm_interrupts
 from swlora.layer_policy import layer_ranges
 from swlora.plural import counted
 from swlora.progress import duration

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swlora.cli.command import JSON, Invocation
-from swlora.cli.process import sigterm_interrupts
 from swlora.cli.verbs import verb
 from swlora.command_settings import SETTINGS
 from swlora.deploy.export_request import export_request
 from swlora.disk_space import size
+from swlora.interrupts import sigterm_interrupts
 
 if TYPE_CHECKING:
     from swlora.deploy.gguf_export import Exported

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from swlora.cli.command import CONFIG, JSON, Invocation
-from swlora.cli.process import sigterm_interrupts
 from swlora.cli.verbs import verb
 from swlora.command_settings import SETTINGS
 from swlora.disk_space import size
+from swlora.interrupts import sigterm_interrupts
 
 if TYPE_CHECKING:
     from swlora.deploy.merge import Merged

@@ -1,12 +1,10 @@
-"""What a command does to its process: signals that end it, libraries that it keeps quiet.
+"""What a command does to its process: libraries that it keeps quiet, results that one shows.
 
 Allocator, kernels and threads are set where a model is loaded (`swlora.models.load`), since they
 matter to every program that loads one.
 """
 
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 
@@ -19,19 +17,6 @@ def no_library_notes() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, so that it is recorded as cancelled."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

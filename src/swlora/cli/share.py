@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swlora.cli.command import JSON, Invocation
-from swlora.cli.process import sigterm_interrupts
 from swlora.cli.verbs import verb
 from swlora.disk_space import size
 from swlora.errors import UserError
+from swlora.interrupts import sigterm_interrupts
 from swlora.plural import counted
 from swlora.printable import escaped
 

@@ -90,7 +90,7 @@ def plan_of(name: str, checked: Checked, wanted: list[str]) -> Plan:
         n_further_rates=spec.rate.extend,
         n_runs=sum(len(arm.seeds) for arm in arms),
         n_beam_runs=n_beam,
-        unchecked=checked.unchecked,
+        unchecked=[*checked.unchecked, *_unsettled_rates(arms)],
     )
 
 
@@ -146,6 +146,16 @@ def _show_plan(plan: Plan) -> None:
         )
     for reason in plan.unchecked:
         print(f"not checked: {reason}")
+
+
+def _unsettled_rates(arms: list[Arm]) -> list[str]:
+    names = [arm.name for arm in arms if arm.given_rates is None and arm.layers is None]
+    if not names:
+        return []
+    return [
+        f"the learning rates of {', '.join(names)}: they follow from the number of layers, which "
+        "is not known yet"
+    ]
 
 
 def _planned(checked: Checked, arm: Arm) -> PlannedArm:

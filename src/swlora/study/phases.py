@@ -42,7 +42,8 @@ class Phases:
         self.runner.ahead([t for arm, t in searches if t and self._is_needed(arm, t)])
         found = [self._find_layers(arm) for arm in named]
         self._end_phase("identify")
-        self.arms, serving = add_controls(found, spec, n_layers)
+        arms, serving = add_controls(found, spec, n_layers)
+        self.arms = [self._with_its_rates(arm) for arm in arms]
         for arm in self.arms:
             served = dict.fromkeys(serving.get(arm.name, {}).values())
             self._record_arm(arm, [name for name in served if name != arm.name])
@@ -104,6 +105,13 @@ class Phases:
         self.view.say(f"{arm.name}: layers {choice['layers'] or 'none'}")
         return replace(arm, layers=tuple(choice["layers"])) if choice["layers"] else arm
 
+    def _with_its_rates(self, arm: Arm) -> Arm:
+        """Return the arm with the open rates that it had before: another version has others."""
+        before = self.study.facts["arms"].get(arm.name, {}).get("open_rates")
+        if arm.given_rates is not None or not before:
+            return arm
+        return replace(arm, given_rates=tuple(before))
+
     def _is_needed(self, arm: Arm, task: Task) -> bool:
         """Say whether the arm or a control of it is wanted, or its layers are there already."""
         parents = [
@@ -114,6 +122,8 @@ class Phases:
 
     def _record_arm(self, arm: Arm, controls: list[str]) -> None:
         known = self.study.facts["arms"].get(arm.name, {})
+        if arm.given_rates is None and arm.layers is not None:
+            self.study.record_arm(arm.name, open_rates=list(arm.rates))
         self.study.record_arm(
             arm.name,
             policy=str(arm.policy),

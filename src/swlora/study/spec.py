@@ -14,12 +14,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from swlora.config import (
+    DEFAULT_RATE,
     METHOD_NAMES,
     OPTIONAL_SETTINGS,
     DecodeSpec,
     RunSpec,
     SharedSections,
     TrainSpec,
+    method_rate,
     settings_of,
 )
 from swlora.config.fields import NameList, Spec
@@ -37,7 +39,8 @@ SHORT = {
 MOST_FURTHER = 10
 RATE_STEPS = (0.5, 1, 2, 4, 8)  # more of them above 1: short runs want more than whole ones
 # Where a study says nothing: its arms are alike whatever their data, and one that is old goes on
-EPOCHS, BATCH_SIZE, RATE = 1, 32, 2e-3  # the rate is for trials of layers: arms choose theirs
+EPOCHS, BATCH_SIZE = 1, 32
+RATE = 2e-3  # of LoRA, in trials of layers; arms choose theirs
 
 PositiveRate = Annotated[float, Field(gt=0)]
 
@@ -165,7 +168,8 @@ class StudySpec(SharedSections):
         """Return the configuration of an arm; ValidationError or UserError for impossible ones.
 
         Where an arm has a method of its own, the study's settings that this method does not have
-        are left out.
+        are left out. The learning rate is the one with which its layers are tried: arms choose
+        theirs.
         """
         tree = self.model_dump(include=set(SharedSections.model_fields))
         method = overrides.get("adapter.method")
@@ -174,8 +178,9 @@ class StudySpec(SharedSections):
         for dotted, value in overrides.items():
             set_dotted(tree, dotted, value)
         run = RunSpec.model_validate(tree)
-        train = run.train.model_copy(update=_not_by_data(run.train))
-        return run.model_copy(update={"train": train})
+        rate = float(f"{RATE * method_rate(run.adapter) / DEFAULT_RATE:.3g}")
+        fixed = {**_not_by_data(run.train), "learning_rate": rate}
+        return run.model_copy(update={"train": run.train.model_copy(update=fixed)})
 
 
 def _not_by_data(train: TrainSpec) -> dict[str, Any]:

@@ -10,7 +10,6 @@ reason}; its seconds (`choose_layers` in run.json) hold no loading. The loss is 
 import argparse
 import math
 import shutil
-import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from swlora import pipeline
 from swlora.config import load_spec
 from swlora.errors import DivergedError, NoSuperWeightError
+from swlora.interrupts import sigterm_interrupts
 from swlora.job import Job
 from swlora.progress import Silent
 from swlora.runs import Run
@@ -73,9 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     spec = load_spec(given.config, {})
-    with Run.create(given.output, spec, given.work) as run:
+    with sigterm_interrupts(), Run.create(given.output, spec, given.work) as run:
         WORK[given.work](Job(spec, run, Silent()))
 
 

@@ -17,8 +17,9 @@ from swlora.errors import UserError
 from swlora.layer_policy import layer_ranges
 from swlora.plural import counted
 from swlora.settings import problem_lines
-from swlora.study.check import MANY_STEPS, Checked, check
-from swlora.study.overview import PlannedArm, plan_of
+from swlora.study.check import MANY_STEPS, check
+from swlora.study.overview import Plan, PlannedArm, arms_before, plan_of
+from swlora.study.spec import rate_name
 from swlora.study.study_file import read_studies
 
 Fact = tuple[str, str]
@@ -154,24 +155,25 @@ def _check_study(path: Path) -> ConfigCheck:
             continue
         checked = check(file.spec, may_fetch=False)
         found.problems += [which + line for line in checked.problems]
-        found.unchecked += [which + line for line in checked.unchecked]
+        unchecked = checked.unchecked
         if not found.problems:
-            found.resolved += _planned(file.name, checked)
+            plan = plan_of(file.name, checked, [arm.name for arm in arms_before(checked)])
+            found.resolved += _planned(plan)
+            unchecked = plan.unchecked
+        found.unchecked += [which + line for line in unchecked]
     return found
 
 
-def _planned(name: str, checked: Checked) -> list[Fact]:
-    from swlora.study.overview import arms_before
-
-    plan = plan_of(name, checked, [arm.name for arm in arms_before(checked)])
+def _planned(plan: Plan) -> list[Fact]:
     rows = ", ".join(f"{n:,} {split}" for split, n in plan.n_rows.items())
     runs = counted(plan.n_runs, "run")
     runs += f", {plan.n_short_runs} short ones, {plan.n_beam_runs} with beams"
-    facts = [("study", name), ("model", plan.model), ("data", f"{plan.data}; rows: {rows}")]
+    facts = [("study", plan.study), ("model", plan.model), ("data", f"{plan.data}; rows: {rows}")]
     return [*facts, *(("arm", _arm(arm)) for arm in plan.arms), ("runs", runs)]
 
 
 def _arm(arm: PlannedArm) -> str:
-    layers = layer_ranges(arm.layers) if arm.layers else f"as {arm.policy} finds them"
+    layers = layer_ranges(arm.layers) if arm.layers else arm.policy
     n = "" if arm.n_trainable is None else f", {arm.n_trainable:,} trained weights"
-    return f"{arm.name}: {arm.method}, layers {layers}{n}"
+    rates = ", ".join(map(rate_name, arm.rates))
+    return f"{arm.name}: {arm.method}, layers {layers}{n}, learning rates {rates}"

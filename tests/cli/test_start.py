@@ -132,10 +132,13 @@ def test_a_study(swlora, model, rows):
         "data": {"name": str(rows), "eval_share": 0.5},
         "decode": {"max_new_tokens": 8},
     }
-    Path("study.yaml").write_text(yaml.safe_dump({**sections, "arms": ["lora", "last:1"]}))
+    arms = {"arms": ["lora", "last:1", "super"]}
+    Path("study.yaml").write_text(yaml.safe_dump({**sections, **arms, "random_draws": 1}))
     done = swlora("check", "study.yaml")
     assert done.code == 0, done
-    assert "last-1: lora, layers 2" in done.out
+    rates = "learning rates 0.00085, 0.0017, 0.0034, 0.0068, 0.014"  # one of three layers
+    assert "last-1: lora, layers 2" in done.out and done.out.count(rates) == 5
+    assert "not looked at: the learning rates of super, super-random-1" in done.out
     Path("study.yaml").write_text(yaml.safe_dump({**sections, "arms": ["lorra"], "sed": 1}))
     done = swlora("check", "study.yaml")
     assert done.code == 2

@@ -149,7 +149,8 @@ def _show_plan(plan: Plan) -> None:
 
 
 def _unsettled_rates(arms: list[Arm]) -> list[str]:
-    names = [arm.name for arm in arms if arm.given_rates is None and arm.layers is None]
+    waiting = [arm for arm in arms if arm.layers is None and arm.policy.kind != "all"]
+    names = [arm.name for arm in waiting if arm.given_rates is None]
     if not names:
         return []
     return [

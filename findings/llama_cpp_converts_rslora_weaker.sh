@@ -9,7 +9,7 @@
 # others. A file is right where alpha is written as lora_alpha * sqrt(r). Seen in the converter of the
 # source package llama-cpp-python 0.3.36 (with peft 0.21.2, transformers 5.23.0, torch 2.13.0).
 #
-# Exits with 0 while this is so, and with 1 when it is not any more.
+# Exits with 0 while this is so, with 1 when it is not any more, and with 2 where the converter fails.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -52,7 +52,8 @@ def scales(name: str, **settings: object) -> dict[str, tuple[float, float]]:
     line = [sys.executable, script, "--base", base, "--outfile", file, folder / name]
     done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(done.stderr)
+        print(done.stderr)
+        sys.exit(2)
     if "warning" in done.stderr.lower():
         print("the converter warned:", done.stderr)
         sys.exit(1)

@@ -17,8 +17,8 @@ from swlora.errors import UserError
 from swlora.layer_policy import layer_ranges
 from swlora.plural import counted
 from swlora.settings import problem_lines
-from swlora.study.check import MANY_STEPS, check
-from swlora.study.overview import Plan, PlannedArm, arms_before, plan_of
+from swlora.study.check import MANY_STEPS, Checked, check
+from swlora.study.overview import PlannedArm, arms_before, plan_of
 from swlora.study.spec import rate_name
 from swlora.study.study_file import read_studies
 
@@ -155,25 +155,23 @@ def _check_study(path: Path) -> ConfigCheck:
             continue
         checked = check(file.spec, may_fetch=False)
         found.problems += [which + line for line in checked.problems]
-        unchecked = checked.unchecked
+        found.unchecked += [which + line for line in checked.unchecked]
         if not found.problems:
-            plan = plan_of(file.name, checked, [arm.name for arm in arms_before(checked)])
-            found.resolved += _planned(plan)
-            unchecked = plan.unchecked
-        found.unchecked += [which + line for line in unchecked]
+            found.resolved += _planned(file.name, checked)
     return found
 
 
-def _planned(plan: Plan) -> list[Fact]:
+def _planned(name: str, checked: Checked) -> list[Fact]:
+    plan = plan_of(name, checked, [arm.name for arm in arms_before(checked)])
     rows = ", ".join(f"{n:,} {split}" for split, n in plan.n_rows.items())
     runs = counted(plan.n_runs, "run")
     runs += f", {plan.n_short_runs} short ones, {plan.n_beam_runs} with beams"
-    facts = [("study", plan.study), ("model", plan.model), ("data", f"{plan.data}; rows: {rows}")]
+    facts = [("study", name), ("model", plan.model), ("data", f"{plan.data}; rows: {rows}")]
     return [*facts, *(("arm", _arm(arm)) for arm in plan.arms), ("runs", runs)]
 
 
 def _arm(arm: PlannedArm) -> str:
     layers = layer_ranges(arm.layers) if arm.layers else arm.policy
     n = "" if arm.n_trainable is None else f", {arm.n_trainable:,} trained weights"
-    rates = ", ".join(map(rate_name, arm.rates))
+    rates = ", ".join(map(rate_name, arm.rates or ())) or "that follow from the layers"
     return f"{arm.name}: {arm.method}, layers {layers}{n}, learning rates {rates}"

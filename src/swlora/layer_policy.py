@@ -101,15 +101,6 @@ class LayerPolicy:
             case "random":
                 return sorted(random.Random(self.numbers[1]).sample(range(n_layers), k))
 
-    def expected_count(self, n_layers: int) -> int:
-        """Return how many layers there are, as far as that is known before a search.
-
-        `super` is taken to find one, `auto` all. Raises UserError as `resolve` does.
-        """
-        if self.needs_identification:
-            return 1
-        return n_layers if self.needs_search else len(self.resolve(n_layers))
-
     def _listed(self, n_layers: int) -> list[int]:
         outside = [layer for layer in self.numbers if layer >= n_layers]
         if outside:

@@ -50,9 +50,9 @@ def settle_start(job: Job) -> str | None:
 def settle_rate(job: Job, policy: LayerPolicy | None = None) -> str | None:
     """Give a job without a learning rate that of its method and layers.
 
-    `policy` stands for another one than the job's. Layers that are found before the training are
-    counted as `LayerPolicy.expected_count` does; so `auto` tries layers, and trains in them, with
-    the rate of all.
+    `policy` stands for another one than the job's. Of layers that are found before the training
+    the number is not known: of `super` it is taken to be 1. `auto` tries layers, and trains in
+    them, with the rate of all.
     """
     from swlora.models.anatomy import Anatomy
 
@@ -60,7 +60,10 @@ def settle_rate(job: Job, policy: LayerPolicy | None = None) -> str | None:
     if train.learning_rate is not None:
         return None
     policy, n_layers = policy or adapter.layers, Anatomy(job.loaded.model).n_layers
-    n_adapted = policy.expected_count(n_layers)
+    if policy.needs_search:
+        n_adapted = 1 if policy.needs_identification else n_layers
+    else:
+        n_adapted = len(policy.resolve(n_layers))
     rate = default_rate(adapter, n_adapted=n_adapted, n_layers=n_layers)
     settled = train.model_copy(update={"learning_rate": rate})
     job.spec = job.spec.model_copy(update={"train": settled})

@@ -48,13 +48,11 @@ def test_a_run_of_an_arm():
             {"name": "top", "layers": "7,8,11", "method": "pissa"},
             (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3),
         ),
-        ("super", (1.8e-3, 3.5e-3, 7e-3, 1.4e-2, 2.8e-2)),  # one layer, as far as is known
-        ("auto:0.5", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),  # all layers, as far as is known
     ],
 )
 def test_open_rates_are_multiples_of_the_default_of_method_and_layers(arm, rates):
     (found,) = arms_of(study(arm), N_LAYERS)
-    assert found.rates == rates
+    assert found.rates == rates and found.has_rates
     (given,) = arms_of(study(arm, rate={"grid": [0.1, 0.2]}), N_LAYERS)
     assert given.rates == (0.1, 0.2)
 
@@ -67,16 +65,14 @@ def test_open_rates_of_found_layers_are_those_of_as_many():
     assert controls["super"]["super-every"] == controls["auto-0.5"]["auto-0.5-every"] == "every-3"
 
 
-def test_open_rates_without_the_model_are_those_of_all_layers():
-    rates = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-    assert {arm.rates for arm in arms_of(study("lora", "super", "last:2"), None)} == {rates}
-
-
-def test_controls_to_come_have_the_rates_of_their_arm():
-    spec = study("super")
+def test_open_rates_are_not_final_before_the_layers_are_known():
     for n_layers in (N_LAYERS, None):
-        (arm,) = arms_of(spec, n_layers)
-        assert {control.rates for control in expected_controls(arm, spec)} == {arm.rates}
+        spec = study("super", {"name": "own", "layers": "super", "rates": [0.1, 0.2]})
+        open_one, own = arms_of(spec, n_layers)
+        assert not open_one.has_rates and own.has_rates
+        assert not any(control.has_rates for control in expected_controls(open_one, spec))
+        assert len(open_one.rates) == len(arms_of(study("lora"), N_LAYERS)[0].rates)
+    assert not arms_of(study("last:2"), None)[0].has_rates
 
 
 def test_controls_of_a_found_arm():

@@ -148,6 +148,17 @@ def test_an_interrupted_study_goes_on(compare, request_of, children, view, tmp_p
     assert children.ran() == ["runs/lora/seed-0", "runs/lora/seed-5", "beam/lora/seed-5"]
 
 
+def test_arms_that_need_the_same_search_share_it(compare, request_of, children):
+    """Whatever they train: super weights are the model's."""
+    unlike = {"name": "whole", "layers": "super", "method": "full", "rates": [0.1]}
+    children.acts = {"identify/super": {"layers": [1]}}
+    arms = ["lora", "super", {"name": "wide", "layers": "super", "rank": 3}, unlike]
+    compare(request_of(arms=arms, beam={}, overrides={"controls": False}))
+    assert children.ran().count("identify/super") == 1
+    compare(request_of(arms=arms, beam={}, overrides={"controls": False}))
+    assert children.ran() == []
+
+
 def test_another_study_in_the_folder_is_told_by_what_differs(compare, request_of):
     compare(request_of(arms=["lora"], beam={}))
     other = request_of(arms=["lora", "dora"], seeds=[0], beam={}, overrides={"controls": False})

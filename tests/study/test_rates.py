@@ -1,6 +1,7 @@
 """How the learning rates of a study's arms are chosen, with processes that only pretend."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -92,29 +93,54 @@ def test_a_study_without_rates_tries_those_of_methods_and_found_layers(
     assert children.ran()[1:4] == [f"rates/lora/{r}" for r in ("0.0005", "0.001", "0.002")]
 
 
-def test_open_rates_are_those_with_which_the_study_began(compare, lora, monkeypatch, children):
-    """A version that tries others does not mix them into what is there."""
-    compare(lora(rate={"train_rows": 20}, seeds=[0]))
+def test_open_rates_are_those_with_which_an_arm_began(
+    compare, lora, monkeypatch, children, tmp_path
+):
+    """A version that tries others does not mix them into what is there, but for other layers."""
+    arms = ["lora", "super"]
+    request = lora(arms=arms, rate={"train_rows": 20}, random_draws=1)
+    children.acts = {"identify/super": {"layers": [1]}}
+    compare(request)
+    began = {name: arm_facts(tmp_path, name)["rate"]["grid"] for name in ("lora", "super-last")}
     children.ran()
     monkeypatch.setattr("swlora.study.arms.RATE_STEPS", (3, 5))
-    compare(lora(rate={"train_rows": 20}, seeds=[0]))
+    compare(request)
     assert children.ran() == []
+    for folder in ("identify/super", "rates/super", "runs/super"):
+        shutil.rmtree(tmp_path / "out" / folder)
+    children.acts = {"identify/super": {"layers": [0, 1]}}
+    compare(lora(arms=arms, rate={"train_rows": 20}, random_draws=1, only=["lora", "super"]))
+    ran = children.ran()
+    assert [place for place in ran if "rates/" in place] == [
+        *("rates/super/0.0036", "rates/super/0.006")
+    ]
+    assert arm_facts(tmp_path, "lora")["rate"]["grid"] == began["lora"]
 
 
 def test_a_plan_says_which_rates_are_not_known_yet(lora, capsys):
     arms = ["lora", "super", {"name": "own", "layers": "auto:0.5", "rates": [0.1, 0.2]}]
-    show_plans(plan(lora(arms=arms, rate={"train_rows": 20}, random_draws=1)))
-    said = "the learning rates of super, super-random-1, super-last, super-every: they follow"
-    assert said in " ".join(capsys.readouterr().out.split())
-    show_plans(plan(lora(arms=arms)))
-    assert "learning rates of" not in capsys.readouterr().out
+    plans = plan(lora(arms=arms, rate={"train_rows": 20}, random_draws=1))
+    rates = {arm.name: arm.rates for arm in plans.studies[0].arms}
+    assert rates == {
+        "lora": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
+        **dict.fromkeys(["super", "super-random-1", "super-last", "super-every"]),
+        **{name: [0.1, 0.2] for name in ("own", "own-random-1", "own-last", "own-every")},
+    }
+    show_plans(plans)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "super-last" in line)
+    assert line.split()[-2:] == ["?", "0"]
 
 
-def test_a_study_of_one_grid_for_all_says_which_grid_it_has(compare, lora):
-    compare(lora())
-    said = r"rate\.grid: \[0\.5, 0\.1\] there, nothing here"
-    with pytest.raises(UserError, match=said):
+def test_a_study_without_rates_of_an_older_version_goes_on_with_its_grid(
+    compare, lora, children, tmp_path
+):
+    """Its study.yaml has the grid that was the default."""
+    compare(lora(rate={"grid": [1e-3, 2e-3, 4e-3, 8e-3], "train_rows": 20}))
+    children.ran()
+    with pytest.raises(UserError, match=r"rate\.grid: \[0\.001, 0\.002, 0\.004, 0\.008\] there"):
         compare(lora(rate={"train_rows": 20}))
+    compare(lora(rate={"grid": [1e-3, 2e-3, 4e-3, 8e-3], "train_rows": 20}))
+    assert children.ran() == []
 
 
 # Beyond the edge of a grid

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from swlora.config import RunSpec, TrainSpec
+from swlora.config import RunSpec, TrainSpec, load_spec
 from swlora.errors import UserError
 from swlora.locks import lock_folder
 from swlora.paths import cache_dir
@@ -91,6 +91,29 @@ def test_a_run_that_fails_is_noted_and_made_again(act, reason, folder, run, chil
     assert [call["resume"] for call in children.calls] == ["False", "False"]
     assert not (folder.folder / TASK.folder / "left.txt").exists()
     assert told(folder)["reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "changes", "goes_on"),
+    [
+        ("super", {"adapter.rank": 9, "train.learning_rate": 0.5}, True),
+        ("super", {"identify.windows": 2}, False),
+        ("super", {"model.revision": "abc"}, False),
+        ("auto:0.5", {"train.learning_rate": 0.5}, True),  # an older version's trials
+        ("auto:0.5", {"adapter.rank": 9}, False),
+    ],
+)
+def test_a_search_for_layers_is_kept_while_what_it_depends_on_is(layers, changes, goes_on, run):
+    def task(changes):
+        spec = load_spec(None, {"adapter.layers": layers, **changes})
+        return Task("identify", "lora", layers, "identify/layers", spec)
+
+    run(task({}))
+    if goes_on:
+        assert run(task(changes)) == Outcome("done")
+    else:
+        with pytest.raises(UserError, match="other settings than the study now asks for"):
+            run(task(changes))
 
 
 @pytest.mark.parametrize(

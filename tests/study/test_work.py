@@ -16,7 +16,7 @@ ROWS = [{"prompt": f"prompt {k // 2}\n", "completion": f"answer {k} of many."} f
 
 
 @pytest.fixture
-def start(model_folder, tmp_path, monkeypatch):
+def start(model_folder, tmp_path):
     """A function (work, **sections) -> (run.json, result.json or {})."""
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     settings = {
@@ -24,7 +24,6 @@ def start(model_folder, tmp_path, monkeypatch):
         "data": {"name": str(rows), "eval_split": "dev"},
         "train": {"max_steps": 2, "batch_size": 4},
     }
-    monkeypatch.setattr(work.signal, "signal", lambda *_: None)
 
     def run(kind, **sections):
         config, folder = tmp_path / "c.yaml", tmp_path / "run"

@@ -19,7 +19,7 @@ from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
 from swlora.idle_settings import check_effects
-from swlora.interrupts import sigterm_interrupts
+from swlora.interrupts import no_interrupt_lost, sigterm_interrupts
 from swlora.processes import world
 from swlora.result_json import as_json
 from swlora.run_settings import flat
@@ -229,7 +229,7 @@ def command(
         flags = setting_options(settings, defaults or {})
 
         def run(**values: Any) -> None:
-            with failure_in_one_line(debug=values.pop("debug")):
+            with failure_in_one_line(debug=values.pop("debug")), no_interrupt_lost():
                 check_processes(name)
                 given = {path: values.pop(option.name) for path, option in flags.items()}
                 common = {key: values.pop(key) for key in own_of_all}

@@ -1,4 +1,4 @@
-"""What a command does to its process: libraries that it keeps quiet, results that one shows.
+"""What a command does to its process: libraries that are kept quiet, and which process prints.
 
 Allocator, kernels and threads are set where a model is loaded (`swlora.models.load`), since they
 matter to every program that loads one.

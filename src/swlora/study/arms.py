@@ -19,16 +19,19 @@ N_TRIES = 100  # draws until a random control is one that is not there yet
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train, ready to run once `layers` is known; `policy` says where they come from."""
+    """One way to train, ready to run once `layers` is known; `policy` says where they come from.
+
+    `n_layers` is the model's number, None where it is not at hand. `fixed_rates` are those of the
+    study file, or with which an earlier call began; None: they follow from method and layers.
+    """
 
     name: str
     policy: LayerPolicy
     settings: RunSpec
-    given_rates: tuple[float, ...] | None  # None: those of `RATE_STEPS`
+    fixed_rates: tuple[float, ...] | None
     seeds: tuple[int, ...]
+    n_layers: int | None = None
     layers: tuple[int, ...] | None = None
-    n_layers: int = 1  # of the model, and how many are expected to be adapted while `layers` is
-    n_expected: int = 1  # not known; 1 of 1 stands for all of a model that is not at hand
     control_of: str | None = None
     control_seeds: tuple[int, ...] | None = None
 
@@ -39,12 +42,18 @@ class Arm:
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """The learning rates to choose from; open ones change when the layers are found."""
-        if self.given_rates is not None:
-            return self.given_rates
-        n_adapted, adapter = len(self.layers or ()) or self.n_expected, self.settings.adapter
-        rate = default_rate(adapter, n_adapted=n_adapted, n_layers=self.n_layers)
+        """The learning rates to choose from; those of all layers while `has_rates` is False."""
+        if self.fixed_rates is not None:
+            return self.fixed_rates
+        n_layers = self.n_layers or 1
+        n_adapted = len(self.layers or ()) or n_layers
+        rate = default_rate(self.settings.adapter, n_adapted=n_adapted, n_layers=n_layers)
         return tuple(float(f"{rate * step:.2g}") for step in RATE_STEPS)
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether `rates` are final: open ones follow from the number of layers."""
+        return self.fixed_rates is not None or self.layers is not None
 
     def run_spec(self, *, seed: int, rate: float) -> RunSpec:
         """Return the configuration of one run of this arm."""
@@ -112,9 +121,8 @@ def _arm(spec: StudySpec, arm: ArmSpec, n_layers: int | None) -> Arm:
         settings,
         tuple(rates) if rates else None,
         seeds,
+        n_layers,
         layers,
-        n_layers=n_layers or 1,
-        n_expected=policy.expected_count(n_layers) if n_layers else 1,
         control_seeds=tuple(arm.control_seeds) if arm.control_seeds else None,
     )
 

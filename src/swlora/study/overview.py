@@ -29,7 +29,7 @@ class PlannedArm:
     epochs: int
     n_trainable: int | None
     n_steps: int | None
-    rates: list[float]
+    rates: list[float] | None
     seeds: list[int]
 
 
@@ -90,7 +90,7 @@ def plan_of(name: str, checked: Checked, wanted: list[str]) -> Plan:
         n_further_rates=spec.rate.extend,
         n_runs=sum(len(arm.seeds) for arm in arms),
         n_beam_runs=n_beam,
-        unchecked=[*checked.unchecked, *_unsettled_rates(arms)],
+        unchecked=checked.unchecked,
     )
 
 
@@ -128,7 +128,7 @@ def _show_plan(plan: Plan) -> None:
             str(arm.epochs),
             "?" if arm.n_trainable is None else f"{arm.n_trainable:,}",
             str(arm.n_steps or "?"),
-            " ".join(map(rate_name, arm.rates)),
+            "?" if arm.rates is None else " ".join(map(rate_name, arm.rates)),
             " ".join(map(str, arm.seeds)),
         )
     Console(highlight=False, width=200).print(table)
@@ -139,24 +139,15 @@ def _show_plan(plan: Plan) -> None:
         f"rates, {plan.n_beam_runs} evaluations with beam search"
     )
     if plan.n_further_rates and plan.n_short_runs:
-        n_all = plan.n_further_rates * sum(len(arm.rates) > 1 for arm in plan.arms)
+        n_all = plan.n_further_rates * sum(
+            arm.rates is None or len(arm.rates) > 1 for arm in plan.arms
+        )
         print(
             f"where the best rate of an arm is at an edge, up to {plan.n_further_rates} further "
             f"short runs of that arm, {n_all} in all at most"
         )
     for reason in plan.unchecked:
         print(f"not checked: {reason}")
-
-
-def _unsettled_rates(arms: list[Arm]) -> list[str]:
-    waiting = [arm for arm in arms if arm.layers is None and arm.policy.kind != "all"]
-    names = [arm.name for arm in waiting if arm.given_rates is None]
-    if not names:
-        return []
-    return [
-        f"the learning rates of {', '.join(names)}: they follow from the number of layers, which "
-        "is not known yet"
-    ]
 
 
 def _planned(checked: Checked, arm: Arm) -> PlannedArm:
@@ -172,6 +163,6 @@ def _planned(checked: Checked, arm: Arm) -> PlannedArm:
         epochs=arm.settings.train.epochs or 1,
         n_trainable=checked.n_trainable(arm),
         n_steps=checked.n_steps(arm.settings),
-        rates=list(arm.rates),
+        rates=list(arm.rates) if arm.has_rates else None,
         seeds=list(arm.seeds),
     )

@@ -42,8 +42,8 @@ class Phases:
         self.runner.ahead([t for arm, t in searches if t and self._is_needed(arm, t)])
         found = [self._find_layers(arm) for arm in named]
         self._end_phase("identify")
-        arms, serving = add_controls(found, spec, n_layers)
-        self.arms = [self._with_its_rates(arm) for arm in arms]
+        known = [self._with_its_rates(arm) for arm in found]
+        self.arms, serving = add_controls(known, spec, n_layers)
         for arm in self.arms:
             served = dict.fromkeys(serving.get(arm.name, {}).values())
             self._record_arm(arm, [name for name in served if name != arm.name])
@@ -106,11 +106,14 @@ class Phases:
         return replace(arm, layers=tuple(choice["layers"])) if choice["layers"] else arm
 
     def _with_its_rates(self, arm: Arm) -> Arm:
-        """Return the arm with the open rates that it had before: another version has others."""
+        """Return the arm with the open rates that it began with: another version has others."""
         before = self.study.facts["arms"].get(arm.name, {}).get("open_rates")
-        if arm.given_rates is not None or not before:
+        if arm.fixed_rates is not None or arm.layers is None:
             return arm
-        return replace(arm, given_rates=tuple(before))
+        if before is None or before["layers"] != list(arm.layers):
+            before = {"layers": list(arm.layers), "rates": list(arm.rates)}
+            self.study.record_arm(arm.name, open_rates=before)
+        return replace(arm, fixed_rates=tuple(before["rates"]))
 
     def _is_needed(self, arm: Arm, task: Task) -> bool:
         """Say whether the arm or a control of it is wanted, or its layers are there already."""
@@ -122,8 +125,6 @@ class Phases:
 
     def _record_arm(self, arm: Arm, controls: list[str]) -> None:
         known = self.study.facts["arms"].get(arm.name, {})
-        if arm.given_rates is None and arm.layers is not None:
-            self.study.record_arm(arm.name, open_rates=list(arm.rates))
         self.study.record_arm(
             arm.name,
             policy=str(arm.policy),

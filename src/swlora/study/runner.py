@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swlora.config import dump_yaml, load_recorded_spec
+from swlora.config import RunSpec, dump_yaml, load_recorded_spec
 from swlora.errors import DivergedError, UserError
 from swlora.locks import lock_folder
 from swlora.progress import duration
@@ -215,12 +215,26 @@ def _last_line(log: Path) -> str:
 
 
 def _check_same(folder: Path, task: Task) -> None:
-    """Refuse a folder whose run had other settings than the task."""
-    if load_recorded_spec(folder / "config.yaml", {}) != task.spec:
+    """Refuse a folder whose run had other settings than the task, where they matter to it."""
+    before = load_recorded_spec(folder / "config.yaml", {})
+    if _that_matter(before, task) != _that_matter(task.spec, task):
         raise UserError(
             f"{folder} holds a run with other settings than the study now asks for; remove the "
             "folder, or choose another --output"
         )
+
+
+def _that_matter(spec: RunSpec, task: Task) -> Any:
+    """Return the settings of a run on which depends what it finds.
+
+    Super weights are those of a model, whatever is trained: several arms share a search. A trial of
+    layers keeps the learning rate that it had, which is not the same in every version.
+    """
+    if task.phase != "identify":
+        return spec
+    if spec.adapter.layers.needs_identification:
+        return spec.model, spec.identify, spec.adapter.layers
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"learning_rate": None})})
 
 
 def _check_free(folder: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from swlora import pipeline
 from swlora.config import load_spec
 from swlora.errors import DivergedError, NoSuperWeightError
-from swlora.interrupts import sigterm_interrupts
+from swlora.interrupts import no_interrupt_lost, sigterm_interrupts
 from swlora.job import Job
 from swlora.progress import Silent
 from swlora.runs import Run
@@ -74,7 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
     spec = load_spec(given.config, {})
-    with sigterm_interrupts(), Run.create(given.output, spec, given.work) as run:
+    with (
+        sigterm_interrupts(),
+        no_interrupt_lost(),
+        Run.create(given.output, spec, given.work) as run,
+    ):
         WORK[given.work](Job(spec, run, Silent()))
 
 

@@ -8,6 +8,8 @@ from swlora.errors import UserError
 from swlora.job import Job
 from swlora.layer_policy import LayerPolicy
 
+FAR = 10  # times more or less: at LoRA's rate `full` and LoRA+ were measured to ruin a model
+
 
 def settle(job: Job) -> list[str]:
     """Fill in what `job.spec` leaves open; return lines about it, to be said when the run begins.
@@ -48,28 +50,31 @@ def settle_start(job: Job) -> str | None:
 
 
 def settle_rate(job: Job, policy: LayerPolicy | None = None) -> str | None:
-    """Give a job without a learning rate that of its method and layers.
+    """Give a job without a learning rate that of its method and layers; return a line about it.
 
-    `policy` stands for another one than the job's. Of layers that are found before the training
-    the number is not known: of `super` it is taken to be 1. `auto` tries layers, and trains in
-    them, with the rate of all.
+    One that is given stays, and gets a line where it is far from that. `policy` stands for another
+    one than the job's. Of layers that are found before the training the number is not known: of
+    `super` it is taken to be 1. `auto` tries layers, and trains in them, with the rate of all.
     """
     from swlora.models.anatomy import Anatomy
 
     train, adapter = job.spec.train, job.spec.adapter
-    if train.learning_rate is not None:
-        return None
     policy, n_layers = policy or adapter.layers, Anatomy(job.loaded.model).n_layers
     if policy.needs_search:
         n_adapted = 1 if policy.needs_identification else n_layers
     else:
         n_adapted = len(policy.resolve(n_layers))
     rate = default_rate(adapter, n_adapted=n_adapted, n_layers=n_layers)
+    layers = "all layers" if n_adapted == n_layers else f"{n_adapted} of {n_layers} layers"
+    if (given := train.learning_rate) is not None:
+        is_far = not 1 / FAR < given / rate < FAR and not job.run.facts.get("resumed")
+        default = f"{rate:g}, the default of {adapter.method} in {layers}"
+        above = "above" if given > rate else "below"
+        return f"learning rate {given:g} is far {above} {default}" if is_far else None
     settled = train.model_copy(update={"learning_rate": rate})
     job.spec = job.spec.model_copy(update={"train": settled})
     if rate == DEFAULT_RATE:
         return None
-    layers = "all layers" if n_adapted == n_layers else f"{n_adapted} of {n_layers} layers"
     return (
         f"learning rate {rate:g}, for {adapter.method} in {layers} (--learning-rate sets another)"
     )

@@ -66,7 +66,26 @@ def test_a_method_has_its_rate_unless_one_is_given(model_folder, rows, method):
     assert lines == ([said] if method in RATES else [])
     rate = {"train__learning_rate": DEFAULT_RATE}  # as given as any other
     given, lines = settled(make_spec(model, rows, method=method, **layers, **rate))
-    assert given.train.learning_rate == DEFAULT_RATE and not lines
+    assert given.train.learning_rate == DEFAULT_RATE
+    far = f"learning rate 0.001 is far above 5e-05, the default of {method} in all layers"
+    assert lines == ([far] if method in ("full", "lora+") else [])
+
+
+@pytest.mark.parametrize(
+    ("rate", "layers", "said"),
+    [
+        (1e-4, "all", "learning rate 0.0001 is far below 0.001, the default of lora in all layers"),
+        (1.1e-4, "all", None),
+        (9e-3, "all", None),
+        (1.6e-4, "0", "learning rate 0.00016 is far below 0.0017, the default of lora in 1 of 3"),
+        (0.01, "0", None),
+    ],
+)
+def test_a_given_rate_that_is_far_off_is_kept_and_said(model_folder, rows, rate, layers, said):
+    settings = {"adapter__layers": layers, "train__learning_rate": rate}
+    spec, lines = settled(make_spec(model_folder("llama"), rows, **settings))
+    assert spec.train.learning_rate == rate
+    assert [line.startswith(said or "-") for line in lines] == ([True] if said else [])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 
 from swlora.config import RunSpec, dump_yaml
-from swlora.errors import RunFailedError, UserError
+from swlora.errors import DivergedError, RunFailedError, UserError
 from swlora.study.folder import StudyFolder
 from swlora.study.live import Board
 from swlora.study.plan import Task
@@ -24,9 +24,13 @@ TASKS = [
 
 
 class FakeCluster:
-    """Does the work of orders here; `losses` says by folder how often a run is lost first."""
+    """Does the work of orders here; `losses` says by folder how often a run is lost first.
+
+    It is lost in the place of the message `lost_at`.
+    """
 
     n_cpus = n_at_once = 2
+    lost_at = "began"
 
     def __init__(self, children, sees_study=True):
         self.children, self.sees_study = children, sees_study
@@ -43,7 +47,7 @@ class FakeCluster:
     def messages(self, _wait_s):
         for folder, work in list(self.works.items()):
             message = next(work, {"kind": "cancelled"})
-            if message["kind"] == "began" and self.losses.get(folder, 0):
+            if message["kind"] == self.lost_at and self.losses.get(folder, 0):
                 self.losses[folder] -= 1
                 work.close()
                 message = {"kind": "lost", "reason": "the node died"}
@@ -121,6 +125,28 @@ def test_a_lost_run_begins_again_and_not_for_ever(runner_on, folder, children, v
     assert runner.run(TASKS[1]) == Outcome("failed", "it was lost 4 times: the node died")
     assert told(folder, TASKS[1])["status"] == "failed"
     assert sum("it begins again" in line for line in view.lines) == 1 + MOST_LOST
+
+
+@pytest.mark.parametrize(
+    ("task", "act", "outcome"),
+    [
+        (TASKS[0], {}, Outcome("done")),
+        (
+            Task("rates", "lora", "0.01", "rates/lora/0.01", RunSpec()),
+            {"fail": "too high", "error": {"code": DivergedError.code, "message": "too high"}},
+            Outcome("failed", "too high", has_diverged=True),
+        ),
+    ],
+    ids=["done", "diverged"],
+)
+def test_a_lost_run_that_came_to_its_end_is_over(task, act, outcome, runner_on, children, view):
+    children.acts = {task.folder: act}
+    cluster = FakeCluster(children)
+    cluster.losses, cluster.lost_at = {task.folder: 1}, "ended"
+    assert runner_on(cluster).run(task) == outcome
+    assert len(children.calls) == 1
+    assert sum("it begins again" in line for line in view.lines) == 1
+    assert sum(f"{task.folder} goes on on" in line for line in view.lines) == 1
 
 
 def test_a_run_that_fails_says_why(runner_on, children):

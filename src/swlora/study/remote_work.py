@@ -33,6 +33,7 @@ from swlora.study.folder import machine_facts
 from swlora.study.guarded import guarded
 from swlora.study.one_process import LOG, Command, child_command, fill_cache, start_process
 from swlora.study.plan import Task
+from swlora.study.runner import is_over, run_facts
 from swlora.versions import package_versions
 
 SENT_BYTES = 256 << 20  # of a run's files, adapter included
@@ -92,25 +93,36 @@ def work_on(order: Mapping[str, Any], command: Command = child_command) -> Itera
         spec = load_spec(config, {})
         task = Task(**order["task"], spec=spec, adapter=order["adapter"])
         folder, is_own = study / task.folder, study != Path(order["study"])
-        resume = _make_ready(folder, task)
-        fill_cache(Path(scratch) / "cache")
-        given = Path(order["working_folder"])
-        process = start_process(
-            guarded(command(task, study, config, resume)),
-            folder,
-            {"SWLORA_CACHE": str(Path(scratch) / "cache"), **_threads(order["n_threads"])},
-            given if given.is_dir() else None,
-        )
-        yield {
-            "kind": "began",
-            "host": platform.node(),
-            "machine": machine_facts(),
-            "load": round(os.getloadavg()[0], 2),
-            "resumed": resume,
-        }
-        code = yield from _watch(process, folder if is_own else None)
+        folder.mkdir(parents=True, exist_ok=True)
+        _wait_until_free(folder)
+        facts = run_facts(folder)
+        if facts is not None and is_over(facts, task):  # a lost one that came to its end alone
+            yield _began(resumed=True)
+            code = 0
+        else:
+            resume = _make_ready(folder, task)
+            fill_cache(Path(scratch) / "cache")
+            given = Path(order["working_folder"])
+            process = start_process(
+                guarded(command(task, study, config, resume)),
+                folder,
+                {"SWLORA_CACHE": str(Path(scratch) / "cache"), **_threads(order["n_threads"])},
+                given if given.is_dir() else None,
+            )
+            yield _began(resumed=resume)
+            code = yield from _watch(process, folder if is_own else None)
         files, left_out = _packed(folder, study, Path(order["study"])) if is_own else ({}, [])
         yield {"kind": "ended", "code": code, "files": files, "left_out": left_out}
+
+
+def _began(*, resumed: bool) -> Message:
+    return {
+        "kind": "began",
+        "host": platform.node(),
+        "machine": machine_facts(),
+        "load": round(os.getloadavg()[0], 2),
+        "resumed": resumed,
+    }
 
 
 def _problem(order: Mapping[str, Any]) -> str | None:
@@ -155,21 +167,21 @@ def _study_folder(order: Mapping[str, Any]) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make_ready(folder: Path, task: Task) -> bool:
-    """Make the run's folder ready; say whether the run goes on from a checkpoint.
-
-    The process of one that was lost may still be ending in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def _wait_until_free(folder: Path) -> None:
+    """Wait while the process of a run that was lost is still ending in its folder."""
     until_s = time.monotonic() + STOPS_S
     while True:
         try:
             lock_folder(folder).release()
-            break
+            return
         except UserError:
             if time.monotonic() > until_s:
                 raise
             time.sleep(LOOK_EVERY_S)
+
+
+def _make_ready(folder: Path, task: Task) -> bool:
+    """Make the run's folder ready; say whether the run goes on from a checkpoint."""
     if task.phase == "runs" and has_snapshot(folder / "checkpoint"):
         return True
     shutil.rmtree(folder)

@@ -69,7 +69,7 @@ class Runner:
     def is_over(self, task: Task) -> bool:
         """Say that a run is there and need not be made."""
         facts = run_facts(self._study.folder / task.folder)
-        return facts is not None and _is_over(facts, task)
+        return facts is not None and is_over(facts, task)
 
     def run(self, task: Task) -> Outcome:
         """Run one task, unless it is done; KeyboardInterrupt ends it as cancelled and goes on up.
@@ -95,7 +95,7 @@ class Runner:
         """Make the folder of a run ready; how it ended, where it need not be made."""
         folder = self._study.folder / task.folder
         facts = run_facts(folder)
-        if facts is not None and _is_over(facts, task):
+        if facts is not None and is_over(facts, task):
             _check_same(folder, task)
             return self._note(task, _outcome(facts, 0, folder), self._seconds(task))
         if folder.exists():
@@ -188,7 +188,7 @@ def run_facts(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _is_over(facts: dict[str, Any], task: Task) -> bool:
+def is_over(facts: dict[str, Any], task: Task) -> bool:
     """Say that a run need not be made: it is done, or its rate was found to be too high."""
     return facts["status"] == "done" or (task.phase == "rates" and _has_diverged(facts))
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from swlora.errors import UserError
-from swlora.study.arms import add_controls, arms_of, expected_controls, select_arms
+from swlora.study.arms import add_controls, arms_of, expected_controls, same_runs, select_arms
 from swlora.study.spec import StudySpec
 
 N_LAYERS = 12
@@ -147,6 +147,30 @@ def test_where_all_layers_are_found_there_is_nothing_to_draw():
     spec = study("super")
     arms, controls = add_controls(found(spec, super=tuple(range(12))), spec, N_LAYERS)
     assert (len(arms), set(controls["super"].values())) == (1, {"super"})
+
+
+ALL = tuple(range(N_LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("arms", "layers", "settings", "same"),
+    [
+        (["lora", "super"], {"super": ALL}, {}, {"super": "lora"}),
+        (["super", "lora"], {"super": ALL}, {}, {"super": "lora"}),  # named layers come first
+        (["super", "auto:0.5"], {"super": (3,), "auto-0.5": (3,)}, {}, {"auto-0.5": "super"}),
+        (["lora", "all"], {}, {}, {}),  # both were asked for
+        (["lora", "super"], {"super": (3,)}, {}, {}),
+        (["lora", {"name": "s", "layers": "super", "rank": 9}], {"s": ALL}, {}, {}),
+        (["lora", {"name": "s", "layers": "super", "rates": [0.1]}], {"s": ALL}, {}, {}),
+        (["lora", {"name": "s", "layers": "super", "seeds": [0, 1]}], {"s": ALL}, {}, {}),
+        (["lora", {"name": "s", "layers": "super", "seeds": [4]}], {"s": ALL}, {}, {"s": "lora"}),
+        (["lora", "super"], {"super": ALL}, {"beam": {"arms": ["super"]}}, {}),
+        (["lora", "super"], {"super": ALL}, {"beam": {"arms": ["lora"]}}, {"super": "lora"}),
+    ],
+)
+def test_an_arm_that_found_the_layers_of_another_has_its_runs(arms, layers, settings, same):
+    spec = study(*arms, **settings)
+    assert same_runs(found(spec, **layers), spec) == same
 
 
 def test_controls_may_have_fewer_seeds():

@@ -121,6 +121,23 @@ def test_a_control_that_another_one_serves_as(compare, request_of, children, vie
     assert "super-every: super-last has the same layers and serves as it" in view.lines
 
 
+def test_an_arm_that_found_the_layers_of_another_one_does_not_run(
+    compare, request_of, children, tmp_path, view
+):
+    """`auto` finds all layers in a short training, say: that is the arm of all layers again."""
+    children.acts = {"identify/super": {"layers": [0, 1, 2]}}
+    compare(request_of(only=["super"], beam={}))
+    assert children.ran() == [
+        *("identify/super", "rates/lora/0.5", "rates/lora/0.1"),
+        *("runs/lora/seed-0", "runs/lora/seed-5"),
+    ]
+    assert "super: lora has the same layers and serves as it" in view.lines
+    assert compare(request_of(beam={})).status == "done"
+    assert children.ran() == ["runs/fixed/seed-5"]
+    assert facts(tmp_path)["arms"]["super"]["same_as"] == "lora"
+    assert facts(tmp_path)["arms"]["lora"]["same_as"] is None
+
+
 def test_controls_that_have_not_run_are_not_forgotten(compare, request_of, children, tmp_path):
     compare(request_of(only=["lora", "super", "fixed"]))
     found = facts(tmp_path)["arms"]["super"]

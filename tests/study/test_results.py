@@ -191,6 +191,21 @@ def test_no_arm_disappears(two_arms: Any) -> None:
     assert "| partly | 1 of 2 |" in report
 
 
+def test_an_arm_with_the_runs_of_another_one(two_arms: Any) -> None:
+    two_arms.arm("auto", "auto:0.75", same_as="lora", one_off_s=7.0)
+    two_arms.told("runs/lora/seed-2", "failed", "no more space")
+    two_arms.facts["arms"]["lora"]["seeds"].append(2)
+    results = publish(two_arms.save())
+    arms = arms_of(results)
+    assert (arms["auto"]["same_as"], arms["lora"]["same_as"]) == ("lora", None)
+    assert arms["auto"]["nll"] == arms["lora"]["nll"]
+    assert arms["auto"]["total_s"] == pytest.approx(arms["lora"]["total_s"] + 7)
+    assert arms["auto"]["against_baseline"] == {}  # nothing is compared with itself
+    assert [row["run"] for row in results["unfinished"]] == ["runs/lora/seed-2"]
+    report = (two_arms.folder / "results.md").read_text()
+    assert "auto found the layers of lora: the runs are the same" in report
+
+
 def test_a_run_that_says_it_is_done_and_is_not(two_arms: Any) -> None:
     (two_arms.folder / "runs/super/seed-1" / FILE).unlink()
     results = publish(two_arms.save())

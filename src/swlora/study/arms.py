@@ -4,7 +4,8 @@ An arm whose layers are found (`super`, `super+removal`, `auto:...`) gets, with 
 layers and everything else equal: `last:k`, `every:k`, and draws of `random:k`, each unlike all of
 these. Layers of one model have the same shapes, so the controls have the same number of adapter
 weights. Their seeds are the arm's, or its `control_seeds`. Where a control would repeat an arm that
-is there anyway, that arm serves as the control.
+is there anyway, that arm serves as the control. An arm that found the layers of another one, such
+as `auto` where all layers pay, has its runs: they would come out alike.
 """
 
 from dataclasses import dataclass, replace
@@ -93,6 +94,23 @@ def add_controls(
                 there.append(control)
                 every.append(control)
     return every, serving
+
+
+def same_runs(arms: list[Arm], spec: StudySpec) -> dict[str, str]:
+    """Return arm -> the arm whose runs are its own: its layers were found, and are those there.
+
+    An arm with beam search has the runs of one with beam search only.
+    """
+    order = sorted(arms, key=lambda arm: arm.policy.needs_search)  # stable: named layers first
+    same: dict[str, str] = {}
+    for i, arm in enumerate(order):
+        for other in order[:i]:
+            has_beams = arm.name not in spec.beam.arms or other.name in spec.beam.arms
+            is_found = arm.policy.needs_search and arm.layers
+            if is_found and other.name not in same and has_beams and _repeats(arm, other):
+                same[arm.name] = other.name
+                break
+    return same
 
 
 def expected_controls(arm: Arm, spec: StudySpec) -> list[Arm]:

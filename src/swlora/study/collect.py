@@ -4,7 +4,8 @@
               - held-out losses measured on the way
               + what finding the arm's layers cost
 
-so a total is what it takes to train this arm alone, every one-off cost included.
+so a total is what it takes to train this arm alone, every one-off cost included. An arm that found
+the layers of another one has the runs of that, and its own one-off cost.
 """
 
 from collections.abc import Mapping
@@ -163,7 +164,7 @@ def _arm(folder: Path, spec: StudySpec, facts: Mapping[str, Any], name: str) -> 
     )
 
     def run(phase: str, seed: int) -> ArmRun:
-        place = f"{phase}/{name}/seed-{seed}"
+        place = f"{phase}/{own.get('same_as') or name}/seed-{seed}"
         status = NO_LAYERS if own.get("layers") == [] else None
         told = facts["runs"].get(place, {"status": status, "reason": own.get("reason")})
         return ArmRun(seed, place, folder / place, told, own.get("one_off_s") or 0.0)

@@ -158,12 +158,13 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmResult:
-    """An arm, and which of its seeds are done."""
+    """An arm, and which of its seeds are done; `same_as` is the arm whose runs are its own too."""
 
     name: str
     status: str
     policy: str | None
     control_of: str | None
+    same_as: str | None
     is_baseline: bool
     seeds: list[int]
     planned_seeds: list[int]

@@ -7,8 +7,9 @@
     beam/ARM/seed-S/     runs of `eval`         every run folder also holds log.txt
 
 study.json has "status" (running, done, incomplete, cancelled), facts of machine and data, and
-"arms": name -> {policy, layers, n_trainable, seeds, control_of, controls, one_off_s, open_rates:
-{layers, rates}, rate: {grid, nll, chosen, at_edge, cost_s, untried}, learning_rate, reason},
+"arms": name -> {policy, layers, n_trainable, seeds, control_of, controls, same_as, one_off_s,
+open_rates: {layers, rates}, rate: {grid, nll, chosen, at_edge, cost_s, untried}, learning_rate,
+reason}, where `same_as` is the arm whose runs are this one's too,
 "runs": folder -> {phase, arm, label, status, reason, seconds, load_before}; the load is the
 system's, of the last minute.
 """

@@ -8,7 +8,7 @@ but an answer: its arm has no layers, and no runs.
 
 from dataclasses import dataclass, field, replace
 
-from swlora.study.arms import Arm, add_controls, arms_of
+from swlora.study.arms import Arm, add_controls, arms_of, same_runs
 from swlora.study.check import Checked
 from swlora.study.folder import StudyFolder
 from swlora.study.live import Board, View
@@ -29,6 +29,7 @@ class Phases:
     view: View
     wanted: list[str]
     arms: list[Arm] = field(default_factory=list)
+    same_as: dict[str, str] = field(default_factory=dict)  # arms that have the runs of another
     rates: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -44,15 +45,19 @@ class Phases:
         self._end_phase("identify")
         known = [self._with_its_rates(arm) for arm in found]
         self.arms, serving = add_controls(known, spec, n_layers)
+        begun = {run["arm"] for run in self.study.facts["runs"].values() if run["phase"] == "runs"}
+        same = same_runs(known, spec)
+        self.same_as = {name: other for name, other in same.items() if name not in begun}
         for arm in self.arms:
             served = dict.fromkeys(serving.get(arm.name, {}).values())
             self._record_arm(arm, [name for name in served if name != arm.name])
-        for control, name in (pair for each in serving.values() for pair in each.items()):
-            if control in self.wanted and name != control:
-                self.view.say(f"{control}: {name} has the same layers and serves as it")
-                self.wanted.append(name)
+        pairs = [pair for each in serving.values() for pair in each.items()]
+        for name, other in (*pairs, *self.same_as.items()):
+            if name in self.wanted and other != name:
+                self.view.say(f"{name}: {other} has the same layers and serves as it")
+                self.wanted.append(other)
         self._tell_board()
-        running = [arm for arm in self.arms if arm.name in self.wanted and arm.layers is not None]
+        running = [arm for arm in self._with_runs() if arm.name in self.wanted and arm.layers]
         n_rows = self.checked.n_rows["train"]
         choices = RateChoices(spec, n_rows, self.study, self.runner, self.view)
         self.rates = choices.choose(running)
@@ -83,10 +88,14 @@ class Phases:
     def is_complete(self) -> bool:
         """Say whether every run of every arm is done, also of those that were not wanted now."""
         told = self.study.facts
-        arms = [arm for arm in self.arms if told["arms"].get(arm.name, {}).get("layers") != []]
+        arms = [a for a in self._with_runs() if told["arms"].get(a.name, {}).get("layers") != []]
         runs = run_tasks(arms, {arm.name: arm.rates[0] for arm in arms}, 1)
         tasks = [*runs, *beam_tasks(runs, self.checked.spec)]
         return all(told["runs"].get(t.folder, {}).get("status") == "done" for t in tasks)
+
+    def _with_runs(self) -> list[Arm]:
+        """Return the arms that have runs of their own."""
+        return [arm for arm in self.arms if arm.name not in self.same_as]
 
     def _find_layers(self, arm: Arm) -> Arm:
         """Return the arm with its layers, found by a run where that is needed."""
@@ -135,6 +144,7 @@ class Phases:
             seeds=list(arm.seeds),
             control_of=arm.control_of,
             controls=controls,
+            same_as=self.same_as.get(arm.name),
             one_off_s=known.get("one_off_s", 0.0),
             reason=known.get("reason") if arm.layers is None else None,
         )
@@ -142,7 +152,7 @@ class Phases:
     def _tell_board(self) -> None:
         """Tell the board of all runs that are to come, as far as they are known."""
         spec, n_rows = self.checked.spec, self.checked.n_rows["train"]
-        arms = [arm for arm in self.arms if arm.name in self.wanted]
+        arms = [arm for arm in self._with_runs() if arm.name in self.wanted]
         identify = {task.folder: task for task in identify_tasks(arms).values()}
         short = [task for arm in arms for task in rate_tasks(arm, spec, n_rows)]
         runs = run_tasks(arms, {arm.name: arm.rates[0] for arm in arms}, n_rows)

@@ -35,6 +35,12 @@ def markdown_report(results: Compared) -> str:
             "## What was trained",
             markdown_table(tables.arm_columns(), finished),
         ]
+        parts += [
+            f"{arm.name} found the layers of {arm.same_as}: the runs are the same, and what "
+            "finding the layers cost is in its seconds."
+            for arm in finished
+            if arm.same_as
+        ]
     chosen = [arm for arm in results.arms if arm.rate_choice and arm.rate_choice.nll]
     if chosen:
         parts += [

@@ -83,6 +83,7 @@ def summarise(study: StudyRecord) -> Compared:
         unfinished=[
             Unfinished(run.place, run.status, run.reason)
             for arm in study.arms
+            if not arm.facts.get("same_as")  # its runs are told as the other one's
             for run in (*arm.runs, *arm.beam)
             if run.status != "done"
         ],
@@ -133,6 +134,7 @@ def _arm_result(arm: ArmRecord, yardstick: _Yardstick) -> ArmResult:
         status=arm.status,
         policy=arm.facts.get("policy"),
         control_of=arm.facts.get("control_of"),
+        same_as=arm.facts.get("same_as"),
         is_baseline=arm.name == yardstick.name,
         seeds=[run.seed for run in runs],
         planned_seeds=[run.seed for run in arm.runs],

@@ -52,8 +52,8 @@ def test_what_fields_become() -> None:
 
 
 TRAINED = """method layers n_trainable adapter_bytes rows batch_size epochs steps planned_steps
-train_s examples_per_s nodes_per_s tokens_per_s last_loss final_loss final_loss_steps held_out
-peak_memory_bytes foreseen adapter loss_figure"""
+learning_rate train_s examples_per_s nodes_per_s tokens_per_s last_loss final_loss
+final_loss_steps held_out peak_memory_bytes foreseen adapter loss_figure"""
 HELD_OUT = "n_measured first best last best_step n_since_best"
 EVALUATED = """BLEU NIST METEOR ROUGE_L CIDEr meteor_reason tokenizer nll nll_sum_nats n_tokens
 exact_match token_f1 chrf sacrebleu chrf_signature sacrebleu_signature text_intervals

@@ -17,7 +17,6 @@ from swlora.job import Job
 from swlora.layer_policy import parse_policy
 from swlora.memory import kept_for_steps
 from swlora.models.anatomy import Anatomy
-from swlora.open_settings import settle_rate
 from swlora.preparation import PreparedTraining, prepare_training
 from swlora.processes import world
 from swlora.result_json import IF_ANY
@@ -69,7 +68,7 @@ class Estimate:
     n_nodes: int | None
     n_steps: int
     n_epochs: int
-    learning_rate: float
+    learning_rate: float | None
     memory: MemoryParts | None
     time: TimeEstimate | None
     disk: dict[str, int]
@@ -85,11 +84,10 @@ def estimate_training(job: Job) -> Estimate:
     """
     if world().is_shared:
         raise UserError("--dry-run works in one process; start it without a launcher")
-    policy = job.spec.adapter.layers
+    policy, given_rate = job.spec.adapter.layers, job.spec.train.learning_rate
     if policy.needs_search:
         every = job.spec.adapter.model_copy(update={"layers": parse_policy("all")})
         job = replace(job, spec=job.spec.model_copy(update={"adapter": every}))
-        settle_rate(job, policy)
     prepared = prepare_training(job)
     anatomy = Anatomy(job.loaded.model)
     layers = job.spec.adapter.layers.resolve(anatomy.n_layers)
@@ -116,7 +114,7 @@ def estimate_training(job: Job) -> Estimate:
         n_nodes=found.work.step_nodes if isinstance(step, TreeStep) else None,
         n_steps=prepared.schedule.n_steps,
         n_epochs=prepared.schedule.n_epochs,
-        learning_rate=job.spec.train.rate,
+        learning_rate=given_rate if policy.needs_search else job.spec.train.rate,
         memory=found.memory,
         time=found.time,
         disk={need.what: need.n_bytes for need in found.disk},

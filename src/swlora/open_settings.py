@@ -1,12 +1,12 @@
 """Settings that a configuration leaves open until model and adapter are at hand, and their values.
 
-They are the place and method of an adapter to start from, and the learning rate.
+They are the place and method of an adapter to start from, and the learning rate, which of layers
+that are searched for is known after the search.
 """
 
 from swlora.config import DEFAULT_RATE, default_rate, sharding_problem
 from swlora.errors import UserError
 from swlora.job import Job
-from swlora.layer_policy import LayerPolicy
 
 FAR = 10  # times more or less: at LoRA's rate `full` and LoRA+ were measured to ruin a model
 
@@ -49,32 +49,61 @@ def settle_start(job: Job) -> str | None:
     )
 
 
-def settle_rate(job: Job, policy: LayerPolicy | None = None) -> str | None:
+def settle_rate(job: Job) -> str | None:
     """Give a job without a learning rate that of its method and layers; return a line about it.
 
-    One that is given stays, and gets a line where it is far from that. `policy` stands for another
-    one than the job's. Of layers that are found before the training the number is not known: of
-    `super` it is taken to be 1. `auto` tries layers, and trains in them, with the rate of all.
+    One that is given stays, and gets a line where it is far from that. Of layers that are yet to be
+    found nothing is known: see `note_found_rate`.
     """
     from swlora.models.anatomy import Anatomy
 
-    train, adapter = job.spec.train, job.spec.adapter
-    policy, n_layers = policy or adapter.layers, Anatomy(job.loaded.model).n_layers
+    train, policy = job.spec.train, job.spec.adapter.layers
     if policy.needs_search:
-        n_adapted = 1 if policy.needs_identification else n_layers
-    else:
-        n_adapted = len(policy.resolve(n_layers))
-    rate = default_rate(adapter, n_adapted=n_adapted, n_layers=n_layers)
-    layers = "all layers" if n_adapted == n_layers else f"{n_adapted} of {n_layers} layers"
-    if (given := train.learning_rate) is not None:
-        is_far = not 1 / FAR < given / rate < FAR and not job.run.facts.get("resumed")
-        default = f"{rate:g}, the default of {adapter.method} in {layers}"
-        above = "above" if given > rate else "below"
-        return f"learning rate {given:g} is far {above} {default}" if is_far else None
-    settled = train.model_copy(update={"learning_rate": rate})
-    job.spec = job.spec.model_copy(update={"train": settled})
-    if rate == DEFAULT_RATE:
         return None
-    return (
-        f"learning rate {rate:g}, for {adapter.method} in {layers} (--learning-rate sets another)"
+    n_adapted = len(policy.resolve(Anatomy(job.loaded.model).n_layers))
+    rate, where = _default_rate(job, n_adapted)
+    if train.learning_rate is not None:
+        return _far_line(job, rate, where)
+    job.spec = job.spec.model_copy(
+        update={"train": train.model_copy(update={"learning_rate": rate})}
     )
+    return _rate_line(rate, where)
+
+
+def note_found_rate(job: Job, n_adapted: int) -> str | None:
+    """Note in the run the rate of as many layers as were found; return a line about it.
+
+    It stands in run.json beside what else the run chose when it began (`fitted`), and the
+    configuration leaves it open. One that is given, or was noted before, stays.
+    """
+    rate, where = _default_rate(job, n_adapted)
+    if job.spec.train.learning_rate is not None:
+        return _far_line(job, rate, where)
+    noted = job.run.facts.get("fitted", {})
+    if "learning_rate" in noted:
+        return None
+    job.run.record(fitted={**noted, "learning_rate": rate})
+    return _rate_line(rate, where)
+
+
+def _default_rate(job: Job, n_adapted: int) -> tuple[float, str]:
+    """Return the rate of a method in so many layers, and both in words."""
+    from swlora.models.anatomy import Anatomy
+
+    adapter, n_layers = job.spec.adapter, Anatomy(job.loaded.model).n_layers
+    layers = "all layers" if n_adapted == n_layers else f"{n_adapted} of {n_layers} layers"
+    rate = default_rate(adapter, n_adapted=n_adapted, n_layers=n_layers)
+    return rate, f"{adapter.method} in {layers}"
+
+
+def _rate_line(rate: float, where: str) -> str | None:
+    said = f"learning rate {rate:g}, for {where} (--learning-rate sets another)"
+    return None if rate == DEFAULT_RATE else said
+
+
+def _far_line(job: Job, rate: float, where: str) -> str | None:
+    given = job.spec.train.rate
+    if 1 / FAR < given / rate < FAR or job.run.facts.get("resumed"):
+        return None
+    above = "above" if given > rate else "below"
+    return f"learning rate {given:g} is far {above} {rate:g}, the default of {where}"

@@ -19,6 +19,7 @@ from swlora.layer_policy import VerifiedLayers
 from swlora.memory import peak_memory_bytes
 from swlora.preparation import (
     PreparedTraining,
+    at_found_rate,
     check_reporting,
     check_weights_alike,
     prepare_evaluation,
@@ -93,6 +94,7 @@ def train(
 
     prepared = prepared or prepare_training(job)  # before a search, which is long
     layers, folder = layers or choose_layers(job), job.run.folder
+    prepared = at_found_rate(job, prepared, len(layers))
     attached = attach(job, prepared.schedule, layers)
     adapted, watch = attached.adapted, None
     if (planned := prepared.measurements) and (rows := prepared.held_out):

@@ -1,5 +1,6 @@
 """What is known of a job before its work begins: its sequences, its steps, that it can be done."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from swlora.errors import UserError
 from swlora.job import Job
 from swlora.models.load import LoadedModel
 from swlora.models.provenance import tokenizer_sha256
-from swlora.open_settings import settle
+from swlora.open_settings import note_found_rate, settle
 from swlora.plural import counted
 from swlora.preview import summarise
 from swlora.processes import check_alike, from_main, world
@@ -100,7 +101,7 @@ def prepare_training(job: Job) -> PreparedTraining:
         job.load_shard()
     sequences = job.encoded("train").sequences
     settled = settle(job)
-    schedule, planned = planned_schedule(job, sequences)
+    schedule, planned = planned_schedule(job, sequences, job.progress.say)
     held_out = encode_held_out(job, planned) if planned else None
     if held_out is None and job.spec.train.sample_prompts:
         raise UserError(
@@ -117,8 +118,23 @@ def prepare_training(job: Job) -> PreparedTraining:
     return PreparedTraining(sequences, schedule, planned, held_out)
 
 
-def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Measurements | None]":
-    """Return the steps of a training, and what is measured while they run.
+def at_found_rate(job: Job, prepared: PreparedTraining, n_layers: int) -> PreparedTraining:
+    """Return the training as it is with `n_layers` found layers: at their learning rate.
+
+    It is the same where the layers were known before.
+    """
+    if not job.spec.adapter.layers.needs_search:
+        return prepared
+    if line := note_found_rate(job, n_layers):
+        job.progress.say(line)
+    schedule, _ = planned_schedule(job, prepared.sequences, lambda _line: None)  # said before
+    return replace(prepared, schedule=schedule)
+
+
+def planned_schedule(
+    job: Job, sequences: TokenSequences, say: Callable[[str], None]
+) -> "tuple[Schedule, Measurements | None]":
+    """Return the steps of a training, and what is measured while they run; `say` what is new.
 
     Of one that goes on with other settings the steps change from where it stands, and what is
     measured stays: losses are compared with those before. UserError where no step is left.
@@ -139,13 +155,13 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
     planned = planned_measurements(begun, n_steps=first.n_steps, n_sequences=first.n_sequences)
     if len(stretches) == 1:
         if not goes_on and (note := data_note(spec.train, len(sequences))):
-            job.progress.say(note)
+            say(note)
         schedule = first
     else:
         schedule = ChangedSchedule(sequences, stretches, spec.seed)
     check_enough_sequences(schedule)
     for change in changes:
-        job.progress.say(f"from step {change.step + 1} on: {change}")
+        say(f"from step {change.step + 1} on: {change}")
     if changes and changes[-1].extends and schedule.n_steps <= n_done:
         asked = f"--epochs {schedule.spec.epochs}"
         if spec.train.max_steps is not None:
@@ -160,7 +176,7 @@ def planned_schedule(job: Job, sequences: TokenSequences) -> "tuple[Schedule, Me
 
 
 def begun_with(job: Job, train: TrainSpec, n_sequences: int, n_done: int) -> TrainSpec:
-    """Return settings with the epochs and rows a step that the run chose when it began.
+    """Return settings with the epochs, rows a step and rate that the run chose when it began.
 
     They are noted in run.json: another version may choose other numbers for the same data.
     """

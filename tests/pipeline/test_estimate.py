@@ -2,23 +2,29 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from tests.support.models import MakeModel
 from tests.support.small_runs import Heard, make_spec, write_data
 
 from swlora import memory, pipeline, time_foreseen
+from swlora.cli.estimate import estimate_lines
 from swlora.config import RunSpec
 from swlora.errors import UserError
 from swlora.estimate import Estimate, estimate_training
 from swlora.job import Job
 from swlora.kernels.tree_layout import TreeLayout
+from swlora.result_json import as_json
 from swlora.run_record import DryRecord
 from swlora.runs import Run, read_metrics, read_result
 from swlora.training.step import TreeStep
+from swlora.web.pages.estimate_view import estimate_view
+from swlora.web.training.errands import Errand
 
 pytestmark = pytest.mark.usefixtures("fresh_cache", "no_drawings")
+OPEN_RATE = "of as many layers as are found"
 
 
 @pytest.fixture(autouse=True)
@@ -117,13 +123,33 @@ def test_layers_that_are_found_later_are_assumed(model_folder: Any, tmp_path: Pa
     assert found.kept_states_bytes == 0
 
 
-def test_the_rate_is_that_of_the_layers_that_are_found_later(
-    model_folder: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("layers", "given", "rate", "said", "shown"),
+    [
+        *(
+            (policy, None, None, "at the learning rate of as many layers as are found", OPEN_RATE)
+            for policy in ("super", "auto:0.5")
+        ),
+        ("super", 0.02, 0.02, "at a learning rate of 0.02", "0.02"),
+        ("2", None, 1.7e-3, "at a learning rate of 0.0017", "0.0017"),
+    ],
+)
+def test_the_rate_is_that_of_the_layers_where_they_are_known(
+    model_folder: Any,
+    tmp_path: Path,
+    layers: str,
+    given: float | None,
+    rate: float | None,
+    said: str,
+    shown: str,
 ) -> None:
-    changes: dict[str, Any] = {"adapter__layers": "super", "train__learning_rate": None}
+    changes: dict[str, Any] = {"adapter__layers": layers, "train__learning_rate": given}
     spec = make_spec(model_folder("llama"), write_data(tmp_path), **changes)
     found = estimated(spec, tmp_path / "run")
-    assert (found.layers, found.learning_rate) == ([0, 1, 2], 1.7e-3)  # of one of three layers
+    assert found.learning_rate == rate
+    assert ("", said) in estimate_lines(found)
+    done = SimpleNamespace(is_over=True, result=as_json(found))
+    assert ("Learning rate", shown) in estimate_view(cast("Errand", done)).facts
 
 
 def test_padded_batches_have_a_time(model_folder: Any, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """The learning rate of a training that is given none: of its method and layers, kept for later."""
 
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
 from tests.support.small_runs import Heard
-from tests.support.whole_jobs import StopsIn, make_spec, resume, same_adapters
+from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
 
 from swlora import pipeline
 from swlora.config import AdapterSpec, MethodName, RunSpec, default_rate, dump_yaml, load_spec
@@ -13,7 +14,7 @@ from swlora.job import Job
 from swlora.open_settings import settle
 from swlora.progress import Silent
 from swlora.run_record import MemoryRecord
-from swlora.runs import Run
+from swlora.runs import Run, read_run
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
 
@@ -95,9 +96,6 @@ def test_a_given_rate_that_is_far_off_is_kept_and_said(model_folder, rows, rate,
         ("last:2", 2, 1.2e-3),
         ("0,2", 2, 1.2e-3),
         ("every:3", 3, 1e-3),
-        ("super", 1, 1.7e-3),
-        ("super+removal", 1, 1.7e-3),
-        ("auto:0.5", 3, 1e-3),
     ],
 )
 def test_few_layers_have_a_higher_one(model_folder, rows, layers, n_adapted, expected):
@@ -105,6 +103,66 @@ def test_few_layers_have_a_higher_one(model_folder, rows, layers, n_adapted, exp
     assert spec.train.learning_rate == expected
     said = f"learning rate {expected:g}, for lora in {n_adapted} of 3 layers (--learning-rate sets"
     assert lines == ([f"{said} another)"] if expected != DEFAULT_RATE else [])
+
+
+@pytest.mark.parametrize("layers", ["super", "super+removal", "auto:0.5"])
+def test_layers_that_are_searched_for_have_none_yet(model_folder, rows, layers):
+    spec, lines = settled(open_spec(model_folder("llama"), rows, adapter__layers=layers))
+    assert (spec.train.learning_rate, lines) == (None, [])
+
+
+@pytest.fixture
+def found_layers(monkeypatch):
+    """A function (layers): a search for super weights finds these, of which some repair."""
+
+    def find(*layers):
+        found = SimpleNamespace(layers=list(layers), removal_layers=list(layers))
+        monkeypatch.setattr(pipeline, "identify", lambda _job: found)
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("policy", "layers", "rate"),
+    [("super", [1], 1.7e-3), ("super", [0, 2], 1.2e-3), ("super+removal", [1], 1.7e-3)],
+)
+def test_layers_that_are_found_have_the_rate_of_as_many(
+    model_folder, rows, tmp_path, monkeypatch, found_layers, policy, layers, rate
+):
+    """It is what the same layers come to when they are named, also stopped and gone on with."""
+    found_layers(*layers)
+    model = model_folder("llama")
+    searched = open_spec(model, rows, adapter__layers=policy)
+    named = open_spec(model, rows, adapter__layers=",".join(map(str, layers)))
+    for name, spec in (("searched", searched), ("named", named)):
+        with Run.prepare(tmp_path / name, spec, "train") as run:
+            pipeline.train(Job(spec, run, heard := Heard()))
+        said = f"learning rate {rate:g}, for lora in {len(layers)} of 3 layers (--learning-rate"
+        assert sum(line.startswith(said) for line in heard.lines) == 1
+        assert run.read_result()["train"]["learning_rate"] == rate
+    assert same_adapters(tmp_path / "searched", tmp_path / "named")
+    for n, name in ((1, "before"), (3, "within")):  # the first step, or the third
+        with pytest.raises(KeyboardInterrupt):
+            run_in(tmp_path / name, searched, "train", StopsIn("train", n))
+        with monkeypatch.context() as another:
+            another.setitem(RATES, "lora", 0.5)  # as another version might have it
+            resume(tmp_path / name)
+        assert read_run(tmp_path / name)["fitted"]["learning_rate"] == rate
+        assert load_spec(tmp_path / name / "config.yaml", {}).train.learning_rate is None
+        assert same_adapters(tmp_path / name, tmp_path / "named")
+
+
+def test_a_given_rate_of_found_layers_is_kept_and_said_where_far(
+    model_folder, rows, tmp_path, found_layers
+):
+    found_layers(1)
+    spec = make_spec(model_folder("llama"), rows, adapter__layers="super")
+    with Run.prepare(tmp_path / "run", spec, "train") as run:
+        pipeline.train(Job(spec, run, heard := Heard()))
+    far = "learning rate 0.02 is far above 0.0017, the default of lora in 1 of 3 layers"
+    assert heard.lines.count(far) == 1
+    assert run.read_result()["train"]["learning_rate"] == 0.02
+    assert "learning_rate" not in read_run(tmp_path / "run")["fitted"]
 
 
 def test_null_in_a_file_leaves_it_open_and_a_run_writes_what_it_became(

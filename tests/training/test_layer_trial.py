@@ -128,6 +128,25 @@ def test_a_trial_is_an_ordinary_training_and_leaves_no_trace(make_model, sequenc
     assert losses.last_nats != pytest.approx(losses.early_nats, rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(("layers", "rate"), [([2], 1.7e-3), ([0, 1, 2], 1e-3)])
+def test_a_rate_that_is_left_open_is_that_of_as_many_layers(
+    make_model, sequences, method, layers, rate
+):
+    """Of LoRA, which stands for full training."""
+
+    def losses(learning_rate, method):
+        spec = RunSpec(
+            adapter=AdapterSpec(method=method),
+            train=TrainSpec(batch_size=2, epochs=40, learning_rate=learning_rate),
+        )
+        plan, model = _plan(sequences, spec), make_model("llama")
+        return try_layers(model, sequences, spec, layers, plan, n_steps=9, advance=lambda: None)
+
+    assert losses(None, method) == losses(rate, "lora")
+    assert losses(None, method) != losses(2 * rate, "lora")
+
+
 def _held_out(step, plan, optimizer):
     loss = sum((step(groups) for groups in plan.held_out), LossSum())
     optimizer.zero_grad()

@@ -50,7 +50,7 @@ def estimate_lines(found: "Estimate") -> list[Line]:
         ("", f"on {_maps(found)}: {found.n_trainable:,} weights are trained, {share:.2g} %"),
         ("data", f"{found.data}; {counted(found.n_rows, 'row')}"),
         ("steps", _steps(found)),
-        ("", f"at a learning rate of {found.learning_rate:g}"),
+        ("", _rate(found)),
         *_memory(found),
         ("time", _time(found)),
         ("disk", _disk(found)),
@@ -63,6 +63,12 @@ def _maps(found: "Estimate") -> str:
     names = [name.rpartition(".")[2] for name in found.maps]
     names = names if len(set(names)) == len(names) else list(found.maps)
     return f"{', '.join(names)} ({counted(sum(found.maps.values()), 'map')})"
+
+
+def _rate(found: "Estimate") -> str:
+    if found.learning_rate is None:
+        return "at the learning rate of as many layers as are found"
+    return f"at a learning rate of {found.learning_rate:g}"
 
 
 def _steps(found: "Estimate") -> str:

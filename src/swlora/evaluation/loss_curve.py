@@ -52,6 +52,7 @@ def course_of(
         epochs=schedule.n_epochs,
         steps=totals.step,
         planned_steps=schedule.n_steps,
+        learning_rate=schedule.spec.rate,
         train_s=totals.elapsed_s,
         examples_per_s=totals.rows / totals.elapsed_s,
         last_loss=next(m["loss"] for m in reversed(metrics) if "loss" in m),

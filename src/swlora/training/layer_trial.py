@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from swlora.adapters.methods import train_mode
-from swlora.config import RunSpec, TrainSpec, method_rate
+from swlora.config import RunSpec, TrainSpec, default_rate, method_rate
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import DivergedError
@@ -21,6 +21,7 @@ from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.loss_sum import LossSum
+from swlora.models.anatomy import Anatomy
 from swlora.training.fitting import fit_trial
 from swlora.training.layer_profile import temporary_adapters, tried_as
 from swlora.training.loop import reports
@@ -115,11 +116,14 @@ def try_layers(
 ) -> TrialLosses:
     """Train fresh adapters in `layers` for `n_steps` at the asked rate; take them off again.
 
-    Every call begins with the same weights, examples and random numbers. Where LoRA stands for
-    another method, its rate is to LoRA's default as the asked one is to that method's.
+    Every call begins with the same weights, examples and random numbers. Where no rate is asked
+    for it is that of as many layers, as in the training. Where LoRA stands for another method, its
+    rate is to LoRA's default as the asked one is to that method's.
     """
-    tried = tried_as(spec.adapter)
-    rate = spec.train.rate * method_rate(tried) / method_rate(spec.adapter)
+    tried, n_layers = tried_as(spec.adapter), Anatomy(model).n_layers
+    rate = default_rate(tried, n_adapted=len(layers), n_layers=n_layers)
+    if (asked := spec.train.learning_rate) is not None:
+        rate = asked * method_rate(tried) / method_rate(spec.adapter)
     train = spec.train.model_copy(update={"learning_rate": rate})
     schedule = _trial_schedule(train, plan, n_steps)
     losses: dict[int, float | None] = {}

@@ -15,9 +15,9 @@ class TrainingCourse:
     """How a training went; losses in nats a trained token.
 
     `rows` are those of the data set, counted once in every epoch; `epochs` is how many of these the
-    planned steps begin. `final_loss` is the mean over the last `final_loss_steps` steps. `held_out`
-    is None where nothing was measured, `skipped_steps` where every step had a finite loss and
-    gradient.
+    planned steps begin; `learning_rate` is that of the settings, before warm-up and decay.
+    `final_loss` is the mean over the last `final_loss_steps` steps. `held_out` is None where
+    nothing was measured, `skipped_steps` where every step had a finite loss and gradient.
     """
 
     rows: int
@@ -25,6 +25,7 @@ class TrainingCourse:
     epochs: int
     steps: int
     planned_steps: int
+    learning_rate: float
     train_s: float
     examples_per_s: float
     last_loss: float

@@ -37,7 +37,7 @@ def _facts(found: Mapping[str, Any]) -> list[Fact]:
     return [
         ("Time", _of(time, "train_s", lambda s: f"about {duration(s)}")),
         ("Steps", _of(found, "n_steps", "{:,.0f}".format)),
-        ("Learning rate", _of(found, "learning_rate", "{:g}".format)),
+        ("Learning rate", _rate(found)),
         ("Memory at the peak", _of(memory, "peak_bytes", size)),
         ("Free now", _of(memory, "free_bytes", size)),
         ("Disk, in the run's folder", size(sum(disk)) if disk else ""),
@@ -50,6 +50,12 @@ def _facts(found: Mapping[str, Any]) -> list[Fact]:
 def _of(tree: Mapping[str, Any], name: str, write: Any) -> str:
     value = finite(tree.get(name))
     return "" if value is None else str(write(value))
+
+
+def _rate(found: Mapping[str, Any]) -> str:
+    if found.get("layers_found_by") and found.get("learning_rate") is None:
+        return "of as many layers as are found"
+    return _of(found, "learning_rate", "{:g}".format)
 
 
 def _layers(found: Mapping[str, Any]) -> str:

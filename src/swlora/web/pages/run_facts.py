@@ -106,7 +106,7 @@ def _training(
         ("Epochs", trained.get("epochs") or train.get("epochs")),
         ("Steps", _steps(finite(trained.get("steps")) or n_steps, trained.get("planned_steps"))),
         ("Batch size", trained.get("batch_size") or train.get("batch_size")),
-        ("Learning rate", train.get("learning_rate")),
+        ("Learning rate", trained.get("learning_rate") or train.get("learning_rate")),
         ("Peak memory", None if memory is None else f"{memory / 1e9:.2f} GB"),
     ]
 

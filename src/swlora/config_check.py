@@ -84,6 +84,7 @@ def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
             _check_adapter(found, job)
     train = job.spec.train
     rate = "that of its method and layers" if train.learning_rate is None else f"{train.rate:g}"
+    rate = "found by a trial" if train.find_learning_rate else rate
     found.resolved.append(("learning rate", f"{rate}, {train.schedule}"))
 
 

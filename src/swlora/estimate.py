@@ -50,7 +50,8 @@ class Estimate:
     `layers_found_by` names it and all are assumed, which take most. `maps` counts the adapted ones
     by their names. `n_tokens` and `n_nodes` are those that all steps run, flat and in trees;
     `n_nodes` is None where no trees are run. `memory` is None where it is not foreseen, `time`
-    where there is no room for the training: `refused` says why.
+    where there is no room for the training: `refused` says why. `learning_rate` is None where it is
+    found first, by what `learning_rate_of` says.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Estimate:
     n_steps: int
     n_epochs: int
     learning_rate: float | None
+    learning_rate_of: str | None
     memory: MemoryParts | None
     time: TimeEstimate | None
     disk: dict[str, int]
@@ -84,7 +86,11 @@ def estimate_training(job: Job) -> Estimate:
     """
     if world().is_shared:
         raise UserError("--dry-run works in one process; start it without a launcher")
-    policy, given_rate = job.spec.adapter.layers, job.spec.train.learning_rate
+    policy, train, rate_of = job.spec.adapter.layers, job.spec.train, None
+    if train.find_learning_rate:
+        rate_of = "a trial, whose time is not counted here"
+    elif policy.needs_search and train.learning_rate is None:
+        rate_of = "as many layers as are found"
     if policy.needs_search:
         every = job.spec.adapter.model_copy(update={"layers": parse_policy("all")})
         job = replace(job, spec=job.spec.model_copy(update={"adapter": every}))
@@ -114,7 +120,8 @@ def estimate_training(job: Job) -> Estimate:
         n_nodes=found.work.step_nodes if isinstance(step, TreeStep) else None,
         n_steps=prepared.schedule.n_steps,
         n_epochs=prepared.schedule.n_epochs,
-        learning_rate=given_rate if policy.needs_search else job.spec.train.rate,
+        learning_rate=None if rate_of else job.spec.train.rate,
+        learning_rate_of=rate_of,
         memory=found.memory,
         time=found.time,
         disk={need.what: need.n_bytes for need in found.disk},

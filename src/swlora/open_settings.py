@@ -1,7 +1,8 @@
 """Settings that a configuration leaves open until model and adapter are at hand, and their values.
 
-They are the place and method of an adapter to start from, and the learning rate, which of layers
-that are searched for is known after the search.
+They are the place and method of an adapter to start from, and the learning rate, which is known
+after a search for layers or a trial of rates. Then it stands in run.json (`fitted`), and the
+configuration leaves it open.
 """
 
 from swlora.config import DEFAULT_RATE, default_rate, sharding_problem
@@ -58,6 +59,9 @@ def settle_rate(job: Job) -> str | None:
     from swlora.models.anatomy import Anatomy
 
     train, policy = job.spec.train, job.spec.adapter.layers
+    if train.find_learning_rate:
+        check_rate_trial(job)
+        return None
     if policy.needs_search:
         return None
     n_adapted = len(policy.resolve(Anatomy(job.loaded.model).n_layers))
@@ -71,19 +75,50 @@ def settle_rate(job: Job) -> str | None:
 
 
 def note_found_rate(job: Job, n_adapted: int) -> str | None:
-    """Note in the run the rate of as many layers as were found; return a line about it.
+    """Note the rate of as many layers as were found; return a line about it.
 
-    It stands in run.json beside what else the run chose when it began (`fitted`), and the
-    configuration leaves it open. One that is given, or was noted before, stays.
+    One that is given, or was noted before, stays.
     """
     rate, where = _default_rate(job, n_adapted)
     if job.spec.train.learning_rate is not None:
         return _far_line(job, rate, where)
-    noted = job.run.facts.get("fitted", {})
-    if "learning_rate" in noted:
+    if noted_rate(job) is not None:
         return None
-    job.run.record(fitted={**noted, "learning_rate": rate})
+    note_rate(job, rate)
     return _rate_line(rate, where)
+
+
+def note_rate(job: Job, rate: float) -> None:
+    """Note a rate that the configuration leaves open in run.json, beside what else was chosen."""
+    job.run.record(fitted={**job.run.facts.get("fitted", {}), "learning_rate": rate})
+
+
+def noted_rate(job: Job) -> float | None:
+    """Return the rate that the run has noted, None for none."""
+    rate = job.run.facts.get("fitted", {}).get("learning_rate")
+    return None if rate is None else float(rate)
+
+
+def check_rate_trial(job: Job) -> None:
+    """Raise UserError where rates cannot be tried for a training that begins."""
+    from swlora.models.anatomy import Anatomy
+    from swlora.training.layer_profile import TRIED_AS_THEMSELVES, check_trees
+
+    adapter, train = job.spec.adapter, job.spec.train
+    if job.run.facts.get("resumed"):
+        return
+    if train.learning_rate is not None:
+        raise UserError("--learning-rate is given: leave it or --find-learning-rate out")
+    reason = None
+    if adapter.start is not None:
+        reason = "tries rates with fresh adapters, and --adapter starts from another"
+    elif adapter.method not in TRIED_AS_THEMSELVES:
+        reason = f"tries {', '.join(TRIED_AS_THEMSELVES)}, and not --method {adapter.method}"
+    elif train.shard:
+        reason = "needs the whole model, and --shard divides it"
+    if reason:
+        raise UserError(f"--find-learning-rate {reason}; leave it out, or give --learning-rate")
+    check_trees(Anatomy(job.loaded.model), "--find-learning-rate")
 
 
 def _default_rate(job: Job, n_adapted: int) -> tuple[float, str]:

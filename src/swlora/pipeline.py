@@ -17,13 +17,14 @@ from swlora.files import sha256_of
 from swlora.job import Job
 from swlora.layer_policy import VerifiedLayers
 from swlora.memory import peak_memory_bytes
+from swlora.open_settings import note_found_rate, note_rate, noted_rate
 from swlora.preparation import (
     PreparedTraining,
-    at_found_rate,
     check_reporting,
     check_weights_alike,
     prepare_evaluation,
     prepare_training,
+    replanned,
 )
 from swlora.processes import from_main
 from swlora.reporting import reporting, sampler_of
@@ -94,7 +95,7 @@ def train(
 
     prepared = prepared or prepare_training(job)  # before a search, which is long
     layers, folder = layers or choose_layers(job), job.run.folder
-    prepared = at_found_rate(job, prepared, len(layers))
+    prepared = at_found_rate(job, prepared, layers)
     attached = attach(job, prepared.schedule, layers)
     adapted, watch = attached.adapted, None
     if (planned := prepared.measurements) and (rows := prepared.held_out):
@@ -169,6 +170,37 @@ def measure_layers(job: Job, budget: float) -> list[int]:
         job.progress.say(line)
     job.run.write_result({"layer_choice": choice})
     return choice.layers
+
+
+def at_found_rate(job: Job, prepared: PreparedTraining, layers: list[int]) -> PreparedTraining:
+    """Return a training at the learning rate that a trial, or the number of found layers, gives it.
+
+    It is the same where the rate was known before. Of several processes the first one tries.
+    """
+    train = job.spec.train
+    is_open = train.learning_rate is None and noted_rate(job) is None
+    if train.find_learning_rate and is_open:
+        note_rate(job, from_main(lambda: measure_rate(job, prepared, layers)))
+    elif not job.spec.adapter.layers.needs_search:
+        return prepared
+    elif line := note_found_rate(job, len(layers)):
+        job.progress.say(line)
+    return replanned(job, prepared)
+
+
+def measure_rate(job: Job, prepared: PreparedTraining, layers: list[int]) -> float:
+    """Find the learning rate of adapters in `layers` by short trainings, and say why."""
+    from swlora.training import rate_trial
+
+    model, schedule = job.loaded.model, prepared.schedule
+    with job.timed("find_learning_rate"):
+        choice = rate_trial.choose(
+            model, prepared.sequences, job.spec, layers, schedule, job.progress
+        )
+    for line in rate_trial.lines(choice):
+        job.progress.say(line)
+    job.run.write_result({"found_rate": choice})
+    return choice.learning_rate
 
 
 def evaluate_adapter(

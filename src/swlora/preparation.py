@@ -16,7 +16,7 @@ from swlora.errors import UserError
 from swlora.job import Job
 from swlora.models.load import LoadedModel
 from swlora.models.provenance import tokenizer_sha256
-from swlora.open_settings import note_found_rate, settle
+from swlora.open_settings import settle
 from swlora.plural import counted
 from swlora.preview import summarise
 from swlora.processes import check_alike, from_main, world
@@ -118,15 +118,8 @@ def prepare_training(job: Job) -> PreparedTraining:
     return PreparedTraining(sequences, schedule, planned, held_out)
 
 
-def at_found_rate(job: Job, prepared: PreparedTraining, n_layers: int) -> PreparedTraining:
-    """Return the training as it is with `n_layers` found layers: at their learning rate.
-
-    It is the same where the layers were known before.
-    """
-    if not job.spec.adapter.layers.needs_search:
-        return prepared
-    if line := note_found_rate(job, n_layers):
-        job.progress.say(line)
+def replanned(job: Job, prepared: PreparedTraining) -> PreparedTraining:
+    """Return a training with its steps planned anew: the run has noted more since."""
     schedule, _ = planned_schedule(job, prepared.sequences, lambda _line: None)  # said before
     return replace(prepared, schedule=schedule)
 
@@ -246,14 +239,14 @@ def check_adapter(job: Job, n_steps: int) -> None:
     """Refuse an adapter that cannot be trained in this model, before any work is done."""
     from swlora.adapters.methods import check_fit
     from swlora.models.anatomy import Anatomy
-    from swlora.training import layer_choice
+    from swlora.training.layer_profile import check_trees
 
     spec, anatomy = job.spec, Anatomy(job.loaded.model)
     policy = spec.adapter.layers
     if job.will_identify:
         _ = job.identification_windows  # raises what is wrong with them, before anything else runs
     elif policy.time_budget is not None:
-        layer_choice.check_family(anatomy)
+        check_trees(anatomy, "--layers auto")
     # The first layer stands for layers that are not found yet.
     layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
     check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)

@@ -237,6 +237,14 @@ def test_layers_that_one_process_chooses_are_those_of_all(layers, inputs, tmp_pa
     assert {int(layer) for layer in layers_there} == set(result["train"]["layers"])
 
 
+def test_a_rate_that_one_process_finds_is_that_of_all(inputs, tmp_path):
+    open_rate = {"train__learning_rate": None, "train__find_learning_rate": True}
+    run = train(config(tmp_path, inputs, **open_rate), tmp_path, 2, "found")
+    rate = read_run(run)["fitted"]["learning_rate"]
+    same = train(config(tmp_path, inputs, train__learning_rate=rate), tmp_path, 2, "given")
+    assert same_weights(run / "adapter", same / "adapter")
+
+
 def test_weights_that_are_no_numbers_end_all_with_the_rows_named(inputs, tmp_path):
     arguments = config(tmp_path, inputs, train__learning_rate=1e36, train__warmup_fraction=0)
     folder = tmp_path / "run"

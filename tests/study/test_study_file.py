@@ -218,6 +218,14 @@ def test_a_learning_rate_for_all_arms_is_refused(tmp_path):
     assert "give the arm `rates`" in problem
 
 
+def test_finding_a_rate_is_left_to_the_study(tmp_path):
+    (problem,) = read(tmp_path, "train: {find_learning_rate: true}\narms: [lora]").problems
+    assert problem == "train.find_learning_rate: a study tries the rates of rate.grid itself"
+    text = "arms: [lora, {name: x, train.find_learning_rate: true}]"
+    (problem,) = read(tmp_path, text).problems
+    assert problem.endswith("a study tries the `rates` of an arm itself")
+
+
 def test_seeds_of_controls_that_an_arm_does_not_have_are_refused(tmp_path):
     arms = (
         "[lora, {name: top, layers: last:2, control_seeds: [0]}, {name: super, control_seeds: [7]}]"

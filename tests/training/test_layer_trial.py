@@ -11,7 +11,7 @@ from swlora.config.rates import DEFAULT_RATE, RATES
 from swlora.data.token_sequences import TokenSequences
 from swlora.loss_sum import LossSum
 from swlora.progress import Silent
-from swlora.training import layer_choice, layer_trial
+from swlora.training import layer_choice, layer_trial, short_training
 from swlora.training.layer_profile import LayerProfile, profile
 from swlora.training.layer_trial import plan_trial, try_layers
 from swlora.training.plain import PlainStep
@@ -156,12 +156,12 @@ def _held_out(step, plan, optimizer):
 def test_a_trial_that_diverges_has_no_loss_and_leaves_no_trace(make_model, sequences, monkeypatch):
     model, spec = make_model("llama"), _spec()
     bits = _bits(model)
-    step_of = layer_trial.TreeStep.__call__
+    step_of = short_training.TreeStep.__call__
 
     def diverged(self, groups) -> LossSum:
         return LossSum(float("nan"), step_of(self, groups).n_tokens)
 
-    monkeypatch.setattr(layer_trial.TreeStep, "__call__", diverged)
+    monkeypatch.setattr(short_training.TreeStep, "__call__", diverged)
     losses = try_layers(
         model, sequences, spec, [2], _plan(sequences, spec), n_steps=9, advance=lambda: None
     )

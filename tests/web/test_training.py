@@ -138,7 +138,8 @@ def test_a_look_has_its_time(tmp_path):
 def test_a_training_is_a_list_of_arguments(trainer, child, data, tmp_path, loaded, monkeypatch):
     monkeypatch.setenv("SWLORA_API_KEY", KEY)
     layers = "last:2"
-    assert start(trainer, layers=layers, epochs="1", rank="", skip_bad_rows="1") == "/runs/mine"
+    ticks = {"skip_bad_rows": "1", "find_learning_rate": "1"}
+    assert start(trainer, layers=layers, epochs="1", rank="", **ticks) == "/runs/mine"
     until(child.exists)
     said = json.loads(child.read_text())
     assert said["key"] == ""
@@ -150,6 +151,7 @@ def test_a_training_is_a_list_of_arguments(trainer, child, data, tmp_path, loade
         "--epochs=1",
         "--eval-share=0.05",
         "--skip-bad-rows",
+        "--find-learning-rate",
         f"--output={tmp_path / 'runs/mine'}",
     }
     until(lambda: status_of(tmp_path / "runs") == "done")

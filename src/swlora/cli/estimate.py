@@ -67,7 +67,7 @@ def _maps(found: "Estimate") -> str:
 
 def _rate(found: "Estimate") -> str:
     if found.learning_rate is None:
-        return "at the learning rate of as many layers as are found"
+        return f"at the learning rate of {found.learning_rate_of}"
     return f"at a learning rate of {found.learning_rate:g}"
 
 

@@ -46,6 +46,10 @@ class TrainSpec(Spec):
         description="higher in few layers "
         f"[default: {', '.join(f'{m} {RATES.get(m, DEFAULT_RATE):g}' for m in METHOD_NAMES)}]",
     )
+    find_learning_rate: bool = Field(
+        default=False,
+        description="try rates in short trainings first, and take the one that ends lowest",
+    )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -22,6 +22,7 @@ from swlora.study.spec import RATE, ArmSpec, StudySpec
 # What all arms of a study share, or what the study itself decides
 SHARED = {
     "train.learning_rate": "give the arm `rates`",
+    "train.find_learning_rate": "a study tries the `rates` of an arm itself",
     "train.batch_size": "all arms have the same effective batch",
     "train.order": "all arms see the data in the same order",
 }
@@ -152,6 +153,8 @@ def _problems(spec: StudySpec, names_in_file: list[str]) -> list[str]:
         problems.append(CONSTANT)
     if spec.train.learning_rate != RATE:
         problems.append("train.learning_rate: a study chooses it; give rate.grid")
+    if spec.train.find_learning_rate:
+        problems.append("train.find_learning_rate: a study tries the rates of rate.grid itself")
     if spec.rate.extend and not any(map(spec.chooses_rate, spec.arms)):
         problems.append("rate.extend: no arm has several rates, so there is no edge to go beyond")
     for arm in spec.arms:

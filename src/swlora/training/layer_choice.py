@@ -20,12 +20,12 @@ from typing import Any
 
 from swlora.config import RunSpec
 from swlora.data.token_sequences import TokenSequences
-from swlora.errors import RunFailedError, UserError
+from swlora.errors import RunFailedError
 from swlora.layer_policy import layer_ranges
 from swlora.models.anatomy import Anatomy
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
-from swlora.training.layer_profile import LayerProfile, profile
+from swlora.training.layer_profile import LayerProfile, check_trees, profile
 from swlora.training.layer_trial import N_HELD_OUT_LOSSES, TrialPlan, plan_trial, try_layers
 from swlora.training.schedule import Schedule
 
@@ -120,12 +120,6 @@ class Forecast:
         return self.spent_s + self.trial_s(lowest)
 
 
-def check_family(anatomy: Anatomy) -> None:
-    """Raise UserError where nothing can be measured, because the family cannot run trees."""
-    if not anatomy.family.has_attention_interface:
-        raise UserError("--layers auto needs prefix trees, which this family cannot run")
-
-
 @adapted_threads()
 def choose(
     model: Any, sequences: TokenSequences, spec: RunSpec, budget: float, progress: Progress
@@ -137,7 +131,7 @@ def choose(
     """
     start_s = time.perf_counter()
     anatomy = Anatomy(model)
-    check_family(anatomy)
+    check_trees(anatomy, "--layers auto")
     all_layers = list(range(anatomy.n_layers))
     schedule = Schedule.of(sequences, spec.train, spec.seed)
     plan = plan_trial(schedule, sequences, budget)

@@ -21,11 +21,13 @@ from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
+from swlora.errors import UserError
 from swlora.kernels.device_clock import DeviceClock
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
+from swlora.models.anatomy import Anatomy
 from swlora.threads import adapt_threads
 from swlora.training.fitting import fit_trial
 from swlora.training.frozen_prefix import GIB, n_cache_bytes
@@ -69,6 +71,12 @@ class LayerProfile:
         """Return the seconds an example takes over `n_epochs` epochs, one at least."""
         later_s = self.pass_s(lowest, is_first=False)
         return self.pass_s(lowest, is_first=True) + max(0.0, n_epochs - 1) * later_s
+
+
+def check_trees(anatomy: Anatomy, flag: str) -> None:
+    """Raise UserError where nothing can be measured for a flag: the family cannot run trees."""
+    if not anatomy.family.has_attention_interface:
+        raise UserError(f"{flag} needs prefix trees, which this family cannot run")
 
 
 def tried_as(spec: AdapterSpec) -> AdapterSpec:

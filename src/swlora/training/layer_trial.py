@@ -10,23 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from swlora.adapters.methods import train_mode
 from swlora.config import RunSpec, TrainSpec, default_rate, method_rate
-from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
-from swlora.errors import DivergedError
-from swlora.kernels.forwards import fast_forwards
-from swlora.kernels.patched_forwards import patched_forwards
-from swlora.kernels.tree_layout import TreeLayout
-from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy
-from swlora.training.fitting import fit_trial
-from swlora.training.layer_profile import temporary_adapters, tried_as
-from swlora.training.loop import reports
+from swlora.training.layer_profile import tried_as
 from swlora.training.schedule import Schedule, Step
-from swlora.training.step import TreeStep, tree_nats
+from swlora.training.short_training import train_shortly, without_held_out
 
 N_TRIED = 3  # choices of layers: all, the last ones, the middle
 N_HELD_OUT_LOSSES = 2 * N_TRIED  # of each: in the end, and of fewer layers also on the way
@@ -34,7 +24,6 @@ PROFILED_STEPS, PROFILED_EXAMPLES = 3, 96  # at least
 TRIAL_STEPS, TRIAL_EXAMPLES = 8, 256  # with all layers, at least
 TRIAL_SHARE = 0.08  # of what can be saved
 MAX_TRIAL_FACTOR = 5  # a trial is at most so many times the shortest one
-HELD_OUT_EXAMPLES, HELD_OUT_SHARE = 64, 0.25  # of an epoch; at most
 MIN_SAVED_FACTOR = 2.0  # measuring must be able to save so many times what it costs
 
 
@@ -87,8 +76,7 @@ def plan_trial(schedule: Schedule, sequences: TokenSequences, budget: float) -> 
     shortest = max(TRIAL_STEPS, math.ceil(TRIAL_EXAMPLES / per_step))
     n_trial = min(MAX_TRIAL_FACTOR * shortest, max(shortest, round(TRIAL_SHARE * n_saved)))
     n_profiled = max(PROFILED_STEPS, math.ceil(PROFILED_EXAMPLES / per_step))
-    n_held_out = min(math.ceil(HELD_OUT_EXAMPLES / per_step), int(HELD_OUT_SHARE * len(steps)))
-    trained, held_out = steps[n_held_out:], steps[:n_held_out]
+    held_out, trained = without_held_out(steps, len(sequences))
     return TrialPlan(schedule.n_steps, n_saved, n_trial, n_profiled, per_step, trained, held_out)
 
 
@@ -125,27 +113,13 @@ def try_layers(
     if (asked := spec.train.learning_rate) is not None:
         rate = asked * method_rate(tried) / method_rate(spec.adapter)
     train = spec.train.model_copy(update={"learning_rate": rate})
+    trained = spec.model_copy(update={"adapter": tried, "train": train})
     schedule = _trial_schedule(train, plan, n_steps)
-    losses: dict[int, float | None] = {}
-    with (
-        temporary_adapters(model, tried, layers, spec.seed) as adapted,
-        torch.random.fork_rng(devices=[]),
-    ):
-        step = TreeStep(
-            adapted.model, sequences, label_smoothing=spec.train.label_smoothing, say=_say_nothing
-        )
-        fit_trial(step, schedule, _say_nothing)
-        torch.manual_seed(spec.seed)  # dropout
-        before = _held_out_loss(step, plan.held_out)
-        try:
-            for report in reports(step, schedule, adapted):
-                advance()
-                if report["step"] in (plan.n_trial, n_steps):
-                    losses[report["step"]] = _held_out_loss(step, plan.held_out)
-        except DivergedError:
-            losses[n_steps] = None
-    early, last = (_finite_or_none(losses.get(n)) for n in (plan.n_trial, n_steps))
-    return TrialLosses(before, early, last)
+    at = (plan.n_trial, n_steps)
+    before, losses = train_shortly(
+        model, sequences, trained, layers, schedule, plan.held_out, at, advance
+    )
+    return TrialLosses(before, losses.get(plan.n_trial), losses.get(n_steps))
 
 
 def _trial_schedule(spec: TrainSpec, plan: TrialPlan, n_steps: int) -> Schedule:
@@ -164,25 +138,3 @@ def _trial_schedule(spec: TrainSpec, plan: TrialPlan, n_steps: int) -> Schedule:
         }
     )
     return Schedule(constant, lambda _epoch: plan.trained, len(plan.trained))
-
-
-@torch.no_grad()
-def _held_out_loss(step: TreeStep, steps: Sequence[Step]) -> float:
-    """Return the loss in nats a token, without dropout and label smoothing."""
-    total = LossSum()
-    step.peft_model.eval()
-    with patched_forwards(fast_forwards(step.peft_model)):
-        for ids in (ids for groups in steps for ids in step.parts(groups)):
-            tree = build_tree(step.sequences, ids)
-            hidden = step.walk.whole(TreeLayout(tree, step.base_model.device))
-            total += LossSum(float(tree_nats(step.walk, tree, hidden)), tree.n_target_tokens)
-    train_mode(step.peft_model)
-    return total.nats_per_token
-
-
-def _finite_or_none(loss: float | None) -> float | None:
-    return loss if loss is not None and math.isfinite(loss) else None
-
-
-def _say_nothing(_line: str) -> None:
-    """Drop a line: the training that follows says the same."""

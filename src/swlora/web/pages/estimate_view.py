@@ -53,9 +53,8 @@ def _of(tree: Mapping[str, Any], name: str, write: Any) -> str:
 
 
 def _rate(found: Mapping[str, Any]) -> str:
-    if found.get("layers_found_by") and found.get("learning_rate") is None:
-        return "of as many layers as are found"
-    return _of(found, "learning_rate", "{:g}".format)
+    rate_of = found.get("learning_rate_of")
+    return f"of {rate_of}" if rate_of else _of(found, "learning_rate", "{:g}".format)
 
 
 def _layers(found: Mapping[str, Any]) -> str:

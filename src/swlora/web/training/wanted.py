@@ -28,6 +28,7 @@ FIELDS = {
     "columns": ("data.columns", "Columns"),
 }
 TICKS = {
+    "find_learning_rate": ("train.find_learning_rate", "Find the learning rate"),
     "skip_bad_rows": ("data.skip_bad_rows", "Leave out bad rows"),
     "truncate": ("data.truncate", "Shorten long rows"),
 }

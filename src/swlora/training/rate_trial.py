@@ -1,0 +1,150 @@
+"""The learning rate by measurement, for `--find-learning-rate`.
+
+Short trainings, alike but for their rate, begin with the default of method and layers and go on to
+twice and half the rates until the held-out loss is higher on both sides of the lowest. With E
+passes over the rows
+
+    rate = the one that ends lowest / sqrt(E)
+
+is taken: rows that are seen again want a lower one (docs/results.md, "A rate that is found").
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from swlora.config import RunSpec, default_rate
+from swlora.data.token_sequences import TokenSequences
+from swlora.errors import RunFailedError
+from swlora.models.anatomy import Anatomy
+from swlora.plural import counted
+from swlora.progress import Progress
+from swlora.threads import adapted_threads
+from swlora.training.schedule import Schedule
+from swlora.training.short_training import train_shortly, without_held_out
+
+N_STEPS = 8  # of each trial
+STEP = 2.0  # from one rate to the next
+MOST_TRIALS = 8  # rates from the default to 2 ** 6 times as much or little, and one beyond
+
+
+@dataclass(frozen=True)
+class RateTrial:
+    """A rate, and the held-out loss in nats a token that it came to; None: it diverged."""
+
+    learning_rate: float
+    loss_nats: float | None
+
+
+@dataclass(frozen=True)
+class FoundRate:
+    """The rate taken, why, and everything that was measured."""
+
+    learning_rate: float
+    reason: str
+    n_steps: int = 0
+    n_held_out: int = 0
+    measured_s: float = 0.0
+    loss_before_nats: float | None = None
+    trials: list[RateTrial] = field(default_factory=list)
+
+
+@adapted_threads()
+def choose(
+    model: Any,
+    sequences: TokenSequences,
+    spec: RunSpec,
+    layers: Sequence[int],
+    schedule: Schedule,
+    progress: Progress,
+) -> FoundRate:
+    """Find the learning rate of adapters in `layers` of a base model, for a training by `schedule`.
+
+    The model's weights are the same afterwards, to the last bit. Where too few rows can be held out
+    it is the default. Raises RunFailedError where every rate diverges.
+    """
+    start_s, n_layers = time.perf_counter(), Anatomy(model).n_layers
+    default = default_rate(spec.adapter, n_adapted=len(layers), n_layers=n_layers)
+    steps = schedule.epoch(0)
+    held_out, trained = without_held_out(steps, len(sequences))
+    if not held_out:
+        few = f"the default, for an epoch of {counted(len(steps), 'step')} has too few to hold out"
+        return FoundRate(default, few)
+    n_steps = min(N_STEPS, schedule.n_steps)
+    losses: dict[float, float] = {}
+    before = math.inf
+    with progress.task("try learning rates") as task:
+        while (rate := next_rate(losses, default)) is not None:
+            changed = {"learning_rate": rate, "epochs": n_steps, "max_steps": n_steps}
+            tried = spec.model_copy(update={"train": schedule.spec.model_copy(update=changed)})
+            short = Schedule(tried.train, lambda _epoch: trained, len(trained))
+            told = partial(task.advance, 1.0, f"rate {rate:g}")
+            before, found = train_shortly(
+                model, sequences, tried, layers, short, held_out, [n_steps], told
+            )
+            loss = found[n_steps]
+            losses[rate] = math.inf if loss is None else loss
+    rate, reason = chosen(losses, n_steps, schedule.n_steps / len(steps))
+    return FoundRate(
+        rate,
+        reason,
+        n_steps=n_steps,
+        n_held_out=sum(len(ids) for groups in held_out for ids in groups),
+        measured_s=time.perf_counter() - start_s,
+        loss_before_nats=before,
+        trials=[RateTrial(r, _finite_or_none(losses[r])) for r in sorted(losses)],
+    )
+
+
+def chosen(losses: dict[float, float], n_steps: int, n_passes: float) -> tuple[float, str]:
+    """Return (rate, reason) by the losses that rates came to in `n_steps` steps."""
+    best = _lowest(losses)
+    if not math.isfinite(losses[best]):
+        raise RunFailedError(
+            f"every learning rate from {min(losses):g} to {max(losses):g} diverges within "
+            f"{counted(n_steps, 'step')}"
+        )
+    reason = f"{best:g} ends lowest after {counted(n_steps, 'step')}"
+    if n_passes > 1:
+        reason += f"; divided by the root of {n_passes:.2g} passes"
+    return float(f"{best / math.sqrt(max(1.0, n_passes)):.1e}"), reason
+
+
+def next_rate(losses: dict[float, float], default: float) -> float | None:
+    """Return the next rate to try after those that came to `losses`; None: the lowest is inside.
+
+    The default comes first and then twice as much; an infinite loss is one that diverged.
+    """
+    if not losses:
+        return default
+    if len(losses) == MOST_TRIALS:
+        return None
+    best = _lowest(losses)
+    if math.isfinite(losses[best]) and STEP * best not in losses:
+        return STEP * best
+    return best / STEP if best / STEP not in losses else None
+
+
+def lines(choice: FoundRate) -> Iterator[str]:
+    """Lay out a choice and what it was made from, for a person."""
+    if choice.trials:
+        yield (
+            f"{choice.measured_s:.0f} s of trying rates, {choice.n_steps} steps each; nats a token "
+            f"on {choice.n_held_out} held-out rows, {choice.loss_before_nats:.3f} before:"
+        )
+    for trial in choice.trials:
+        text = "diverged" if trial.loss_nats is None else f"{trial.loss_nats:.3f}"
+        yield f"{trial.learning_rate:<12g}{text:>10}"
+    yield f"learning rate {choice.learning_rate:g}: {choice.reason}"
+
+
+def _lowest(losses: dict[float, float]) -> float:
+    """Return the rate with the lowest loss, of equal ones the lowest."""
+    return min(losses, key=lambda rate: (losses[rate], rate))
+
+
+def _finite_or_none(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None

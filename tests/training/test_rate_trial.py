@@ -131,8 +131,8 @@ def test_a_rate_that_diverges_is_not_taken(make_model, sequences, monkeypatch):
     short = rate_trial.train_shortly
 
     def diverges_above(model, sequences, spec, *others):
-        before, losses = short(model, sequences, spec, *others)
-        return before, (losses if spec.train.rate < 1.5e-3 else dict.fromkeys(losses))
+        losses = short(model, sequences, spec, *others)
+        return losses if spec.train.rate < 1.5e-3 else dict.fromkeys(losses)
 
     monkeypatch.setattr(rate_trial, "train_shortly", diverges_above)
     found, _ = _choose(make_model("llama"), sequences, _spec(epochs=1))

@@ -115,11 +115,11 @@ def try_layers(
     train = spec.train.model_copy(update={"learning_rate": rate})
     trained = spec.model_copy(update={"adapter": tried, "train": train})
     schedule = _trial_schedule(train, plan, n_steps)
-    at = (plan.n_trial, n_steps)
-    before, losses = train_shortly(
-        model, sequences, trained, layers, schedule, plan.held_out, at, advance
-    )
-    return TrialLosses(before, losses.get(plan.n_trial), losses.get(n_steps))
+    at = (0, plan.n_trial, n_steps)
+    losses = train_shortly(model, sequences, trained, layers, schedule, plan.held_out, at, advance)
+    before = losses[0]
+    assert before is not None  # nothing was trained
+    return TrialLosses(before, losses.get(plan.n_trial), losses[n_steps])
 
 
 def _trial_schedule(spec: TrainSpec, plan: TrialPlan, n_steps: int) -> Schedule:

@@ -75,17 +75,16 @@ def choose(
         return FoundRate(default, few)
     n_steps = min(N_STEPS, schedule.n_steps)
     losses: dict[float, float] = {}
-    before = math.inf
+    before: float | None = None
     with progress.task("try learning rates") as task:
         while (rate := next_rate(losses, default)) is not None:
             changed = {"learning_rate": rate, "epochs": n_steps, "max_steps": n_steps}
             tried = spec.model_copy(update={"train": schedule.spec.model_copy(update=changed)})
             short = Schedule(tried.train, lambda _epoch: trained, len(trained))
             told = partial(task.advance, 1.0, f"rate {rate:g}")
-            before, found = train_shortly(
-                model, sequences, tried, layers, short, held_out, [n_steps], told
-            )
-            loss = found[n_steps]
+            at = [n_steps] if losses else [0, n_steps]  # they all begin with the same loss
+            found = train_shortly(model, sequences, tried, layers, short, held_out, at, told)
+            before, loss = found.get(0, before), found[n_steps]
             losses[rate] = math.inf if loss is None else loss
     rate, reason = chosen(losses, n_steps, schedule.n_steps / len(steps))
     return FoundRate(

@@ -46,11 +46,11 @@ def train_shortly(
     held_out: Sequence[Step],
     measured_at: Collection[int],
     advance: Callable[[], None],
-) -> tuple[float, dict[int, float | None]]:
+) -> dict[int, float | None]:
     """Train fresh adapters in `layers` by a schedule; take them off again.
 
-    Returns the held-out loss in nats a token before, and by step after those of `measured_at`; None
-    where the training broke off because its loss or gradient was not finite.
+    Returns the held-out loss in nats a token after the steps `measured_at`, of which 0 is before
+    the first; None where the training broke off because its loss or gradient was not finite.
     """
     losses: dict[int, float | None] = {}
     with (
@@ -62,7 +62,8 @@ def train_shortly(
         )
         fit_trial(step, schedule, _say_nothing)
         torch.manual_seed(spec.seed)  # dropout
-        before = _held_out_loss(step, held_out)
+        if 0 in measured_at:
+            losses[0] = _held_out_loss(step, held_out)
         try:
             for report in reports(step, schedule, adapted):
                 advance()
@@ -70,7 +71,7 @@ def train_shortly(
                     losses[report["step"]] = _finite_or_none(_held_out_loss(step, held_out))
         except DivergedError:
             losses |= {n: None for n in measured_at if n not in losses}
-    return before, losses
+    return losses
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.training import rate_trial, short_training
 from swlora.training.plain import PlainStep
-from swlora.training.rate_trial import MOST_TRIALS, chosen, next_rate
+from swlora.training.rate_trial import MOST_TRIALS, chosen, next_rate, offset
 from swlora.training.schedule import Schedule
 
 NEVER = math.inf
@@ -50,10 +50,32 @@ def test_trials_have_an_end(falls_with):
     [(0.1, 4e-3), (1, 4e-3), (2, 2.8e-3), (3, 2.3e-3), (100, 4e-4)],  # 4e-3 / sqrt(3) = 2.31e-3
 )
 def test_more_passes_take_a_lower_one(n_passes, rate):
-    found, reason = chosen({2e-3: 2.0, 4e-3: 1.0, 8e-3: NEVER}, 8, n_passes)
+    found, reason = chosen({2e-3: 2.0, 4e-3: 1.0, 8e-3: 2.0}, 8, n_passes)
     assert found == rate
-    assert reason.startswith("0.004 ends lowest after 8 steps")
+    assert reason.startswith("the lowest loss after 8 steps is foreseen at 0.004")
     assert ("root of" in reason) == (n_passes > 1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [
+        ({2e-3: 2.0, 4e-3: 1.0, 8e-3: 1.5}, 4.5e-3),  # 4e-3 * 2 ** (1/6)
+        ({1e-3: 2.0, 2e-3: 1.0, 4e-3: 1.0, 8e-3: 2.0}, 2.8e-3),  # between both
+        ({2e-3: 2.0, 4e-3: 1.0, 8e-3: NEVER}, 2.8e-3),
+        ({4e-3: 1.0, 8e-3: 2.0, 1.6e-2: 3.0}, 4e-3),  # the last trial was the lowest
+    ],
+)
+def test_between_the_tried_rates_the_loss_is_a_parabola(losses, rate):
+    assert chosen(losses, 8, 1)[0] == rate
+
+
+@pytest.mark.parametrize("bottom", [-0.4, 0.0, 0.3])
+def test_the_bottom_of_a_parabola_is_found(bottom):
+    assert offset(*((x - bottom) ** 2 + 7 for x in (-1, 0, 1))) == pytest.approx(bottom)
+
+
+def test_losses_that_are_all_alike_leave_the_rate():
+    assert offset(1.0, 1.0, 1.0) == 0
 
 
 def test_where_every_rate_diverges_the_run_fails():
@@ -106,8 +128,8 @@ def test_trials_are_ordinary_trainings_and_leave_no_trace(make_model, sequences,
             optimizer.zero_grad()
         assert trial.loss_nats == pytest.approx(_held_out(step, steps[:1], optimizer), rel=1e-3)
         adapted.model.unload()
-    best = min(found.trials, key=lambda trial: trial.loss_nats).learning_rate
-    assert found.learning_rate == float(f"{best / 40**0.5:.1e}")
+    losses = {trial.learning_rate: trial.loss_nats for trial in found.trials}
+    assert found.learning_rate == chosen(losses, 8, 40)[0]
 
 
 def _held_out(step, steps, optimizer):
@@ -137,7 +159,7 @@ def test_a_rate_that_diverges_is_not_taken(make_model, sequences, monkeypatch):
     monkeypatch.setattr(rate_trial, "train_shortly", diverges_above)
     found, _ = _choose(make_model("llama"), sequences, _spec(epochs=1))
     losses = {trial.learning_rate: trial.loss_nats for trial in found.trials}
-    assert losses[2e-3] is None and found.learning_rate <= 1e-3
+    assert losses[2e-3] is None and found.learning_rate < 1e-3
     assert "0.002         diverged" in list(rate_trial.lines(found))
 
 

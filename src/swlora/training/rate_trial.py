@@ -4,7 +4,7 @@ Short trainings, alike but for their rate, begin with the default of method and 
 twice and half the rates until the held-out loss is higher on both sides of the lowest. With E
 passes over the rows
 
-    rate = the one that ends lowest / sqrt(E)
+    rate = bottom of the parabola through these three, over the logarithm of the rate, / sqrt(E)
 
 is taken: rows that are seen again want a lower one (docs/results.md, "A rate that is found").
 """
@@ -106,10 +106,24 @@ def chosen(losses: dict[float, float], n_steps: int, n_passes: float) -> tuple[f
             f"every learning rate from {min(losses):g} to {max(losses):g} diverges within "
             f"{counted(n_steps, 'step')}"
         )
-    reason = f"{best:g} ends lowest after {counted(n_steps, 'step')}"
+    bottom = best * STEP ** offset(*(losses.get(r) for r in (best / STEP, best, STEP * best)))
+    reason = f"the lowest loss after {counted(n_steps, 'step')} is foreseen at {bottom:.2g}"
     if n_passes > 1:
-        reason += f"; divided by the root of {n_passes:.2g} passes"
-    return float(f"{best / math.sqrt(max(1.0, n_passes)):.1e}"), reason
+        reason += f", here divided by the root of {n_passes:.2g} passes"
+    return float(f"{bottom / math.sqrt(max(1.0, n_passes)):.1e}"), reason
+
+
+def offset(below: float | None, lowest: float | None, above: float | None) -> float:
+    """Return where a parabola through losses at -1, 0 and 1 has its bottom, -0.5 to 0.5.
+
+    One that diverged is infinitely high. It is 0 beside one that was not tried, and where all are
+    alike.
+    """
+    if below is None or lowest is None or above is None or below == above:
+        return 0.0
+    if math.inf in (below, above):
+        return -0.5 if above == math.inf else 0.5
+    return 0.5 * (below - above) / (below - 2 * lowest + above)
 
 
 def next_rate(losses: dict[float, float], default: float) -> float | None:

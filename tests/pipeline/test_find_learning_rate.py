@@ -27,9 +27,9 @@ def no_trial(monkeypatch):
     monkeypatch.setattr(rate_trial, "choose", lambda *_: pytest.fail("it tried"))
 
 
-@pytest.mark.parametrize("layers", ["all", "last:1"])
+@pytest.mark.parametrize(("layers", "first"), [("all", "0.001"), ("last:1", "0.0017")])
 def test_the_found_rate_is_that_of_the_training_and_is_kept(
-    model_folder, rows, tmp_path, monkeypatch, layers
+    model_folder, rows, tmp_path, monkeypatch, layers, first
 ):
     """It ends as a training that is given the rate, also stopped in a trial or after it."""
     model = model_folder("llama")
@@ -44,7 +44,7 @@ def test_the_found_rate_is_that_of_the_training_and_is_kept(
     assert load_spec(run.folder / "config.yaml", {}).train.learning_rate is None
     given = make_spec(model, rows, adapter__layers=layers, train__learning_rate=rate)
     run_in(tmp_path / "given", given, "train")
-    for n, task in ((2, "try learning rates"), (1, "train"), (3, "train")):
+    for n, task in ((2, f"try a rate of {first}"), (1, "train"), (3, "train")):
         folder = tmp_path / f"{task}-{n}"
         with pytest.raises(KeyboardInterrupt):
             run_in(folder, spec, "train", StopsIn(task, n))

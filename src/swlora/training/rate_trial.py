@@ -76,16 +76,17 @@ def choose(
     n_steps = min(N_STEPS, schedule.n_steps)
     losses: dict[float, float] = {}
     before: float | None = None
-    with progress.task("try learning rates") as task:
-        while (rate := next_rate(losses, default)) is not None:
-            changed = {"learning_rate": rate, "epochs": n_steps, "max_steps": n_steps}
-            tried = spec.model_copy(update={"train": schedule.spec.model_copy(update=changed)})
-            short = Schedule(tried.train, lambda _epoch: trained, len(trained))
-            told = partial(task.advance, 1.0, f"rate {rate:g}")
-            at = [n_steps] if losses else [0, n_steps]  # they all begin with the same loss
-            found = train_shortly(model, sequences, tried, layers, short, held_out, at, told)
-            before, loss = found.get(0, before), found[n_steps]
-            losses[rate] = math.inf if loss is None else loss
+    while (rate := next_rate(losses, default)) is not None:
+        changed = {"learning_rate": rate, "epochs": n_steps, "max_steps": n_steps}
+        tried = spec.model_copy(update={"train": schedule.spec.model_copy(update=changed)})
+        short = Schedule(tried.train, lambda _epoch: trained, len(trained))
+        at = [n_steps] if losses else [0, n_steps]  # they all begin with the same loss
+        with progress.task(f"try a rate of {rate:g}", n_steps) as task:
+            found = train_shortly(
+                model, sequences, tried, layers, short, held_out, at, partial(task.advance, 1.0)
+            )
+        before, loss = found.get(0, before), found[n_steps]
+        losses[rate] = math.inf if loss is None else loss
     rate, reason = chosen(losses, n_steps, schedule.n_steps / len(steps))
     return FoundRate(
         rate,

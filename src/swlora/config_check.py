@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from swlora.config import RunSpec
+from swlora.config import RunSpec, rate_trial_problem
 from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
 from swlora.layer_policy import layer_ranges
@@ -66,6 +66,8 @@ def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
 
     with _noted(found, "train"):
         check_reporting(spec.train, has_folder=True)
+    if problem := rate_trial_problem(spec):
+        found.problems.append(problem)
     if (text := spec.identify.text) is not None and not text.is_file():
         found.problems.append(f"identify.text: there is no file {text}")
     job = None
@@ -84,7 +86,7 @@ def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
             _check_adapter(found, job)
     train = job.spec.train
     rate = "that of its method and layers" if train.learning_rate is None else f"{train.rate:g}"
-    rate = "found by a trial" if train.find_learning_rate else rate
+    rate = "found by a trial" if train.find_learning_rate and not problem else rate
     found.resolved.append(("learning rate", f"{rate}, {train.schedule}"))
 
 

@@ -6,11 +6,13 @@ foreseen by the same functions, and a few real steps are run for the time, which
 
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from swlora.adapters.methods import METHODS, adapted_modules
 from swlora.attachment import Attached, attach
+from swlora.config import method_rate
 from swlora.disk_space import Need
 from swlora.errors import UserError
 from swlora.job import Job
@@ -93,7 +95,10 @@ def estimate_training(job: Job) -> Estimate:
         rate_of = "as many layers as are found"
     if policy.needs_search:
         every = job.spec.adapter.model_copy(update={"layers": parse_policy("all")})
-        job = replace(job, spec=job.spec.model_copy(update={"adapter": every}))
+        changed: dict[str, Any] = {"adapter": every}
+        if not train.find_learning_rate:  # the default of all layers, about which nothing is said
+            changed["train"] = train.model_copy(update={"learning_rate": method_rate(every)})
+        job = replace(job, spec=job.spec.model_copy(update=changed))
     prepared = prepare_training(job)
     anatomy = Anatomy(job.loaded.model)
     layers = job.spec.adapter.layers.resolve(anatomy.n_layers)
@@ -120,7 +125,7 @@ def estimate_training(job: Job) -> Estimate:
         n_nodes=found.work.step_nodes if isinstance(step, TreeStep) else None,
         n_steps=prepared.schedule.n_steps,
         n_epochs=prepared.schedule.n_epochs,
-        learning_rate=None if rate_of else job.spec.train.rate,
+        learning_rate=None if rate_of else train.learning_rate or job.spec.train.rate,
         learning_rate_of=rate_of,
         memory=found.memory,
         time=found.time,

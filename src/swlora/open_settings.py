@@ -5,7 +5,7 @@ after a search for layers or a trial of rates. Then it stands in run.json (`fitt
 configuration leaves it open.
 """
 
-from swlora.config import DEFAULT_RATE, default_rate, sharding_problem
+from swlora.config import DEFAULT_RATE, default_rate, rate_trial_problem, sharding_problem
 from swlora.errors import UserError
 from swlora.job import Job
 
@@ -57,10 +57,11 @@ def settle_rate(job: Job) -> str | None:
     found nothing is known: see `note_found_rate`.
     """
     from swlora.models.anatomy import Anatomy
+    from swlora.training.layer_profile import check_trees
 
     train, policy = job.spec.train, job.spec.adapter.layers
     if train.find_learning_rate:
-        check_rate_trial(job)
+        check_trees(Anatomy(job.loaded.model), "--find-learning-rate")
         return None
     if policy.needs_search:
         return None
@@ -100,25 +101,9 @@ def noted_rate(job: Job) -> float | None:
 
 
 def check_rate_trial(job: Job) -> None:
-    """Raise UserError where rates cannot be tried for a training that begins."""
-    from swlora.models.anatomy import Anatomy
-    from swlora.training.layer_profile import TRIED_AS_THEMSELVES, check_trees
-
-    adapter, train = job.spec.adapter, job.spec.train
-    if job.run.facts.get("resumed"):
-        return
-    if train.learning_rate is not None:
-        raise UserError("--learning-rate is given: leave it or --find-learning-rate out")
-    reason = None
-    if adapter.start is not None:
-        reason = "tries rates with fresh adapters, and --adapter starts from another"
-    elif adapter.method not in TRIED_AS_THEMSELVES:
-        reason = f"tries {', '.join(TRIED_AS_THEMSELVES)}, and not --method {adapter.method}"
-    elif train.shard:
-        reason = "needs the whole model, and --shard divides it"
-    if reason:
-        raise UserError(f"--find-learning-rate {reason}; leave it out, or give --learning-rate")
-    check_trees(Anatomy(job.loaded.model), "--find-learning-rate")
+    """Raise UserError where a new training is to find a rate and cannot; nothing is loaded."""
+    if not job.run.facts.get("resumed") and (problem := rate_trial_problem(job.spec)):
+        raise UserError(problem)
 
 
 def _default_rate(job: Job, n_adapted: int) -> tuple[float, str]:

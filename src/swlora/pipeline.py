@@ -261,6 +261,7 @@ def train_evaluate(job: Job, metric: "UserMetric | None" = None) -> "tuple[Train
     check_reporting(job.spec.train, has_folder=job.run.folder is not None)
     evaluation = prepare_evaluation(job, metric)
     training, layers = prepare_training(job), choose_layers(job)
+    training = at_found_rate(job, training, layers)
     # In the dtype in which it is trained: a search for super weights may have had another.
     untouched = measure_untouched_english(job)
     with reporting(job) as trackers:

@@ -16,7 +16,7 @@ from swlora.errors import UserError
 from swlora.job import Job
 from swlora.models.load import LoadedModel
 from swlora.models.provenance import tokenizer_sha256
-from swlora.open_settings import settle
+from swlora.open_settings import check_rate_trial, settle
 from swlora.plural import counted
 from swlora.preview import summarise
 from swlora.processes import check_alike, from_main, world
@@ -97,6 +97,7 @@ def check_reporting(spec: TrainSpec, *, has_folder: bool) -> None:
 def prepare_training(job: Job) -> PreparedTraining:
     """Load, encode and check what a training needs, then begin the run."""
     check_reporting(job.spec.train, has_folder=job.run.folder is not None)
+    check_rate_trial(job)
     if job.spec.train.shard:
         job.load_shard()
     sequences = job.encoded("train").sequences

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from swlora.errors import RunFailedError
 from swlora.job import Job
+from swlora.open_settings import noted_rate
 from swlora.processes import world
 from swlora.run_settings import flat
 from swlora.samples_file import Sample, add_samples
@@ -27,7 +28,10 @@ def reporting(job: Job) -> Iterator[Trackers]:
         yield job.trackers
         return
     names = job.spec.train.report_to if world().is_main else []
-    trackers = Trackers(names, job.run, job.spec.train.project, flat(job.spec), job.progress.say)
+    settings = flat(job.spec)
+    if settings["train.learning_rate"] is None:
+        settings["train.learning_rate"] = noted_rate(job)
+    trackers = Trackers(names, job.run, job.spec.train.project, settings, job.progress.say)
     callbacks, job.trackers = job.callbacks, trackers
     if names:
         job.callbacks = (lambda report: trackers.report(report.metrics), *callbacks)

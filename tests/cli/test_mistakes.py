@@ -23,7 +23,7 @@ RUN_VERBS = ["identify", "train", "eval", "train-eval"]
     [
         (["trian"], "No such command 'trian'"),
         (["train", "--foo"], "No such option: --foo"),
-        (["train", "--lerning-rate", "1"], "--lerning-rate (Possible options: --"),
+        (["train", "--lerning-rate", "1"], "--find-learning-rate, --learning-rate"),
         (["train", "--rank", "abc"], "Invalid value for '--rank'"),
         (["train", "--rank"], "'--rank' requires an argument"),
         (["train", "extra"], "extra"),

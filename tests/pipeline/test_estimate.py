@@ -145,8 +145,11 @@ def test_the_rate_is_that_of_the_layers_where_they_are_known(
 ) -> None:
     changes: dict[str, Any] = {"adapter__layers": layers, "train__learning_rate": given}
     spec = make_spec(model_folder("llama"), write_data(tmp_path), **changes)
-    found = estimated(spec, tmp_path / "run")
+    found = estimate_training(Job(spec, DryRecord(tmp_path / "run"), heard := Heard()))
     assert found.learning_rate == rate
+    lines = [line for line in heard.lines if line.startswith("learning rate")]
+    assert all(f"{rate:g}, for lora in 1 of 3 layers" in line for line in lines)
+    assert len(lines) == (layers == "2")
     assert ("", said) in estimate_lines(found)
     done = SimpleNamespace(is_over=True, result=as_json(found))
     assert ("Learning rate", shown) in estimate_view(cast("Errand", done)).facts

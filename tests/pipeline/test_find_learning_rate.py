@@ -1,5 +1,7 @@
 """`--find-learning-rate` through the pipeline: what is noted, kept on resuming, and refused."""
 
+from types import SimpleNamespace
+
 import pytest
 from tests.support.small_runs import Heard
 from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
@@ -77,8 +79,29 @@ def test_a_run_that_goes_on_may_be_given_another_rate(model_folder, rows, tmp_pa
     assert trained.course.learning_rate == 0.005
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"adapter__layers": "super", "train__find_learning_rate": False}],
+    ids=["tried", "of found layers"],
+)
+def test_a_run_that_goes_on_with_other_settings_keeps_its_rate(
+    model_folder, rows, tmp_path, monkeypatch, settings
+):
+    found = SimpleNamespace(layers=[1], removal_layers=[])
+    monkeypatch.setattr(pipeline, "identify", lambda _job: found)
+    run_in(tmp_path / "run", finding(model_folder("llama"), rows, **settings), "train")
+    rate = read_result(tmp_path / "run")["train"]["learning_rate"]
+    assert rate != 1e-3
+    no_trial(monkeypatch)
+    run, changed = Run.reopen(tmp_path / "run", "train", {"train.epochs": 5})
+    with run:
+        trained = pipeline.train(Job(changed, run, Silent()))
+        rates = [row["learning_rate"] for row in run.metrics()]
+    assert trained.course.learning_rate == rate
+    assert len(rates) == 20 and rates[12] == pytest.approx(rate * (1 - 11 / 19))
+
+
 def test_layers_are_found_first(model_folder, rows, tmp_path, monkeypatch):
-    """`auto` tries its layers at the rate of as many; then rates are tried in those it takes."""
     monkeypatch.setattr(pipeline, "measure_layers", lambda *_: [2])
     spec = finding(model_folder("llama"), rows, adapter__layers="auto:0.5")
     run_in(tmp_path / "run", spec, "train")
@@ -97,7 +120,7 @@ def test_a_training_without_a_folder_finds_one_too(model_folder, rows):
 @pytest.mark.parametrize(
     ("model", "changes", "said"),
     [
-        ("llama", {"train__learning_rate": 0.01}, "--learning-rate is given: leave it or --find"),
+        ("llama", {"train__learning_rate": 0.01}, "tries rates, and one is given .--learning-rate"),
         ("llama", {"adapter__method": "pissa"}, "and not --method pissa"),
         ("llama", {"adapter__method": "adalora"}, "tries lora, lora[+], rslora, dora, and not"),
         ("falcon", {}, "--find-learning-rate needs prefix trees, which this family cannot run"),

@@ -66,7 +66,9 @@ def test_more_passes_take_a_lower_one(n_passes, rate):
     ],
 )
 def test_between_the_tried_rates_the_loss_is_a_parabola(losses, rate):
-    assert chosen(losses, 8, 1)[0] == rate
+    found, reason = chosen(losses, 8, 1)
+    assert found == rate
+    assert ("the end of what was tried" in reason) == (min(losses) == rate)
 
 
 @pytest.mark.parametrize("bottom", [-0.4, 0.0, 0.3])
@@ -129,7 +131,8 @@ def test_trials_are_ordinary_trainings_and_leave_no_trace(make_model, sequences,
         assert trial.loss_nats == pytest.approx(_held_out(step, steps[:1], optimizer), rel=1e-3)
         adapted.model.unload()
     losses = {trial.learning_rate: trial.loss_nats for trial in found.trials}
-    assert found.learning_rate == chosen(losses, 8, 40)[0]
+    is_lower = min(losses.values()) < found.loss_before_nats
+    assert found.learning_rate == (chosen(losses, 8, 40)[0] if is_lower else default)
 
 
 def _held_out(step, steps, optimizer):
@@ -150,17 +153,26 @@ def test_other_methods_begin_with_their_own_rate(make_model, sequences, method):
 
 
 def test_a_rate_that_diverges_is_not_taken(make_model, sequences, monkeypatch):
-    short = rate_trial.train_shortly
-
-    def diverges_above(model, sequences, spec, *others):
-        losses = short(model, sequences, spec, *others)
-        return losses if spec.train.rate < 1.5e-3 else dict.fromkeys(losses)
+    def diverges_above(_model, _sequences, spec, _layers, _schedule, _held_out, at, _told):
+        rate = spec.train.rate
+        return {n: 2.0 - 100 * rate * (n > 0) if rate < 1.5e-3 else None for n in at}
 
     monkeypatch.setattr(rate_trial, "train_shortly", diverges_above)
     found, _ = _choose(make_model("llama"), sequences, _spec(epochs=1))
     losses = {trial.learning_rate: trial.loss_nats for trial in found.trials}
     assert losses[2e-3] is None and found.learning_rate < 1e-3
     assert "0.002         diverged" in list(rate_trial.lines(found))
+
+
+def test_where_no_rate_lowers_the_loss_it_is_the_default(make_model, sequences, monkeypatch):
+    def rises(_model, _sequences, spec, _layers, _schedule, _held_out, at, _told):
+        return {n: 1.0 + (spec.train.rate if n else 0.0) for n in at}
+
+    monkeypatch.setattr(rate_trial, "train_shortly", rises)
+    found, _ = _choose(make_model("llama"), sequences, _spec(epochs=1))
+    assert len(found.trials) == MOST_TRIALS
+    assert found.learning_rate == 1e-3
+    assert found.reason == "the default, for no rate that was tried lowers the loss"
 
 
 def test_where_rows_are_too_few_to_hold_out_it_is_the_default(make_model, sequences, monkeypatch):

@@ -120,7 +120,8 @@ class _Epochs(TypedDict, total=False):
     """higher in few layers [default: lora 0.001, lora+ 5e-05, dora 0.001, adalora 0.008, pissa
     0.0003, rslora 0.0005, full 5e-05, supertuning 0.004]"""
     find_learning_rate: bool
-    """try rates in short trainings first, and take the one that ends lowest [default: False]"""
+    """try rates in short trainings first, and take what they foresee as the best [default:
+    False]"""
     schedule: Literal["linear", "cosine", "constant"]
     """linear, cosine or constant [default: linear]"""
     warmup_fraction: float

@@ -21,10 +21,12 @@ from swlora.config.identify import IdentifySpec
 from swlora.config.model import BUILTIN_MODEL, DEFAULT_MODEL, ModelSpec
 from swlora.config.rates import DEFAULT_RATE, default_rate, method_rate
 from swlora.config.run import (
+    TRIED_AS_THEMSELVES,
     RunSpec,
     SharedSections,
     load_recorded_spec,
     load_spec,
+    rate_trial_problem,
     sharding_problem,
 )
 from swlora.config.serve import ServeSpec
@@ -53,6 +55,7 @@ __all__ = [
     "OPTIONAL_SETTINGS",
     "PASSES",
     "SAMPLE_DATASET",
+    "TRIED_AS_THEMSELVES",
     "AdapterSpec",
     "DataSpec",
     "DecodeSpec",
@@ -68,6 +71,7 @@ __all__ = [
     "load_recorded_spec",
     "load_spec",
     "method_rate",
+    "rate_trial_problem",
     "settings_of",
     "sharding_problem",
 ]

@@ -18,6 +18,8 @@ from swlora.errors import UserError
 from swlora.settings import explain
 
 SHARDED_METHODS = ("lora", "lora+", "rslora", "adalora")
+# Methods that leave the weights below them alone, and so are tried as they are
+TRIED_AS_THEMSELVES = ("lora", "lora+", "rslora", "dora")
 
 
 class SharedSections(Spec):
@@ -63,6 +65,26 @@ def sharding_problem(spec: RunSpec) -> str | None:
     if train.engine == "plain":
         return "--shard works with --engine tree only; leave --engine plain out"
     return None
+
+
+def rate_trial_problem(spec: RunSpec) -> str | None:
+    """Say why no learning rate can be found for a new training; None where it can, or is given."""
+    adapter, train = spec.adapter, spec.train
+    if not train.find_learning_rate:
+        return None
+    if train.learning_rate is not None:
+        return (
+            "--find-learning-rate tries rates, and one is given (--learning-rate, or learning_rate "
+            "in the configuration): leave one of them out"
+        )
+    reason = None
+    if adapter.start is not None:
+        reason = "tries rates with fresh adapters, and --adapter starts from another"
+    elif adapter.method not in TRIED_AS_THEMSELVES:
+        reason = f"tries {', '.join(TRIED_AS_THEMSELVES)}, and not --method {adapter.method}"
+    elif train.shard:
+        reason = "needs the whole model, and --shard divides it"
+    return reason and f"--find-learning-rate {reason}; leave it out, or give --learning-rate"
 
 
 def load_spec(path: Path | None, overrides: dict[str, Any]) -> RunSpec:

@@ -48,7 +48,7 @@ class TrainSpec(Spec):
     )
     find_learning_rate: bool = Field(
         default=False,
-        description="try rates in short trainings first, and take the one that ends lowest",
+        description="try rates in short trainings first, and take what they foresee as the best",
     )
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)

@@ -134,6 +134,8 @@ class Phases:
 
     def _record_arm(self, arm: Arm, controls: list[str]) -> None:
         known = self.study.facts["arms"].get(arm.name, {})
+        if arm.name in self.same_as and known.get("rate"):  # it began to choose its own
+            self.study.record_arm(arm.name, rate=None, learning_rate=None)
         self.study.record_arm(
             arm.name,
             policy=str(arm.policy),

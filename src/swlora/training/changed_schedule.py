@@ -24,7 +24,7 @@ from swlora.training.schedule import (
     steps_of_epoch,
 )
 
-FITTED = ("epochs", "batch_size")  # to the data, where they are not given
+CHOSEN = ("epochs", "batch_size", "learning_rate")  # by the run itself, where they are not given
 OF_THE_PLAN = ("batch_size", "order", "row_tokens")
 
 
@@ -155,11 +155,11 @@ class ChangedSchedule(Schedule):
 
 
 def _with_sizes(stretches: Sequence[Stretch], n_sequences: int) -> list[Stretch]:
-    """Give every stretch its epochs and the sequences of its steps: as they were, if not given."""
+    """Give every stretch its epochs, sequences a step and rate: as they were, if not given."""
     spec, sized = fitted(stretches[0].spec, n_sequences), []
     for stretch in stretches:
         before, spec = spec, stretch.spec
-        kept = {name: getattr(before, name) for name in FITTED if getattr(spec, name) is None}
+        kept = {name: getattr(before, name) for name in CHOSEN if getattr(spec, name) is None}
         spec = spec.model_copy(update=kept)
         sized.append(Stretch(stretch.first, spec))
     return sized

@@ -18,7 +18,7 @@ import torch
 
 from swlora.adapters.adapted import Adapted
 from swlora.adapters.methods import adapt, train_mode
-from swlora.config import AdapterSpec, RunSpec
+from swlora.config import TRIED_AS_THEMSELVES, AdapterSpec, RunSpec
 from swlora.data.prefix_tree import build_tree
 from swlora.data.token_sequences import TokenSequences
 from swlora.errors import UserError
@@ -33,9 +33,6 @@ from swlora.training.fitting import fit_trial
 from swlora.training.frozen_prefix import GIB, n_cache_bytes
 from swlora.training.schedule import Schedule, Step
 from swlora.training.step import TreeStep, tree_nats
-
-# Methods that leave the weights below them alone; LoRA stands in for the others.
-TRIED_AS_THEMSELVES = ("lora", "lora+", "rslora", "dora")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from swlora.training.short_training import train_shortly, without_held_out
 
 N_STEPS = 8  # of each trial
 STEP = 2.0  # from one rate to the next
-MOST_TRIALS = 8  # rates from the default to 2 ** 6 times as much or little, and one beyond
+MOST_TRIALS = 8  # between 2 ** 6 times the default and 2 ** -5, and one beyond
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,11 @@ def choose(
             )
         before, loss = found.get(0, before), found[n_steps]
         losses[rate] = math.inf if loss is None else loss
-    rate, reason = chosen(losses, n_steps, schedule.n_steps / len(steps))
+    best = _lowest(losses)
+    if math.isfinite(losses[best]) and before is not None and losses[best] >= before:
+        rate, reason = default, "the default, for no rate that was tried lowers the loss"
+    else:
+        rate, reason = chosen(losses, n_steps, schedule.n_steps / len(steps))
     return FoundRate(
         rate,
         reason,
@@ -109,6 +113,8 @@ def chosen(losses: dict[float, float], n_steps: int, n_passes: float) -> tuple[f
         )
     bottom = best * STEP ** offset(*(losses.get(r) for r in (best / STEP, best, STEP * best)))
     reason = f"the lowest loss after {counted(n_steps, 'step')} is foreseen at {bottom:.2g}"
+    if best in (min(losses), max(losses)):
+        reason += ", the end of what was tried"
     if n_passes > 1:
         reason += f", here divided by the root of {n_passes:.2g} passes"
     return float(f"{bottom / math.sqrt(max(1.0, n_passes)):.1e}"), reason

@@ -113,6 +113,24 @@ def test_what_is_not_there(swlora, model):
     assert sorted(places) == ["adapter", "data", "identify.text", "train"]
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"adapter": {"start": "runs/first"}}, "and --adapter starts from another"),
+        ({"adapter": {"method": "pissa"}}, "and not --method pissa"),
+        ({"train": {"learning_rate": 0.01}}, "or learning_rate in the configuration"),
+    ],
+)
+def test_a_rate_that_cannot_be_found(swlora, model, rows, section, said):
+    tree = {"model": {"name": model}, "data": {"name": str(rows), "eval_share": 0.5}} | section
+    tree["train"] = {"find_learning_rate": True, **section.get("train", {})}
+    Path("bad.yaml").write_text(yaml.safe_dump(tree))
+    done = swlora("check", "bad.yaml")
+    assert done.code == 2
+    assert any("--find-learning-rate" in line and said in line for line in done.err.splitlines())
+    assert "found by a trial" not in done.out
+
+
 def test_no_model(swlora, rows):
     Path("bad.yaml").write_text(f"model: {{name: ./nowhere}}\ndata: {{name: '{rows}'}}\n")
     done = swlora("check", "bad.yaml")

@@ -1,9 +1,8 @@
 """What `auto` measures on a model: gradients, times and short trainings, and what it leaves."""
 
-import hashlib
-
 import pytest
 import torch
+from tests.support.plain_training import hashes_of, held_out_nats, update
 
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
@@ -25,10 +24,6 @@ def _spec(*, epochs=40, batch_size=2, **adapter):
     return RunSpec(adapter=AdapterSpec(**{"rank": 2, "alpha": 4, **adapter}), train=train)
 
 
-def _bits(model):
-    return {n: hashlib.sha256(p.numpy(force=True)).hexdigest() for n, p in model.named_parameters()}
-
-
 def _plan(sequences, spec, budget=0.5):
     return plan_trial(Schedule.of(sequences, spec.train, spec.seed), sequences, budget)
 
@@ -38,9 +33,9 @@ def test_gradient_norms_are_those_of_the_plain_step(make_model, sequences):
     n_layers = model.config.num_hidden_layers
     spec = _spec(batch_size=6)
     steps = step_plan(sequences, spec.train, spec.seed)(0)
-    before, names = _bits(model), [n for n, _ in model.named_modules()]
+    before, names = hashes_of(model), [n for n, _ in model.named_modules()]
     found = profile(model, sequences, spec, steps, print)
-    assert _bits(model) == before
+    assert hashes_of(model) == before
     assert [n for n, _ in model.named_modules()] == names, "adapters were left in the model"
     assert min(found.head_s, found.frozen_block_s, found.trained_block_s) > 0
     assert found.is_cached
@@ -98,14 +93,14 @@ def test_a_trial_is_an_ordinary_training_and_leaves_no_trace(make_model, sequenc
     if method == "full":  # 0.02 is to LoRA what 0.001 is to it
         rate = {"learning_rate": 0.02 * RATES["full"] / DEFAULT_RATE}
         spec = spec.model_copy(update={"train": spec.train.model_copy(update=rate)})
-    plan, bits, rng = _plan(sequences, spec), _bits(model), torch.get_rng_state()
+    plan, bits, rng = _plan(sequences, spec), hashes_of(model), torch.get_rng_state()
     n_steps = plan.n_trial + 3
     told = []
     losses = try_layers(
         model, sequences, spec, [1, 2], plan, n_steps=n_steps, advance=lambda: told.append(1)
     )
     assert len(told) == n_steps
-    assert _bits(model) == bits
+    assert hashes_of(model) == bits
     assert torch.equal(torch.get_rng_state(), rng)
 
     used = "lora" if method == "full" else method
@@ -113,18 +108,15 @@ def test_a_trial_is_an_ordinary_training_and_leaves_no_trace(make_model, sequenc
     step = PlainStep(adapted.model, sequences)
     parameters = list(adapted.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
-    assert losses.before_nats == pytest.approx(_held_out(step, plan, optimizer), rel=1e-5)
+    held_out = plan.held_out
+    assert losses.before_nats == pytest.approx(held_out_nats(step, held_out, optimizer), rel=1e-5)
     for i in range(n_steps):
         if i == plan.n_trial:
-            assert losses.early_nats == pytest.approx(_held_out(step, plan, optimizer), rel=1e-3)
-        n_tokens = step(plan.trained[i % len(plan.trained)]).n_tokens
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad /= n_tokens
-        torch.nn.utils.clip_grad_norm_(parameters, spec.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses.last_nats == pytest.approx(_held_out(step, plan, optimizer), rel=1e-3)
+            assert losses.early_nats == pytest.approx(
+                held_out_nats(step, held_out, optimizer), rel=1e-3
+            )
+        update(step, plan.trained[i % len(plan.trained)], optimizer, spec.train.max_grad_norm)
+    assert losses.last_nats == pytest.approx(held_out_nats(step, held_out, optimizer), rel=1e-3)
     assert losses.last_nats != pytest.approx(losses.early_nats, rel=1e-3)
 
 
@@ -147,15 +139,9 @@ def test_a_rate_that_is_left_open_is_that_of_as_many_layers(
     assert losses(None, method) != losses(2 * rate, "lora")
 
 
-def _held_out(step, plan, optimizer):
-    loss = sum((step(groups) for groups in plan.held_out), LossSum())
-    optimizer.zero_grad()
-    return loss.nats_per_token
-
-
 def test_a_trial_that_diverges_has_no_loss_and_leaves_no_trace(make_model, sequences, monkeypatch):
     model, spec = make_model("llama"), _spec()
-    bits = _bits(model)
+    bits = hashes_of(model)
     step_of = short_training.TreeStep.__call__
 
     def diverged(self, groups) -> LossSum:
@@ -167,17 +153,17 @@ def test_a_trial_that_diverges_has_no_loss_and_leaves_no_trace(make_model, seque
     )
     assert losses.before_nats > 0
     assert (losses.early_nats, losses.last_nats) == (None, None)
-    assert _bits(model) == bits
+    assert hashes_of(model) == bits
 
 
 def test_an_error_leaves_no_trace(make_model, sequences):
     model, spec = make_model("llama"), _spec()
-    bits, names = _bits(model), [n for n, _ in model.named_modules()]
+    bits, names = hashes_of(model), [n for n, _ in model.named_modules()]
     with pytest.raises(ZeroDivisionError):
         try_layers(
             model, sequences, spec, [2], _plan(sequences, spec), n_steps=9, advance=lambda: 1 // 0
         )
-    assert _bits(model) == bits
+    assert hashes_of(model) == bits
     assert [n for n, _ in model.named_modules()] == names
 
 
@@ -197,12 +183,12 @@ def test_where_only_the_top_layer_is_affordable_it_has_to_do_no_worse_than_all(
         top = model.model.layers[4]
         for projection in (top.self_attn.o_proj, top.mlp.down_proj, top.self_attn.v_proj):
             projection.weight.zero_()
-    bits = _bits(model)
+    bits = hashes_of(model)
     found = LayerProfile([1.0, 1.0, 1.0, 1.0, 0.001], 1.0, 0.075, 10.0, is_cached=False)
     monkeypatch.setattr(layer_choice, "profile", lambda *_: found)
     spec = _spec(epochs=60, targets=["v_proj"] if not top_learns else ["all-linear"])
     choice = layer_choice.choose(model, sequences, spec, 0.4, Silent())
-    assert _bits(model) == bits
+    assert hashes_of(model) == bits
     assert [t.layers for t in choice.trials] == [all_layers, [4], [2]]
     everything, last, _ = choice.trials
     assert everything.loss_nats < choice.loss_before_nats - 0.5

@@ -1,15 +1,14 @@
 """The learning rate that short trainings find: which are made, what is taken, what they leave."""
 
-import hashlib
 import math
 
 import pytest
 import torch
+from tests.support.plain_training import hashes_of, held_out_nats, update
 
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.errors import RunFailedError
-from swlora.loss_sum import LossSum
 from swlora.progress import Silent
 from swlora.training import rate_trial, short_training
 from swlora.training.plain import PlainStep
@@ -91,10 +90,6 @@ def _spec(method="lora", **train):
     return RunSpec(adapter=adapter, train=TrainSpec(**train, find_learning_rate=True))
 
 
-def _bits(model):
-    return {n: hashlib.sha256(p.numpy(force=True)).hexdigest() for n, p in model.named_parameters()}
-
-
 def _choose(model, sequences, spec, layers=(0, 1, 2)):
     schedule = Schedule.of(sequences, spec.train, spec.seed)
     return rate_trial.choose(model, sequences, spec, layers, schedule, Silent()), schedule
@@ -104,9 +99,9 @@ def _choose(model, sequences, spec, layers=(0, 1, 2)):
 def test_trials_are_ordinary_trainings_and_leave_no_trace(make_model, sequences, layers):
     """Held-out losses of a loop with torch's own AdamW over the plain step, the rate falling."""
     model, spec = make_model("llama"), _spec()
-    bits, rng = _bits(model), torch.get_rng_state()
+    bits, rng = hashes_of(model), torch.get_rng_state()
     found, schedule = _choose(model, sequences, spec, layers)
-    assert _bits(model) == bits
+    assert hashes_of(model) == bits
     assert torch.equal(torch.get_rng_state(), rng)
     steps = schedule.epoch(0)
     assert found.n_held_out == 2 and len(steps) == 6  # a quarter of them at most: one
@@ -117,36 +112,24 @@ def test_trials_are_ordinary_trainings_and_leave_no_trace(make_model, sequences,
         train_mode(adapted.model)
         step, parameters = PlainStep(adapted.model, sequences), list(adapted.parameters.values())
         optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-        before = _held_out(step, steps[:1], optimizer)
+        before = held_out_nats(step, steps[:1], optimizer)
         assert found.loss_before_nats == pytest.approx(before, rel=1e-5)
         for i in range(8):  # no warm-up: 0.05 of 8 steps
             optimizer.param_groups[0]["lr"] = trial.learning_rate * (1 - i / 8)
-            n_tokens = step(steps[1 + i % 5]).n_tokens
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= n_tokens
-            torch.nn.utils.clip_grad_norm_(parameters, spec.train.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        assert trial.loss_nats == pytest.approx(_held_out(step, steps[:1], optimizer), rel=1e-3)
+            update(step, steps[1 + i % 5], optimizer, spec.train.max_grad_norm)
+        assert trial.loss_nats == pytest.approx(held_out_nats(step, steps[:1], optimizer), rel=1e-3)
         adapted.model.unload()
     losses = {trial.learning_rate: trial.loss_nats for trial in found.trials}
     is_lower = min(losses.values()) < found.loss_before_nats
     assert found.learning_rate == (chosen(losses, 8, 40)[0] if is_lower else default)
 
 
-def _held_out(step, steps, optimizer):
-    loss = sum((step(groups) for groups in steps), LossSum())
-    optimizer.zero_grad()
-    return loss.nats_per_token
-
-
 @pytest.mark.parametrize("method", ["lora+", "rslora", "dora"])
 def test_other_methods_begin_with_their_own_rate(make_model, sequences, method):
     model, spec = make_model("llama"), _spec(method, epochs=1)
-    bits = _bits(model)
+    bits = hashes_of(model)
     found, _ = _choose(model, sequences, spec)
-    assert _bits(model) == bits
+    assert hashes_of(model) == bits
     default = {"lora+": 5e-5, "rslora": 5e-4, "dora": 1e-3}[method]
     rates = [trial.learning_rate for trial in found.trials]
     assert {default, 2 * default} <= set(rates) and rates == sorted(rates)
@@ -190,9 +173,9 @@ def test_a_training_shorter_than_a_trial_is_tried_at_its_own_length(make_model, 
 
 def test_an_error_leaves_no_trace(make_model, sequences, monkeypatch):
     model = make_model("llama")
-    bits, names = _bits(model), [n for n, _ in model.named_modules()]
+    bits, names = hashes_of(model), [n for n, _ in model.named_modules()]
     monkeypatch.setattr(short_training, "reports", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         _choose(model, sequences, _spec())
-    assert _bits(model) == bits
+    assert hashes_of(model) == bits
     assert [n for n, _ in model.named_modules()] == names

@@ -28,6 +28,7 @@ from swlora.threads import adapted_threads
 from swlora.training.layer_profile import LayerProfile, check_trees, profile
 from swlora.training.layer_trial import N_HELD_OUT_LOSSES, TrialPlan, plan_trial, try_layers
 from swlora.training.schedule import Schedule
+from swlora.training.short_training import loss_or_infinity, loss_text
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,8 @@ def decide(trials: list[Trial], budget: float, measured: dict[str, Any]) -> Choi
     """
     of_all, *others = trials
     within = [t for t in others if t.share_of_time <= budget and t.loss_nats is not None]
-    best = min(within, key=lambda t: _loss_or_infinity(t.loss_nats), default=None)
-    if best is None or _loss_or_infinity(best.loss_nats) > _loss_or_infinity(of_all.loss_nats):
+    best = min(within, key=lambda t: loss_or_infinity(t.loss_nats), default=None)
+    if best is None or loss_or_infinity(best.loss_nats) > loss_or_infinity(of_all.loss_nats):
         reason = "all layers: " + (
             _excess_text(best, of_all) if best else "trained alone, what keeps the budget diverges"
         )
@@ -206,7 +207,7 @@ def decide(trials: list[Trial], budget: float, measured: dict[str, Any]) -> Choi
     if of_all.loss_nats is None:
         reason += "all layers diverge at this learning rate"
     else:
-        lost = _loss_or_infinity(best.early_loss_nats) - of_all.loss_nats
+        lost = loss_or_infinity(best.early_loss_nats) - of_all.loss_nats
         reason += (
             f"no worse than all layers in the same seconds. They take {best.share_of_time:.2f} of "
             f"the time and are expected to end {abs(lost):.3f} nats a token "
@@ -227,7 +228,7 @@ def lines(choice: Choice) -> Iterator[str]:
         taken = "  <- taken" if trial.layers == choice.layers else ""
         yield (
             f"{layer_ranges(trial.layers):<12}{trial.share_of_time:18.2f}"
-            f"{_loss_text(trial.loss_nats):>22}{_loss_text(trial.early_loss_nats):>22}{taken}"
+            f"{loss_text(trial.loss_nats):>22}{loss_text(trial.early_loss_nats):>22}{taken}"
         )
     yield choice.reason
 
@@ -271,16 +272,8 @@ def _trials(
 
 
 def _excess_text(best: Trial, of_all: Trial) -> str:
-    lost = _loss_or_infinity(best.loss_nats) - _loss_or_infinity(of_all.loss_nats)
+    lost = loss_or_infinity(best.loss_nats) - loss_or_infinity(of_all.loss_nats)
     return (
         f"what keeps the budget, layers {layer_ranges(best.layers)}, ended {lost:.3f} nats a token "
         "above them in the same seconds"
     )
-
-
-def _loss_or_infinity(nats: float | None) -> float:
-    return float("inf") if nats is None else nats
-
-
-def _loss_text(nats: float | None) -> str:
-    return "diverged" if nats is None else f"{nats:.3f}"

@@ -24,7 +24,13 @@ from swlora.plural import counted
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
 from swlora.training.schedule import Schedule
-from swlora.training.short_training import train_shortly, without_held_out
+from swlora.training.short_training import (
+    finite_or_none,
+    loss_or_infinity,
+    loss_text,
+    train_shortly,
+    without_held_out,
+)
 
 N_STEPS = 8  # of each trial
 STEP = 2.0  # from one rate to the next
@@ -85,8 +91,7 @@ def choose(
             found = train_shortly(
                 model, sequences, tried, layers, short, held_out, at, partial(task.advance, 1.0)
             )
-        before, loss = found.get(0, before), found[n_steps]
-        losses[rate] = math.inf if loss is None else loss
+        before, losses[rate] = found.get(0, before), loss_or_infinity(found[n_steps])
     best = _lowest(losses)
     if math.isfinite(losses[best]) and before is not None and losses[best] >= before:
         rate, reason = default, "the default, for no rate that was tried lowers the loss"
@@ -99,7 +104,7 @@ def choose(
         n_held_out=sum(len(ids) for groups in held_out for ids in groups),
         measured_s=time.perf_counter() - start_s,
         loss_before_nats=before,
-        trials=[RateTrial(r, _finite_or_none(losses[r])) for r in sorted(losses)],
+        trials=[RateTrial(r, finite_or_none(losses[r])) for r in sorted(losses)],
     )
 
 
@@ -156,15 +161,10 @@ def lines(choice: FoundRate) -> Iterator[str]:
             f"on {choice.n_held_out} held-out rows, {choice.loss_before_nats:.3f} before:"
         )
     for trial in choice.trials:
-        text = "diverged" if trial.loss_nats is None else f"{trial.loss_nats:.3f}"
-        yield f"{trial.learning_rate:<12g}{text:>10}"
+        yield f"{trial.learning_rate:<12g}{loss_text(trial.loss_nats):>10}"
     yield f"learning rate {choice.learning_rate:g}: {choice.reason}"
 
 
 def _lowest(losses: dict[float, float]) -> float:
     """Return the rate with the lowest loss, of equal ones the lowest."""
     return min(losses, key=lambda rate: (losses[rate], rate))
-
-
-def _finite_or_none(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None

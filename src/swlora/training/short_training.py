@@ -68,7 +68,7 @@ def train_shortly(
             for report in reports(step, schedule, adapted):
                 advance()
                 if report["step"] in measured_at:
-                    losses[report["step"]] = _finite_or_none(_held_out_loss(step, held_out))
+                    losses[report["step"]] = finite_or_none(_held_out_loss(step, held_out))
         except DivergedError:
             losses |= {n: None for n in measured_at if n not in losses}
     return losses
@@ -88,8 +88,19 @@ def _held_out_loss(step: TreeStep, steps: Sequence[Step]) -> float:
     return total.nats_per_token
 
 
-def _finite_or_none(loss: float | None) -> float | None:
-    return loss if loss is not None and math.isfinite(loss) else None
+def finite_or_none(loss: float) -> float | None:
+    """Return a loss, None for that of a training that diverged."""
+    return loss if math.isfinite(loss) else None
+
+
+def loss_or_infinity(loss: float | None) -> float:
+    """Return a loss to compare, infinitely high for that of a training that diverged."""
+    return math.inf if loss is None else loss
+
+
+def loss_text(loss: float | None) -> str:
+    """Write a loss for a person."""
+    return "diverged" if loss is None else f"{loss:.3f}"
 
 
 def _say_nothing(_line: str) -> None:

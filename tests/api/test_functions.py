@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -22,6 +23,7 @@ from swlora.metrics_file import read_metrics
 from swlora.result_json import as_json
 from swlora.runs import read_run
 from swlora.study import compare as study
+from swlora.study.compared import Compared
 
 NOT_IN_MEMORY = ("adapter", "adapter_bytes", "loss_figure", "best_adapter", "predictions")
 OF_THE_CLOCK = (
@@ -197,6 +199,21 @@ def test_a_study_without_a_folder_is_temporary(monkeypatch, tmp_path) -> None:
     assert (seen[0].only, seen[0].overrides) == (["lora"], {"controls": False})
     assert (seen[1].output, seen[1].overrides) == (Path("kept"), {"controls": None})
     assert os.listdir() == ["kept"]
+
+
+def test_what_a_study_without_a_folder_came_to_outlives_a_failed_run(monkeypatch) -> None:
+    """Its error names no file of the folder that is gone."""
+
+    def compare(request: study.Request) -> Any:
+        raise study.NotDoneError("runs/dora/seed-0: failed", f"see {request.output}", found)
+
+    found = cast(Compared, object())
+    monkeypatch.setattr(study, "compare", compare)
+    with pytest.raises(study.NotDoneError, match="runs/dora/seed-0: failed; the error's") as failed:
+        swlora.compare("study.yaml")
+    assert failed.value.compared is found and tempfile.gettempdir() not in str(failed.value)
+    with pytest.raises(study.NotDoneError, match=r"; see kept$"):
+        swlora.compare("study.yaml", output="kept")
 
 
 def test_what_a_program_imports_at_first_is_light() -> None:

@@ -71,8 +71,10 @@ def test_the_same_again_runs_nothing(compare, request_of, children, tmp_path):
 
 def test_a_failed_run_does_not_stop_the_others(compare, request_of, children, tmp_path):
     children.acts = {"runs/lora/seed-0": {"fail": "RunFailedError: no more space"}}
-    with pytest.raises(RunFailedError, match=r"runs/lora/seed-0: RunFailedError: no more space"):
+    no_space = r"not done: runs/lora/seed-0: RunFailedError: no more space; the same command"
+    with pytest.raises(study.NotDoneError, match=no_space) as failed:
         compare(request_of(only=["lora", "fixed"]))
+    assert failed.value.compared.status == "incomplete"
     assert children.ran()[-2:] == ["beam/lora/seed-5", "beam/fixed/seed-5"]
     told = facts(tmp_path)
     assert told["status"] == "incomplete"
@@ -155,8 +157,10 @@ def test_an_interrupted_study_goes_on(compare, request_of, children, view, tmp_p
     view.stop_at = "hanging"
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         compare(request_of(only=["lora"]))
-    told = facts(tmp_path)
-    assert told["status"] == "cancelled"
+    told, published = facts(tmp_path), json.loads((tmp_path / "out/results.json").read_text())
+    assert told["status"] == published["status"] == "cancelled"
+    assert "runs/lora/seed-0" in [run["run"] for run in published["unfinished"]]
+    assert (tmp_path / "out/results.md").exists()
     assert told["runs"]["runs/lora/seed-0"]["status"] == "cancelled"
     assert view.is_closed
     children.ran()

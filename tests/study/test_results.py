@@ -94,6 +94,18 @@ def test_times(two_arms: Any) -> None:
     }
 
 
+def test_a_process_that_was_killed_takes_no_time_away(two_arms: Any) -> None:
+    """run.json has the time of the last process only, the checkpoint that of all steps."""
+    folder = two_arms.save()
+    for seed in (0, 1):
+        file = folder / f"runs/super/seed-{seed}/run.json"
+        facts = json.loads(file.read_text())
+        facts["timings_s"]["train"] = 1.0  # of 28 s of steps
+        file.write_text(json.dumps(facts))
+    found = arms_of(publish(folder))["super"]
+    assert (found["train_s"], found["total_s"]) == pytest.approx((28.0, 45.0))
+
+
 def test_scores_are_means_over_seeds_on_the_published_scales(two_arms: Any) -> None:
     folder = two_arms.save()
     lora = arms_of(publish(folder))["lora"]

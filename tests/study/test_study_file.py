@@ -226,6 +226,22 @@ def test_finding_a_rate_is_left_to_the_study(tmp_path):
     assert problem.endswith("a study tries the `rates` of an arm itself")
 
 
+@pytest.mark.parametrize(
+    ("seeds", "rate", "seed"),
+    [
+        ("seeds: [0, 1]", "rate: {seed: 1}", 1),
+        ("seeds: [1000]", "margin: {nll: 0.1}", 1000),
+        ("seeds: [0]", "rate: {grid: [0.1, 0.2], seed: 7}", 7),  # of an arm's controls
+    ],
+)
+def test_rates_are_chosen_with_a_seed_of_their_own(tmp_path, seeds, rate, seed):
+    arms = "arms: [lora, {name: super, control_seeds: [7]}]"
+    expected = [f"rate.seed: {seed} is a seed of an arm; take one that none has"]
+    assert read(tmp_path, f"{arms}\n{seeds}\n{rate}").problems == expected
+    given = "arms: [{name: lora, rates: [0.1]}]"  # there is nothing to choose
+    assert read(tmp_path, f"{given}\n{seeds}\n{rate}").problems == []
+
+
 def test_seeds_of_controls_that_an_arm_does_not_have_are_refused(tmp_path):
     arms = (
         "[lora, {name: top, layers: last:2, control_seeds: [0]}, {name: super, control_seeds: [7]}]"

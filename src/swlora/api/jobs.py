@@ -178,7 +178,8 @@ def compare(
     folder of its own: without `output` they are temporary, and a study that was interrupted cannot
     go on.
 
-    Raises UserError with all problems of the file, RunFailedError where runs failed.
+    Raises UserError with all problems of the file, and where runs failed
+    `swlora.study.compare.NotDoneError`, which has what came out as its `compared`.
 
     Examples:
         >>> import swlora
@@ -186,10 +187,16 @@ def compare(
         Traceback (most recent call last):
         swlora.errors.UserError: there is no file no-such-study.yaml
     """
-    from swlora.study.compare import Request, compare
+    from swlora.study.compare import NotDoneError, Request, compare
 
     check_processes("compare")
     with tempfile.TemporaryDirectory(prefix="swlora-") as scratch:
         folder = path_of(output) or Path(scratch) / "study"
         names = None if only is None else list(only)
-        return compare(Request(Path(config), folder, names, {"controls": controls}))
+        try:
+            return compare(Request(Path(config), folder, names, {"controls": controls}))
+        except NotDoneError as error:
+            if output is not None:
+                raise
+            where = "the error's `compared` has what is done; a study with an output= can go on"
+            raise NotDoneError(error.not_done, where, error.compared) from None

@@ -106,8 +106,10 @@ class ArmRun:
     @property
     def total_s(self) -> float:
         """Seconds from the untrained model to the finished adapter, one-off costs included."""
-        fit_s = fit_seconds(self.facts["timings_s"])
-        return float(fit_s - sum(m.get("eval_s", 0.0) for m in self.metrics) + self.one_off_s)
+        held_out_s = sum(m.get("eval_s", 0.0) for m in self.metrics)
+        timings_s = self.facts["timings_s"]
+        fit_s = fit_seconds(timings_s, steps_s=self.train_s, held_out_s=held_out_s)
+        return float(fit_s + self.one_off_s)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,17 @@ class RayAddress:
     n_cpus: int | None = None
 
 
+class NotDoneError(RunFailedError):
+    """Runs of a study failed; the others were made. `not_done` says which and why, in short.
+
+    `compared` holds what came out all the same, as `compare` returns it.
+    """
+
+    def __init__(self, not_done: str, where: str, compared: Compared | ComparedModels) -> None:
+        super().__init__(f"not done: {not_done}; {where}")
+        self.not_done, self.compared = not_done, compared
+
+
 @contextmanager
 def cluster_of(request: Request, device: str, view: View) -> Iterator["Cluster | None"]:
     """Connect to the cluster of a request, if there is one, and say what runs where."""
@@ -85,8 +96,8 @@ def compare(
 ) -> Compared | ComparedModels:
     """Run or continue the studies of a file; return what came out: that of several by folder.
 
-    Raises UserError with all problems before anything runs, and RunFailedError at the end where
-    runs failed; what could be measured is published all the same.
+    Raises UserError with all problems before anything runs, and NotDoneError at the end where
+    runs failed; what could be measured is published all the same, also after an interruption.
     """
     results: dict[str, Compared] = {}
     failures: list[str] = []
@@ -105,13 +116,13 @@ def compare(
         raise KeyboardInterrupt(stopped) from error
     finally:
         view.close()
+    compared = next(iter(results.values())) if len(results) == 1 else ComparedModels(results)
     if failures:
         more = f" and {len(failures) - 4} more" if len(failures) > 4 else ""
-        raise RunFailedError(
-            f"not done: {'; '.join(failures[:4])}{more}; the same command tries again what may end "
-            f"otherwise, and results.md in {', '.join(results)} has what is done"
-        )
-    return next(iter(results.values())) if len(results) == 1 else ComparedModels(results)
+        again = "the same command tries again what may end otherwise, and results.md in"
+        where = f"{again} {', '.join(results)} has what is done"
+        raise NotDoneError(f"{'; '.join(failures[:4])}{more}", where, compared)
+    return compared
 
 
 def checked_studies(request: Request, *, dry_run: bool) -> list[tuple[str, Checked, Path]]:
@@ -169,6 +180,11 @@ def run_study(
         phases = Phases(resolved, study, runner, board, view, wanted)
         try:
             phases.run()
+        except KeyboardInterrupt:
+            study.record(status="cancelled")
+            view.say("writing what is done so far (again: not)")
+            publish(path)
+            raise
         finally:
             runner.close()
         remove(study.caches)

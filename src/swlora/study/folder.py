@@ -31,7 +31,7 @@ from swlora.matrix_peak import processor
 from swlora.study.spec import StudySpec
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
-FITTING = ("attach", "prepare", "train")
+BEFORE_TRAINING = ("attach", "prepare")
 
 
 class StudyFolder(WorkFolder):
@@ -139,13 +139,15 @@ def read_study(path: Path) -> dict[str, Any]:
     return read_facts(path / StudyFolder.file_name, ("status", "arms", "runs"))
 
 
-def fit_seconds(timings_s: dict[str, float]) -> float:
+def fit_seconds(timings_s: dict[str, float], *, steps_s: float, held_out_s: float) -> float:
     """Return the seconds of a run from the untrained model to the finished adapter.
 
-    From its run.json: without loading, tokenising and the evaluation after the training, with that
-    on the way.
+    From its run.json: without loading, tokenising and evaluation, be it on the way. A process that
+    was killed noted no time of its training there: of it the seconds of its steps count.
     """
-    return sum(timings_s.get(name, 0.0) for name in FITTING)
+    training_s = timings_s.get("train", 0.0) - held_out_s
+    before_s = sum(timings_s.get(name, 0.0) for name in BEFORE_TRAINING)
+    return before_s + max(training_s, steps_s)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

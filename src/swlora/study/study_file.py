@@ -149,6 +149,8 @@ def _problems(spec: StudySpec, names_in_file: list[str]) -> list[str]:
         f"beam: there is no arm {name!r}" for name in spec.beam.arms if name not in known | controls
     ]
     problems += [f"beam: no arm has seed {s}" for s in spec.beam.seeds or [] if s not in seeds]
+    if spec.rate.seed in seeds and any(map(spec.chooses_rate, spec.arms)):
+        problems.append(f"rate.seed: {spec.rate.seed} is a seed of an arm; take one that none has")
     if spec.train.schedule == "constant":
         problems.append(CONSTANT)
     if spec.train.learning_rate != RATE:

@@ -66,6 +66,8 @@ def _train(flags: dict[str, str]) -> None:
     fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)  # as a run is at work in it
     if "broken" in flags.get("--dataset", ""):
         sys.exit(f"swlora: {flags['--dataset']}, line 2: no prompt")
+    if "--resume" in flags and (folder / "refuse").exists():
+        sys.exit(f"swlora: {folder}: torch was 1 and is now 2; --force-resume goes on")
     config = {"data": {"name": flags.get("--dataset")}, "model": {"name": flags.get("--model")}}
     if "--resume" not in flags:
         _write(folder / "config.yaml", config)

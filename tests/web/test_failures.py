@@ -117,6 +117,16 @@ def test_what_is_not_served_has_a_reason(own_client, own_runs, served_folder, se
     assert f"not served, since {entry['reason']}" in refused.json()["error"]["message"]
 
 
+def test_an_adapter_under_the_name_of_the_base_model_is_not_served(own_client, own_runs):
+    base = own_client.get("/api/models").json()["base"]
+    (own_runs / "second.run").rename(own_runs / base)
+    described = own_client.get("/api/models").json()
+    (entry,) = described["not_served"]
+    assert entry["name"] == base and "rename it" in entry["reason"]
+    assert base not in [adapter["name"] for adapter in described["adapters"]]
+    assert ask(own_client, base).status_code == 200  # it is the base model
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_an_adapter_that_holds_what_is_no_number_is_refused(own_client, own_runs, served_folder):
     save_plain(served_folder, own_runs / "other", target_modules=["q_proj"])

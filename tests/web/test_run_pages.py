@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import sys
 import time
 from html import unescape
+from pathlib import Path
 
 import pytest
 
 from swlora import work_folder
 from swlora.locks import lock_folder
-from swlora.web.folders import FRESH_S
+from swlora.web.folders import FRESH_S, RunFolders
 from swlora.web.pages.runs_view import loss_chart
 
 NASTY = "<img src=x onerror=alert(1)>"
@@ -315,7 +317,17 @@ def test_a_study_that_is_the_folder_itself_keeps_its_runs_together(make, browse,
     make_study(root)
     with browse(make(runs=root)) as client:
         assert "/studies/runs" in look(client, "/runs")
-        assert look(client, "/studies/runs").count("/runs/runs/") >= 1
+        text = look(client, "/studies/runs")
+        links = set(re.findall(r'href="(/runs/runs/[^"]+)"', text))
+        assert links == {"/runs/runs/lora/seed-0", "/runs/runs/super/seed-0"}
+        for link in links:
+            look(client, link)
+
+
+def test_an_adapter_of_a_run_that_is_the_folder_itself_has_its_name(runs, monkeypatch):
+    monkeypatch.chdir(runs / "second.run")
+    found = RunFolders(Path("."))
+    assert list(found.adapters()) == list(found.runs()) == ["second.run"]
 
 
 def test_odd_studies_never_break_a_page(make, browse, root):

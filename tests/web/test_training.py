@@ -12,7 +12,6 @@ import zipfile
 import psutil
 import pytest
 from tests.support import fake_training
-from tests.support.data_files import write_rows
 from tests.support.page_reading import look
 from tests.support.page_training import HTML, estimate, is_gone, press, start, status_of
 from tests.support.servers import until
@@ -199,26 +198,6 @@ def test_a_training_that_does_not_begin_says_why_and_leaves_its_name(trainer, tm
     assert "broken.jsonl, line 2: no prompt" in page.text and str(tmp_path) not in page.text
     start(trainer, epochs="1")
     until(lambda: status_of(tmp_path / "runs") == "done")
-
-
-def test_only_runs_of_this_model_and_these_data_go_on(trainer, data, loaded, tmp_path):
-    run = tmp_path / "runs/mine"
-    write_rows(run / "checkpoint/state-1.json", [{}])
-    facts = {"command": "train", "status": "failed", "started_at": "2030-01-01T10:00:00Z"}
-    (run / "run.json").write_text(json.dumps(facts))
-    config = {"data": {"name": str(data / "rows.jsonl")}, "model": {"name": loaded.name}}
-    for changed, said in (
-        ({"data": {"name": str(tmp_path / "outside.jsonl")}}, "its data do not lie in"),
-        ({"data": {"name": str(data / "../outside.jsonl")}}, "its data do not lie in"),
-        ({"data": config["data"] | {"eval_file": "/etc/passwd"}}, "its data do not lie in"),
-        ({"model": {"name": "other"}}, "of another model"),
-        ({}, ""),
-    ):
-        (run / "config.yaml").write_text(json.dumps(config | changed))
-        text = look(trainer, "/runs/mine").text
-        assert (said in text) if said else "Resume" in text
-        if said:
-            assert said in press(trainer, "resume", status=409)
 
 
 def test_an_adapter_is_taken_away_merged_and_exported(trainer, tmp_path):

@@ -1,6 +1,7 @@
 """Trainings from the page: whether, by whom, and what a request may name."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,18 @@ def test_data_that_were_not_listed_are_not_there(trainer, child, name, tmp_path)
     assert trainer.post("/train/look", data={"data": name}).status_code == 404
     assert trainer.get("/train/with", params={"data": name}).status_code in (400, 404)
     assert not child.exists() and list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_run_is_not_called_as_the_model_that_is_served(trainer, child, data, loaded):
+    """By that name clients ask for the base model."""
+    name = Path(loaded.name).name
+    assert f"the model that is served is called {name}" in start(trainer, 400, name=name)
+    assert not child.exists()
+    write_rows(data / f"{name}.jsonl", ROWS)
+    page = look(trainer, f"/train/with?data={name}.jsonl")
+    assert [field["value"] for field in page.all("input") if field.get("name") == "name"] == [
+        f"{name}-2"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,12 @@ def spec_at_hand(loaded: "LoadedModel", said: ModelSpec, config: Path | None) ->
     `said` is the section `model` of the file `config`. Raises UserError where that is of another
     model, revision, precision or device.
     """
-    from swlora.models.builtin import flag_of
+    from swlora.models.builtin import flag_of, is_named
     from swlora.models.load import commit_of
 
     dtype, device = str(loaded.model.dtype).removeprefix("torch."), loaded.model.device
     other = ""
-    if "name" in said.model_fields_set and not _is_named(said.name, loaded.name):
+    if "name" in said.model_fields_set and not is_named(said.name, loaded.name):
         other = f"the model {said.name}, and the one that is given is {loaded.source}"
     elif said.revision and commit_of(loaded.name, said.revision) != loaded.revision:
         other = f"revision {said.revision}, and the model that is given is of {loaded.revision}"
@@ -70,13 +70,3 @@ def spec_at_hand(loaded: "LoadedModel", said: ModelSpec, config: Path | None) ->
             "device": str(device) if device.type == "cuda" else device.type,
         }
     )
-
-
-def _is_named(name: str, loaded_name: str) -> bool:
-    """Say whether a --model of this name is the model that was loaded from `loaded_name`."""
-    from swlora.models.builtin import flag_of
-
-    if name in (loaded_name, flag_of(loaded_name)):
-        return True
-    given, own = Path(name).expanduser(), Path(loaded_name)
-    return given.exists() and own.exists() and given.samefile(own)

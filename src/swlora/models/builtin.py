@@ -39,6 +39,16 @@ def flag_of(loaded_name: str) -> str:
     return BUILTIN_MODEL if loaded_name == str(unpacked_folder()) else loaded_name
 
 
+def is_named(name: str, loaded_name: str) -> bool:
+    """Say whether --model `name` is the model that was loaded from `loaded_name`, or its flag."""
+    if name in (loaded_name, flag_of(loaded_name)):
+        return True
+    try:
+        return Path(name).expanduser().samefile(loaded_name)
+    except (OSError, RuntimeError, ValueError):  # no path, or none of this machine
+        return False
+
+
 def builtin_folder() -> Path:
     """Return the folder of the unpacked model, made on first use and in use until the process ends.
 

@@ -20,7 +20,9 @@ from typing import Any
 from swlora.adapters.reach import switch_refusal
 from swlora.adapters.saved import FACTS, WEIGHTS
 from swlora.bounded_read import MAX_BYTES, UnreadableError, read_json_object
+from swlora.config import BUILTIN_MODEL
 from swlora.errors import UserError
+from swlora.models.builtin import flag_of
 from swlora.runs import Run, read_run
 from swlora.study.folder import StudyFolder, read_study
 from swlora.web.growing_metrics import MetricsFiles
@@ -72,20 +74,26 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class RunEntry:
-    """A run folder, or a study's, by its name."""
+    """A run folder, or a study's, by its name; `is_root`: it is the folder given at start."""
 
     name: str
     folder: Path = field(repr=False)
+    is_root: bool = False
+
+    def inner(self, place: str) -> str:
+        """Return the name of the run at a place in this folder."""
+        return place if self.is_root else f"{self.name}/{place}"
 
 
 class RunFolders:
     """The runs and adapters below `root`; walked again when what is known is older than 2 s.
 
-    A folder that is not there yet holds nothing.
+    A folder that is not there yet holds nothing. An adapter under `base_name`, by which clients
+    ask for the base model, is not served.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, base_name: str = "") -> None:
+        self._root, self._base_name = root, base_name
         self._lock = threading.Lock()
         self._walked_s = float("-inf")
         self._runs: dict[str, RunEntry] = {}
@@ -135,11 +143,14 @@ class RunFolders:
                     if file_name in files:
                         with _noted(name, unreadable):
                             read(folder)
-                            found[name] = RunEntry(name, folder)
+                            found[name] = RunEntry(name, folder, folder == self._root)
                 if ADAPTER_CONFIG in files:
                     if folder.name == "adapter" and (folder.parent / RUN).is_file():
-                        name = name.removesuffix("adapter").rstrip("/") or self._root.name
+                        name = name.removesuffix("adapter").rstrip("/")
+                        name = name or self._root.resolve().name
                     with _noted(name, not_served):
+                        if name == self._base_name:
+                            raise UserError("the base model is asked for by its name: rename it")
                         adapters[name] = read_adapter_entry(name, folder)
             for name in not_served.keys() - self._not_served.keys():
                 log.warning("the adapter of %s is not served: %s", name, not_served[name])
@@ -148,6 +159,14 @@ class RunFolders:
             self._runs, self._studies, self._unreadable = runs, studies, unreadable
             self._adapters, self._not_served = adapters, not_served
             self._walked_s = time.monotonic()
+
+
+def public_name(model: str) -> str:
+    """Return what clients call a model: its Hub id, `builtin`, or the name of its folder."""
+    if (flag := flag_of(model)) == BUILTIN_MODEL:
+        return flag
+    path = Path(model)
+    return path.resolve().name if path.exists() else model
 
 
 def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:

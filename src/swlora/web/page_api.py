@@ -105,12 +105,11 @@ def figure(request: Request, name: RunName, file: RunName) -> Response:
 
 def describe(service: Service) -> dict[str, Any]:
     """Return names and abilities of everything that may be asked for."""
-    adapters = [entry.public() for entry in service.folders.adapters().values()]
     spec = service.spec
     return {
         "base": service.base_name,
         "source": without_folders(service.loaded.source),
-        "adapters": [a for a in adapters if a["name"] != service.base_name],
+        "adapters": [entry.public() for entry in service.folders.adapters().values()],
         "not_served": [
             {"name": name, "reason": reason}
             for name, reason in service.folders.not_served().items()

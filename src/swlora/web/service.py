@@ -6,12 +6,11 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import Request
 
-from swlora.config import BUILTIN_MODEL, DataSpec, RunSpec, ServeSpec
+from swlora.config import DataSpec, RunSpec, ServeSpec
 from swlora.data.encode import encode_prompts, encode_turns
 from swlora.data.examples import Example
 from swlora.data.sources import load_dataset
@@ -19,11 +18,10 @@ from swlora.decoding.batch import DecodeRequest
 from swlora.decoding.sampling import Sampling
 from swlora.errors import UserError
 from swlora.models.anatomy import n_embeddings
-from swlora.models.builtin import unpacked_folder
 from swlora.models.load import LoadedModel, load_model
 from swlora.progress import Progress
 from swlora.web.chat_turns import turns_for
-from swlora.web.folders import RunFolders
+from swlora.web.folders import RunFolders, public_name
 from swlora.web.generation import Echo, Generation, TextRequest
 from swlora.web.neutral import Message
 from swlora.web.problems import ApiError
@@ -65,8 +63,7 @@ class Service:
 
     def model_names(self) -> list[str]:
         """Return the base model's name, then those of the adapters."""
-        adapters = [name for name in self.folders.adapters() if name != self.base_name]
-        return [self.base_name, *adapters]
+        return [self.base_name, *self.folders.adapters()]
 
     def variant(self, model: str, zeroed: Sequence[str] = ()) -> Variant:
         """Return the variant that a request names; ApiError where this server has no such."""
@@ -226,7 +223,7 @@ def make_service(
     training: TrainingDesk | None = None,
 ) -> Service:
     """Put a service together; UserError for a model whose texts cannot be decoded together."""
-    folders, metrics = RunFolders(spec.runs.expanduser()), Metrics()
+    folders, metrics = RunFolders(spec.runs.expanduser(), public_name(loaded.name)), Metrics()
     weights = ServedWeights(loaded.model, loaded.name, folders)
     host = ModelHost(loaded, folders, weights, spec.max_rows)
     cache_tokens = int(spec.cache_gb * 1e9 / cache_bytes_per_token(loaded.model))
@@ -238,14 +235,6 @@ def make_service(
     return Service(
         spec, loaded, folders, weights, scheduler, metrics, references, started_s, training
     )
-
-
-def public_name(name: str) -> str:
-    """Return what clients call a model: its Hub id, `builtin`, or the name of its folder."""
-    if name == str(unpacked_folder()):
-        return BUILTIN_MODEL
-    path = Path(name)
-    return path.resolve().name if path.exists() else name
 
 
 def cache_bytes_per_token(model: Any) -> int:

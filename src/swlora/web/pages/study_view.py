@@ -124,8 +124,8 @@ def _study_view(entry: RunEntry, facts: Mapping[str, Any]) -> StudyView:
         row=_row(entry, facts),
         about=" · ".join(said for said in about if said),
         reason=_said(facts, "reason"),
-        arms=_arms(entry.name, _mapping(facts["arms"]), runs),
-        current=f"{entry.name}/{current}" if current else None,
+        arms=_arms(entry, _mapping(facts["arms"]), runs),
+        current=entry.inner(current) if current else None,
     )
 
 
@@ -189,7 +189,7 @@ def _row(entry: RunEntry, facts: Mapping[str, Any]) -> StudyRow:
     )
 
 
-def _arms(study: str, arms: Mapping[str, Any], runs: Mapping[str, Any]) -> list[ArmRow]:
+def _arms(study: RunEntry, arms: Mapping[str, Any], runs: Mapping[str, Any]) -> list[ArmRow]:
     names = dict.fromkeys([*arms, *(_said(told, "arm") for told in runs.values())])
     rows = []
     for name in names:
@@ -206,13 +206,13 @@ def _layers(facts: Mapping[str, Any]) -> str:
         return _said(facts, "policy")
 
 
-def _cell(study: str, place: str, told: Any) -> RunCell:
+def _cell(study: RunEntry, place: str, told: Any) -> RunCell:
     status, seconds = _said(told, "status"), finite(_mapping(told).get("seconds"))
     phase = PHASES.get(_said(told, "phase"), _said(told, "phase"))
     label = " ".join(dict.fromkeys([phase, _said(told, "label")])).strip() or place
     took = duration(seconds) if seconds is not None else ""
     said = _said(told, "reason") or took
-    return RunCell(f"{study}/{place}", label, status, status_look(status), said)
+    return RunCell(study.inner(place), label, status, status_look(status), said)
 
 
 def _table(

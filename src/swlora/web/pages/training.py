@@ -82,7 +82,8 @@ def with_data(
         found = _look(desk, file, values)
         shown = _shown(file, values, found)
         return fragment(seen, "part_train_look.html", is_over=found.is_over, **shown)
-    taken = service_of(request).folders.runs()
+    service = service_of(request)
+    taken = {*service.folders.runs(), service.base_name}
     filled = Filled(wanted.defaults() | values | {"name": wanted.free_name(file, taken)})
     return _form_page(request, file, filled)
 

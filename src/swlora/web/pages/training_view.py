@@ -11,7 +11,7 @@ from swlora.locks import is_locked
 from swlora.plural import are, counted
 from swlora.preview import DataPreview, ShownRow, Span
 from swlora.result_json import from_json
-from swlora.web.folders import RunEntry, known_run, without_folders
+from swlora.web.folders import RUN, RunEntry, known_run, without_folders
 from swlora.web.pages.errand_view import ErrandView, outcome
 from swlora.web.training.data_folder import DataFile
 from swlora.web.training.desk import TrainingDesk
@@ -176,7 +176,7 @@ def run_work(desk: TrainingDesk, name: str, entry: RunEntry | None) -> RunWork |
         return None
     waits_for = job.run if job else ""
     if facts["status"] != "done":
-        return _stopped(desk, entry, waits_for)
+        return _stopped(desk, entry, last, waits_for)
     return _done(entry.folder, name, last, waits_for)
 
 
@@ -193,12 +193,22 @@ def _at_work(job: Job, folder: Path, *, has_begun: bool) -> RunWork:
     return RunWork(said, log=log, actions=[Action("/train/stop", "Stop")], is_over=False)
 
 
-def _stopped(desk: TrainingDesk, entry: RunEntry, waits_for: str) -> RunWork:
+def _stopped(desk: TrainingDesk, entry: RunEntry, last: Job | None, waits_for: str) -> RunWork:
     if reason := desk.why_not_resumed(entry):
         return RunWork(f"It cannot go on from here: {reason}.", waits_for=waits_for)
-    said = "It goes on from its newest checkpoint, as if it had never stopped."
+    said, problem = "It goes on from its newest checkpoint, as if it had never stopped.", ""
+    if last is not None and _was_refused(last, entry):
+        why = _said(entry.folder, last)
+        said, problem = "", f"It did not go on: {why or ENDED}"
     actions = [Action("/train/resume", "Resume", is_primary=True)]
-    return RunWork(said, actions=actions, waits_for=waits_for)
+    return RunWork(said, problem, actions=actions, waits_for=waits_for)
+
+
+def _was_refused(job: Job, entry: RunEntry) -> bool:
+    """Say whether a training was to go on and ended before it had noted so in run.json."""
+    if job.run != entry.name or job.kind != "train" or job.is_stopping:
+        return False
+    return (entry.folder / RUN).stat().st_mtime < job.started_s
 
 
 def _done(folder: Path, name: str, last: Job | None, waits_for: str) -> RunWork:

@@ -20,10 +20,10 @@ from swlora.deploy.merge_report import MERGE_REPORT, gguf_report
 from swlora.errors import UserError
 from swlora.files import make_folder
 from swlora.locks import is_locked
-from swlora.models.builtin import flag_of
+from swlora.models.builtin import flag_of, is_named
 from swlora.snapshots import has_snapshot
 from swlora.study.one_process import LOG
-from swlora.web.folders import RunEntry, known_run
+from swlora.web.folders import RunEntry, known_run, public_name
 from swlora.web.pages.run_facts import part
 from swlora.web.pages.run_files import read_config
 from swlora.web.training.data_folder import DataFile, DataFolder
@@ -177,7 +177,7 @@ class TrainingDesk:
         data, model = part(config, "data"), part(config, "model")
         if data.get("eval_file") or not self.data.holds(Path(str(data.get("name")))):
             return "its data do not lie in the folder that this server trains from"
-        if model.get("name") != self.model_name:
+        if not is_named(str(model.get("name")), self.model_name):
             return "it is of another model than the one that is served"
         return ""
 
@@ -196,6 +196,8 @@ class TrainingDesk:
         """
         name = values.get("name", "").strip()
         check_run_name(name)
+        if name == public_name(self.model_name):
+            raise UserError(f"the model that is served is called {name}: choose another name")
         self._check_idle()
         folder = self.runs / name
         if os.path.lexists(folder) and not _holds_no_run(folder):

@@ -4,7 +4,7 @@ An empty field takes the default. Everything else keeps the default of the comma
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from swlora.config import ModelSpec, RunSpec, load_spec
@@ -124,8 +124,8 @@ def check_run_name(name: str) -> None:
         )
 
 
-def free_name(file: DataFile, taken: "Mapping[str, Any]") -> str:
-    """Return a name for a run on a file that no run has yet."""
+def free_name(file: DataFile, taken: Collection[str]) -> str:
+    """Return a name for a run on a file that is not `taken` yet."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", file.name.strip("/").rpartition("/")[2].split(".")[0])
     stem = stem.strip("-_")[:40] or "run"
     number = 1

@@ -79,23 +79,25 @@ def identify(job: Job, figure: Path | None = None, adapter: Path | None = None) 
     return found
 
 
-def train(
-    job: Job, prepared: PreparedTraining | None = None, layers: list[int] | None = None
-) -> "Trained":
+def train(job: Job) -> "Trained":
     """Train the adapter of `job.spec`; return the adapted model and what was done.
 
-    `prepared` and `layers` are what `prepare_training` and `choose_layers` gave, if asked before.
     Leaves adapter/ (a standard PEFT adapter), metrics.jsonl and loss.png in the run folder, and
     best/ where held-out losses were asked for: the adapter with the lowest.
     """
+    prepared = prepare_training(job)  # before a search, which is long
+    layers = choose_layers(job)
+    return train_prepared(job, at_found_rate(job, prepared, layers), layers)
+
+
+def train_prepared(job: Job, prepared: PreparedTraining, layers: list[int]) -> "Trained":
+    """Do what `train` does once rows, layers and learning rate are settled."""
     from swlora.adapters.card import last_losses
     from swlora.evaluation.held_out import watch_of
     from swlora.evaluation.loss_curve import course_of, draw_loss
     from swlora.training.trained import Trained
 
-    prepared = prepared or prepare_training(job)  # before a search, which is long
-    layers, folder = layers or choose_layers(job), job.run.folder
-    prepared = at_found_rate(job, prepared, layers)
+    folder = job.run.folder
     attached = attach(job, prepared.schedule, layers)
     adapted, watch = attached.adapted, None
     if (planned := prepared.measurements) and (rows := prepared.held_out):
@@ -265,7 +267,7 @@ def train_evaluate(job: Job, metric: "UserMetric | None" = None) -> "tuple[Train
     # In the dtype in which it is trained: a search for super weights may have had another.
     untouched = measure_untouched_english(job)
     with reporting(job) as trackers:
-        trained = train(job, training, layers)
+        trained = train_prepared(job, training, layers)
         evaluated = evaluate(job, trained.model.eval(), evaluation, untouched, metric)
         trackers.result(evaluated)
     return trained, evaluated

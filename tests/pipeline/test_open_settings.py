@@ -1,5 +1,6 @@
 """The learning rate of a training that is given none: of its method and layers, kept for later."""
 
+import json
 from types import SimpleNamespace
 from typing import get_args
 
@@ -152,16 +153,17 @@ def test_layers_that_are_found_have_the_rate_of_as_many(
         assert same_adapters(tmp_path / name, tmp_path / "named")
 
 
-def test_a_given_rate_of_found_layers_is_kept_and_said_where_far(
-    model_folder, rows, tmp_path, found_layers
+@pytest.mark.parametrize("command", ["train", "train-eval"])
+def test_a_given_rate_of_found_layers_is_kept_and_said_once_where_far(
+    model_folder, rows, tmp_path, found_layers, command
 ):
     found_layers(1)
     spec = make_spec(model_folder("llama"), rows, adapter__layers="super")
-    with Run.prepare(tmp_path / "run", spec, "train") as run:
-        pipeline.train(Job(spec, run, heard := Heard()))
+    run_in(tmp_path / "run", spec, command, heard := Heard())
     far = "learning rate 0.02 is far above 0.0017, the default of lora in 1 of 3 layers"
     assert heard.lines.count(far) == 1
-    assert run.read_result()["train"]["learning_rate"] == 0.02
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["train"]["learning_rate"] == 0.02
     assert "learning_rate" not in read_run(tmp_path / "run")["fitted"]
 
 

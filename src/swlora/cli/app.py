@@ -70,7 +70,7 @@ def identify(
 def train(invocation: Invocation, dry_run: DryRun = False) -> None:
     """Train a LoRA adapter in the chosen layers.
 
-    Example: `swlora train --model builtin --dataset e2e-dataset --layers last:4 --output run`
+    Example: `swlora train --model builtin --dataset e2e-dataset --layers every:4 --output run`
 
     Example: `swlora train --model builtin --dataset e2e-dataset --dry-run --json estimate.json`
     """

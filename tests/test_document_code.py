@@ -48,7 +48,6 @@ INSTEAD = {
     "examples/starter.yaml": f"examples/starter.yaml {FEW_STEPS} {FEW_TEXTS}",
     "studies/e2e.yaml --dry-run": "studies/smoke.yaml --dry-run",  # of layers that the model has
     "2,11": "2,3",  # the tiny model has four layers
-    "last:8": "last:3",
     "--temperature 0": "--temperature 0 --max-new-tokens 8",
     "--device cuda": "--device auto",
     "--model NAME": "--model builtin",
@@ -63,7 +62,7 @@ NOT_RUN = {
     ". .venv/bin/activate": "changes the shell that types it",
     "pip install 'swlora[ray]'": "installs from the network",
     "bash benchmarks/gpu.sh": "minutes, and a GPU; tests/benchmarks/test_gpu.py has its parts",
-    "swlora train --dataset HuggingFaceH4/": "the Hub; tests/data/test_source_hub.py plays it",
+    "swlora train --model builtin --dataset HuggingFaceH4/": "tests/data/test_source_hub.py has it",
     "ollama ": "Ollama is not installed; tests/deploy/test_ollama.py reads what it would",
     "llama-server ": "is not installed; `export` runs the file in llama.cpp",
     "torchrun --standalone --nproc-per-node 8 -m swlora train ...": "a form, to be filled in",

@@ -126,6 +126,30 @@ def test_what_is_no_example_says_why(record: dict[str, Any], reason: str) -> Non
     assert re.search(reason, found), found
 
 
+PAIR, PAIR_NAMES = {"q": "Why?", "a": "So."}, {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "record", "reason"),
+    [
+        ({**PAIR_NAMES, "input": "context"}, {**PAIR, "context": "x"}, "write it into the prompt"),
+        ({**PAIR_NAMES, "system": "sys"}, {**PAIR, "sys": "x"}, "write it into the prompt"),
+        ({"system": "sys"}, {"messages": TURNS, "sys": "x"}, "write it as the first message,"),
+        ({"input": "context"}, {"messages": TURNS, "context": "x"}, "its form has no 'input'; le"),
+        ({**PAIR_NAMES, "text": "body"}, {**PAIR, "body": "x"}, "its form has no 'text'; leave it"),
+    ],
+)
+def test_a_named_column_that_the_form_of_a_row_has_no_use_for(
+    columns: dict[str, str], record: dict[str, Any], reason: str
+) -> None:
+    """Nobody names a column in order to have it left out in silence."""
+    *_, name = columns.values()
+    found = Recogniser(columns).example(record)
+    assert isinstance(found, str) and found.startswith(f"it has the field {name!r}: {reason}")
+    for nothing in ("", None):
+        assert isinstance(Recogniser(columns).example({**record, name: nothing}), Example)
+
+
 def test_a_named_column_that_is_not_there() -> None:
     found = Recogniser({"prompt": "q", "completion": "a"}).example({"q": "x", "b": "y"})
     assert found == "it has no column 'a'; columns found: 'q', 'b'"

@@ -34,19 +34,28 @@ _PAIR_FIELDS = {
 
 
 def unused_meaning(
-    row: Mapping[str, object], columns: Collection[str], *, is_chat: bool
+    row: Mapping[str, object],
+    columns: Collection[str],
+    *,
+    is_chat: bool,
+    renamed: Mapping[str, str] | None = None,
 ) -> str | None:
     """Say which field of a row would change its meaning and is not used; None for no such.
 
-    `columns` are used, whatever their names.
+    `columns` are used, whatever their names; `renamed` are the columns that were named for fields,
+    which mean something whatever the field is.
     """
     fields = _ROW_FIELDS | (_CHAT_FIELDS if is_chat else _PAIR_FIELDS)
-    named = (
-        f"it has the field {name!r}: {why}"
-        for name, why in fields.items()
-        if row.get(name) and name not in columns
+    other = {
+        column: fields.get(name, f"its form has no {name!r}; leave it out")
+        for name, column in (renamed or {}).items()
+    }
+    unused = (
+        f"it has the field {column!r}: {why}"
+        for column, why in (fields | other).items()
+        if row.get(column) and column not in columns
     )
-    return next(named, None)
+    return next(unused, None)
 
 
 def make_chat(messages: object, tools: object = None) -> Example | str:

@@ -136,8 +136,8 @@ class Recogniser:
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         self._columns = {name: columns.get(name, name) for name in FIELD_NAMES}
-        self._renamed = frozenset(columns)
-        self._unseen = {self._columns[name] for name in columns}
+        self._renamed = dict(columns)
+        self._unseen = set(columns.values())
 
     @property
     def unseen(self) -> str:
@@ -152,7 +152,8 @@ class Recogniser:
         if form is None:
             return self.unknown(record)
         used = {self._columns[name] for name in form.names}
-        if problem := unused_meaning(record, used, is_chat=form.is_chat):
+        problem = unused_meaning(record, used, is_chat=form.is_chat, renamed=self._renamed)
+        if problem:
             return problem
         present = {n: record[self._columns[n]] for n in form.names if self._columns[n] in record}
         return form.make(present)
@@ -160,7 +161,7 @@ class Recogniser:
     def form(self, record: Fields) -> Form | None:
         """Return the form of a record: one with a column that was named comes before the others."""
         there = [form for form in FORMS if all(self._columns[n] in record for n in form.needed)]
-        there = [form for form in there if self._renamed.intersection(form.names)] or there
+        there = [form for form in there if self._renamed.keys() & set(form.names)] or there
         filled = [f for f in there if all(record[self._columns[n]] is not None for n in f.needed)]
         form = next(iter(filled or there), None)
         is_half = form is not None and form.needed == ("text",) and "text" not in self._renamed

@@ -148,7 +148,6 @@ def test_a_training_is_a_list_of_arguments(trainer, child, data, tmp_path, loade
         f"--layers={layers}",
         "--method=lora",
         "--epochs=1",
-        "--eval-share=0.05",
         "--skip-bad-rows",
         "--find-learning-rate",
         f"--output={tmp_path / 'runs/mine'}",

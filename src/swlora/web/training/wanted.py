@@ -45,7 +45,6 @@ def defaults() -> dict[str, str]:
         "layers": str(spec.adapter.layers),
         "method": spec.adapter.method,
         "rank": str(spec.adapter.rank),
-        "eval_share": "0.05",
     }
 
 

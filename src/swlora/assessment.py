@@ -96,7 +96,13 @@ def _score(
         return None
     own = [losses[group] for group in prepared.groups]
     with job.timed("score"), job.progress.task("score"):
-        return score_texts(prepared.shown_prompts, texts, prepared.references, own)
+        return score_texts(
+            prepared.shown_prompts,
+            texts,
+            prepared.references,
+            own,
+            are_all=len(own) == len(losses),
+        )
 
 
 def wants_english(job: Job) -> bool:

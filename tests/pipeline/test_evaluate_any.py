@@ -8,6 +8,7 @@ from tests.support.whole_jobs import DEV, make_spec, run_in
 
 from swlora import pipeline
 from swlora.errors import UserError
+from swlora.evaluation.segments import Segments
 from swlora.evaluation.text_scores import text_rows
 from swlora.evaluation.user_metrics import MetricError, UserMetric
 from swlora.job import Job
@@ -100,11 +101,16 @@ def test_prompts_beside_documents(model_folder, tmp_path) -> None:
     path.write_text(
         '{"text": "One text."}\n{"prompt": "a", "completion": "b c"}\n{"text": "Two."}\n'
     )
-    found = evaluated(tmp_path / "run", make_spec(model_folder("llama"), (path, path)))
+    spec = make_spec(model_folder("llama"), (path, path))
+    found = evaluated(tmp_path / "run", spec)
     (line,) = (tmp_path / "run/predictions.jsonl").read_text().splitlines()
     assert (found.n_prompts, found.n_rows) == (1, 3)
     assert json.loads(line)["n_tokens"] == 4  # b, a space, c and EOS
     assert found.n_tokens == 10 + 4 + 5
+    with path.open("a") as file:
+        file.write('{"prompt": "b", "completion": "d"}\n')
+    assert "NLL" not in (intervals := evaluated(tmp_path / "two", spec).intervals)  # it is of all
+    assert "BLEU" in intervals and Segments.read(tmp_path / "two").intervals() == intervals
 
 
 def test_a_prompt_that_is_too_long_is_cut_where_it_was_asked_for(model_folder, tmp_path) -> None:

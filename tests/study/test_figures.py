@@ -126,6 +126,14 @@ def test_bars_are_the_paired_intervals_at_the_baseline(
                 )
             expected.append((spread.min, spread.max, min(low, arm.scores.measured(score)), high))
     assert bars == [pytest.approx(bar) for bar in expected]
+    bars.clear()
+    for arm in arms:  # as where documents stand beside the prompts
+        arm.intervals.pop("nll")
+        arm.against_baseline.pop("nll", None)
+    draw_pareto(results, tmp_path / "pareto.png")
+    assert bars[: len(arms)] == [pytest.approx(bar) for bar in expected[: len(arms)]]
+    losses = [arm.scores.measured("nll") for arm in arms]
+    assert [bar[2:] for bar in bars[len(arms) :]] == [(nll, nll) for nll in losses]
 
 
 def test_without_a_baseline_there_is_no_margin(results: Compared, tmp_path: Path) -> None:

@@ -166,6 +166,17 @@ def test_verdicts_come_from_paired_intervals(study: Any, make_segments: Any) -> 
         assert bad[name]["difference"] == pytest.approx(found["bad"][name] - found["lora"][name])
 
 
+def test_a_loss_that_is_not_of_the_prompts_alone_is_told_without_an_interval(two_arms: Any) -> None:
+    """Documents stand beside the prompts: draws of prompts would be of another loss."""
+    folder = two_arms.save()
+    for path in folder.glob("runs/*/*/segments.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"are_all": False}))
+    for arm in arms_of(publish(folder)).values():
+        assert set(arm["intervals"]) == {"bleu", "nist", "meteor", "rouge_l", "cider"}
+        assert set(arm["spread"]) == {*arm["intervals"], "nll"} and arm["nll"] > 0
+        assert set(arm["against_baseline"]) <= {"bleu"}
+
+
 def test_no_arm_disappears(two_arms: Any) -> None:
     study = two_arms
     study.settings["arms"] += [{"name": "never", "layers": "last:1"}]

@@ -29,7 +29,8 @@ class Evaluated:
     """A model's texts for every distinct prompt of a split, scored, and the references' loss.
 
     `nll` is in nats a trained token, `nll_per_row` the nats of a row. `intervals` are [low, high]
-    of the scores and of "NLL", by their official names; {} for a single prompt. `scores` and
+    of the scores and of "NLL", by their official names; {} for a single prompt, and without "NLL"
+    where documents stand beside the prompts: prompts are what is drawn again. `scores` and
     `text_scores` are None where all rows are documents, which have no prompt; `english` where it
     was not measured, `own` where no metric of one's own was named, `predictions` where no file was
     asked for. `has_official` says whether the official five are scores for such data. `texts` are

@@ -20,7 +20,8 @@ CSV_FILE, JSONL_FILE = "predictions.csv", "predictions.jsonl"
 class TextsScored:
     """The texts that were generated for some prompts, and what was measured of each.
 
-    `losses` are those of all references of a prompt.
+    `losses` are those of all references of a prompt; `are_all` says that the split has no documents
+    beside these prompts.
     """
 
     prompts: Sequence[str]
@@ -29,11 +30,12 @@ class TextsScored:
     losses: Sequence[LossSum]
     statistics: SegmentStatistics
     rows: TextRows
+    are_all: bool = True
 
     @cached_property
     def segments(self) -> Segments:
         """What a bootstrap resamples."""
-        return Segments.of(self.statistics, list(self.losses))
+        return Segments.of(self.statistics, list(self.losses), are_all=self.are_all)
 
     def text_scores(self) -> TextScores:
         """Return the scores of any text."""
@@ -86,11 +88,16 @@ def score_texts(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     losses: Sequence[LossSum],
+    *,
+    are_all: bool = True,
 ) -> TextsScored:
-    """Score the text of each prompt; a reference without any word is matched by no word."""
+    """Score the text of each prompt; a reference without any word is matched by no word.
+
+    `are_all` as in `TextsScored`.
+    """
     statistics = segment_statistics(one_line(predictions), references, strict=False)
     rows = text_rows(predictions, references)
-    return TextsScored(prompts, predictions, references, losses, statistics, rows)
+    return TextsScored(prompts, predictions, references, losses, statistics, rows, are_all)
 
 
 def one_line(texts: Sequence[str]) -> list[str]:

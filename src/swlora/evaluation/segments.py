@@ -23,27 +23,39 @@ _ROWS = ("bleu", "nist", "meteor", "rouge_l", "cider")
 
 @dataclass(frozen=True)
 class Segments:
-    """Statistics of the scores, and the loss of the references: sum_nats, n_tokens (n,)."""
+    """Statistics of the scores, and the loss of the references: sum_nats, n_tokens (n,).
+
+    `are_all` says that no documents stand beside the prompts: the NLL of the split is theirs too,
+    and draws of prompts do not tell how sure it is.
+    """
 
     statistics: SegmentStatistics
     sum_nats: Rows
     n_tokens: Rows
+    are_all: bool = True
 
     @classmethod
-    def of(cls, statistics: SegmentStatistics, losses: list[LossSum]) -> Self:
+    def of(
+        cls, statistics: SegmentStatistics, losses: list[LossSum], *, are_all: bool = True
+    ) -> Self:
         """Put the two measurements of the same segments together."""
         if len(losses) != len(statistics.cider):
             raise ValueError(f"{len(losses)} losses for {len(statistics.cider)} segments")
         sums, tokens = zip(*((loss.sum_nats, loss.n_tokens) for loss in losses), strict=True)
-        return cls(statistics, np.array(sums, np.float64), np.array(tokens, np.float64))
+        return cls(statistics, np.array(sums, np.float64), np.array(tokens, np.float64), are_all)
 
     def __len__(self) -> int:
         return len(self.sum_nats)
 
     def resampled(self, weights: Rows) -> dict[str, Rows]:
-        """Corpus scores and "NLL" (nats a token), (R,) each, of resamples weights (R, n)."""
+        """Corpus scores and "NLL" (nats a token), (R,) each, of resamples weights (R, n).
+
+        Without "NLL" where documents stand beside the prompts.
+        """
         scores = self.statistics.resampled(weights)
-        return {**scores, "NLL": (weights @ self.sum_nats) / (weights @ self.n_tokens)}
+        if self.are_all:
+            scores["NLL"] = (weights @ self.sum_nats) / (weights @ self.n_tokens)
+        return scores
 
     def intervals(self) -> dict[str, list[float]]:
         """Return [low, high] of every score and of "NLL"; {} for a single prompt."""
@@ -58,6 +70,7 @@ class Segments:
             "tokenizer": s.tokenizer,
             "sum_nats": self.sum_nats.tolist(),
             "n_tokens": [as_count(n) for n in self.n_tokens.tolist()],
+            "are_all": self.are_all,
             **{name: None if value is None else value.tolist() for name, value in rows.items()},
         }
         write_text(folder / FILE, json.dumps(values, allow_nan=False) + "\n")
@@ -83,4 +96,4 @@ class Segments:
         lengths = {len(values) for values in (sums, tokens, *rows.values()) if values is not None}
         if len(lengths) != 1:
             raise UserError(f"{path} is damaged: its lists have lengths {sorted(lengths)}")
-        return cls(statistics, sums, tokens)
+        return cls(statistics, sums, tokens, values.get("are_all", True))  # older files do not say

@@ -43,7 +43,8 @@ def draw_pareto(results: Compared, target: Path) -> None:
     The vertical bar of an arm is the 95 % interval of its paired difference from the baseline, put
     on the baseline's value: an arm is non-inferior where its bar stays above the band's lower edge,
     which is the margin. Horizontal bars reach from the fastest to the slowest seed. Without a
-    baseline, vertical bars are the arms' own intervals.
+    baseline, vertical bars are the arms' own intervals. A loss that has no interval, as where
+    documents stand beside the prompts, is a point alone.
     """
     arms = results.finished
     with figure_file(target, (11.5, 5.4)) as figure:
@@ -122,11 +123,13 @@ def figure_file(target: Path, size: tuple[float, float]) -> Iterator[Any]:
 
 def _draw_arm(panel: Any, arm: FinishedArm, score: str, baseline: FinishedArm | None) -> None:
     style, seconds = STYLES[_kind(arm)], arm.time_spread.total_s
-    x, y, (low, high) = arm.total_s, arm.scores.measured(score), arm.intervals[score]
+    x, y = arm.total_s, arm.scores.measured(score)
+    low, high = arm.intervals.get(score, (y, y))
     if baseline:
-        found = arm.against_baseline.get(score)
-        bounds = found.interval if found else [0.0, 0.0]
-        low, high = (baseline.scores.measured(score) + bound for bound in bounds)
+        found = arm.against_baseline.get(score)  # none for the baseline itself
+        bounds = found.interval if found else (0.0, 0.0)
+        origin = baseline.scores.measured(score) if found else y
+        low, high = (origin + bound for bound in bounds)
     panel.errorbar(
         x,
         y,

@@ -202,7 +202,11 @@ def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Quality:
     return Quality(
         scores=means,
         intervals={name: list(bootstrap.interval(values)) for name, values in draws.items()},
-        spread={n: stats.spread([scores.measured(n) for scores in by_run]) for n in draws},
+        spread={
+            n: stats.spread([scores.measured(n) for scores in by_run])
+            for n in SCORES
+            if means[n] is not None
+        },
         against_baseline=judged,
     )
 

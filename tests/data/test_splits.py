@@ -175,6 +175,23 @@ def test_data_of_the_hub(hub: Callable[..., str]) -> None:
     assert (other.train, other.dev, other.test) == (examples(TEST), examples(DEV), ())
 
 
+def test_splits_of_the_hub_are_known_as_files_of_their_names_are(
+    hub: Callable[..., str], tmp_path: Path
+) -> None:
+    more = [("v", "1")]
+    splits = {"train_sft": TRAIN, "validation_a": DEV, "evaluation": more, "test_sft": TEST}
+    name = hub(**{split: pairs(rows) for split, rows in splits.items()})
+    found = load_dataset(DataSpec(name=name, train_split="train_sft"))
+    for split, rows in splits.items():
+        write(tmp_path / f"files/{split}.jsonl", as_jsonl(rows))
+    files = load_dataset(DataSpec(name=str(tmp_path / "files")))
+    for dataset in (found, files):
+        assert (dataset.train, dataset.test) == (examples(TRAIN), examples(TEST))
+        assert sorted(e.prompt for e in dataset.dev) == sorted(p for p, _ in [*DEV, *more])
+    other = load_dataset(DataSpec(name=name, train_split="validation_a"))
+    assert (other.train, other.dev) == (examples(DEV), examples(more))
+
+
 def test_no_more_of_the_hub_is_read_than_is_trained_on(hub: Callable[..., str]) -> None:
     """A stream may be longer than anybody can wait for: row 40 is bad, and never reached."""
     good = pairs([(f"p{i}", "c") for i in range(39)])

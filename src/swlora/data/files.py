@@ -14,7 +14,7 @@ from swlora.errors import UserError
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("dev", "valid", "validation", "val", "eval"), "dev"),
+    **dict.fromkeys(("dev", "valid", "validation", "val", "eval", "evaluation"), "dev"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
@@ -79,19 +79,20 @@ def split_files(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
         by_split["train"].append(root)
         return by_split
     for path in files:
-        by_split[_split_of(path, root)].append(path)
+        by_split[split_of(*_inner(path, root)) or "train"].append(path)
     if not by_split["train"]:
         names = ", ".join(path.name for path in files[:4])
         raise UserError(f"{root} has no file to train on, only {names}: name one of them itself")
     return by_split
 
 
-def _split_of(path: Path, root: Path) -> str:
-    for part in reversed(_inner(path, root)):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in SPLIT_WORDS:
-                return SPLIT_WORDS[word]
-    return "train"
+def split_of(*names: str) -> str | None:
+    """Return the split ("train", "dev" or "test") that names say, the last first; None for none.
+
+    They are those of a file and of the folders that it lies in, or what the Hub calls a split.
+    """
+    words = (word for name in reversed(names) for word in re.split(r"[^a-z]+", name.lower()))
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
 def _inner(path: Path, root: Path) -> tuple[str, ...]:

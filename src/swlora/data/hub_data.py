@@ -9,17 +9,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from swlora.data.column_records import record_of
+from swlora.data.files import split_of
 from swlora.data.records import MAX_RECORD_BYTES
 from swlora.errors import UserError, brief
 from swlora.hub import offline_variable
 from swlora.library_noise import quiet_libraries
 
 HUB_TIMEOUT_S = 5.0
-# Names that splits have on the Hub, by the split that they are here
-SPLIT_NAMES = {
-    "dev": ("validation", "dev", "valid", "val", "eval", "evaluation"),
-    "test": ("test", "testing"),
-}
 
 
 class HubUnreachableError(UserError):
@@ -74,9 +70,9 @@ class HubData:
         except Exception as error:  # its loaders raise errors of many libraries
             raise self._refusal(error) from error
 
-    def split_name(self, split: str) -> str | None:
-        """Return what the Hub calls "dev" or "test"; None where there is no such split."""
-        return next((name for name in SPLIT_NAMES[split] if name in self._splits), None)
+    def split_names(self, split: str) -> list[str]:
+        """Return those of the Hub's splits that are "dev" or "test", by the rule for files."""
+        return [name for name in self._splits if split_of(name) == split]
 
     def records(self, split: str) -> Iterator[dict[str, Any] | str]:
         """Yield the rows of a split by its name on the Hub, or why one is none.

@@ -121,19 +121,22 @@ def _load_hub(spec: DataSpec) -> Dataset:
     data = HubData(spec.name, spec.config_name, commit)
     recogniser = Recogniser(spec.named_columns)
 
-    def rows(split: str) -> Iterator[Row]:
-        records = enumerate(data.records(split), start=1)
-        return recognise(records, recogniser, f"{spec.name} {split}, row", table=spec.name)
+    def rows(names: Sequence[str]) -> Iterator[Row]:
+        for name in names:
+            records = enumerate(data.records(name), start=1)
+            yield from recognise(records, recogniser, f"{spec.name} {name}, row", table=spec.name)
 
-    names = {"train": spec.train_split, **{n: data.split_name(n) for n in ("dev", "test")}}
-    limits = {"train": _n_rows_read(spec, has_dev=names["dev"] not in (None, spec.train_split))}
+    names = {"train": [spec.train_split]}
+    for split in ("dev", "test"):
+        names[split] = [name for name in data.split_names(split) if name != spec.train_split]
+    limits = {"train": _n_rows_read(spec, has_dev=bool(names["dev"]))}
     parts = {
         split: collect_rows(
-            rows(name), f"{spec.name} {name}, row 1", spec.skip_bad_rows, limits.get(split)
+            rows(own), f"{spec.name} {own[0]}, row 1", spec.skip_bad_rows, limits.get(split)
         )
-        if name and _is_read(split, spec) and (split == "train" or name != spec.train_split)
+        if own and _is_read(split, spec)
         else NO_ROWS
-        for split, name in names.items()
+        for split, own in names.items()
     }
     source = f"{spec.name} from the Hub, at {commit[:12]}"
     return _with_held_out(spec.name, source, parts, spec, recogniser)

@@ -12,6 +12,7 @@ from pathlib import Path
 from swlora.config import OPTIONAL_SETTINGS, RunSpec, settings_of
 from swlora.config.model import KEPT_ABOVE_BYTES, ModelSpec
 from swlora.errors import UserError
+from swlora.paths import may_be_path
 from swlora.run_place import RESUMABLE
 from swlora.settings import flag_name, setting_names
 
@@ -98,7 +99,7 @@ def _stays_as_it_lies(model: ModelSpec) -> bool:
     if model.frozen is not None or not model.name.endswith(".gguf"):
         return model.frozen == "gguf"
     path = Path(model.name).expanduser()
-    return path.is_file() and path.stat().st_size > KEPT_ABOVE_BYTES
+    return may_be_path(path) and path.is_file() and path.stat().st_size > KEPT_ABOVE_BYTES
 
 
 def _no_memory_to_limit(command: str, spec: RunSpec) -> str | None:

@@ -1,5 +1,6 @@
-"""Where the project keeps what it makes for itself outside of run folders."""
+"""Where the project keeps what it makes for itself outside of run folders; what can be a path."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -11,3 +12,18 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "swlora"
+
+
+def may_be_path(text: str | Path) -> bool:
+    """Say whether a text could name a file: it holds no NUL, and is not too long for the system.
+
+    To be asked before a person's text is looked for on the disk: `Path.is_file` and its like raise
+    OSError for one that is too long. Other errors, such as of rights, are left to them.
+    """
+    try:
+        os.lstat(text)
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG
+    except ValueError:
+        return False
+    return True

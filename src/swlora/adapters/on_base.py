@@ -11,6 +11,7 @@ from swlora.errors import UserError
 from swlora.files import read_json
 from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel, load_model
+from swlora.paths import may_be_path
 
 
 def load_with_adapter(
@@ -81,7 +82,7 @@ def _recorded_base(adapter: Path) -> dict[str, Any]:
         if Path(of_run.name).expanduser().exists():
             return {"name": of_run.name, "tokenizer": of_run.tokenizer}
     name = config.get("base_model_name_or_path")
-    is_local = isinstance(name, str) and Path(name).exists()
+    is_local = isinstance(name, str) and may_be_path(name) and Path(name).exists()
     if is_local or (isinstance(name, str) and name.count("/") == 1 and not facts):
         return {"name": name, "revision": None if is_local else config.get("revision")}
     raise UserError(

@@ -32,6 +32,7 @@ from swlora.files import (
 )
 from swlora.models.finite import not_finite
 from swlora.models.model_folder import check_regular_files
+from swlora.paths import may_be_path
 
 CONFIG = "adapter_config.json"
 FACTS = "swlora.json"
@@ -207,7 +208,7 @@ def adapter_folder(path: Path) -> Path:
 
     Raises UserError where it holds no adapter, so that this is known before a model is loaded.
     """
-    if not path.is_dir():
+    if not (may_be_path(path) and path.is_dir()):
         raise UserError(f"there is no adapter folder {path}")
     inside = path / "adapter"
     folder = inside if (inside / CONFIG).is_file() else path

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from swlora.data.records import READERS, ending
 from swlora.errors import UserError
+from swlora.paths import may_be_path
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -37,6 +38,8 @@ def data_files(name: str) -> list[Path]:
     packed in a way that is not read: the rest alone would be trained in silence.
     """
     path = Path(name).expanduser()
+    if not may_be_path(path):
+        return []
     if path.is_file():
         _refuse_packed([path])
         return [path] if ending(path) else []

@@ -23,6 +23,7 @@ from swlora.data.records import READERS, ending
 from swlora.data.rows import Row, Rows, collect_rows, dataset_of, read_files, recognise
 from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
+from swlora.paths import may_be_path
 from swlora.settings import flag_name
 
 SAMPLE_SOURCE = "the built-in sample (made from a grammar; not E2E)"
@@ -50,7 +51,7 @@ def _load(spec: DataSpec) -> Dataset:
     if spec.name in (SAMPLE_DATASET, DEFAULT_DATASET):
         _refuse_settings(spec, (*_OF_FILES, *_OF_HUB))
         return _load_sample(SAMPLE_SOURCE) if spec.name == SAMPLE_DATASET else _load_default(spec)
-    if path.is_dir() and any((path / name).is_file() for name in E2E_FILES):
+    if may_be_path(path) and path.is_dir() and any((path / name).is_file() for name in E2E_FILES):
         _refuse_settings(spec, (*_OF_FILES, *_OF_HUB))
         return load_e2e_folder(path, spec.skip_bad_rows)
     files = data_files(spec.name)
@@ -60,8 +61,8 @@ def _load(spec: DataSpec) -> Dataset:
     if re.fullmatch(_HUB_ID, spec.name, re.ASCII) and not ending(path):
         return _load_hub(spec)
     raise UserError(
-        f"no data set {spec.name!r}: give a file ({', '.join(READERS)}), a folder of such, a Hub "
-        f"id such as {DEFAULT_DATASET}, or {SAMPLE_DATASET}"
+        f"no data set {spec.name!r:.99}: give a file ({', '.join(READERS)}), a folder of such, a "
+        f"Hub id such as {DEFAULT_DATASET}, or {SAMPLE_DATASET}"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from swlora.adapters.saved import DIGESTS, FACTS
 from swlora.errors import UserError
+from swlora.paths import may_be_path
 
 BASE = "base_model_name_or_path"
 # Where a configuration came from: written by transformers, and read by nobody
@@ -131,7 +132,7 @@ def places_in(text: str) -> list[str]:
     for match in _INSIDE.finditer(text):
         place = (match[1] or match[2]).rstrip(".")
         top = Path(place).parts[1] if match[1] else ""
-        is_here = top not in _OF_SYSTEMS and Path(place).exists()
+        is_here = top not in _OF_SYSTEMS and may_be_path(place) and Path(place).exists()
         if match[2] or top in _OF_PEOPLE or is_here:
             found.append(place)
     return found

@@ -9,6 +9,7 @@ from swlora.command_settings import SETTINGS
 from swlora.config import RunSpec, load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import read_json
+from swlora.paths import may_be_path
 from swlora.plural import counted
 from swlora.result_json import from_json
 from swlora.runs import read_run
@@ -83,7 +84,8 @@ def _plain(value: str) -> str:
     is_path = value.startswith(("/", "./", "../", "~")) or (
         value.count("/") != 1 and "/" in value and ":" not in value
     )
-    return Path(value).name if is_path or Path(value).exists() else value
+    is_path = is_path or (may_be_path(value) and Path(value).exists())
+    return Path(value).name if is_path else value
 
 
 def _timings(facts: dict[str, Any], result: dict[str, Any]) -> str:

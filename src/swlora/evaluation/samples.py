@@ -20,6 +20,7 @@ from swlora.evaluation.decode import check_room, end_tokens, generate
 from swlora.evaluation.prompting import prompt_ids
 from swlora.models.anatomy import n_embeddings
 from swlora.models.load import LoadedModel
+from swlora.paths import may_be_path
 from swlora.printable import escaped
 from swlora.progress import Silent
 from swlora.samples_file import Sample
@@ -39,13 +40,16 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     """
     prompts: list[str] = []
     for text in given:
-        if "\n" in text or not (text.endswith(FILE_ENDINGS) or Path(text).is_file()):
-            prompts.append(text)
-        else:
-            prompts += _lines(Path(text))
+        prompts += _lines(Path(text)) if _is_of_file(text) else [text]
     if len(prompts) > MAX_PROMPTS:
         raise UserError(f"--sample-prompts takes {MAX_PROMPTS} prompts at most, not {len(prompts)}")
     return prompts
+
+
+def _is_of_file(text: str) -> bool:
+    """Say that a text names a file, be it one that is not there."""
+    may_be = "\n" not in text and may_be_path(text)
+    return may_be and (text.endswith(FILE_ENDINGS) or Path(text).is_file())
 
 
 def _lines(path: Path) -> list[str]:

@@ -25,6 +25,7 @@ from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.skeleton import make_skeleton
 from swlora.models.tokenizer_folder import TOKENIZER, check_added_tokens, check_tokenizer_folder
 from swlora.models.weights_room import bytes_if_quantised, check_weights_fit
+from swlora.paths import may_be_path
 from swlora.plural import counted
 from swlora.threads import settle_threads
 
@@ -156,10 +157,10 @@ def _find(spec: ModelSpec) -> _Place:
     if spec.name == BUILTIN_MODEL:
         name, source = _builtin(), "SmolLM2-135M-Instruct, the embedded model"
     elif spec.name.endswith(".gguf"):
-        if not path.is_file():
+        if not (may_be_path(path) and path.is_file()):
             raise UserError(f"there is no file {spec.name}")
         name, source = str(path), f"the GGUF file {path}"
-    elif path.is_dir():
+    elif may_be_path(path) and path.is_dir():
         name, source = str(path), f"the folder {path}"
     else:
         return _find_on_hub(spec)
@@ -186,7 +187,7 @@ def _find_on_hub(spec: ModelSpec) -> _Place:
 
 def _find_tokenizer(name: str) -> str:
     path = Path(name).expanduser()
-    if path.is_dir():
+    if may_be_path(path) and path.is_dir():
         return str(path)
     if cached_file(name, "tokenizer.json") or hub_reachable():
         return name

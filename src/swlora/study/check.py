@@ -16,6 +16,7 @@ import numpy as np
 
 from swlora.config import BUILTIN_MODEL, DataSpec, ModelSpec, RunSpec
 from swlora.errors import UserError
+from swlora.paths import may_be_path
 from swlora.study.arms import Arm, arms_of
 from swlora.study.spec import StudySpec
 from swlora.study.study_file import arm_problems
@@ -144,7 +145,8 @@ def _not_at_hand(spec: ModelSpec, may_fetch: bool) -> str | None:
         ready = may_fetch or unpacked_folder().is_dir()
         return None if ready else "the model: the embedded one is not unpacked yet"
     path = Path(spec.name).expanduser()
-    is_local = path.is_dir() or spec.name.endswith(".gguf") or spec.name.startswith(("/", ".", "~"))
+    is_local = spec.name.endswith(".gguf") or spec.name.startswith(("/", ".", "~"))
+    is_local = is_local or (may_be_path(path) and path.is_dir())
     if is_local or cached_file(spec.name, "config.json", spec.revision) or hub_reachable():
         return None
     return f"the model: {spec.name} is not cached and the Hugging Face Hub cannot be reached"

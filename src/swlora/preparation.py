@@ -260,10 +260,9 @@ def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> Prepared
     there is a `metric` but no prompt.
     """
     from swlora.data.dataset import group_references, number_prompts
-    from swlora.data.encode import encode_prompts
     from swlora.data.examples import select
     from swlora.data.known_tokens import check_prompts
-    from swlora.evaluation.decode import fit_prompts
+    from swlora.evaluation.decode import fitting_prompts
     from swlora.models.anatomy import n_embeddings
 
     split = job.spec.data.eval_split
@@ -278,10 +277,11 @@ def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> Prepared
         )
     examples, prompts = [example for _, example, _ in groups], list[list[int]]()
     if examples:
-        prompts = encode_prompts(examples, job.dataset.separator, job.loaded.tokenizer)
-        truncate = job.spec.data.truncate
-        prompts = fit_prompts(job.loaded.model, prompts, job.spec.decode, truncate=truncate)
-        check_prompts(prompts, job.loaded.tokenizer, n_embeddings(job.loaded.model))
+        model, tokenizer, truncate = job.loaded.model, job.loaded.tokenizer, job.spec.data.truncate
+        prompts = fitting_prompts(
+            model, tokenizer, examples, job.dataset.separator, job.spec.decode, truncate=truncate
+        )
+        check_prompts(prompts, tokenizer, n_embeddings(model))
     if world().is_shared:
         tokens = {f"{split}_tokens_sha256": job.encoded(split).sequences.sha256()}
         check_alike("data", tokens | {"tokenizer_sha256": tokenizer_sha256(job.loaded.tokenizer)})

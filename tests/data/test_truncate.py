@@ -9,7 +9,7 @@ from tests.support.chat_families import FAMILIES
 from tests.support.chat_templates import chat_tokenizer
 from tests.support.tokenizers import EOS, byte_tokenizer
 
-from swlora.data.encode import Encoded, encode_examples
+from swlora.data.encode import Encoded, encode_examples, encode_prompts
 from swlora.data.examples import Example, Message
 from swlora.data.truncate import cut
 from swlora.errors import DataError
@@ -135,3 +135,30 @@ def test_turns_are_only_left_out_before_what_is_trained() -> None:
     found = encode_examples([example], "", tokenizer, context_tokens=90, truncate=True)
     ((kept, kept_answer),) = texts(found)
     assert (kept_answer, len(kept), kept[:20]) == (answer, 90, ids[:20])
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("family", ["ChatML", "Llama 3", "Mistral", "Gemma 3"])
+def test_a_prompt_to_generate_for_loses_its_oldest_turns_too(family: str, system: bool) -> None:
+    """It is the prompt of a chat that begins later; only the last question loses its middle."""
+    tokenizer = chat_tokenizer(FAMILIES[family])
+    whole = chat(9, system=system)
+
+    def prompt(example: Example, most_tokens: int | None = None) -> list[int]:
+        (ids,) = encode_prompts([example], "", tokenizer, most_tokens=most_tokens)
+        return ids
+
+    assert prompt(whole, len(prompt(whole))) == prompt(whole)
+    for n_left in (8, 3, 1):
+        first = 2 * (9 - n_left) + system
+        rest = prompt(Example.chat((*whole.messages[:system], *whole.messages[first:])))
+        assert prompt(whole, len(rest)) == prompt(whole, len(rest) + 1) == rest
+    short = prompt(whole, len(rest) - 5)
+    n_head = (len(short) + 1) // 2
+    assert short == [*rest[:n_head], *rest[n_head + 5 :]]
+
+
+def test_a_plain_prompt_to_generate_for_loses_its_middle() -> None:
+    examples = [Example("abcdefghijk", "x"), Example("abc", "x")]
+    found = encode_prompts(examples, "\n", byte_tokenizer(), most_tokens=5)
+    assert found == [[*b"abck\n"], [*b"abc\n"]]

@@ -5,12 +5,21 @@ import math
 import pytest
 import torch
 from tests.support.adapters import attach, randomise
+from tests.support.chat_templates import CHATML, chat_tokenizer
 from tests.support.plain_peft import greedy
 
 from swlora.config import AdapterSpec, DecodeSpec
+from swlora.data.encode import encode_prompts
+from swlora.data.examples import Example, Message
 from swlora.decoding.batch import BatchDecoder
 from swlora.errors import UserError
-from swlora.evaluation.decode import _by_batches, check_room, generate, generation_config
+from swlora.evaluation.decode import (
+    _by_batches,
+    check_room,
+    fitting_prompts,
+    generate,
+    generation_config,
+)
 from swlora.models.anatomy import Anatomy
 from swlora.progress import Silent
 
@@ -227,3 +236,19 @@ def test_the_context_must_have_room(make_model, tiny_tokenizer):
     ):
         with pytest.raises(UserError, match=r"250 tokens and 7 new ones exceed .* context of 256"):
             attempt()
+
+
+def test_a_long_chat_leaves_room_for_its_answer_without_its_oldest_turns(make_model):
+    """As in training, and not without its middle, where words of the template stand."""
+    model, tokenizer = make_model("llama"), chat_tokenizer(CHATML)
+    turns = [Message(role, f"turn {i}") for i in range(9) for role in ("user", "assistant")]
+    spec = DecodeSpec(max_new_tokens=100)
+    arguments = (model, tokenizer, [Example.chat(turns)], "", spec)
+    (found,) = fitting_prompts(*arguments, truncate=True)
+    longest = max(
+        (encode_prompts([Example.chat(turns[i:])], "", tokenizer)[0] for i in range(0, 18, 2)),
+        key=lambda ids: len(ids) if len(ids) <= 156 else 0,
+    )
+    assert found == longest and len(found) > 80
+    with pytest.raises(UserError, match="context of 256"):
+        fitting_prompts(*arguments, truncate=False)

@@ -146,14 +146,37 @@ def _shortened(
 
 
 def encode_prompts(
-    prompts: Sequence[Example], separator: str, tokenizer: "PreTrainedTokenizerBase"
+    prompts: Sequence[Example],
+    separator: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    most_tokens: int | None = None,
 ) -> list[list[int]]:
     """Encode the prompt of each example, in order; the completions are not looked at.
 
+    One of more than `most_tokens` >= 2 is shortened as rows of a training are (see `truncate`).
     Raises UserError for no examples, or for a chat that the tokenizer's template cannot write.
     """
     ids = _prompt_ids(_prompt_texts(prompts, separator, tokenizer), tokenizer)
-    return [ids[e.prompt_key] or [_start_token(tokenizer)] for e in prompts]
+    found = [ids[e.prompt_key] or [_start_token(tokenizer)] for e in prompts]
+    if most_tokens is None:
+        return found
+
+    def encode(chats: Sequence[Example]) -> list[list[Weighted] | str]:
+        try:
+            return [[_as_sequence(ids)] for ids in encode_prompts(chats, separator, tokenizer)]
+        except UserError as error:
+            return [str(error)]
+
+    for i, example in enumerate(prompts):
+        if len(found[i]) > most_tokens:
+            (kept,) = _shortened(example, [_as_sequence(found[i])], encode, most_tokens)
+            found[i] = kept[0]
+    return found
+
+
+def _as_sequence(prompt: list[int]) -> Weighted:
+    return prompt, [(len(prompt), 0.0)]
 
 
 def encode_turns(turns: Turns, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

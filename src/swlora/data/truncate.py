@@ -35,11 +35,6 @@ def cut(sequence: Weighted, context_tokens: int) -> Weighted:
     return [ids[i] for i in chosen], [(1, weights[i]) for i in chosen]
 
 
-def cut_prompt(ids: list[int], n_tokens: int) -> list[int]:
-    """Return a prompt with at most `n_tokens` >= 2 tokens, without its middle."""
-    return cut((ids, [(len(ids), 0.0)]), n_tokens)[0]
-
-
 def without_oldest_turns(
     chat: Example,
     found: list[Weighted],
@@ -49,7 +44,7 @@ def without_oldest_turns(
     """Return the sequences of a chat without as many of its oldest turns as need be, then cut.
 
     What is left begins with its system turn, if it had one, and a turn of the user, and an answer
-    in it is trained.
+    in it is trained; of a prompt, in which nothing is, the last question is left.
     """
     turns = chat.messages
     system = turns[:1] if turns[0].role in ("system", "developer") else ()
@@ -79,6 +74,8 @@ def _with_last_answer(sequence: Weighted, context_tokens: int) -> Weighted:
     """Return a sequence of which only the last answer is trained, where not all would stay."""
     ids, runs = sequence
     trained = [i for i, (_, weight) in enumerate(runs) if weight]
+    if not trained:
+        return sequence
     n_prompt = sum(n for n, _ in runs[: trained[0]])
     n_kept = min(n_prompt, max(1, context_tokens // LEAST_PROMPT))  # of the prompt at least
     if n_kept + len(ids) - n_prompt <= context_tokens:

@@ -21,8 +21,9 @@ import torch
 from swlora.adapters.reach import is_covered
 from swlora.config import DecodeSpec
 from swlora.data.chat_end import end_of_turn_tokens
+from swlora.data.encode import encode_prompts
+from swlora.data.examples import Example
 from swlora.data.known_tokens import check_prompts
-from swlora.data.truncate import cut_prompt
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.beams import BeamDecoder, BeamSettings
 from swlora.decoding.sampling import OwnDraws, Sampling
@@ -119,19 +120,23 @@ def joins_batches(model: Any) -> bool:
     return family_of(model.config.model_type).has_attention_interface and is_covered(model)
 
 
-def fit_prompts(
-    model: Any, prompts: Sequence[list[int]], spec: DecodeSpec, *, truncate: bool
+def fitting_prompts(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    separator: str,
+    spec: DecodeSpec,
+    *,
+    truncate: bool,
 ) -> list[list[int]]:
-    """Return prompts that leave room for new tokens; UserError for one that does not.
+    """Encode prompts that leave room for new tokens; UserError for one that does not.
 
-    With `truncate` such a prompt loses its middle instead.
+    With `truncate` such a prompt is shortened instead, as in training.
     """
-    fitting = list(prompts)
-    if truncate:
-        room = max(2, context_tokens(model) - spec.max_new_tokens)
-        fitting = [cut_prompt(ids, room) for ids in fitting]
-    check_room(model, fitting, spec)
-    return fitting
+    room = max(2, context_tokens(model) - spec.max_new_tokens) if truncate else None
+    prompts = encode_prompts(examples, separator, tokenizer, most_tokens=room)
+    check_room(model, prompts, spec)
+    return prompts
 
 
 def check_room(model: Any, prompts: Sequence[Sequence[int]], spec: DecodeSpec) -> None:

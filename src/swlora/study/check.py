@@ -183,10 +183,10 @@ def _check_data(checked: Checked, tokenizer: Any) -> None:
 
 def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -> None:
     """Raise UserError where rows or generated text would not fit into the model's context."""
-    from swlora.data.encode import encode_examples, encode_prompts
+    from swlora.data.encode import encode_examples
     from swlora.data.examples import select
     from swlora.data.known_tokens import check_sequences
-    from swlora.evaluation.decode import fit_prompts
+    from swlora.evaluation.decode import fitting_prompts
     from swlora.models.anatomy import context_tokens, n_embeddings
 
     spec, examples = checked.spec, dataset.split(split)
@@ -205,9 +205,15 @@ def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -
         asked = [example for example in usable if not example.text]
         if not asked:
             raise UserError("documents have no prompts, and a study compares texts")
-        prompts = encode_prompts(asked, dataset.separator, tokenizer)
         for decode in [spec.decode, spec.beam.decode] if spec.beam.arms else [spec.decode]:
-            fit_prompts(checked.model, prompts, decode, truncate=spec.data.truncate)
+            fitting_prompts(
+                checked.model,
+                tokenizer,
+                asked,
+                dataset.separator,
+                decode,
+                truncate=spec.data.truncate,
+            )
 
 
 def _check_arms(checked: Checked) -> None:

@@ -85,15 +85,15 @@ def test_answers_follow_the_tokens_of_their_prompts(tokenizers, name, template, 
             assert tokenizer.decode(before + answer) == tokenizer.decode(ids_of(whole)), pieces
 
 
-@pytest.mark.parametrize("n_characters", [0, 300])
-def test_parts_change_nothing(n_characters, monkeypatch):
+@pytest.mark.parametrize("n_bytes", [0, 300])
+def test_parts_change_nothing(n_bytes, monkeypatch):
     tokenizer = chat_tokenizer(FAMILIES["Qwen 3"])
     turns = [Message(("user", "assistant")[i % 2], str(i)) for i in range(8)]
     chats = [Example.chat(turns[: 2 + 2 * (i % 4)]) for i in range(9)]
     chats.insert(4, Example.chat([turns[0], Message("assistant", "Hi", extra='{"mood": 1}')]))
     found = encode_chats(chats, tokenizer, "all-turns", None)
     assert [i for i, plan in enumerate(found) if isinstance(plan, str)] == [4]
-    monkeypatch.setattr(tokenise, "CHARACTERS_AT_ONCE", n_characters)
+    monkeypatch.setattr(tokenise, "BYTES_AT_ONCE", n_bytes)
     assert encode_chats(chats, tokenizer, "all-turns", None) == found
     assert encode_chats([], tokenizer, "all-turns", None) == []
 

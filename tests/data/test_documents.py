@@ -11,10 +11,9 @@ from tests.support.models import MakeModel
 from tests.support.tokenizers import EOS, byte_tokenizer
 
 from swlora.adapters.methods import trainable_parameters
-from swlora.data import documents, examples, tokenise
+from swlora.data import documents, tokenise
 from swlora.data.encode import encode_examples
 from swlora.data.examples import Example
-from swlora.errors import DataError
 from swlora.training.step import TreeStep
 
 
@@ -58,7 +57,7 @@ def test_documents_are_tokenised_some_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(documents, "token_ids", token_ids)
     whole = pieces(["ab", "cde", "f", "g"], 99, tokenizer)
-    monkeypatch.setattr(tokenise, "CHARACTERS_AT_ONCE", 4)
+    monkeypatch.setattr(tokenise, "BYTES_AT_ONCE", 4)
     assert pieces(["ab", "cde", "f", "g"], 99, tokenizer) == whole
     assert sizes == [4, 2, 2]
 
@@ -80,35 +79,3 @@ def test_documents_do_not_see_each_other(make_model: MakeModel) -> None:
     )
     assert found.n_tokens == sum(len(example.text) + 1 for example in examples)
     assert_close(found, oracle(model, data))
-
-
-WORDS = "a river\nNear it, of cheap food.\n\nIt  is\n (Aromi)\nwith 42 stars.\r\nOr: none?\n5 of"
-
-
-def test_a_long_text_has_the_tokens_that_it_has_as_a_whole(shared_dir, monkeypatch) -> None:
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import AutoTokenizer
-
-    gpt2 = AutoTokenizer.from_pretrained(shared_dir / "gpt2-tokenizer")
-    with_mark = AutoTokenizer.from_pretrained(shared_dir / "gpt2-tokenizer")
-    with_mark.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
-    for tokenizer in (gpt2, with_mark):
-        whole = tokenizer(WORDS)["input_ids"]
-        for n, n_stretches in ((1, 3), (9, 2), (90, 1)):
-            monkeypatch.setattr(tokenise, "CHARACTERS_AT_ONCE", n)
-            stretches = tokenise.in_stretches(WORDS, tokenizer)
-            assert "".join(stretches) == WORDS
-            assert len(stretches) == (n_stretches if tokenizer is gpt2 else 1)
-            (found,) = documents.encode_documents(
-                [WORDS], tokenizer, start_token=0, end_token=7, context_tokens=999
-            )
-            ((ids, _weights),) = found
-            assert ids == [0, *whole, 7]
-
-
-def test_a_text_that_cannot_be_cut_is_refused_with_its_place(monkeypatch) -> None:
-    monkeypatch.setattr(tokenise, "CHARACTERS_AT_ONCE", 20)
-    monkeypatch.setattr(examples, "MAX_TEXT_BYTES", 60)
-    assert pieces(["many words.\n" * 20], 500, byte_tokenizer())
-    with pytest.raises(DataError, match=r"row 2: it is too long \(80 bytes .* too few line breaks"):
-        pieces(["many words.\n" * 20, "a" * 80], 500, byte_tokenizer())

@@ -15,7 +15,13 @@ from swlora.data.chat import ChatTemplate
 from swlora.data.chat_answers import Answer, ChatText, trained_texts
 from swlora.data.examples import ASSISTANT, Example
 from swlora.data.text_tokens import PieceTokenizer, TextTokens
-from swlora.data.tokenise import Following, following_ids, some_at_a_time, token_ids
+from swlora.data.tokenise import (
+    Following,
+    following_ids,
+    some_at_a_time,
+    text_bytes,
+    token_ids,
+)
 from swlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,7 +48,7 @@ def encode_chats(
     encoder = _Encoder(template, tokenizer, start_token)
     found: list[list[Weighted] | str] = []
     plans = (_plan(template, chat, train_on) for chat in chats)
-    parts = some_at_a_time(plans, _n_characters)
+    parts = some_at_a_time(plans, _n_bytes)
     for part, tokens in encoder.tokenised(parts):
         sequences = encoder.encode(_usable(part), tokens)
         found += [plan if isinstance(plan, str) else next(sequences) for plan in part]
@@ -73,8 +79,8 @@ def _usable(part: Part) -> list[list[ChatText]]:
     return [plan for plan in part if not isinstance(plan, str)]
 
 
-def _n_characters(plan: list[ChatText] | str) -> int:
-    return 0 if isinstance(plan, str) else sum(len(chat.text) for chat in plan)
+def _n_bytes(plan: list[ChatText] | str) -> int:
+    return 0 if isinstance(plan, str) else sum(text_bytes(chat.text) for chat in plan)
 
 
 class _Encoder:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from swlora.data.chat_encode import Weighted
-from swlora.data.examples import too_long_text
-from swlora.data.tokenise import in_stretches, is_long, some_at_a_time, token_ids
+from swlora.data.stretches import is_long, long_ids
+from swlora.data.tokenise import some_at_a_time, text_bytes, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,10 +30,10 @@ def encode_documents(
     """Return the sequences of each text, of at most `context_tokens` >= 2 tokens, or why none."""
     special = set(tokenizer.all_special_ids)
     found: list[list[Weighted] | str] = []
-    for part in some_at_a_time(texts, len):
+    for part in some_at_a_time(texts, text_bytes):
         of_short = iter(token_ids([t for t in part if not is_long(t)], tokenizer, special=True))
         for text in part:
-            ids = _long_ids(text, tokenizer) if is_long(text) else next(of_short)
+            ids = long_ids(text, tokenizer) if is_long(text) else next(of_short)
             if isinstance(ids, str):
                 found.append(ids)
                 continue
@@ -41,18 +41,6 @@ def encode_documents(
             whole = [*([] if has_start else [start_token]), *ids, end_token]
             found.append(_pieces(whole, context_tokens))
     return found
-
-
-def _long_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int] | str:
-    """Tokenise a long text, a stretch at a time; say why not where it cannot be cut."""
-    stretches = in_stretches(text, tokenizer)
-    longest = max(stretches, key=len)
-    if problem := too_long_text(len(longest.encode())):
-        return f"{problem} and has too few line breaks to be cut at"
-    ids: list[int] = []
-    for i, stretch in enumerate(stretches):
-        ids += token_ids([stretch], tokenizer, special=i == 0)[0]
-    return ids
 
 
 def _pieces(ids: list[int], context_tokens: int) -> list[Weighted]:

@@ -126,11 +126,11 @@ def length_problem(example: Example) -> str | None:
     return too_long_text(sum(len(part.encode()) for part in parts))
 
 
-def too_long_text(n_bytes: int) -> str | None:
+def too_long_text(n_bytes: int, where: str = "") -> str | None:
     """Say that so much text is too long to be tokenised at once; None where it is not."""
     if n_bytes <= MAX_TEXT_BYTES:
         return None
-    return f"it is too long ({n_bytes:,} bytes of text, and {MAX_TEXT_BYTES:,} is the most)"
+    return f"it is too long ({n_bytes:,} bytes of text{where}, and {MAX_TEXT_BYTES:,} is the most)"
 
 
 def make_example(prompt: object, completion: object) -> Example | str:

@@ -5,7 +5,6 @@ they are given. A completion tokenised by itself would have it too, between prom
 where the text has none.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,10 +19,7 @@ if TYPE_CHECKING:
 _ANCHORS = ("\n", "a", ".", "1")
 _FIRST_CHARACTERS = ("a", "T", "1", "(", "<", "é", "中")
 
-
-# A line break between words: tokens there are those of the two sides, for `splits_at_line_breaks`.
-_BETWEEN_LINES = re.compile(r"(?<=[\w.,;:!?])\n(?=\w)")
-CHARACTERS_AT_ONCE = 1 << 20  # what a tokenizer knows of a token takes 100 bytes
+BYTES_AT_ONCE = 1 << 20  # of text; what a tokenizer knows of a token takes 100 bytes
 Item = TypeVar("Item")
 
 
@@ -46,37 +42,28 @@ def token_ids(
     return [ids[: len(ids) - n_behind] for ids in _ids(texts, tokenizer, special=True)]
 
 
-def some_at_a_time(
-    items: Iterable[Item], n_characters: Callable[[Item], int]
-) -> Iterator[list[Item]]:
-    """Yield items of about `CHARACTERS_AT_ONCE` together, or a longer one."""
+def text_bytes(text: str) -> int:
+    """Return the size of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def some_at_a_time(items: Iterable[Item], n_bytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Yield items of about `BYTES_AT_ONCE` together, or a longer one."""
     part, n = list[Item](), 0
     for item in items:
         part.append(item)
-        n += n_characters(item)
-        if n > CHARACTERS_AT_ONCE:
+        n += n_bytes(item)
+        if n > BYTES_AT_ONCE:
             yield part
             part, n = [], 0
     if part:
         yield part
 
 
-def is_long(text: str) -> bool:
-    """Say that a text is tokenised by itself, in stretches."""
-    return len(text) > CHARACTERS_AT_ONCE
-
-
-def in_stretches(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Cut a long text into stretches whose tokens, one behind the other, are those of the text.
-
-    A stretch is about `CHARACTERS_AT_ONCE` long; longer where the text has no line break to cut at,
-    and whole for a tokenizer whose tokens may reach over one.
-    """
-    starts = [0]
-    if is_long(text) and _splits_at_line_breaks(tokenizer):
-        while found := _BETWEEN_LINES.search(text, starts[-1] + CHARACTERS_AT_ONCE):
-            starts.append(found.end())
-    return [text[begin:end] for begin, end in zip(starts, [*starts[1:], None], strict=True)]
+def ids_within(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Tokenise texts that stand within another: without a mark that is put before a whole one."""
+    plain = _splits_at_line_breaks(tokenizer)
+    return _ids_without_mark(texts, tokenizer, known_plain=plain)
 
 
 def following_ids(

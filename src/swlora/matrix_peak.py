@@ -6,10 +6,12 @@ disturbs a measurement makes it smaller.
 
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.errors import RunFailedError
 from swlora.files import write_json
 from swlora.paths import cache_dir
 
@@ -52,14 +54,14 @@ def known_peak(dtype: Any, device: str = "cpu") -> float | None:
 
 
 def measured_peak(dtype: Any, device: str = "cpu") -> float:
-    """Measure now, keep what is more than before, and return the most so far."""
+    """Measure now, keep what is more than before, and return the most so far.
+
+    A cache that cannot be written does no harm: the next one measures again.
+    """
     path, key = cache_dir() / PEAKS, _key(dtype, device)
     most = max(matrix_flops(dtype, device), known_peak(dtype, device) or 0.0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(RunFailedError):
         write_json(path, {**_read(path), key: most})
-    except OSError:  # measured again by the next one
-        pass
     return most
 
 

@@ -232,6 +232,14 @@ def test_env(swlora, monkeypatch):
         assert name in done.out
 
 
+def test_env_where_nothing_can_be_kept(swlora, monkeypatch, fresh_cache):
+    monkeypatch.setattr(matrix_peak, "N_CPU", 32)
+    (fresh_cache / matrix_peak.PEAKS).mkdir(parents=True)  # which no file replaces
+    done = swlora("env")
+    assert done.code == 0, done
+    assert "matrix peak, TFLOP/s" in done.out
+
+
 def test_a_folder_is_no_package(monkeypatch, tmp_path):
     """Such as W&B's own, wandb, in the folder from which `python -m swlora env` is called."""
     (tmp_path / "no_such_package").mkdir()

@@ -120,6 +120,23 @@ def test_a_damaged_file_is_measured_anew(
     assert json.loads(path.read_text())["n_tokens"] == expected.n_tokens
 
 
+def test_a_cache_that_may_only_be_read_is_read(
+    make_model: MakeModel,
+    tiny_tokenizer: Any,
+    cache: Path,
+    measured: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = untouched_english_loss(make_model("llama"), tiny_tokenizer, "m", print)
+
+    def refused(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert untouched_english_loss(make_model("llama"), tiny_tokenizer, "m", print) == first
+    assert len(measured) == 1
+
+
 def test_a_cache_that_cannot_be_written_is_said(
     make_model: MakeModel, tiny_tokenizer: Any, cache: Path
 ) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from swlora.metrics_file import read_metrics
 from swlora.runs import Run, read_run
 from swlora.training.checkpoint import LoopState, steps_done
 from swlora.training.loop import train
+from swlora.training.pace import Pace
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "crash"])
@@ -61,6 +63,32 @@ def test_a_resumed_run_is_the_run_that_never_stopped(at, how, tmp_path):
     assert metrics_of(run) == metrics_of(whole)
     assert torch.equal(torch.get_rng_state(), expected_rng)
     assert steps_done(run.checkpoint) == 6  # from which more epochs go on
+
+
+def test_what_fails_behind_a_step_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    """The weights have changed then, and the random numbers of before do not belong to them."""
+    train_spec = spec(checkpoint_every_s=1e-9)
+    torch.manual_seed(5)
+    whole = start(tmp_path / "whole")
+    expected, _ = run_loop(whole, train_spec)
+    n_measured, of_step = 0, Pace.of_step
+
+    def fails_in_the_third(pace: Pace, step_s: float) -> dict[str, Any]:
+        nonlocal n_measured
+        n_measured += 1
+        if n_measured == 3:
+            raise RunFailedError("cannot write what was measured")
+        return of_step(pace, step_s)
+
+    torch.manual_seed(5)
+    with monkeypatch.context() as patched, pytest.raises(RunFailedError):
+        patched.setattr(Pace, "of_step", fails_in_the_third)
+        run_loop(start(tmp_path / "failed"), train_spec)
+    run, _ = Run.reopen(tmp_path / "failed", "train")
+    assert steps_done(run.checkpoint) == 2
+    parameters, _ = run_loop(run, train_spec)
+    assert all(torch.equal(parameters[name], expected[name]) for name in expected)
+    assert metrics_of(run) == metrics_of(whole)
 
 
 @pytest.mark.gpu

@@ -117,6 +117,22 @@ def test_no_memory_for_the_peak_does_not_end_a_training(monkeypatch, fresh_cache
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("in_the_way", ["", matrix_peak.PEAKS])
+def test_a_peak_that_cannot_be_kept_is_measured_all_the_same(in_the_way, monkeypatch, fresh_cache):
+    """Where the cache folder is none, or the file in it cannot be replaced."""
+    if in_the_way:
+        (fresh_cache / in_the_way).mkdir(parents=True)
+    else:
+        fresh_cache.write_text("a file")
+    monkeypatch.setattr(matrix_peak, "matrix_flops", lambda *_: 1000.0)
+    function = SimpleNamespace(work=Work())
+    pace = Pace(function, torch.zeros(1), SimpleNamespace(look=lambda: 0.0))
+    pace.begin()
+    function.work.flops += 2e4
+    assert pace.of_step(40.0)["peak_share"] == 0.5
+    assert matrix_peak.known_peak(torch.float32) is None
+
+
 def test_the_peak_is_measured_once_and_late(monkeypatch, fresh_cache):
     asked: list[Any] = []
     monkeypatch.setattr(matrix_peak, "matrix_flops", lambda *how: asked.append(how) or 1000.0)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,8 @@ def _read(path: Path) -> LossSum | None:
         loss = LossSum(float(values["sum_nats"]), int(values["n_tokens"]))
         if not (math.isfinite(loss.sum_nats) and loss.n_tokens > 0):
             return None
-        os.utime(path)
+        with suppress(OSError):  # a cache that may only be read
+            os.utime(path)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return loss

@@ -84,12 +84,10 @@ def train(
         for groups in _ahead(step_function, schedule.steps(state.totals.step)):
             if stop.ends or (watch and watch.is_over(state.held_out)):
                 break
-            random_state = state.random_state()
-            try:
-                pace.begin()
-                before_s = state.totals.elapsed_s
+            random_state, before_s = state.random_state(), state.totals.elapsed_s
+            pace.begin()
+            try:  # the step alone: what fails after it finds weights that have changed
                 report = _one_step(step_function, groups, state, accelerator, schedule)
-                report |= pace.of_step(state.totals.elapsed_s - before_s)
             except RunFailedError as error:
                 if isinstance(error, DivergedError):
                     error.sequence_ids = np.concatenate(groups).tolist()
@@ -97,6 +95,7 @@ def train(
                     state.set_random_state(random_state)
                     checkpoints.save()
                 raise
+            report |= pace.of_step(state.totals.elapsed_s - before_s)
             if was_removed := run.keep_place():
                 progress.say(_made_again(run))
             if "skipped" in report:

@@ -159,13 +159,11 @@ def choose_attention(job: Job, schedule: "Schedule", step: "TreeStep") -> None:
     """
     from swlora.kernels import cuda_attention
 
-    def chosen() -> dict[str, str]:
-        began_with = job.run.facts.get("attention")
-        cuda_attention.prefer(began_with if isinstance(began_with, dict) else {})
+    began_with = job.run.facts.get("attention")
+    cuda_attention.prefer(began_with if isinstance(began_with, dict) else {})
+    if step.is_sharded or world().is_main:  # sharded weights are gathered from all
         step.try_attention(schedule.epoch(0)[0])
-        return cuda_attention.chosen()
-
-    job.run.record(attention=(choice := from_main(chosen)))
+    job.run.record(attention=(choice := from_main(cuda_attention.chosen)))
     if not world().is_main:
         cuda_attention.prefer(choice)
 

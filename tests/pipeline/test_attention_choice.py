@@ -9,10 +9,12 @@ from tests.kernels.test_cuda_attention import as_on_cuda
 from tests.support.adapters import attach
 from tests.support.models import MakeModel
 
+from swlora import attachment
 from swlora.attachment import choose_attention
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.kernels import cuda_attention, tree_walk
+from swlora.processes import World
 from swlora.run_record import MemoryRecord
 from swlora.training.step import TreeStep
 
@@ -35,4 +37,23 @@ def test_what_is_chosen_is_recorded_and_taken_again(
     job.run.facts["attention"] = {kind: "chunks"}
     choose_attention(job, schedule, step)
     assert job.run.facts["attention"] == {kind: "chunks"} and len(said) == 1
+    cuda_attention.prefer({})
+
+
+@pytest.mark.parametrize(("is_sharded", "n_tried"), [(False, [1, 0]), (True, [1, 1])])
+def test_processes_that_share_weights_try_together(
+    is_sharded: bool, n_tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are gathered from all: a first process that tries alone would wait for ever."""
+    schedule: Any = SimpleNamespace(epoch=lambda _number: [[np.arange(2)]])
+    monkeypatch.setattr(attachment, "from_main", lambda _make: {"kind": "chunks"})
+    for rank, n in enumerate(n_tried):
+        monkeypatch.setattr(attachment, "world", lambda rank=rank: World(rank, 2))
+        tried: list[Any] = []
+        step: Any = SimpleNamespace(is_sharded=is_sharded, try_attention=tried.append)
+        job: Any = SimpleNamespace(run=MemoryRecord())
+        choose_attention(job, schedule, step)
+        assert len(tried) == n
+        assert job.run.facts["attention"] == {"kind": "chunks"}
+    assert cuda_attention.chosen() == {"kind": "chunks"}  # in the second, as the first one says
     cuda_attention.prefer({})

@@ -237,12 +237,27 @@ def test_layers_that_one_process_chooses_are_those_of_all(layers, inputs, tmp_pa
     assert {int(layer) for layer in layers_there} == set(result["train"]["layers"])
 
 
+TRIES_RATES = {  # six steps an epoch, of which one can be held out
+    **{"train__learning_rate": None, "train__find_learning_rate": True},
+    **{"train__batch_size": 2, "train__max_steps": 3},
+}
+
+
 def test_a_rate_that_one_process_finds_is_that_of_all(inputs, tmp_path):
-    open_rate = {"train__learning_rate": None, "train__find_learning_rate": True}
-    run = train(config(tmp_path, inputs, **open_rate), tmp_path, 2, "found")
+    run = train(config(tmp_path, inputs, **TRIES_RATES), tmp_path, 2, "found")
+    assert "of trying rates" in (tmp_path / "log-0").read_text(encoding="utf-8")
     rate = read_run(run)["fitted"]["learning_rate"]
-    same = train(config(tmp_path, inputs, train__learning_rate=rate), tmp_path, 2, "given")
+    given = TRIES_RATES | {"train__learning_rate": rate, "train__find_learning_rate": False}
+    same = train(config(tmp_path, inputs, **given), tmp_path, 2, "given")
     assert same_weights(run / "adapter", same / "adapter")
+
+
+def test_a_trial_that_is_made_to_fit_into_memory_waits_for_nobody(inputs, tmp_path):
+    """What its steps take is measured, by all processes in a training and by one in a trial."""
+    arguments = config(tmp_path, inputs, **TRIES_RATES, model__memory_gb=0.001)
+    train(arguments, tmp_path, 2, "run")
+    said = (tmp_path / "log-0").read_text(encoding="utf-8")
+    assert "of trying rates" in said and "with the same gradient" in said
 
 
 def test_weights_that_are_no_numbers_end_all_with_the_rows_named(inputs, tmp_path):

@@ -1,13 +1,23 @@
 """Who a process is, what it may take of its machine, and what is wrong with a world."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
 from swlora import memory, threads
 from swlora.errors import UserError
-from swlora.processes import check_alike, tensors
+from swlora.processes import (
+    check_alike,
+    dealt,
+    from_main,
+    gathered,
+    joining,
+    team,
+    tensors,
+    wait,
+)
 from swlora.processes.world import World, world
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -89,6 +99,44 @@ def test_several_processes_need_a_cpu_or_cuda(monkeypatch):
     launch(monkeypatch, 0, 2)
     with pytest.raises(UserError, match="work on CPUs and on CUDA, not on mps"):
         tensors.start_group("mps")
+
+
+class NobodyAnswers:
+    """The messages of the first of two processes, whose partner waits for what it makes."""
+
+    world = World(0, 2)
+
+    def from_main(self, value: Any) -> Any:
+        return value
+
+    def gathered(self, _value: Any) -> Any:
+        raise AssertionError("the other process is not there")
+
+
+def test_what_makes_a_value_for_all_works_alone(monkeypatch):
+    launch(monkeypatch, 0, 2)
+    monkeypatch.setattr(joining._state, "peers", NobodyAnswers())
+
+    def make() -> list[Any]:
+        wait()
+        check_alike("settings", {"a": 1})
+        values = [torch.ones(2)]
+        tensors.summed(values)
+        copied = tensors.tensors_from_main({"a": values[0]}, torch.device("cpu"))["a"]
+        assert team() == World() and world() == World(0, 2)  # who shares cores and memory
+        return [dealt([1, 2, 3], lambda n: n * n), from_main(lambda: 4), copied.tolist()]
+
+    assert from_main(make) == [[1, 4, 9], 4, [1.0, 1.0]]
+    assert team() == World(0, 2)
+    with pytest.raises(AssertionError, match="not there"):
+        gathered(1)
+    with pytest.raises(UserError):
+        from_main(_fails)
+    assert team() == World(0, 2)
+
+
+def _fails() -> None:
+    raise UserError("no rows")
 
 
 def test_alone_everything_is_alike_and_nothing_is_started():

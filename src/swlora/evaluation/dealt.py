@@ -11,7 +11,7 @@ from swlora.data.token_sequences import Ints, TokenSequences
 from swlora.evaluation.loss import grouped_losses
 from swlora.loss_sum import LossSum
 from swlora.models.sharded_weight import has_sharded
-from swlora.processes import from_main, gathered, world
+from swlora.processes import from_main, gathered, team
 from swlora.progress import Progress
 
 
@@ -23,7 +23,7 @@ def dealt_losses(
     The sequences are dealt by the nodes of their trees, and the sums of each group added up. Where
     the processes share the model's weights, each measures all, and the first one's losses count.
     """
-    us = world()
+    us = team()
     if not us.is_shared:
         return grouped_losses(model, sequences, group_of, progress)
     if has_sharded(model):  # its weights are gathered from all, who must run the same trees
@@ -49,7 +49,7 @@ def dealt_texts(sizes: Sequence[int], generate: Callable[[Sequence[int]], list[s
 
     `generate` takes the numbers of prompts, and returns a list with their texts in these places.
     """
-    us = world()
+    us = team()
     share_of = deal_by_size(sizes, us.size)
     own: list[int] = np.flatnonzero(share_of == us.rank).tolist()
     texts = generate(own)

@@ -20,6 +20,7 @@ from swlora.processes.joining import (
     is_speaker,
     joined,
     last_words,
+    team,
     wait,
 )
 from swlora.processes.world import World, world
@@ -37,6 +38,7 @@ __all__ = [
     "is_speaker",
     "joined",
     "last_words",
+    "team",
     "wait",
     "world",
 ]

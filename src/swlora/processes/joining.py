@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from swlora.errors import RunFailedError, UserError, brief
 from swlora.processes.peers import INTERRUPTED, LOOK_EVERY_S, SILENT_S, Peers
-from swlora.processes.world import world
+from swlora.processes.world import World, world
 
 MEET_S = 300.0
 SAME_ERROR_S = 2.0  # an error of all processes is the first one's, if it meets it within this time
@@ -36,6 +36,7 @@ class _State:
     n_joined = 0  # pieces of work done together so far, one after another
     is_interruptible = True
     last_words: Callable[[BaseException], None] | None = None
+    makes_for_all = False  # within `from_main`: the others wait
     speaks: bool | None = None  # whether it shows the error with which it ends, where that is known
 
 
@@ -219,18 +220,40 @@ def failing_together(what: str) -> Iterator[None]:
 def from_main(make: Callable[[], T]) -> T:
     """Return what the first process makes, a value of JSON, in all; the others wait for it.
 
-    The whole work ends where it raises an error.
+    Within `make` the first process works alone (`team`): what it calls there waits for no other
+    one, and sends it nothing. The whole work ends where it raises an error.
     """
-    peers = _state.peers
+    peers = _partners()
     if peers is None:
         return make()
-    made: T = peers.from_main(make() if peers.world.is_main else None)
+    made: T = peers.from_main(_made_alone(make) if peers.world.is_main else None)
     return made
 
 
+def _made_alone(make: Callable[[], T]) -> T:
+    _state.makes_for_all = True
+    try:
+        return make()
+    finally:
+        _state.makes_for_all = False
+
+
+def _partners() -> Peers | None:
+    """Return the processes that messages go to, None where this one works alone."""
+    return None if _state.makes_for_all else _state.peers
+
+
+def team() -> World:
+    """Return who does the work at hand: all processes, or this one alone within `from_main`.
+
+    Work is dealt by this; `world` says who is there, by which cores and memory are shared.
+    """
+    return World() if _state.makes_for_all else world()
+
+
 def gathered(value: Any) -> list[Any]:
-    """Return the value, one of JSON, of every process, by rank."""
-    return [value] if _state.peers is None else _state.peers.gathered(value)
+    """Return the value, one of JSON, of every process of the team, by rank."""
+    return [value] if (peers := _partners()) is None else peers.gathered(value)
 
 
 def dealt(items: Sequence[S], make: Callable[[S], T]) -> list[T]:
@@ -238,7 +261,7 @@ def dealt(items: Sequence[S], make: Callable[[S], T]) -> list[T]:
 
     Each process makes every so many-th of them.
     """
-    us = world()
+    us = team()
     shares = gathered([make(item) for item in items[us.rank :: us.size]])
     return [shares[i % us.size][i // us.size] for i in range(len(items))]
 

@@ -16,6 +16,7 @@ from swlora.processes.joining import (
     failing_together,
     from_main,
     gathered,
+    team,
 )
 from swlora.processes.world import world
 
@@ -64,13 +65,13 @@ def _check_gpus(local_rank: int) -> None:
 
 
 def summed(tensors: Sequence[Tensor]) -> None:
-    """Add up tensors over all processes, in place; all get the same bits.
+    """Add up tensors over all processes of the team, in place; all get the same bits.
 
     Each dtype and device travels as one buffer.
     """
     from torch import distributed
 
-    if not world().is_shared:
+    if not team().is_shared:
         return
     kinds = {(tensor.dtype, tensor.device): None for tensor in tensors}
     for kind in kinds:
@@ -86,7 +87,7 @@ def tensors_from_main(tensors: Mapping[str, Tensor], device: torch.device) -> di
     """Return the tensors of the first process by their names, in all of them; on `device`."""
     from torch import distributed
 
-    if not world().is_shared:
+    if not team().is_shared:
         return dict(tensors)
     kinds: list[Any] = from_main(
         lambda: [[name, str(t.dtype), t.shape] for name, t in tensors.items()]

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from swlora.models.anatomy import WeightAddress
-from swlora.processes import gathered, world
+from swlora.processes import gathered, team
 from swlora.superweights.meter import BlockLosses, Changes, Meter, changes_of
 
 
@@ -20,7 +20,7 @@ class DealtMeter(Meter):
 
     def __init__(self, model: Any, windows: Tensor) -> None:
         super().__init__(model, windows)
-        us = world()
+        us = team()
         bounds = np.arange(us.size + 1) * len(windows) // us.size
         own = windows[bounds[us.rank] : bounds[us.rank + 1]]
         self._model, self._own = model, Meter(model, own) if len(own) else None

@@ -18,7 +18,7 @@ from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy, WeightAddress, n_embeddings
 from swlora.models.load import LoadedModel
 from swlora.models.quantised_weight import has_quantised
-from swlora.processes import check_alike, world
+from swlora.processes import check_alike, team
 from swlora.progress import Progress, Silent
 from swlora.superweights import ablate, known, proof, search
 from swlora.superweights.dealt_meter import DealtMeter
@@ -104,7 +104,7 @@ def identify(
 
 def make_meter(model: Any, windows: Tensor) -> Meter:
     """Return a meter of a model over windows of text, which several processes share."""
-    return DealtMeter(model, windows) if world().is_shared else Meter(model, windows)
+    return DealtMeter(model, windows) if team().is_shared else Meter(model, windows)
 
 
 def check(loaded: LoadedModel, spec: IdentifySpec) -> Tensor:

@@ -91,7 +91,7 @@ def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
 
     spec = load_recorded_spec(run / "config.yaml", {})
     _check_adapter(run, spec)
-    job = Job(spec, _Reading(run), progress)
+    job = Job(_here_and_untold(spec), _Reading(run), progress)
     prepared = prepare_training(job)
     attached = attach(job, prepared.schedule, choose_layers(job))
     adapted = attached.adapted
@@ -106,6 +106,15 @@ def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
     losses = {f"{name}, {when}": loss for name, loss in last_losses(metrics).items()}
     n_bytes = attached.save(output, losses, step=step)
     return Recovered(output, n_bytes, step, n_steps, state.totals.rows)
+
+
+def _here_and_untold(spec: RunSpec) -> RunSpec:
+    """Return settings of a run for one process that holds the whole model and tells nobody.
+
+    Trackers, prompts of samples and other processes make no other adapter, and may be gone.
+    """
+    quiet = {"report_to": [], "sample_prompts": [], "shard": False}
+    return spec.model_copy(update={"train": spec.train.model_copy(update=quiet)})
 
 
 def _check_adapter(run: Path, spec: RunSpec) -> None:

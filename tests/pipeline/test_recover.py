@@ -12,10 +12,12 @@ from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_ad
 
 from swlora.adapters.saved import read_facts
 from swlora.cli import main
+from swlora.config import dump_yaml
 from swlora.errors import UserError
 from swlora.locks import lock_folder
 from swlora.progress import Silent
 from swlora.recovery import recover
+from swlora.run_settings import flat
 from swlora.runs import read_run
 
 pytestmark = pytest.mark.usefixtures("no_drawings")
@@ -41,6 +43,28 @@ def test_it_is_the_adapter_of_a_training_that_ended_there(method, model_folder, 
     resume(stopped)
     run_in(tmp_path / "whole", spec, "train")
     assert same_adapters(stopped, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"report_to": ["tensorboard"]}, {"sample_prompts": ["gone.txt"]}, {"shard": True}],
+    ids=str,
+)
+def test_what_told_of_the_run_or_shared_its_weights_need_not_be_there(
+    setting, model_folder, rows, tmp_path
+):
+    """Neither trackers nor samples nor other processes make another checkpoint."""
+    settings = STEADY | {"train__checkpoint_every_s": 1e-9}
+    spec, stopped = make_spec(model_folder("llama"), rows, **settings), tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        run_in(stopped, spec, "train", progress=StopsIn("train", 3))
+    recover(stopped, tmp_path / "plain", Silent())
+    told = spec.model_copy(update={"train": spec.train.model_copy(update=setting)})
+    facts = json.loads((stopped / "run.json").read_text())
+    (stopped / "run.json").write_text(json.dumps(facts | {"settings": flat(told)}))
+    (stopped / "config.yaml").write_text(dump_yaml(told))
+    recover(stopped, tmp_path / "rescued", Silent())
+    assert same_weights(tmp_path / "rescued", tmp_path / "plain")
 
 
 def test_layers_that_were_measured_are_not_measured_again(model_folder, rows, tmp_path):

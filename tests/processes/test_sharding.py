@@ -9,10 +9,13 @@ from tests.support.ranks import Ranks, signal_itself
 from tests.support.shards import held_by_each
 from tests.support.small_runs import write_data
 
+from swlora.adapters.saved import read_facts
 from swlora.config import ModelSpec
 from swlora.metrics_file import read_metrics
 from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import load_model
+from swlora.progress import Silent
+from swlora.recovery import recover
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +82,8 @@ def test_a_single_process_goes_on_with_a_sharded_training(settings, tmp_path):
     run, stopping = tmp_path / "run", {1: signal_itself(signal.SIGTERM, 7)}
     found = Ranks([*first, "--output", str(run)], tmp_path, 2, stopping).end()
     assert [code for code, _ in found] == [130, 130]
+    recover(run, tmp_path / "rescued", Silent())
+    assert read_facts(tmp_path / "rescued")["step"] in (7, 8)
     goes_on = ["train", "--resume", "--no-shard"]
     assert distance(whole, train(goes_on, tmp_path, 1, run.name)) < 1e-6
 

@@ -32,6 +32,8 @@ def arms(tmp_path, text):
         ("{}", (32, 0, None)),
         ("{batch_size: 5, eval_every_steps: 7}", (5, 7, None)),
         ("{early_stopping: 2}", (32, None, 2)),
+        ("{sample_prompts: [Good day]}", (32, None, None)),
+        ("{sample_prompts: [Good day], eval_every_steps: 7, eval_rows: 3}", (32, 7, None)),
     ],
 )
 def test_what_a_run_would_choose_by_its_data_is_fixed(tmp_path, train, expected):
@@ -44,7 +46,24 @@ def test_what_a_run_would_choose_by_its_data_is_fixed(tmp_path, train, expected)
     assert len(short) == 2
     for run in short:
         assert (run.train.batch_size, run.train.eval_every_steps) == (expected[0], 0)
+        assert run.train.sample_prompts == []
         assert load_spec(None, run.model_dump(mode="json")) == run  # as its child reads it
+
+
+@pytest.mark.parametrize(
+    ("train", "own", "expected"),
+    [
+        ("{}", "train.early_stopping: 2", None),
+        ("{}", "train.sample_prompts: [Good day]", None),
+        ("{}", "train.eval_rows: 3, train.eval_every_steps: 4", 4),
+        ("{eval_every_steps: 7}", "train.eval_rows: 3", 7),
+    ],
+)
+def test_an_arm_alone_asks_for_something_of_held_out_rows(train, own, expected, tmp_path):
+    """It is refused for no setting that the file does not have; the others measure as before."""
+    found = arms(tmp_path, f"train: {train}\narms: [lora, {{name: own, layers: all, {own}}}]")
+    assert found["own"].train.eval_every_steps == expected
+    assert found["lora"].train.eval_every_steps == (expected if train != "{}" else 0)
 
 
 def test_layers_are_tried_at_a_rate_of_the_arms_method(tmp_path):

@@ -23,6 +23,7 @@ TrackerNames = Annotated[
     list[TrackerName],
     BeforeValidator(split_list, json_schema_input_type=str | list[TrackerName]),
 ]
+OF_HELD_OUT = ("eval_rows", "early_stopping", "sample_prompts")  # settings that need its losses
 
 
 class TrainSpec(Spec):
@@ -141,6 +142,11 @@ class TrainSpec(Spec):
         return int(self.on_nonfinite.partition(":")[2] or 0)
 
     @property
+    def asked_of_held_out(self) -> list[str]:
+        """The settings that were given and need held-out losses, in their order."""
+        return [name for name in OF_HELD_OUT if getattr(self, name) not in (None, [])]
+
+    @property
     def saving(self) -> SaveEvery:
         """How often a checkpoint is written."""
         if self.checkpoint_every_s is not None:
@@ -177,10 +183,7 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _held_out_rows_are_measured(self) -> Self:
-        for name in ("eval_rows", "early_stopping", "sample_prompts"):
-            if getattr(self, name) not in (None, []) and self.eval_every_steps == 0:
-                flag = flag_name(f"train.{name}")
-                raise ValueError(
-                    f"{flag} needs held-out losses; --eval-every-steps 0 measures none"
-                )
+        if self.eval_every_steps == 0 and (asked := self.asked_of_held_out):
+            flag = flag_name(f"train.{asked[0]}")
+            raise ValueError(f"{flag} needs held-out losses; --eval-every-steps 0 measures none")
         return self

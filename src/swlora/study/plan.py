@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from swlora.config import RunSpec
+from swlora.config import RunSpec, TrainSpec
+from swlora.config.train import OF_HELD_OUT
 from swlora.study.arms import Arm
 from swlora.study.spec import StudySpec, folder_name, rate_name
 from swlora.training.schedule import n_epochs, sequences_per_step
@@ -64,7 +65,7 @@ def rate_task(arm: Arm, rate: float, spec: StudySpec, n_train_rows: int) -> Task
     data = run.data.model_copy(update={**rows, "eval_split": "dev"})
     limits = [n for n in (choice.max_steps, run.train.max_steps) if n is not None]
     short = {"max_steps": min(limits, default=None), "eval_every_steps": 0}
-    unwatched = {"eval_rows": None, "early_stopping": None}
+    unwatched = {name: getattr(TrainSpec(), name) for name in OF_HELD_OUT}
     train = run.train.model_copy(update=short | unwatched)
     run = run.model_copy(update={"data": data, "train": train})
     name, n_rows = rate_name(rate), min(choice.train_rows, n_train_rows)

@@ -25,6 +25,7 @@ from swlora.config import (
     settings_of,
 )
 from swlora.config.fields import NameList, Spec
+from swlora.config.train import OF_HELD_OUT
 from swlora.config.yaml_file import set_dotted
 from swlora.layer_policy import LayerPolicy, policy_or_none
 
@@ -156,7 +157,7 @@ class StudySpec(SharedSections):
         fixed = _not_by_data(train)
         if train.learning_rate is None:
             fixed["learning_rate"] = RATE
-        if train.eval_every_steps is train.eval_rows is train.early_stopping is None:
+        if train.eval_every_steps is None and not train.asked_of_held_out:
             fixed["eval_every_steps"] = 0
         return train.model_copy(update=fixed)
 
@@ -168,13 +169,16 @@ class StudySpec(SharedSections):
         """Return the configuration of an arm; ValidationError or UserError for impossible ones.
 
         Where an arm has a method of its own, the study's settings that this method does not have
-        are left out. The learning rate is the one with which its layers are tried: arms choose
-        theirs.
+        are left out. One that asks for something of held-out rows measures them, as a run alone
+        does, where the study says nothing of it. The learning rate is the one with which its layers
+        are tried: arms choose theirs.
         """
         tree = self.model_dump(include=set(SharedSections.model_fields))
         method = overrides.get("adapter.method")
         for name in OPTIONAL_SETTINGS - settings_of(method) if method else ():
             del tree["adapter"][name]
+        if overrides.keys() & {f"train.{name}" for name in OF_HELD_OUT}:
+            tree["train"]["eval_every_steps"] = self.train.eval_every_steps or None
         for dotted, value in overrides.items():
             set_dotted(tree, dotted, value)
         run = RunSpec.model_validate(tree)

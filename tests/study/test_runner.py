@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from swlora.config import RunSpec, TrainSpec, load_spec
+from swlora.adapters.methods import adapt
+from swlora.adapters.saved import save_adapter
+from swlora.adapters.start import settled_start
+from swlora.config import AdapterSpec, RunSpec, TrainSpec, dump_yaml, load_spec
 from swlora.errors import UserError
 from swlora.locks import lock_folder
+from swlora.models.anatomy import Anatomy
 from swlora.paths import cache_dir
 from swlora.study.folder import StudyFolder
 from swlora.study.live import Board
@@ -72,6 +76,33 @@ def test_a_run_that_is_done_with_other_settings_is_refused(run):
     other = Task(**{**vars(TASK), "spec": RunSpec(seed=3, train=TrainSpec(learning_rate=0.5))})
     with pytest.raises(UserError, match="holds a run with other settings"):
         run(other)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora+"])
+def test_a_run_that_started_from_an_adapter_is_the_one_that_was_asked_for(
+    method, folder, run, make_model, tmp_path
+):
+    """It notes place and settings of the adapter as its files have them."""
+    start, settings = tmp_path / "start", {"rank": 3, "alpha": 6.0, "method": method}
+    ratio = {"lora_plus_ratio": 8.0} if method == "lora+" else {}
+    adapted = adapt(make_model("llama"), AdapterSpec(**settings, **ratio), [1, 2], seed=0)
+    save_adapter(adapted.model, start, {"method": method, "settings": ratio})
+
+    def task(**changes):
+        asked = {**settings, "start": start, "layers": "last:2", **changes}
+        spec = load_spec(None, {f"adapter.{name}": value for name, value in asked.items()})
+        return Task("runs", "lora", "seed-0", "runs/lora/seed-0", spec)
+
+    run(task())
+    noted = settled_start(task().spec.adapter, Anatomy(make_model("llama")))
+    assert noted != task().spec.adapter
+    config = folder.folder / TASK.folder / "config.yaml"
+    config.write_text(dump_yaml(task().spec.model_copy(update={"adapter": noted})))
+    assert run(task(), fail="not again") == Outcome("done")
+    others = [{"rank": 4}, {"dropout": 0.1}, {"start": tmp_path}]
+    for other in [*others, {"lora_plus_ratio": 4.0}] if ratio else others:
+        with pytest.raises(UserError, match="holds a run with other settings"):
+            run(task(**other))
 
 
 @pytest.mark.parametrize(

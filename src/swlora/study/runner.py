@@ -231,10 +231,24 @@ def _that_matter(spec: RunSpec, task: Task) -> Any:
     layers keeps the learning rate that it had, which is not the same in every version.
     """
     if task.phase != "identify":
-        return spec
+        return _without_place_of_start(spec, task.spec)
     if spec.adapter.layers.needs_identification:
         return spec.model, spec.identify, spec.adapter.layers
     return spec.model_copy(update={"train": spec.train.model_copy(update={"learning_rate": None})})
+
+
+def _without_place_of_start(spec: RunSpec, asked: RunSpec) -> RunSpec:
+    """Return settings without those that a run reads from the adapter that it starts from.
+
+    It notes the place of that by names and numbers, where the study has all-linear or last:2, and
+    refuses another one; and it notes what the study leaves open.
+    """
+    if asked.adapter.start is None:
+        return spec
+    read: dict[str, Any] = {"targets": None, "layers": None}
+    if asked.adapter.lora_plus_ratio is None:
+        read["lora_plus_ratio"] = None
+    return spec.model_copy(update={"adapter": spec.adapter.model_copy(update=read)})
 
 
 def _check_free(folder: Path) -> None:

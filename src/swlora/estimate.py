@@ -95,7 +95,7 @@ def estimate_training(job: Job) -> Estimate:
         rate_of = "as many layers as are found"
     if policy.needs_search:
         every = job.spec.adapter.model_copy(update={"layers": parse_policy("all")})
-        changed: dict[str, Any] = {"adapter": every}
+        changed: dict[str, Any] = {"adapter": every, "model": job.spec.trained_model}
         if not train.find_learning_rate:  # the default of all layers, about which nothing is said
             changed["train"] = train.model_copy(update={"learning_rate": method_rate(every)})
         job = replace(job, spec=job.spec.model_copy(update=changed))

@@ -103,14 +103,14 @@ def _stays_as_it_lies(model: ModelSpec) -> bool:
 
 
 def _no_memory_to_limit(command: str, spec: RunSpec) -> str | None:
-    model = spec.model
+    is_training = command in RESUMABLE
+    model = spec.trained_model if is_training else spec.model
     if model.memory_gb == 0:
         return None
     if command == "identify":
         return "identify makes no copies of weights"
     if model.device not in ("auto", "cpu"):
         return f"--device {model.device} makes no copies of weights"
-    is_training = command in RESUMABLE
     if not _stays_as_it_lies(model) or (is_training and spec.train.engine != "plain"):
         return None  # copies are made, or steps are run in smaller parts
     unlimited = ", and --engine plain runs a step as one batch" if is_training else ""

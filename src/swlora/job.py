@@ -95,10 +95,7 @@ class Job:
         return identification.check(self.loaded_in_float32(), self.spec.identify)
 
     def _load(self, dtype: str | None) -> LoadedModel:
-        spec = self.spec.model
-        if dtype is not None and spec.frozen is None and spec.name.endswith(".gguf"):
-            # A search for super weights sets single ones to zero.
-            spec = spec.model_copy(update={"frozen": "dequantised"})
+        spec = self.spec.trained_model if dtype is None else self.spec.model.searchable
         with self.timed("load_model"), self.progress.task("load the model"):
             loaded = load_model(spec, dtype=dtype)
         self._note_model(loaded)

@@ -145,3 +145,8 @@ def test_a_large_gguf_file_leaves_only_steps_to_limit(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"stays as it lies in its file.* leave out --memory-gb"):
         check_effects("generate", load_spec(None, given), given)
     check_effects("train", load_spec(None, given), given)
+    given |= {"train.engine": "plain"}
+    with pytest.raises(UserError, match="stays as it lies in its file"):
+        check_effects("train", load_spec(None, given), given)
+    searched = load_spec(None, given | {"adapter.layers": "super"})  # in weights that are copied
+    check_effects("train", searched, given)

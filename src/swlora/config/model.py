@@ -1,7 +1,7 @@
 """The section `model`."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field
 
@@ -58,3 +58,13 @@ class ModelSpec(Spec):
         le=1024,
         description="CPU threads [default: the cores that other programs leave free]",
     )
+
+    @property
+    def searchable(self) -> Self:
+        """The model as a search for super weights takes it, which sets single weights to zero.
+
+        Weights of a .gguf file are dequantised for it, unless something else was asked for.
+        """
+        if self.frozen is not None or not self.name.endswith(".gguf"):
+            return self
+        return self.model_copy(update={"frozen": "dequantised"})

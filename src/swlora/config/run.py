@@ -39,6 +39,11 @@ class RunSpec(SharedSections):
     serve: ServeSpec = Field(default=ServeSpec(), exclude=True)  # no part of what a run computes
     seed: int = Field(default=0, ge=0, lt=2**32)
 
+    @property
+    def trained_model(self) -> ModelSpec:
+        """The model as it is loaded for a training: before, after and without its search alike."""
+        return self.model.searchable if self.adapter.layers.needs_identification else self.model
+
     @model_validator(mode="after")
     def _can_be_sharded(self) -> Self:
         if problem := sharding_problem(self):

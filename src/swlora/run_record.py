@@ -30,7 +30,10 @@ class RunRecord(Protocol):
         """Note that the work begins, with the settings that it has."""
 
     def keep_place(self) -> bool:
-        """Have a folder to write in, made again where it was removed; say whether it was."""
+        """Have a folder to write in, made again where it was removed.
+
+        Says whether it was removed since this was last asked.
+        """
 
     def changes_from(self, n_done: int) -> list[Change]:
         """Return the changes of settings so far, with those that hold from step `n_done` on."""

@@ -50,7 +50,7 @@ from swlora.run_place import (
 from swlora.run_settings import Change, flat
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
-ADAPTERS = ("adapter", "best")
+ADAPTERS, RESULT = ("adapter", "best"), "result.json"
 
 
 class Run(WorkFolder):
@@ -72,7 +72,8 @@ class Run(WorkFolder):
         self._resumption: Resumption | None = None  # where it goes on
         self._is_named = True  # by the user; else a fresh folder is taken when the run begins
         self._start_s = time.perf_counter()
-        self._is_entered = False
+        self._is_entered = self._was_made_again = False
+        self._result: dict[str, Any] = {}  # that was written
 
     @classmethod
     def prepare(cls, folder: Path | None, spec: RunSpec, command: str) -> Self:
@@ -130,12 +131,21 @@ class Run(WorkFolder):
         self.facts["settings"] = flat(self._spec)
         super()._save()
         write_text(self.folder / CONFIG, dump_yaml(self._spec))
+        if self._result:
+            write_json(self.folder / RESULT, self._result)
 
     def keep_place(self) -> bool:
-        """Make the folder again where somebody removed or emptied it; say whether that was so.
+        """Make the folder again where somebody removed or emptied it, with what came out so far.
 
-        Raises RunFailedError where another one lies in its place, in which nothing is written.
+        Says whether that was done since this was last asked: whatever is written here does it.
+        Raises RunFailedError where another folder lies there, in which nothing is written.
         """
+        self._make_again()
+        was_made_again, self._was_made_again = self._was_made_again, False
+        return was_made_again
+
+    def _make_again(self) -> bool:
+        """Make the folder again where it is not there as this run's; say whether that was done."""
         if not self.has_begun:
             return False
         is_there = self._lock.is_of(self.folder)
@@ -150,7 +160,7 @@ class Run(WorkFolder):
             make_run_folder(self.folder, exist_ok=False)
             self._lock.release()
             self._take()
-        self.facts["folder_made_again"] = True
+        self.facts["folder_made_again"] = self._was_made_again = True
         self._write_start()
         return True
 
@@ -247,7 +257,7 @@ class Run(WorkFolder):
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl; RunFailedError where the disk is full."""
-        self.keep_place()
+        self._make_again()
         append_metrics(self.folder, values)
 
     def sync(self) -> None:
@@ -264,8 +274,10 @@ class Run(WorkFolder):
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Add to result.json what came out of the run, under names such as "train" and "eval"."""
-        self.keep_place()
-        write_json(self.folder / "result.json", {**self.read_result(), **as_json(result)})
+        self._make_again()
+        whole = {**self.read_result(), **as_json(result)}
+        write_json(self.folder / RESULT, whole)
+        self._result = whole
 
     def read_result(self) -> dict[str, Any]:
         """Return what came out so far; empty where nothing did."""
@@ -279,7 +291,7 @@ class Run(WorkFolder):
     def _save(self) -> None:
         if self._resumption and self._resumption.leaves_it_done:
             return
-        if self.has_begun and not self.keep_place():
+        if self.has_begun and not self._make_again():
             super()._save()
 
     def __enter__(self) -> Self:
@@ -314,7 +326,7 @@ class Run(WorkFolder):
 
     def _check_whole(self) -> None:
         """Refuse to call a training done whose adapter somebody removed after it was saved."""
-        self.keep_place()
+        self._make_again()
         is_training = self.facts["command"] in RESUMABLE
         if is_training and self.facts.get("folder_made_again") and not self._has_adapter():
             error = RunFailedError(
@@ -340,7 +352,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def read_result(folder: Path) -> dict[str, Any]:
     """Read result.json; empty where nothing came out so far."""
-    path = folder / "result.json"
+    path = folder / RESULT
     return read_json(path) if path.exists() else {}
 
 

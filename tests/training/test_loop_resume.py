@@ -28,6 +28,7 @@ from swlora.errors import RunFailedError
 from swlora.files import write_json
 from swlora.metrics_file import read_metrics
 from swlora.runs import Run, read_run
+from swlora.training.callbacks import StepReport
 from swlora.training.checkpoint import LoopState, steps_done
 from swlora.training.loop import train
 from swlora.training.pace import Pace
@@ -306,6 +307,32 @@ def test_a_folder_that_is_taken_away_is_made_again(how, tmp_path):
     facts = read_run(folder)
     assert (facts["status"], facts["folder_made_again"]) == ("done", True)
     assert load_spec(folder / "config.yaml", {}) == RunSpec()
+
+
+@pytest.mark.parametrize("when", ["before its report", "after its report"])
+def test_a_folder_that_is_made_again_has_a_checkpoint_and_what_came_out(when, tmp_path):
+    """Whatever was chosen before the first step is not chosen again; nor is a step lost."""
+    folder, chosen = tmp_path / "run", {"layer_choice": {"layers": [2]}}
+
+    def take_away(n_calls: int) -> None:
+        if n_calls == 4:
+            shutil.rmtree(folder)
+
+    def looks_on(report: StepReport) -> None:
+        if report.step == 4:
+            if when == "after its report":
+                shutil.rmtree(folder)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = start(folder)
+    run.write_result(chosen)
+    run.write_result({"data": {"rows": 11}})
+    before = take_away if when == "before its report" else None
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(run, spec(), before, callbacks=[looks_on])
+    run, _ = Run.reopen(folder, "train")
+    assert run.read_result() == {**chosen, "data": {"rows": 11}}
+    assert steps_done(run.checkpoint) == 4
 
 
 def test_nothing_is_written_into_a_folder_that_took_the_place_of_the_runs(tmp_path):

@@ -43,8 +43,12 @@ def training(
     resumed: bool = False,
     at: int = 0,
     every: int = 2,
+    removed_at: int = 0,
 ) -> LoopState:
-    """Train 16 steps of one parameter, measure every second; a signal comes in step `at`."""
+    """Train 16 steps of one parameter, measure every second; a signal comes in step `at`.
+
+    In step `removed_at` somebody removes the folder.
+    """
     weight = nn.Parameter(torch.zeros(3))
     adapted = Adapted(nn.ParameterDict({"w": weight}), AdapterSpec())
     n_called = 0
@@ -54,6 +58,8 @@ def training(
         n_called += 1
         if n_called == at:
             os.kill(os.getpid(), signal.SIGTERM)
+        if n_called == removed_at:
+            shutil.rmtree(folder)
         loss = (weight - torch.randn(3)).square().sum()
         loss.backward()
         return LossSum(float(loss.detach()), 1)
@@ -78,7 +84,9 @@ def training(
         run = Run.create(folder, RunSpec(), "train")
     torch.manual_seed(3)
     with run:
-        return train(step, schedule, adapted, run, Silent(), watch)
+        state = train(step, schedule, adapted, run, Silent(), watch)
+        (folder / "adapter").mkdir(exist_ok=True)  # which a training saves
+    return state
 
 
 def left_in(folder: Path) -> tuple[bytes, str, list[dict[str, Any]]]:
@@ -189,6 +197,35 @@ def test_a_best_adapter_that_was_taken_away_is_missed(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "run" / "best")
     with pytest.raises(RunFailedError, match="best is gone, the adapter of step 6; put it back"):
         training(tmp_path / "run", resumed=True)
+
+
+@pytest.mark.parametrize("at", [7, 8, 9])
+def test_the_best_since_the_folder_was_removed_is_kept(at: int, tmp_path: Path) -> None:
+    """The best so far, after step 6, is gone; what is removed and stopped can go on."""
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        training(folder, at=at, removed_at=7)
+    assert (folder / "best").is_dir() == (at > 7)
+    state = training(folder, resumed=True)
+    assert (state.held_out.best, state.held_out.best_step) == (1.25, 14)
+    assert (folder / "best" / "facts").read_text() == "14 1.25"
+    state = training(tmp_path / "last", removed_at=15)
+    assert (state.held_out.n_measured, state.held_out.first) == (8, 3.0)
+    assert (state.held_out.best, state.held_out.best_step) == (1.375, 16)
+    assert (tmp_path / "last" / "best" / "facts").read_text() == "16 1.375"
+
+
+def test_a_patience_that_begins_anew_does_so_in_all_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one alone sees that the folder was removed."""
+    first, other = (HeldOutState(2, 3.0, 2.0, 2.5, 2, 1) for _ in range(2))
+    first.forget_best()
+    monkeypatch.setattr("swlora.training.watch.from_main", lambda _make: dict(vars(first)))
+    watch = Watch(lambda _: {"eval_nll": 2.25}, 2, 2)
+    watch.after_step(other, 4, 8)
+    assert (other.n_measured, other.best, other.best_step, other.n_since_best) == (3, 2.25, 4, 0)
+    assert not watch.is_over(other)
 
 
 def test_a_held_out_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:

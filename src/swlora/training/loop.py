@@ -96,8 +96,7 @@ def train(
                     checkpoints.save()
                 raise
             report |= pace.of_step(state.totals.elapsed_s - before_s)
-            if was_removed := run.keep_place():
-                progress.say(_made_again(run))
+            was_removed = _was_removed(run, progress, watch, state)
             if "skipped" in report:
                 progress.say(_skipped(report, schedule, rows_of(groups)))
             if watch:
@@ -107,6 +106,7 @@ def train(
             if callbacks:
                 _tell(callbacks, StepReport.of(report, n_steps, stop.end), state, checkpoints)
             stopping = stop.is_set  # asked once: the signal may come between two questions
+            was_removed |= _was_removed(run, progress, watch, state)  # in a long measurement, say
             checkpoints.after_step(at_once=stopping or was_removed)
             if stopping:
                 stopped = f"stopped after step {state.totals.step} of {n_steps}"
@@ -131,11 +131,17 @@ def _tell(
         raise
 
 
-def _made_again(run: RunRecord) -> str:
-    return (
+def _was_removed(run: RunRecord, progress: Progress, watch: Watch | None, state: LoopState) -> bool:
+    """Say whether the run's folder was removed; it is made again, and without the best adapter."""
+    if not run.keep_place():
+        return False
+    progress.say(
         f"{run.folder} was removed while the run was at work: it is made again, and goes on "
         "without the reports and the best adapter so far"
     )
+    if watch:
+        watch.lose_best(state.held_out)
+    return True
 
 
 def _skipped(report: dict[str, Any], schedule: Schedule, rows: str) -> str:
@@ -188,7 +194,7 @@ def _note(report: dict[str, Any], held_out: HeldOutState) -> str:
         parts.append(f"{share:.0%} of peak")
     if (busy := report.get("busy_share", 0.0)) >= SHOWN_BUSY:
         parts.append(f"other programs use {busy:.0%} of the cores")
-    if held_out.last is not None:
+    if held_out.last is not None and held_out.best is not None:
         parts.insert(1, f"held-out {held_out.last:.3f} (best {held_out.best:.3f})")
     return "  ".join(parts)
 

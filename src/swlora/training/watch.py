@@ -14,6 +14,7 @@ from typing import Any
 from swlora.direction import is_better
 from swlora.errors import DivergedError, RunFailedError
 from swlora.files import restore_folder
+from swlora.processes import from_main
 
 METRIC = "nll"
 Observer = Callable[[int], dict[str, Any]]
@@ -54,8 +55,12 @@ class HeldOutState:
         self.best, self.best_step, self.n_since_best = loss, step, 0
         return True
 
+    def forget_best(self) -> None:
+        """Begin anew to look for the best, whose adapter is gone."""
+        self.best, self.best_step, self.n_since_best = None, 0, 0
+
     def losses(self) -> HeldOutLosses | None:
-        """Return what was measured so far, None where nothing was."""
+        """Return what was measured so far, None where nothing was (since a best was forgotten)."""
         if self.first is None or self.best is None or self.last is None:
             return None
         return HeldOutLosses(
@@ -90,6 +95,8 @@ class Watch:
         loss = found["eval_nll"]
         if not math.isfinite(loss):
             raise DivergedError(f"the loss on held-out rows is not finite after step {n_done}")
+        # The first process alone has a folder, with which the best may have been removed.
+        vars(state).update(from_main(lambda: vars(state)))
         is_best = state.add(n_done, loss)
         if is_best and self.save and self.best_folder:
             self.save(self.best_folder, n_done, loss)
@@ -98,6 +105,11 @@ class Watch:
     def is_over(self, state: HeldOutState) -> bool:
         """Say whether the loss has not been better for `patience` measurements."""
         return self.patience is not None and state.n_since_best >= self.patience
+
+    def lose_best(self, state: HeldOutState) -> None:
+        """Forget the best where its adapter is gone, so that the next one is kept, and resumed."""
+        if self.best_folder is not None and not self.best_folder.is_dir():
+            state.forget_best()
 
     def resume(self, state: HeldOutState) -> None:
         """Check that the best adapter is there; RunFailedError where somebody took it away."""

@@ -1,6 +1,7 @@
 """The run folder: how a run ends is recorded, nothing is overwritten."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,20 @@ def test_a_resumed_run_may_end_better(tmp_path):
     assert (facts["status"], facts["n"], facts["resumed"]) == ("done", 3, 1)
     assert facts["timings_s"]["train"] == 1.75
     assert not facts.keys() & {"reason", "error"}
+
+
+def test_a_done_run_that_is_trained_on_elsewhere_is_at_work_there(tmp_path):
+    """Where it was killed, its lock is asked on the machine that `host` names."""
+    with start(tmp_path) as run:
+        save_snapshot(run.checkpoint, SNAPSHOT)
+    facts = read_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(facts | {"host": "elsewhere"}))
+    run, spec = Run.reopen(tmp_path, "train", {"train.epochs": 9})
+    with run:
+        assert read_run(tmp_path)["host"] == "elsewhere"  # nothing is to be done so far
+        run.begin(spec)
+        noted = read_run(tmp_path)
+    assert (noted["status"], noted["host"]) == ("running", platform.node())
 
 
 def test_only_a_finished_run_that_cannot_be_extended_drops_its_checkpoint(tmp_path):

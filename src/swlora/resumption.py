@@ -71,8 +71,12 @@ class Resumption:
             self._changes.append(Change(n_done, self._new, self._extends))
         return self._changes
 
-    def write(self, spec: RunSpec, save: Callable[[], None]) -> None:
-        """Have the settings `spec` in the run's files; `save` writes run.json from the facts."""
+    def write(self, spec: RunSpec, record_start: Callable[[], None]) -> None:
+        """Have the settings `spec` in the run's files.
+
+        `record_start` writes run.json from the facts, as of a run that is at work here: one that
+        was done is so from now on.
+        """
         original = self._folder / ORIGINAL_CONFIG
         if self._new and not original.exists():
             began_with = flat(spec)
@@ -82,9 +86,8 @@ class Resumption:
         self._facts["settings"] = flat(spec)
         if self._changes:
             self._facts["changes"] = [change.as_json() for change in self._changes]
-        self._facts["status"] = "running"
         self._extends = False
-        save()
+        record_start()
         if self._new:
             write_text(self._folder / CONFIG, dump_yaml(spec))
             self._new = {}

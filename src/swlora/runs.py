@@ -111,7 +111,7 @@ class Run(WorkFolder):
         if self.has_begun:
             if self._resumption:
                 self._spec = spec or self._spec
-                self._resumption.write(self._spec, self._save)
+                self._resumption.write(self._spec, self._record_start)
             return
         if self._is_named:
             make_run_folder(self.folder, exist_ok=True)

@@ -221,6 +221,7 @@ def test_a_patience_that_begins_anew_does_so_in_all_processes(
     """The first one alone sees that the folder was removed."""
     first, other = (HeldOutState(2, 3.0, 2.0, 2.5, 2, 1) for _ in range(2))
     first.forget_best()
+    assert Watch(lambda _: {}, 2, 1).is_over(first) == Watch(lambda _: {}, 2, 1).is_over(other)
     monkeypatch.setattr("swlora.training.watch.from_main", lambda _make: dict(vars(first)))
     watch = Watch(lambda _: {"eval_nll": 2.25}, 2, 2)
     watch.after_step(other, 4, 8)

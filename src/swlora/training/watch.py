@@ -56,8 +56,11 @@ class HeldOutState:
         return True
 
     def forget_best(self) -> None:
-        """Begin anew to look for the best, whose adapter is gone."""
-        self.best, self.best_step, self.n_since_best = None, 0, 0
+        """Take the next loss as the best, since the adapter of the best so far is gone.
+
+        Until then the end is where it was: other processes do not know of it before that.
+        """
+        self.best, self.best_step = None, 0
 
     def losses(self) -> HeldOutLosses | None:
         """Return what was measured so far, None where nothing was (since a best was forgotten)."""

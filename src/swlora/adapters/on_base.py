@@ -5,10 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.saved import CONFIG, adapter_folder, load_adapter, read_facts
+from swlora.adapters.saved import adapter_folder, load_adapter, read_config, read_facts
 from swlora.config import BUILTIN_MODEL, ModelSpec, load_spec
 from swlora.errors import UserError
-from swlora.files import read_json
 from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel, load_model
 from swlora.paths import may_be_path
@@ -71,7 +70,7 @@ def base_spec(adapter: Path, spec: ModelSpec) -> ModelSpec:
 
 def _recorded_base(adapter: Path) -> dict[str, Any]:
     """Return name and revision of the model that an adapter's files name."""
-    facts, config = read_facts(adapter), read_json(adapter / CONFIG)
+    facts, config = read_facts(adapter), read_config(adapter)
     if facts.get("base_flag") == BUILTIN_MODEL:
         return {"name": BUILTIN_MODEL}
     if facts.get("base_on_hub"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.adapters.on_base import with_adapter
-from swlora.adapters.saved import CONFIG, adapter_folder
+from swlora.adapters.saved import adapter_folder, read_config
 from swlora.config import ModelSpec
 from swlora.deploy.agreement import held_texts
 from swlora.deploy.export_request import ExportRequest, TypeName
@@ -30,8 +30,9 @@ from swlora.deploy.llama_cpp import INSTALL, TESTED_VERSION, LlamaCpp, Question,
 from swlora.deploy.merge_report import gguf_report, merged_adapter_sha256
 from swlora.disk_space import Need, check_space
 from swlora.errors import RunFailedError, UserError
-from swlora.files import atomic_path, check_writable, read_json, write_json
+from swlora.files import atomic_path, check_writable, write_json
 from swlora.hub import cached_file
+from swlora.models.identity import name_elsewhere
 from swlora.models.load import LoadedModel, load_model, load_skeleton
 from swlora.models.weight_source import open_weights
 from swlora.progress import Progress
@@ -102,7 +103,7 @@ def _check_before_loading(request: ExportRequest, llama_cpp: LlamaCpp | None) ->
     if request.kind == "q8_0":
         raise UserError("a LoRA is not written as q8_0: its rank is no multiple of 32; use f16")
     folder = adapter_folder(request.adapter)
-    if reason := lora_refusal(read_json(folder / CONFIG)):
+    if reason := lora_refusal(read_config(folder)):
         raise UserError(
             f"llama.cpp cannot apply the adapter in {folder}: {reason}; merge it instead "
             f"(swlora merge --adapter {request.adapter}), then swlora export --gguf"
@@ -121,7 +122,7 @@ def _export_model(
     check_space(request.output.parent, [need], OTHER_DISK)
     with _checked_file(request.output) as scratch:
         with progress.task("write the file", n_tensors(parts)) as task:
-            write_gguf(parts, scratch, kind, _name(loaded), task)
+            write_gguf(parts, scratch, kind, name_elsewhere(loaded.name), task)
         with progress.task("check the file"):
             own, name = (loaded.model, loaded.tokenizer), str(request.output)
             if base is not None:
@@ -157,7 +158,7 @@ def _export_lora(
         effect_nats = effect_of_adapter(adapted, windows)
         write_lora(layout, read_pairs(adapted), scratch, kind, folder.resolve().name)
         with progress.task("write the base for the check", n_tensors(parts)) as task:
-            write_gguf(parts, beside / "base.gguf", "f32", _name(loaded), task)
+            write_gguf(parts, beside / "base.gguf", "f32", name_elsewhere(loaded.name), task)
         with progress.task("check the file"):
             question, name = Question(beside / "base.gguf", scratch), str(request.output)
             own, length = (adapted, loaded.tokenizer), context_tokens(config)
@@ -178,7 +179,7 @@ def _exported(
 ) -> Exported:
     return Exported(
         file=request.output.name,
-        model=_name(loaded),
+        model=name_elsewhere(loaded.name),
         adapter=request.adapter.resolve().name if request.adapter else None,
         architecture=layout.family.arch,
         type=kind,
@@ -227,8 +228,3 @@ def _generation(path: Path) -> Any:
     if not (path / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_pretrained(path)
-
-
-def _name(loaded: LoadedModel) -> str:
-    path = Path(loaded.name)
-    return path.resolve().name if path.exists() else loaded.name

@@ -11,13 +11,12 @@ from swlora.adapters.saved import CONFIG, read_facts
 from swlora.deploy.hub_access import REPO
 from swlora.deploy.hub_files import CARD, Contents
 from swlora.deploy.hub_places import BASE, is_place, places_in, published_text
-from swlora.deploy.merge_report import MERGE_REPORT, gguf_report
+from swlora.deploy.merge_report import MERGE_REPORT, gguf_report, read_report
 from swlora.deploy.merged_card import USAGE, merged_card
 from swlora.deploy.peft_card import is_blank_template
 from swlora.deploy.run_notes import read_result, score_sections, training_sections
 from swlora.deploy.scored import check_scored
 from swlora.errors import UserError, brief
-from swlora.files import read_json
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _model_card(folder: Path, more: list[str], licence: str | None) -> str:
         meta = {"library_name": "transformers", "tags": ["swlora"]}
         return card_text(meta, None, "finetune", licence, sections)
     try:
-        return merged_card(read_json(path), more, licence)
+        return merged_card(read_report(path), more, licence)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no merge report: {brief(error)}") from error
 
@@ -130,7 +129,7 @@ def _exports(contents: Contents) -> Iterator[str]:
         report = gguf_report(path)
         if report.is_file():
             yield f"## {path.name}"
-            yield _as_list(read_json(report))
+            yield _as_list(read_report(report))
 
 
 def _as_list(report: Mapping[str, Any], depth: int = 0) -> str:

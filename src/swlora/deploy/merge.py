@@ -150,7 +150,7 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
             write_weights(scratch, plan, base, merging, dtype, lambda: task.advance())
         widest, facts = dtype or base.dtype, read_facts(folder)
         ends = end_tokens(base.loaded, is_chat=bool(facts.get("is_chat")))
-        write_rest(scratch, plan, base, widest, ends)
+        write_rest(scratch, plan, base.loaded.tokenizer, widest, ends)
         merged_s = time.perf_counter()
         name = str(widest).removeprefix("torch.")
         agreement, effect = compare(scratch, base, folder, widest, progress)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from swlora.adapters.on_base import base_spec
-from swlora.adapters.saved import CONFIG, TOKENIZER_CONFIG, read_facts
+from swlora.adapters.saved import TOKENIZER_CONFIG, read_config, read_facts
 from swlora.config import ModelSpec
 from swlora.errors import UserError
-from swlora.files import read_json
 from swlora.library_noise import quiet_libraries
 from swlora.memory import release_pages
 from swlora.models.identity import BaseModel, name_base, sample_sha256, weights_sample_sha256
 from swlora.models.load import LoadedModel, load_skeleton
 from swlora.models.local_files import local_files
+from swlora.models.model_folder import CONFIG, read_model_json
 from swlora.models.weight_source import WeightSource, open_weights
 from swlora.plural import counted
 
@@ -113,7 +113,7 @@ def open_base(adapter: Path, spec: ModelSpec) -> MergeBase:
 
 def check_base(adapter: Path, base: BaseModel, loaded: LoadedModel) -> str | None:
     """Say in what the adapter was trained on another model than this; None where it was not."""
-    facts, config = read_facts(adapter), read_json(adapter / CONFIG)
+    facts, config = read_facts(adapter), read_config(adapter)
     trained_on = facts.get("base_weights_sample_sha256")
     if trained_on not in (None, base.weights_sample_sha256):
         return (
@@ -130,7 +130,7 @@ def check_base(adapter: Path, base: BaseModel, loaded: LoadedModel) -> str | Non
 def base_config(base: MergeBase) -> dict[str, Any]:
     """Return the base's config.json as it is; of a GGUF file, what transformers makes of it."""
     if base.path.is_dir():
-        config = read_json(base.path / "config.json")
+        config = read_model_json(base.path / CONFIG)
     else:
         config = json.loads(base.loaded.model.config.to_json_string())
         config["architectures"] = [type(base.loaded.model).__name__]
@@ -142,4 +142,4 @@ def base_config(base: MergeBase) -> dict[str, Any]:
 def base_generation_config(base: MergeBase) -> dict[str, Any]:
     """Return the base's generation_config.json as it is; {} where it has none."""
     path = base.path / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_model_json(path) if path.is_file() else {}

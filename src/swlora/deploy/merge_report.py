@@ -1,8 +1,10 @@
 """Where the reports of merges and exports lie, and of which adapter a merged model was made."""
 
 from pathlib import Path
+from typing import Any
 
 from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.errors import UserError
 
 MERGE_REPORT = "swlora-merge.json"
 
@@ -12,13 +14,26 @@ def gguf_report(path: Path) -> Path:
     return path.with_name(f"{path.name}.report.json")
 
 
+def read_report(path: Path) -> dict[str, Any]:
+    """Return what a report says, {} where there is none; UserError where it cannot be read.
+
+    Links are followed: it lies in a model's folder, which may be one of the Hub's cache.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return read_json_object(path)
+    except UnreadableError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
 def merged_adapter_sha256(model: Path) -> str | None:
     """Return the hash of the adapter's weights that were merged into the model in a folder.
 
     None where nothing was merged, or by an older version, which did not note it.
     """
     try:
-        noted = read_json_object(model / MERGE_REPORT).get("adapter_sha256")
-    except UnreadableError:
+        noted = read_report(model / MERGE_REPORT).get("adapter_sha256")
+    except UserError:
         return None
     return noted if isinstance(noted, str) else None

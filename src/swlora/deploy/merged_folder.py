@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +21,28 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Which weights are written: their names in the state dict, by shard.
+    """Which weights are written, their names in the state dict by shard, and what lies beside them.
 
-    `untied` says that head and embedding, tied in the base, are two weights now.
+    `untied` says that head and embedding, tied in the base, are two weights now. `config` and
+    `generation` are the base's config.json and generation_config.json.
     """
 
     shards: list[list[str]]
     untied: bool
     n_bytes: int
+    config: dict[str, Any]
+    generation: dict[str, Any]
 
 
 def plan_merge(
     base: MergeBase, merging: MergedWeights, dtype: torch.dtype | None, shard_bytes: int
 ) -> MergePlan:
-    """Divide the weights among files of at most `shard_bytes`, a single larger one apart."""
+    """Divide the weights among files of at most `shard_bytes`, a single larger one apart.
+
+    All that is read of the base but its weights is read here: what is damaged ends a merge before
+    gigabytes are written. Raises UserError for that.
+    """
+    config, generation = base_config(base), base_generation_config(base)
     names, untied = _names(base, merging)
     shards: list[list[str]] = [[]]
     filled = total = 0
@@ -45,7 +54,7 @@ def plan_merge(
             filled = 0
         shards[-1].append(name)
         filled, total = filled + n_bytes, total + n_bytes
-    return MergePlan(shards, untied, total)
+    return MergePlan(shards, untied, total, config, generation)
 
 
 def _names(base: MergeBase, merging: MergedWeights) -> tuple[list[str], bool]:
@@ -126,18 +135,16 @@ def _stored_name(base: MergeBase, name: str) -> str:
 def write_rest(
     folder: Path,
     plan: MergePlan,
-    base: MergeBase,
+    tokenizer: Any,
     dtype: torch.dtype,
     end_token_ids: Sequence[int],
 ) -> None:
     """Write configuration, generation configuration, tokenizer and chat template."""
-    config = base_config(base)
-    config.pop("torch_dtype", None)
+    config = {name: value for name, value in plan.config.items() if name != "torch_dtype"}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if plan.untied:
         config["tie_word_embeddings"] = False
     write_json(folder / "config.json", config)
     ends = end_token_ids[0] if len(end_token_ids) == 1 else list(end_token_ids)
-    generation = base_generation_config(base) | {"eos_token_id": ends}
-    write_json(folder / "generation_config.json", generation)
-    save_tokenizer(base.loaded.tokenizer, folder)
+    write_json(folder / "generation_config.json", plan.generation | {"eos_token_id": ends})
+    save_tokenizer(tokenizer, folder)

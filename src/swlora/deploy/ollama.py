@@ -14,11 +14,11 @@ from typing import Any
 
 from swlora.config import ModelSpec
 from swlora.deploy.go_template import GoTemplate, translate
-from swlora.deploy.merge_report import MERGE_REPORT
+from swlora.deploy.merge_report import MERGE_REPORT, read_report
 from swlora.deploy.new_folder import check_new, new_folder
 from swlora.deploy.ollama_files import check_same_model, has_other_template, read_files
 from swlora.errors import UserError
-from swlora.files import read_json, write_text
+from swlora.files import write_text
 from swlora.models.gguf_header import GgufHeader
 from swlora.models.gguf_tokenizer import adds_bos
 
@@ -177,8 +177,7 @@ def _translated(tokenizer: Any, bos: str, has_bos: bool) -> tuple[GoTemplate, bo
 
 def _was_trained_on_chats(model: Path) -> bool:
     """Say whether a merged model's adapter was trained on chats; True for any other model."""
-    report = model / MERGE_REPORT
-    adapter = read_json(report).get("adapter") if report.is_file() else None
+    adapter = read_report(model / MERGE_REPORT).get("adapter")
     return bool(adapter.get("is_chat", True)) if isinstance(adapter, dict) else True
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from swlora.adapters.saved import WEIGHTS, read_facts
 from swlora.deploy.hub_files import Contents
-from swlora.deploy.merge_report import MERGE_REPORT, merged_adapter_sha256
+from swlora.deploy.merge_report import MERGE_REPORT, merged_adapter_sha256, read_report
 from swlora.errors import UserError
-from swlora.files import read_json, sha256_of
+from swlora.files import sha256_of
 from swlora.runs import read_run
 
 
@@ -49,8 +49,7 @@ def _was_merged(adapter: Path, model: Path) -> bool:
     """
     if digest := merged_adapter_sha256(model):
         return digest == sha256_of(adapter / WEIGHTS)
-    report = model / MERGE_REPORT
-    facts, merge = read_facts(adapter), read_json(report) if report.is_file() else {}
+    facts, merge = read_facts(adapter), read_report(model / MERGE_REPORT)
     noted, base = merge.get("adapter"), merge.get("base")
     if not noted or not isinstance(noted, dict) or not isinstance(base, dict):
         return False

@@ -64,6 +64,20 @@ def name_base(loaded: LoadedModel, sample: str) -> BaseModel:
     return BaseModel(name, None, False, read_from, name, sample)
 
 
+def name_elsewhere(name: str) -> str:
+    """Return what a model is called elsewhere: its Hub id, or the name of its folder or file.
+
+    Of a file that is a link, as all are in the Hub's cache, it is the link's: the other is a hash.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path.name
+    if not path.is_dir():
+        return name
+    snapshot = _hub_snapshot(path.resolve())
+    return snapshot[0] if snapshot else path.resolve().name
+
+
 def weights_sample_sha256(model: Any) -> str:
     """Hash names, shapes and 1,024 values of each parameter, rounded to bfloat16.
 

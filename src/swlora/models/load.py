@@ -221,7 +221,10 @@ def _load_config(name: str, revision: str | None) -> Any:
 
 
 def _load_generation_config(name: str, revision: str | None) -> Any:
-    """Return what generation_config.json says; None where there is no such file."""
+    """Return what generation_config.json says; None where there is no such file.
+
+    Raises UserError where it is no configuration.
+    """
     from transformers import GenerationConfig
 
     where = {"revision": revision, "local_files_only": _is_offline(name)}
@@ -229,6 +232,9 @@ def _load_generation_config(name: str, revision: str | None) -> Any:
         return GenerationConfig.from_pretrained(name, **where)
     except OSError:  # as transformers does when it loads the model
         return None
+    except Exception as error:  # of whatever kind a value in it ends in
+        what = f"generation_config.json of {name} cannot be read"
+        raise UserError(f"{what}: {_brief(error)}") from error
 
 
 def _load_pretrained(name: str, revision: str | None, dtype: Any) -> Any:

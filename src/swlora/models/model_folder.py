@@ -60,14 +60,22 @@ def check_counts(path: Path) -> None:
     """Raise UserError where a config.json is damaged, or counts what no model has."""
     if not path.exists():
         return  # the library says what is missing
-    try:
-        config = read_json_object(path, max_bytes=MAX_CONFIG_BYTES)
-    except UnreadableError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    config = read_model_json(path)
     for name, value in config.items():
         if name in COUNTS and value is not None and not _is_count(value, *COUNTS[name]):
             low, high = COUNTS[name]
             raise UserError(f"{path} says {name} is {value!r:.40}; models have {low} to {high:,}")
+
+
+def read_model_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model's folder, such as config.json; UserError.
+
+    Links are followed: in the Hub's cache every file is one.
+    """
+    try:
+        return read_json_object(path, max_bytes=MAX_CONFIG_BYTES)
+    except UnreadableError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _is_count(value: Any, low: int, high: int) -> bool:

@@ -23,6 +23,7 @@ from swlora.bounded_read import MAX_BYTES, UnreadableError, read_json_object
 from swlora.config import BUILTIN_MODEL
 from swlora.errors import UserError
 from swlora.models.builtin import flag_of
+from swlora.models.identity import name_elsewhere
 from swlora.runs import Run, read_run
 from swlora.study.folder import StudyFolder, read_study
 from swlora.web.growing_metrics import MetricsFiles
@@ -163,10 +164,8 @@ class RunFolders:
 
 def public_name(model: str) -> str:
     """Return what clients call a model: its Hub id, `builtin`, or the name of its folder."""
-    if (flag := flag_of(model)) == BUILTIN_MODEL:
-        return flag
-    path = Path(model)
-    return path.resolve().name if path.exists() else model
+    flag = flag_of(model)
+    return flag if flag == BUILTIN_MODEL else name_elsewhere(model)
 
 
 def read_adapter_entry(name: str, folder: Path) -> AdapterEntry:

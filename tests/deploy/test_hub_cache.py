@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import pytest
 from tests.deploy.test_merge import adapter_of, assert_is_base_and_adapter, merged_from, refusal
+from tests.support.gguf_files import write_gguf
 from tests.support.gguf_models import save_tiny
 from tests.support.hub_cache import COMMIT, into_hub_cache, use_hub_cache
 from tests.support.llama_cpp import require_llama_cpp
@@ -63,6 +64,20 @@ def test_folders_of_the_cache_are_merged_as_they_are_by_their_paths(model_folder
     again = into_hub_cache(tmp_path / "m", cache, "some/merged")
     assert name_elsewhere(str(again)) == public_name(str(again)) == "some/merged"
     assert json.loads((again / MERGE_REPORT).read_text())["base"]["revision"] == COMMIT
+
+
+def test_a_merged_model_of_the_cache_says_how_its_adapter_was_trained(
+    make_model, tiny_tokenizer, swlora, cache, tmp_path
+):
+    model = make_model("llama")
+    model.save_pretrained("model")
+    tiny_tokenizer.save_pretrained("model")
+    write_gguf(model, tiny_tokenizer, tmp_path / "x.gguf")
+    Path("model", MERGE_REPORT).write_text('{"adapter": {"is_chat": false}}')
+    folder = into_hub_cache(tmp_path / "model", cache, "some/merged")
+    for named, output in ((folder, "a"), ("some/merged", "b")):
+        flags = ("--gguf", "x.gguf", "--model", named, "--output", output)
+        assert "passed on as they are" in swlora("package", "--ollama", *flags).out
 
 
 def test_what_is_beside_the_weights_is_read_before_any_are_written(

@@ -80,9 +80,18 @@ def test_a_merged_adapter_says_whether_its_prompts_were_chats(folder, swlora):
     report = {"adapter": {"is_chat": False}}
     (folder / "model/swlora-merge.json").write_text(json.dumps(report))
     assert "passed on as they are" in swlora("package", *BYTES, "--model", "model").out
-    again = swlora("package", *BYTES[:-1], "again", "--model", "model", "--chat")
+    system = ("--system", "Be kind.")
+    mistake = swlora("package", *BYTES[:-1], "no", "--model", "model", *system).mistake
+    assert "was trained on prompts with completions" in mistake and not (folder / "no").exists()
+    again = swlora("package", *BYTES[:-1], "again", "--model", "model", "--chat", *system)
     assert "passed on as they are" not in again.out
     assert "range .Messages" in (folder / "again/Modelfile").read_text()
+
+
+def test_a_model_without_a_template_has_no_place_for_a_system_turn(folder, swlora):
+    (folder / "model/chat_template.jinja").unlink()
+    mistake = swlora("package", *BYTES, "--model", "model", "--system", "Be kind.").mistake
+    assert "has no chat template: leave it out" in mistake
 
 
 def test_a_template_of_ones_own_goes_in_as_it_is(folder, swlora):
@@ -121,7 +130,10 @@ def test_mistakes_are_one_line_and_leave_no_folder(folder, swlora):
         "has a context of 256 tokens": ("--num-ctx", 257),
         "leave --template out": ("--no-chat", "--template", "own.gotmpl"),
         "own.gotmpl cannot be read": ("--template", "own.gotmpl"),
+        "a chat: leave out --no-chat": ("--no-chat", "--system", "Be kind."),
+        "writes no .System": ("--system", "Be kind.", "--template", "plain.gotmpl"),
     }
+    (folder / "plain.gotmpl").write_text("[{{ .Prompt }}]")
     for said, change in changes.items():
         assert said in swlora("package", *BYTES, "--model", "model", *change).mistake
     without = swlora("package", *BYTES[1:], "--model", "model").mistake

@@ -21,9 +21,12 @@ from swlora.errors import UserError
 from swlora.files import write_text
 from swlora.models.gguf_header import GgufHeader
 from swlora.models.gguf_tokenizer import adds_bos
+from swlora.models.load import LoadedModel
+from swlora.models.local_files import local_file
 
 MODELFILE = "Modelfile"
 PLAIN_TEMPLATE = "{{ .Prompt }}"
+SYSTEM_FIELDS = (".System", ".Messages")  # what a template of Ollama has a system turn from
 MOST_CONTEXT_TOKENS = 8192  # by default: the cache of a long context takes gigabytes
 
 
@@ -85,7 +88,9 @@ def package(
     check_same_model(gguf, header, loaded, ends)
     is_chat = settings.is_chat
     if is_chat is None:
-        is_chat = bool(loaded.tokenizer.chat_template) and _was_trained_on_chats(Path(model.name))
+        is_chat = bool(loaded.tokenizer.chat_template) and _was_trained_on_chats(loaded)
+    if settings.system and not is_chat and settings.template is None:
+        raise UserError(_why_no_system(settings, loaded.tokenizer))
     template, notes = _template(loaded.tokenizer, header, settings, is_chat=is_chat)
     stops, unwritten = _stops(loaded.tokenizer, ends if is_chat else set(loaded.end_token_ids))
     if unwritten:
@@ -114,6 +119,18 @@ def package(
     return packaged
 
 
+def _why_no_system(settings: Settings, tokenizer: Any) -> str:
+    """Say why there is no chat that a system turn could stand in, and what to do."""
+    if settings.is_chat is False:
+        return "--system is a turn of a chat: leave out --no-chat"
+    if not tokenizer.chat_template:
+        return "--system is a turn of a chat, and the model has no chat template: leave it out"
+    return (
+        "--system is a turn of a chat, and the merged adapter was trained on prompts with "
+        "completions: leave it out, or give --chat"
+    )
+
+
 def _read(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
@@ -131,6 +148,8 @@ def _template(
     bos, has_bos = str(tokenizer.bos_token or ""), adds_bos(header)
     if settings.template is not None:
         own = GoTemplate(_read(settings.template), has_system=True, trims=False)
+        if settings.system and not any(name in own.text for name in SYSTEM_FIELDS):
+            raise UserError(f"--system: {settings.template} writes no .System, which it would be")
         return own, [f"the template is {settings.template.name}, as it is: it was not compared"]
     if is_chat:
         template, writes_bos = _translated(tokenizer, bos, has_bos)
@@ -175,9 +194,10 @@ def _translated(tokenizer: Any, bos: str, has_bos: bool) -> tuple[GoTemplate, bo
     return template, bool(bos) and text.startswith(bos)
 
 
-def _was_trained_on_chats(model: Path) -> bool:
+def _was_trained_on_chats(loaded: LoadedModel) -> bool:
     """Say whether a merged model's adapter was trained on chats; True for any other model."""
-    adapter = read_report(model / MERGE_REPORT).get("adapter")
+    report = local_file(loaded, MERGE_REPORT)
+    adapter = read_report(report).get("adapter") if report else None
     return bool(adapter.get("is_chat", True)) if isinstance(adapter, dict) else True
 
 

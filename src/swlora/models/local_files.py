@@ -26,3 +26,23 @@ def local_files(loaded: LoadedModel) -> Path:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"the weights of {loaded.name} cannot be had: {detail}") from error
     return Path(folder)
+
+
+def local_file(loaded: LoadedModel, name: str) -> Path | None:
+    """Return a small file beside a model's weights; of one from the Hub, fetched where needed.
+
+    None where there is none, or where it is not to be had: for what a model may lack.
+    """
+    folder = Path(loaded.name)
+    if folder.exists():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    offline = not hub_reachable()
+    try:
+        path = hf_hub_download(
+            loaded.name, name, revision=loaded.revision, local_files_only=offline
+        )
+    except Exception:  # it is not there, or the network is not
+        return None
+    return Path(path)

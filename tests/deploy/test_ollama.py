@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from tests.support import chat_templates as shapes
 from tests.support.gguf_files import write_gguf
+from tests.support.gguf_models import LONG, export_tiny
+from tests.support.llama_cpp import require_llama_cpp
+
+from swlora.deploy.llama_cpp import Question, ask
 
 BYTES = ("--ollama", "--gguf", "tuned.gguf", "--output", "out")
 
@@ -74,6 +78,31 @@ def test_prompts_are_passed_on_as_they_are_for_a_model_of_texts(folder, swlora):
     assert 'TEMPLATE """{{ .Prompt }}"""' in (folder / "out/Modelfile").read_text()
     assert "num_ctx 256" in (folder / "out/Modelfile").read_text()
     assert "passed on as they are" in done.out
+
+
+def test_a_model_of_long_factors_has_its_original_context(tmp_path, swlora):
+    """LongRoPE: beyond that, llama.cpp takes the long factors for short texts, too."""
+    rope = {"rope_theta": 10000.0, **LONG, "partial_rotary_factor": 1.0}
+    own = {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
+    _, token_ids = export_tiny("phi3", tmp_path, rope_parameters=rope, **own)
+    where = ("--ollama", "--gguf", "x.gguf", "--model", "model", "--no-chat")
+    for flags, n_tokens, said in (
+        ((), 256, "the context is 256 tokens"),
+        (("--num-ctx", 200), 200, ""),
+        (("--num-ctx", 400), 400, "beyond a context of 256 tokens llama.cpp computes short texts"),
+    ):
+        output = f"out{n_tokens}"
+        done = swlora("package", *where, *flags, "--output", output)
+        assert f"num_ctx {n_tokens}\n" in (tmp_path / output / "Modelfile").read_text()
+        assert said in done.out and ("factors for long ones" in done.out) == bool(said)
+
+    def computed(*others):
+        """The text's own log probabilities, in a context that is long enough for the others."""
+        asked = Question(tmp_path / "x.gguf", sequences=[token_ids[:20], *others])
+        return ask(require_llama_cpp(), asked).log_probabilities[0]
+
+    short, fits, long = computed(), computed([5] * 200), computed([5] * 300)
+    assert (short - fits).abs().max() < 1e-4 < (short - long).abs().max()
 
 
 def test_a_merged_adapter_says_whether_its_prompts_were_chats(folder, swlora):

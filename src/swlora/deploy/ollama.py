@@ -27,6 +27,7 @@ from swlora.models.local_files import local_file
 MODELFILE = "Modelfile"
 PLAIN_TEMPLATE = "{{ .Prompt }}"
 SYSTEM_FIELDS = (".System", ".Messages")  # what a template of Ollama has a system turn from
+LONG_FACTORS = "rope_factors_long.weight"
 MOST_CONTEXT_TOKENS = 8192  # by default: the cache of a long context takes gigabytes
 
 
@@ -95,12 +96,8 @@ def package(
     stops, unwritten = _stops(loaded.tokenizer, ends if is_chat else set(loaded.end_token_ids))
     if unwritten:
         notes.append(f"no Modelfile can hold {', '.join(map(repr, unwritten))} as a stop")
-    limit = loaded.context_tokens
-    written = header.facts.get(f"{header.architecture}.context_length")
-    if isinstance(written, int) and written > 0:
-        limit = min(limit, written)  # less where llama.cpp computes without the model's window
-    if settings.num_ctx is not None and settings.num_ctx > limit:
-        raise UserError(f"--num-ctx: the model has a context of {limit:,} tokens")
+    num_ctx, said = _context(header, loaded.context_tokens, settings.num_ctx)
+    notes += said
     files = {path.name: path for path in (gguf, lora) if path}
     packaged = Packaged(
         folder=output,
@@ -108,7 +105,7 @@ def package(
         is_chat=is_chat,
         template=template.text,
         stops=stops,
-        num_ctx=settings.num_ctx or min(limit, MOST_CONTEXT_TOKENS),
+        num_ctx=num_ctx,
         notes=notes,
     )
     text = _modelfile(packaged, gguf.name, lora.name if lora else None, settings)
@@ -192,6 +189,35 @@ def _translated(tokenizer: Any, bos: str, has_bos: bool) -> tuple[GoTemplate, bo
     template = translate(write, bos if has_bos else "")
     text = write([{"role": "user", "content": "x"}], True)
     return template, bool(bos) and text.startswith(bos)
+
+
+def _context(header: GgufHeader, most: int, asked: int | None) -> tuple[int, list[str]]:
+    """Return the context in tokens, and what a person should know of it.
+
+    most: the model's own. Raises UserError where more is asked for than the model or the file has.
+    """
+    written = header.facts.get(f"{header.architecture}.context_length")
+    if isinstance(written, int) and written > 0:
+        most = min(most, written)  # less where llama.cpp computes without the model's window
+    if asked is not None and asked > most:
+        raise UserError(f"--num-ctx: the model has a context of {most:,} tokens")
+    original = header.facts.get(f"{header.architecture}.rope.scaling.original_context_length")
+    usual = min(most, MOST_CONTEXT_TOKENS)
+    if LONG_FACTORS not in header.tensors or not isinstance(original, int) or original < 1:
+        return asked or usual, []
+    # LongRoPE: the model takes its long factors for a long text, llama.cpp for a long context
+    chosen = asked or min(usual, original)
+    if chosen > original:
+        return chosen, [
+            f"beyond a context of {original:,} tokens llama.cpp computes short texts, too, with the "
+            "factors for long ones, as the model does not"
+        ]
+    if chosen < usual and asked is None:
+        return chosen, [
+            f"the context is {original:,} tokens: with a longer one (--num-ctx) llama.cpp computes "
+            "short texts, too, with the factors for long ones"
+        ]
+    return chosen, []
 
 
 def _was_trained_on_chats(loaded: LoadedModel) -> bool:

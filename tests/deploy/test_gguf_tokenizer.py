@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import CHAT_TEMPLATE
 from tests.support.gguf_models import bpe_tokenizer, tiny_model
 from tests.support.llama_cpp import require_llama_cpp
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -14,7 +15,9 @@ from swlora.config import ModelSpec
 from swlora.deploy import gguf_export
 from swlora.deploy.gguf_export import ExportRequest
 from swlora.deploy.gguf_tokenizer import SPACE, read_tokens
+from swlora.deploy.ollama_files import has_other_template
 from swlora.errors import UserError
+from swlora.models.gguf_header import read_gguf_table
 from swlora.progress import Silent
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -79,6 +82,28 @@ def test_a_space_that_llama_2s_tokenizer_passes_over_is_no_other_text(
     require_llama_cpp()
     exported = gguf_export.export(ExportRequest(spec, tmp_path / "y.gguf"), Silent())
     assert exported.check.tokens_equal and exported.check.node_llama_cpp
+
+
+@pytest.mark.parametrize("names", [("default", "tool_use"), ("rag", "tool_use")])
+def test_several_chat_templates_are_written_by_their_names(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder, tokenizer = tmp_path / "model", bpe_tokenizer()
+    templates = {name: f"{{# {name} #}}{CHAT_TEMPLATE}" for name in names}
+    tokenizer.chat_template = templates
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == templates
+    require_llama_cpp()
+    request = ExportRequest(ModelSpec(name=str(folder), device="cpu"), tmp_path / "x.gguf")
+    check = gguf_export.export(request, Silent()).check
+    n_chats = int("default" in names)  # else the tokenizer itself writes none without tools
+    assert check.agreement.n_continuations == 8 + n_chats
+    facts = read_gguf_table(tmp_path / "x.gguf").facts
+    key = "tokenizer.chat_template"
+    found = {name: facts.get(key if name == "default" else f"{key}.{name}") for name in names}
+    assert found == templates and (key in facts) == bool(n_chats)
+    assert not has_other_template(read_gguf_table(tmp_path / "x.gguf"), tokenizer)
 
 
 def changed(kind: str, part: str, step: Any) -> PreTrainedTokenizerFast:

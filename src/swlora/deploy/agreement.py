@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swlora.data.chat import ChatTemplate
+from swlora.data.examples import Message
+from swlora.errors import UserError
 from swlora.superweights.ablate import text_windows
 
 N_WINDOWS, WINDOW_TOKENS = 4, 128
@@ -101,13 +104,22 @@ def held_texts(tokenizer: Any, context_tokens: int) -> HeldTexts:
     prompt_tokens = max(2, min(PROMPT_TOKENS, context_tokens - NEW_TOKENS))
     windows = text_windows(tokenizer, None, N_WINDOWS, window_tokens)
     prompts = [text_windows(tokenizer, None, N_PROMPTS, prompt_tokens)]
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": CHAT}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    if text := chat_text(tokenizer):
         chat = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
         if chat.shape[1] + NEW_TOKENS <= context_tokens:
             prompts.append(chat)
     return HeldTexts(windows, prompts)
+
+
+def chat_text(tokenizer: Any) -> str | None:
+    """Return a question of one turn as the tokenizer's chat template writes it.
+
+    None where it has no template, none for chats without tools, or one that refuses such a chat.
+    """
+    try:
+        return ChatTemplate(tokenizer).prompt([Message("user", CHAT)])
+    except UserError:
+        return None
 
 
 @torch.no_grad()

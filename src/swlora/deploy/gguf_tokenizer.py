@@ -108,8 +108,11 @@ def write_tokenizer(writer: Any, tokenizer: Any, n_embeddings: int, ends: Sequen
     token_ids = tokenizer("x").input_ids
     writer.add_add_bos_token(token_ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(token_ids[-1] == tokenizer.eos_token_id)
-    if template := getattr(tokenizer, "chat_template", None):
-        writer.add_chat_template(template)
+    templates = getattr(tokenizer, "chat_template", None)
+    if isinstance(templates, dict):  # as some tokenizers have another one for chats with tools
+        templates = [{"name": name, "template": text} for name, text in templates.items()]
+    if templates:
+        writer.add_chat_template(templates)
 
 
 def _names(tokenizer: Any, n_embeddings: int) -> list[str]:

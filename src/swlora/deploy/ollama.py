@@ -209,8 +209,8 @@ def _context(header: GgufHeader, most: int, asked: int | None) -> tuple[int, lis
     chosen = asked or min(usual, original)
     if chosen > original:
         return chosen, [
-            f"beyond a context of {original:,} tokens llama.cpp computes short texts, too, with the "
-            "factors for long ones, as the model does not"
+            f"beyond a context of {original:,} tokens llama.cpp computes short texts, too, with "
+            "the factors for long ones, as the model does not"
         ]
     if chosen < usual and asked is None:
         return chosen, [

@@ -97,4 +97,6 @@ def has_other_template(header: GgufHeader, tokenizer: Any) -> bool:
     """Say whether the file carries another chat template than the tokenizer."""
     own = header.facts.get("tokenizer.chat_template")
     template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
     return isinstance(own, str) and isinstance(template, str) and own.strip() != template.strip()

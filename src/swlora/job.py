@@ -42,19 +42,20 @@ class Job:
 
     def __post_init__(self) -> None:
         """Take the model on which the adapter to start from was trained, where none is named."""
-        self.take_base_of(self.spec.adapter.start)
+        if "name" not in self.spec.model.model_fields_set:  # as it always is where one goes on
+            self.take_base_of(self.spec.adapter.start)
 
     def take_base_of(self, adapter: Path | None) -> None:
-        """Take the model on which an adapter was trained, where there is one and none is named.
+        """Take the tokenizer of an adapter, and its model where none is named.
 
         Raises UserError where there is no such folder, or its model is not found.
         """
-        if adapter is None or "name" in self.spec.model.model_fields_set:
+        if adapter is None:
             return
-        from swlora.adapters.on_base import base_spec
+        from swlora.adapters.on_base import adapted_spec
         from swlora.adapters.saved import adapter_folder
 
-        base = base_spec(adapter_folder(adapter), self.spec.model)
+        base = adapted_spec(adapter_folder(adapter), self.spec.model)
         self.spec = self.spec.model_copy(update={"model": base})
 
     @cached_property

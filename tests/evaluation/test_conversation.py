@@ -124,6 +124,17 @@ def test_adapters_come_and_go(talk, said, adapter, make_model, tiny_tokenizer):
     assert said == ["the adapter was trained on prompts with completions, not on chats"]
 
 
+def test_an_adapter_that_saw_other_tokens_is_told(talk, said, adapter, tiny_tokenizer):
+    place = adapter(is_chat=True)
+    tiny_tokenizer.save_pretrained(place)
+    talk.use(place)
+    assert said == []
+    (place / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    talk.use(place)
+    (line,) = said
+    assert "another chat template" in line and "--tokenizer" in line
+
+
 def test_the_turns_stay_when_the_adapter_changes(talk, adapter, make_model, tiny_tokenizer):
     first = "".join(talk.answer("hello")).strip()
     place = adapter()

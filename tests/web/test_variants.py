@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 import weakref
@@ -245,3 +246,20 @@ def test_an_adapter_that_does_not_fit_is_a_refusal_and_no_harm(
     assert completion(own_client, "tiny") == base
     assert completion(own_client, "study/first") != base
     assert digests(loaded.model) == before
+
+
+def test_an_adapter_of_chats_in_another_template_is_refused(own_client, own_runs, tiny_tokenizer):
+    """The server writes chats by its model's own, which would be other tokens."""
+    folder = own_runs / "second.run/adapter"
+    facts = json.loads((folder / "swlora.json").read_text())
+    facts |= {"is_chat": True, "separator": ""}
+    del facts["sha256"]
+    (folder / "swlora.json").write_text(json.dumps(facts))
+    tiny_tokenizer.save_pretrained(folder)
+    assert "does not fit" not in completion(own_client, "second.run")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    later_s = time.time() + 10
+    os.utime(folder / "adapter_model.safetensors", (later_s, later_s))  # as if saved again
+    said = completion(own_client, "second.run")
+    assert "a tokenizer of another chat template" in said and "--tokenizer" in said
+    assert str(own_runs) not in said

@@ -5,7 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from swlora.adapters.saved import adapter_folder, load_adapter, read_config, read_facts
+from swlora.adapters.saved import (
+    TOKENIZER_CONFIG,
+    adapter_folder,
+    load_adapter,
+    read_config,
+    read_facts,
+)
 from swlora.config import BUILTIN_MODEL, ModelSpec, load_spec
 from swlora.errors import UserError
 from swlora.models.identity import weights_sample_sha256
@@ -22,7 +28,7 @@ def load_with_adapter(
     `load_model` and `load_adapter` raise; what lacks in the folder first.
     """
     folder = adapter_folder(adapter) if adapter else None
-    loaded = load_model(spec if folder is None else base_spec(folder, spec))
+    loaded = load_model(spec if folder is None else adapted_spec(folder, spec))
     say(f"model: {loaded.source}")
     return loaded if folder is None else with_adapter(loaded, folder, say)
 
@@ -55,6 +61,16 @@ def warn_of_other_base(folder: Path, source: str, sample: str, say: Callable[[st
         f"is {source} ({sample[:12]}): unless that is the same model in another format, what they "
         "say together means little"
     )
+
+
+def adapted_spec(adapter: Path, spec: ModelSpec) -> ModelSpec:
+    """Return `base_spec` with the tokenizer beside the adapter, which it was trained with.
+
+    One that `spec` names itself stays. Raises what `base_spec` raises.
+    """
+    is_open = spec.tokenizer is None and (adapter / TOKENIZER_CONFIG).is_file()
+    own = {"tokenizer": str(adapter)} if is_open else {}
+    return base_spec(adapter, spec).model_copy(update=own)
 
 
 def base_spec(adapter: Path, spec: ModelSpec) -> ModelSpec:

@@ -31,14 +31,14 @@ def talk(
 ) -> dict[str, Any]:
     """Hold a conversation over stdin and stdout; return its turns and what they came from."""
     decode = chat_settings(spec.decode)
-    from swlora.adapters.on_base import base_spec
+    from swlora.adapters.on_base import adapted_spec
     from swlora.adapters.saved import adapter_folder
     from swlora.evaluation.conversation import Conversation
     from swlora.models.load import load_model
 
     model = spec.model
     if adapter:  # a mistyped one shall not cost a model's loading
-        model = base_spec(adapter_folder(adapter), model)
+        model = adapted_spec(adapter_folder(adapter), model)
     with progress.task("load the model"):
         loaded = load_model(model)
     progress.say(f"model: {loaded.source}")

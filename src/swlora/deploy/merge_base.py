@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swlora.adapters.on_base import base_spec
-from swlora.adapters.saved import TOKENIZER_CONFIG, read_config, read_facts
+from swlora.adapters.on_base import adapted_spec
+from swlora.adapters.saved import read_config, read_facts
 from swlora.config import ModelSpec
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
@@ -99,10 +99,7 @@ def open_base(adapter: Path, spec: ModelSpec) -> MergeBase:
 
     The tokenizer is the adapter's own where it brings one. Raises UserError where there is none.
     """
-    spec = base_spec(adapter, spec)
-    if spec.tokenizer is None and (adapter / TOKENIZER_CONFIG).is_file():
-        spec = spec.model_copy(update={"tokenizer": str(adapter)})
-    loaded = load_skeleton(spec)
+    loaded = load_skeleton(adapted_spec(adapter, spec))
     if getattr(loaded.model.config, "quantization_config", None) is not None:
         raise UserError(
             f"{loaded.source} is quantised: merge into the model that it was made of (--model)"

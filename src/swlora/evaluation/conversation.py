@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from swlora.adapters.on_base import warn_of_other_base
+from swlora.adapters.own_tokenizer import other_tokens
 from swlora.adapters.saved import adapter_folder, read_facts
 from swlora.adapters.temporary import adapter_on
 from swlora.config import DecodeSpec
@@ -66,6 +67,9 @@ class Conversation:
             raise
         if folder:
             warn_of_other_base(folder, self._loaded.source, self._sample, self._say)
+            is_chat = facts.get("is_chat") is True
+            if said := other_tokens(folder, self._loaded.tokenizer, is_chat=is_chat):
+                self._say(f"warning: the adapter in {folder}: {said}")
         if facts.get("is_chat") is False:
             self._say(NOT_A_CHAT)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from swlora.adapters.methods import quiet_peft
 from swlora.adapters.on_base import warn_of_other_base
 from swlora.adapters.own_tensors import check_tensors
+from swlora.adapters.own_tokenizer import other_tokens
 from swlora.adapters.saved import WEIGHTS, changed_file, what_is_not_finite
 from swlora.adapters.served_config import served_config
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
@@ -52,6 +53,7 @@ class ModelHost:
     def __init__(
         self, loaded: LoadedModel, folders: RunFolders, weights: ServedWeights, max_slots: int
     ) -> None:
+        self._tokenizer = loaded.tokenizer
         self._model, self._end_token_ids = loaded.model, chat_end_token_ids(loaded)
         self._source, self._sample = loaded.source, weights_sample_sha256(loaded.model)
         self._folders, self._weights, self._max_slots = folders, weights, max_slots
@@ -175,6 +177,11 @@ class ModelHost:
             check_tensors(self._model, entry.folder / WEIGHTS)
             if name := changed_file(entry.folder):
                 raise UserError(f"its {name} is damaged, or was changed since it was saved")
+            is_chat = entry.format == "chat"
+            if said := other_tokens(
+                entry.folder, self._tokenizer, is_chat=is_chat, follow_links=False
+            ):
+                raise UserError(said)
             if said := what_is_not_finite(entry.folder / WEIGHTS):
                 raise UserError(f"it {said}")
             warn_of_other_base(entry.folder, self._source, self._sample, log.warning)

@@ -1,0 +1,87 @@
+"""An adapter's own tokenizer beside that of a model which is loaded already, and stays.
+
+An adapter that is loaded with its model brings its tokenizer (`on_base.adapted_spec`). Where
+several share one model, as in a server and a chat, they share its tokenizer too, and one that was
+trained with another would read other tokens. Files are compared, none is given to a library.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from swlora.adapters.saved import TOKENIZER_CONFIG
+from swlora.bounded_read import UnreadableError, parse_json, read_bounded
+from swlora.models.tokenizer_folder import MAX_FILE_BYTES, TOKENIZER
+
+TEMPLATE = "chat_template.jinja"
+MAX_TEMPLATE_BYTES = 1 << 20
+
+
+def other_tokens(
+    folder: Path, tokenizer: Any, *, is_chat: bool, follow_links: bool = True
+) -> str | None:
+    """Say in what the adapter in `folder` was trained with other tokens than a tokenizer's.
+
+    That is its vocabulary or, of one that was trained on chats, its chat template. None where both
+    are the same, and for an adapter that brings no tokenizer.
+    """
+    if _has_other_vocabulary(folder, tokenizer, follow_links):
+        what = "vocabulary"
+    elif is_chat and _has_other_template(folder, tokenizer, follow_links):
+        what = "chat template"
+    else:
+        return None
+    return (
+        f"it was trained with a tokenizer of another {what} than the one in use; start again with "
+        "the adapter's folder as --tokenizer"
+    )
+
+
+def _has_other_template(folder: Path, tokenizer: Any, follow_links: bool) -> bool:
+    """Say whether the adapter's template is another text; False where one has none, or several."""
+    own: Any = _text(folder / TEMPLATE, MAX_TEMPLATE_BYTES, follow_links)
+    if not own:  # older versions of transformers had it here
+        config = _parsed(_text(folder / TOKENIZER_CONFIG, MAX_FILE_BYTES, follow_links))
+        own = config.get("chat_template") if isinstance(config, dict) else None
+    template = getattr(tokenizer, "chat_template", None)
+    return isinstance(own, str) and isinstance(template, str) and own.strip() != template.strip()
+
+
+def _has_other_vocabulary(folder: Path, tokenizer: Any, follow_links: bool) -> bool:
+    """Say whether a token of the adapter's has another id; False where it has no tokenizer.json."""
+    text = _text(folder / TOKENIZER, MAX_FILE_BYTES, follow_links)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not text or backend is None or text == backend.to_str(pretty=True):  # as it is saved
+        return False
+    own = _vocabulary(_parsed(text))
+    return bool(own) and own != _vocabulary(json.loads(backend.to_str()))
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, Any]:
+    """Return the ids of a tokenizer's tokens; {} for what is none."""
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
+        return {}
+    vocab, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens")
+    if isinstance(vocab, list):  # Unigram's: [token, score]
+        vocab = {str(entry[0]): k for k, entry in enumerate(vocab) if isinstance(entry, list)}
+    found = dict(vocab) if isinstance(vocab, dict) else {}
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict):
+            found[str(token.get("content"))] = token.get("id")
+    return found
+
+
+def _text(path: Path, max_bytes: int, follow_links: bool) -> str:
+    """Return the text of a file; "" where there is none that can be read."""
+    try:
+        content, is_whole = read_bounded(path, max_bytes, follow_links=follow_links)
+    except UnreadableError:
+        return ""
+    return content.decode("utf-8", "replace") if is_whole else ""
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except UnreadableError:
+        return None

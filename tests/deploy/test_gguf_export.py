@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tests.support.gguf_models import save_tiny
+from tests.support.gguf_models import add_old_buffers, save_tiny
 from tests.support.llama_cpp import require_llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,6 +71,13 @@ def test_every_type_is_near_the_model_rounded_to_it(
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
     report = json.loads((tmp_path / "x.gguf.report.json").read_text())
     assert report["type"] == kind and "llama.cpp" in report["check"]["by"]
+
+
+def test_buffers_that_nothing_reads_are_not_exported(tmp_path: Path) -> None:
+    require_llama_cpp()
+    save_tiny("gpt_neox", tmp_path / "model")
+    add_old_buffers(tmp_path / "model")
+    assert export(tmp_path).check.agreement.n_equal_continuations == 9
 
 
 @pytest.mark.usefixtures("no_llama_cpp")

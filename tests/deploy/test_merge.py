@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.support.adapters import CASES, adapter_spec, move
 from tests.support.gguf_files import SIZES, write_gguf
+from tests.support.gguf_models import add_old_buffers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swlora.adapters.merged_weights import MergedWeights
@@ -19,6 +20,7 @@ from swlora.adapters.on_base import base_spec
 from swlora.adapters.saved import WEIGHTS, load_adapter, save_adapter
 from swlora.config import ModelSpec, RunSpec
 from swlora.config.yaml_file import dump_yaml
+from swlora.deploy import merged_folder
 from swlora.deploy.merge import Merged, MergeRequest, merge
 from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.errors import RunFailedError, UserError
@@ -116,6 +118,28 @@ def test_every_shape_of_family_is_read_back_by_plain_transformers(
     assert_is_base_and_adapter(base, adapter, tmp_path / "m")
     names = [set(load_file(f / "model.safetensors")) for f in (base, tmp_path / "m")]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_buffers_that_nothing_reads_are_not_merged(model_folder, tmp_path, dtype):
+    base = Path(shutil.copytree(model_folder("gpt_neox"), tmp_path / "base"))
+    names = set(load_file(base / "model.safetensors"))
+    add_old_buffers(base)
+    merged_from(base, adapter_of(base, tmp_path / "a"), tmp_path / "m", dtype=dtype)
+    assert set(load_file(tmp_path / "m" / "model.safetensors")) == names
+
+
+def test_only_what_is_rounded_must_fit_into_float16(model_folder, tmp_path):
+    base = Path(shutil.copytree(model_folder("llama"), tmp_path / "base"))
+    adapter = adapter_of(base, tmp_path / "a")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    said = refusal(base, adapter, tmp_path / "m", force=True, dtype="float16")
+    assert "model.norm.weight holds numbers too large" in said
+    own = torch.tensor([float("-inf")]).half()  # as it is in the file, it goes into the other
+    merging = MergedWeights(adapter, load_model(spec_of(base)).model)
+    assert merged_folder._written("model.norm.weight", own, merging, None) is own
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tests.conftest import CHAT_TEMPLATE, N_EMBEDDINGS, TINY
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -82,6 +83,21 @@ def save_tiny(model_type: str, folder: Path, **changes: Any) -> Any:
     model.save_pretrained(folder)
     bpe_tokenizer().save_pretrained(folder)
     return model
+
+
+def add_old_buffers(folder: Path) -> None:
+    """Put into a GPT-NeoX's file what older versions of transformers saved, as Pythia's files have.
+
+    The weights are float16 then, in which the number for masked places is -inf.
+    """
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
+    for name in [name for name in tensors if name.endswith("attention.dense.bias")]:
+        attention = name.removesuffix(".dense.bias")
+        tensors[f"{attention}.masked_bias"] = torch.tensor(-1e9).half()
+        tensors[f"{attention}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
+        tensors[f"{attention}.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(tensors, path, {"format": "pt"})
 
 
 def export_tiny(

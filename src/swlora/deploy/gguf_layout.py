@@ -119,7 +119,6 @@ GGUF_FAMILIES: dict[str, GgufFamily] = {
     "gpt_neox": GgufFamily("gptneox", {"query_key_value": _neox_rows}, is_read_back=False),
     "falcon": GgufFamily("falcon", {"query_key_value": _falcon_rows}, is_read_back=False),
 }
-_NO_WEIGHTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
 
 
 def gguf_family(model_type: str) -> GgufFamily:
@@ -150,9 +149,9 @@ class GgufLayout:
         self._rows = {name: rows(config) for name, rows in self.family.rows.items()}
 
     def is_left_out(self, name: str) -> bool:
-        """Say whether a tensor is none of the file's: a buffer, or a head that is the embedding."""
+        """Say whether a tensor is none of the file's: a head that is the embedding."""
         is_head = name in ("lm_head.weight", "embed_out.weight")
-        return name.endswith(_NO_WEIGHTS) or (is_head and bool(self.config.tie_word_embeddings))
+        return is_head and bool(self.config.tie_word_embeddings)
 
     def place(self, name: str) -> Place:
         """Return where a tensor of transformers' state dict goes, such as ...q_proj.weight.

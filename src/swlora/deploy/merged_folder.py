@@ -112,11 +112,13 @@ def write_weights(
 def _written(name: str, own: Tensor, merging: MergedWeights, dtype: torch.dtype | None) -> Tensor:
     """Return a weight as it is written; an unchanged one in its own dtype is a view of its file."""
     target = _dtype_of(own, dtype)
-    whole = merging.merged(name, own) if name in merging.changed else own
+    is_changed = name in merging.changed
+    whole = merging.merged(name, own) if is_changed else own
     weight = whole.to(target)
     if weight.data_ptr() != own.data_ptr():
         release_pages([own])
-    if target == torch.float16 and not bool(torch.isfinite(weight).all()):
+    is_rounded = target == torch.float16 and (is_changed or own.dtype != target)
+    if is_rounded and not bool(torch.isfinite(weight).all()):
         raise UserError(f"{name} holds numbers too large for float16; take --dtype bfloat16")
     return weight.contiguous()
 

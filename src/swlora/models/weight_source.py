@@ -3,7 +3,8 @@
 The tensors of safetensors files are views of the mapped files: a page is read when it is touched,
 and can be given back (`release_pages`). Names are those of transformers' state dict, also where a
 file leaves out the name of the backbone, as GPT-2's on the Hub does, or has another for the head.
-What transformers puts together from several tensors (experts) keeps the names of the file.
+What transformers puts together from several tensors (experts) keeps the names of the file. Buffers
+that older versions of transformers saved, as Pythia's masks are, are no weights: nothing reads them.
 """
 
 import json
@@ -23,6 +24,8 @@ from swlora.models.skeleton import make_skeleton
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64_000_000
+# Masks of attention, what it gives masked places (-inf in float16), and rotary frequencies
+_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq")
 
 
 class WeightSource(Protocol):
@@ -110,18 +113,20 @@ class SafetensorsWeights:
         try:
             file = opened.enter_context(safe_open(path, "pt"))
             stored = list(file.keys())
-            shapes = [tuple(file.get_slice(name).get_shape()) for name in stored]
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in stored}
         except Exception as error:  # of safetensors and torch, without a common kind
             detail = " ".join(str(error).split())[:200]
             raise UserError(f"{path} cannot be read as safetensors: {detail}") from error
-        if missing := sorted(expected.difference(stored)):
+        if missing := sorted(expected.difference(shapes)):
             raise UserError(f"{path} lacks {missing[0]}, which {INDEX} says is in it")
-        names = [naming.name(name) for name in stored]
-        if twice := sorted(self._shapes.keys() & set(names)):
+        named = [(naming.name(stored_name), stored_name) for stored_name in stored]
+        weights = {name: stored_name for name, stored_name in named if naming.is_weight(name)}
+        if twice := sorted(self._shapes.keys() & weights):
             raise UserError(f"{twice[0]} lies in two files of {self._folder}")
-        self._shards.append(names)
-        for name, stored_name, shape in zip(names, stored, shapes, strict=True):
-            self._shapes[name], self._files[name], self._stored[name] = shape, file, stored_name
+        self._shards.append(list(weights))
+        for name, stored_name in weights.items():
+            self._shapes[name], self._files[name] = shapes[stored_name], file
+            self._stored[name] = stored_name
 
 
 def weight_files(folder: Path) -> dict[str, set[str]]:
@@ -179,6 +184,10 @@ class _Naming:
         prefix = self.model.base_model_prefix
         name, part_of = rename_source_key(stored, renamings, converters, prefix, self._known)
         return str(name) if part_of is None and name in self._known else stored
+
+    def is_weight(self, name: str) -> bool:
+        """Say whether the model has a tensor of this name, or may: it is no buffer of old."""
+        return self.model is None or name in self._known or not name.endswith(_BUFFERS)
 
 
 def _skeleton(folder: Path) -> Any:

@@ -21,7 +21,7 @@ from swlora.adapters.saved import WEIGHTS, load_adapter, save_adapter
 from swlora.config import ModelSpec, RunSpec
 from swlora.config.yaml_file import dump_yaml
 from swlora.deploy import merged_folder
-from swlora.deploy.merge import Merged, MergeRequest, merge
+from swlora.deploy.merge import TOLERANCE_NATS, Merged, MergeRequest, merge
 from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.errors import RunFailedError, UserError
 from swlora.models.anatomy import Anatomy
@@ -183,6 +183,26 @@ def test_weights_are_rounded_once(model_folder, tmp_path):
         exact = change.merged(name, model.get_parameter(name))
         assert torch.equal(found[name], exact.to(torch.bfloat16))
     assert len(change.changed) == 14
+
+
+@pytest.mark.parametrize(
+    ("asked", "written", "wide"),
+    [(None, "bfloat16", torch.float32), ("float16", "float16", torch.float16)],
+)
+def test_a_base_of_several_dtypes_is_rounded_by_those_that_change(
+    model_folder, tmp_path, asked, written, wide
+):
+    base = Path(shutil.copytree(model_folder("llama"), tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors = {n: t if n == "model.norm.weight" else t.bfloat16() for n, t in tensors.items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    merged = merged_from(base, adapter_of(base, tmp_path / "a"), tmp_path / "m", dtype=asked)
+    assert merged.dtype == written
+    assert merged.tolerance_kl_nats_per_token == TOLERANCE_NATS[written]
+    assert merged.kl_nats_per_token > TOLERANCE_NATS["float32"]
+    found = load_file(tmp_path / "m" / "model.safetensors")
+    assert found["model.layers.0.mlp.up_proj.weight"].dtype == getattr(torch, written)
+    assert found["model.norm.weight"].dtype == wide
 
 
 def test_a_tied_head_whose_embedding_alone_changes_is_untied(make_model, tiny_tokenizer, tmp_path):

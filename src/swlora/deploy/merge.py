@@ -37,6 +37,7 @@ from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.deploy.merged_card import merged_card
 from swlora.deploy.merged_folder import (
     DTYPES,
+    changed_dtypes,
     plan_merge,
     write_rest,
     write_weights,
@@ -91,6 +92,7 @@ def merge_request(
 class Merged:
     """The merge report: what was merged, and how far the result agrees with base and adapter.
 
+    `dtype` is that of the changed weights, the one that rounds most where they have several.
     `adapter` is what training noted of it, `adapter_sha256` the hash of its weights.
     """
 
@@ -152,8 +154,8 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
         ends = end_tokens(base.loaded, is_chat=bool(facts.get("is_chat")))
         write_rest(scratch, plan, base.loaded.tokenizer, widest, ends)
         merged_s = time.perf_counter()
-        name = str(widest).removeprefix("torch.")
-        agreement, effect = compare(scratch, base, folder, widest, progress)
+        name = _roundest(changed_dtypes(base, merging, dtype))
+        agreement, effect = compare(scratch, base, folder, widest, name, progress)
         effect_nats = effect.kl_nats_per_token
         if felt := _note_on_rounding(agreement.kl_nats_per_token, effect_nats, name):
             notes.append(felt)
@@ -185,18 +187,32 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
     return report
 
 
+def _roundest(dtypes: set[torch.dtype]) -> str:
+    """Return which of the dtypes rounds most, by its name; "float32" where none does more.
+
+    A base may hold several: a float32 tensor among bfloat16 matrices makes the sum no more exact.
+    """
+    names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    return max(names & TOLERANCE_NATS.keys(), key=TOLERANCE_NATS.__getitem__, default="float32")
+
+
 def compare(
-    scratch: Path, base: MergeBase, adapter: Path, dtype: torch.dtype, progress: Progress
+    scratch: Path,
+    base: MergeBase,
+    adapter: Path,
+    dtype: torch.dtype,
+    name: str,
+    progress: Progress,
 ) -> tuple[Agreement, Agreement]:
     """Compare what was written, and the base alone, with base and adapter.
 
-    Raises RunFailedError where what was written differs beyond the tolerance, or by more than half
-    of what the adapter does: rounding to a narrow dtype can take a light one away. Both models are
-    views of their files, and hold one block in float32 at a time.
+    dtype: in which all weights are read. name: that to which changed ones were rounded. Raises
+    RunFailedError where what was written differs beyond the tolerance, or by more than half of what
+    the adapter does: rounding to a narrow dtype can take a light one away. Both models are views of
+    their files, and hold one block in float32 at a time.
     """
     reference, model = load_adapter(base.read_whole(), adapter), read_folder(scratch, dtype)
     texts = held_texts(base.loaded.tokenizer, base.loaded.context_tokens)
-    name = str(dtype).removeprefix("torch.")
     with computed_in_float32(reference), computed_in_float32(model):
         with progress.task("compare with base and adapter", n_comparisons(texts)) as task:
             found = measure_agreement(reference, model, texts, lambda: task.advance())

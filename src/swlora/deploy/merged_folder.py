@@ -127,6 +127,13 @@ def _dtype_of(own: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and own.is_floating_point() else own.dtype
 
 
+def changed_dtypes(
+    base: MergeBase, merging: MergedWeights, dtype: torch.dtype | None
+) -> set[torch.dtype]:
+    """Return the dtypes in which the weights that the adapter changes are written."""
+    return {_dtype_of(base.tensor(name), dtype) for name in merging.changed}
+
+
 def _stored_name(base: MergeBase, name: str) -> str:
     weights = base.weights
     if isinstance(weights, SafetensorsWeights) and name in weights.names:

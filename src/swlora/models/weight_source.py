@@ -4,7 +4,7 @@ The tensors of safetensors files are views of the mapped files: a page is read w
 and can be given back (`release_pages`). Names are those of transformers' state dict, also where a
 file leaves out the name of the backbone, as GPT-2's on the Hub does, or has another for the head.
 What transformers puts together from several tensors (experts) keeps the names of the file. Buffers
-that older versions of transformers saved, as Pythia's masks are, are no weights: nothing reads them.
+that older versions of transformers saved, as Pythia's masks, are no weights: nothing reads them.
 """
 
 import json

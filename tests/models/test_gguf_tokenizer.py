@@ -18,6 +18,7 @@ from swlora.models.gguf_tokenizer import read_gguf_tokenizer
 from swlora.models.weight_source import open_weights
 from swlora.progress import Silent
 
+CHAT_TOKENS = ("<|user|>", "<|end|>", "<|assistant|>")
 TEXTS = ["ratio  95 %    2,100", "the 12 and  7 of 2024"]
 
 
@@ -112,6 +113,35 @@ def test_a_space_comes_before_a_text_where_the_file_says_so(prefix: bool, tmp_pa
     assert [read(text).input_ids for text in TEXTS] == expected
     assert [read.decode(tokens) for tokens in expected] == TEXTS
     assert ask(require_llama_cpp(), Question(path, texts=TEXTS)).tokens == expected
+
+
+BEHIND_SPECIAL_TOKENS = [
+    "<s><|user|>\nthe 12<|end|>\n<|assistant|>\n",
+    "<s> the </s>\n the<unk> 7",
+    " the  and",
+]
+
+
+@pytest.mark.parametrize("name", ["tiny", "Tiny-PHI3"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_texts_behind_special_tokens_are_cut_as_in_llama_cpp(
+    prefix: bool, name: str, tmp_path: Path
+) -> None:
+    own = sentencepiece_tokenizer(prefix)
+    own.add_special_tokens({"additional_special_tokens": [*CHAT_TOKENS, "<|endoftext|>"]})
+    path = write(tmp_path, own)
+    change_metadata(path, {"general.name": name})
+    read = read_gguf_tokenizer(path)
+    found = [read(text, add_special_tokens=False).input_ids for text in BEHIND_SPECIAL_TOKENS]
+    expected = ask(require_llama_cpp(), Question(path, texts=BEHIND_SPECIAL_TOKENS)).tokens
+    assert found == expected
+    line_breaks = [ids.count(read.convert_tokens_to_ids("<0x0A>")) for ids in expected]
+    assert line_breaks == ([0, 0, 0] if name != "tiny" else [3, 1, 0])
+    read.save_pretrained(tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert found == [
+        again(text, add_special_tokens=False).input_ids for text in BEHIND_SPECIAL_TOKENS
+    ]
 
 
 @pytest.mark.parametrize(("pre", "is_whole"), [("llama-bpe", True), ("gpt-2", False)])

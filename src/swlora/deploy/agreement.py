@@ -5,6 +5,7 @@ a chat in the words of the tokenizer's own template where it has one.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,7 +24,11 @@ PLACES_AT_ONCE = 32
 # What an adapter does, in KL nats a token, shows from here on; below it float32 itself does. What
 # is made of it may differ from it by at most this share of that.
 LEAST_EFFECT_NATS, MOST_OF_EFFECT = 1e-6, 0.5
-CHAT = "What is the capital of France?"
+_QUESTION = ("user", "What is the capital of France?")
+CHATS = (  # the turns of each
+    (_QUESTION,),
+    (_QUESTION, ("assistant", "It is Paris."), ("user", "And that of Peru?")),
+)
 
 
 @dataclass(frozen=True)
@@ -104,22 +109,27 @@ def held_texts(tokenizer: Any, context_tokens: int) -> HeldTexts:
     prompt_tokens = max(2, min(PROMPT_TOKENS, context_tokens - NEW_TOKENS))
     windows = text_windows(tokenizer, None, N_WINDOWS, window_tokens)
     prompts = [text_windows(tokenizer, None, N_PROMPTS, prompt_tokens)]
-    if text := chat_text(tokenizer):
+    for text in chat_texts(tokenizer)[:1]:
         chat = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
         if chat.shape[1] + NEW_TOKENS <= context_tokens:
             prompts.append(chat)
     return HeldTexts(windows, prompts)
 
 
-def chat_text(tokenizer: Any) -> str | None:
-    """Return a question of one turn as the tokenizer's chat template writes it.
+def chat_texts(tokenizer: Any) -> list[str]:
+    """Return chats as the tokenizer's template writes them, an answer to come: short ones first.
 
-    None where it has no template, none for chats without tools, or one that refuses such a chat.
+    Empty where it has no template, or none for chats without tools; what it refuses is left out.
     """
     try:
-        return ChatTemplate(tokenizer).prompt([Message("user", CHAT)])
+        template = ChatTemplate(tokenizer)
     except UserError:
-        return None
+        return []
+    texts = []
+    for turns in CHATS:
+        with suppress(UserError):
+            texts.append(template.prompt([Message(role, text) for role, text in turns]))
+    return texts
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from swlora.deploy.agreement import (
     NEW_TOKENS,
     Agreement,
     HeldTexts,
+    chat_texts,
     compare_logits,
     greedy,
     held_texts,
@@ -26,24 +27,19 @@ from swlora.deploy.agreement import (
 )
 from swlora.deploy.export_request import TypeName
 from swlora.deploy.gguf_layout import GgufLayout
+from swlora.deploy.gguf_texts import compared_texts, token_ids
 from swlora.deploy.gguf_types import rounded, tensor_type
 from swlora.deploy.gguf_write import copied_fields
 from swlora.deploy.llama_cpp import LEAST_LOG_PROBABILITY, Answer, LlamaCpp, Question, ask
 from swlora.errors import RunFailedError, UserError
+from swlora.models.gguf_header import read_gguf_table
+from swlora.models.gguf_tokenizer import puts_space
 
 # Mean KL in nats a token that is still arithmetic, and how much likelier the model may find its own
 # token than the one that llama.cpp writes in its place. llama.cpp rounds what goes into a product
 # to the weights' type: q8_0 to 8 bits. Measured on SmolLM2-135M: see docs/decisions.md.
 KL_LIMITS: dict[TypeName, float] = {"f32": 1e-5, "f16": 1e-4, "bf16": 2e-3, "q8_0": 1e-2}
 TIE_NATS: dict[TypeName, float] = {"f32": 0.01, "f16": 0.03, "bf16": 0.15, "q8_0": 1.0}
-# Digits, apostrophes, spaces and letters of several alphabets: what cuts differ in, and what NFKC
-# or small letters would change
-TEXTS = (
-    "It's 2024: 12345 items, don't they'll?\n\n  Two  spaces.",
-    "caf\u00e9, na\u00efve; \u4f60\u597d",
-    "\u00c9COLE \uff21\uff22\u00bd \ufb01n \u00df\u0130 \u01c5",
-    " x\t\ty \r\n z  ",
-)
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,9 @@ class Checked:
     `node_llama_cpp` is the version of the npm package that llama.cpp came with, if it was run.
 
     `largest_gap_nats` is by how much the model prefers its own token where a continuation parts
-    from the other, at most; 0 where all are equal. `tokens_equal` says whether the texts had the
-    same token ids; None where it was not asked. `rounding` is the model in the file's type beside
+    from the other, at most; 0 where all are equal. `tokens_equal` says whether plain texts had the
+    same token ids, `chat_tokens_equal` whether chats had, which their template wrote; None where
+    there were none. `rounding` is the model in the file's type beside
     the model as it was, on windows of held texts; None in float32. `adapter_kl_nats_per_token` is
     what an adapter does to its base on the same windows; None for a model.
     """
@@ -65,6 +62,7 @@ class Checked:
     largest_gap_nats: float
     gap_limit_nats: float
     tokens_equal: bool | None
+    chat_tokens_equal: bool | None = None
     rounding: Agreement | None = None
     adapter_kl_nats_per_token: float | None = None
     node_llama_cpp: str | None = None
@@ -135,14 +133,15 @@ def check_in_llama_cpp(
     messages. Raises RunFailedError for other special tokens than the tokenizer's.
     """
     prompts, written = continued(model, tokenizer, context_tokens)
-    texts = compared_texts(tokenizer)
+    has_space = puts_space(read_gguf_table(question.model))
+    texts, chats = compared_texts(tokenizer, has_space=has_space), chat_texts(tokenizer)
     both = [torch.cat(pair) for pair in zip(prompts, written, strict=True)]
     answer = ask(
         llama_cpp,
         Question(
             question.model,
             question.lora,
-            texts=texts,
+            texts=[*texts, *chats],
             sequences=[row.tolist() for row in both],
             prompts=[row.tolist() for row in prompts],
             n_new_tokens=NEW_TOKENS,
@@ -152,31 +151,17 @@ def check_in_llama_cpp(
     check_special_tokens(tokenizer, answer.bos, answer.eos, answer.add_bos, name)
     total, gap = _compared(model, both, prompts, written, answer)
     by = f"llama.cpp {answer.release} ({llama_cpp.name})"
-    is_same = answer.tokens == token_ids(tokenizer, texts)
+    found, found_of_chats = answer.tokens[: len(texts)], answer.tokens[len(texts) :]
     return Checked(
         by,
         total,
         KL_LIMITS[kind],
         gap,
         TIE_NATS[kind],
-        tokens_equal=is_same,
+        tokens_equal=found == token_ids(tokenizer, texts),
+        chat_tokens_equal=found_of_chats == token_ids(tokenizer, chats) if chats else None,
         node_llama_cpp=llama_cpp.version,
     )
-
-
-def compared_texts(*tokenizers: Any) -> list[str]:
-    """Return the texts that tokenizers are compared on.
-
-    None begins with a space where one of them makes nothing of it, as Llama 2's does; llama.cpp
-    makes a token of it.
-    """
-    is_lost = any(t.tokenize(" x") == t.tokenize("x") for t in tokenizers)
-    return [text.lstrip(" ") if is_lost else text for text in TEXTS]
-
-
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of texts, without BOS or EOS."""
-    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
 def check_special_tokens(
@@ -207,11 +192,20 @@ def check_metadata(path: Path, base: Path, name: str) -> None:
             raise RunFailedError(f"{name} was not written: its {key} is not that of {base.name}")
 
 
-def require(checked: Checked, what: str) -> None:
-    """Raise RunFailedError where a file computes something else than its model."""
+def require(checked: Checked, what: str, *, for_chats: bool = True) -> None:
+    """Raise RunFailedError where a file computes something else than its model.
+
+    for_chats: whether the model is given chats; else it does not matter how those are cut.
+    """
     found = checked.agreement
     if checked.tokens_equal is False:
         raise RunFailedError(f"{what} was not written: its tokenizer cuts text into other tokens")
+    if checked.chat_tokens_equal is False and for_chats:
+        raise RunFailedError(
+            f"{what} was not written: llama.cpp cuts chats into other tokens than the model's "
+            "tokenizer, at their special tokens; train with a --tokenizer that it reads alike "
+            "(docs/deploy.md)"
+        )
     kl, effect = found.kl_nats_per_token, checked.adapter_kl_nats_per_token
     is_near = kl <= checked.kl_limit_nats  # not so for what is no number
     if not is_near or checked.largest_gap_nats > checked.gap_limit_nats:

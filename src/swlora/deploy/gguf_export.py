@@ -25,13 +25,20 @@ from swlora.deploy.gguf_hyperparameters import context_tokens
 from swlora.deploy.gguf_layout import GgufLayout, gguf_family
 from swlora.deploy.gguf_lora import lora_refusal, read_pairs, write_lora
 from swlora.deploy.gguf_read_back import check_by_reading
+from swlora.deploy.gguf_texts import notes_on_tokens
 from swlora.deploy.gguf_write import ModelParts, n_tensors, tensor_bytes, write_gguf
 from swlora.deploy.llama_cpp import INSTALL, TESTED_VERSION, LlamaCpp, Question, find_llama_cpp
-from swlora.deploy.merge_report import gguf_report, merged_adapter_sha256
+from swlora.deploy.merge_report import (
+    gguf_report,
+    merged_adapter_sha256,
+    was_trained_on_chats,
+)
 from swlora.disk_space import Need, check_space
 from swlora.errors import RunFailedError, UserError
 from swlora.files import atomic_path, check_writable, write_json
 from swlora.hub import cached_file
+from swlora.models.gguf_header import read_gguf_table
+from swlora.models.gguf_tokenizer import puts_space
 from swlora.models.identity import name_elsewhere
 from swlora.models.load import LoadedModel, load_model, load_skeleton
 from swlora.models.weight_source import open_weights
@@ -45,7 +52,8 @@ OTHER_DISK = "write it to another disk"
 class Exported:
     """A written file: the model and adapter that it was made from, and what its check found.
 
-    `merged_adapter_sha256` is the hash of the adapter's weights that were merged into the model.
+    `notes` are for a person to read. `merged_adapter_sha256` is the hash of the adapter's weights
+    that were merged into the model.
     """
 
     file: str
@@ -56,6 +64,7 @@ class Exported:
     n_bytes: int
     metadata_from: str | None
     check: Checked
+    notes: list[str] | None = field(default=None, metadata=IF_ANY)
     merged_adapter_sha256: str | None = field(default=None, metadata=IF_ANY)
 
 
@@ -117,7 +126,7 @@ def _export_model(
     path = _weights_path(loaded)
     base = request.base_gguf or (path if path.suffix == ".gguf" else None)
     layout, config = GgufLayout(loaded.model.config), loaded.model.config
-    parts = ModelParts(config, loaded.tokenizer, open_weights(path), _generation(path), base)
+    parts = _parts(loaded, path, base, for_chats=was_trained_on_chats(loaded))
     need = Need(f"tensors of the type {kind}", tensor_bytes(parts, kind))
     check_space(request.output.parent, [need], OTHER_DISK)
     with _checked_file(request.output) as scratch:
@@ -136,8 +145,9 @@ def _export_model(
                 question = Question(scratch)
                 checked = check_in_llama_cpp(llama_cpp, question, *own, kind, length, name)
         checked = replace(checked, rounding=rounding)
-        require(checked, name)
-    return _exported(request, loaded, layout, kind, checked, base)
+        require(checked, name, for_chats=parts.for_chats)
+        notes = _token_notes(loaded, checked, scratch, progress, is_lora=False)
+    return _exported(request, loaded, layout, kind, checked, base, notes)
 
 
 def _export_lora(
@@ -149,10 +159,11 @@ def _export_lora(
     folder, path = adapter_folder(request.adapter), _weights_path(loaded)
     layout, config = GgufLayout(loaded.model.config), loaded.model.config
     base = path if path.suffix == ".gguf" else None
-    parts = ModelParts(config, loaded.tokenizer, open_weights(path), _generation(path), base)
+    loaded = with_adapter(loaded, folder, progress.say)
+    adapted, facts = loaded.model, loaded.adapter_facts or {}
+    parts = _parts(loaded, path, base, for_chats=facts.get("is_chat") is not False)
     need = Need("the base in float32, on which the LoRA is checked", tensor_bytes(parts, "f32"))
     check_space(request.output.parent, [need], OTHER_DISK)
-    adapted = with_adapter(loaded, folder, progress.say).model
     windows = held_texts(loaded.tokenizer, context_tokens(config)).windows
     with _checked_file(request.output) as scratch, _scratch_beside(request.output) as beside:
         effect_nats = effect_of_adapter(adapted, windows)
@@ -165,8 +176,30 @@ def _export_lora(
             checked = check_in_llama_cpp(llama_cpp, question, *own, kind, length, name)
         by = f"{checked.by}, on the base in float32"
         checked = replace(checked, by=by, adapter_kl_nats_per_token=effect_nats)
-        require(checked, str(request.output))
-    return _exported(request, loaded, layout, kind, checked, None)
+        require(checked, str(request.output), for_chats=parts.for_chats)
+        notes = _token_notes(loaded, checked, beside / "base.gguf", progress, is_lora=True)
+    return _exported(request, loaded, layout, kind, checked, None, notes)
+
+
+def _parts(loaded: LoadedModel, path: Path, base: Path | None, *, for_chats: bool) -> ModelParts:
+    weights, generation = open_weights(path), _generation(path)
+    config = loaded.model.config
+    return ModelParts(config, loaded.tokenizer, weights, generation, base, for_chats)
+
+
+def _token_notes(
+    loaded: LoadedModel, checked: Checked, path: Path, progress: Progress, *, is_lora: bool
+) -> list[str]:
+    """Return and say what a person should know of the tokens that the file at `path` makes."""
+    notes = notes_on_tokens(
+        loaded.tokenizer,
+        has_space=puts_space(read_gguf_table(path)),
+        chats_equal=checked.chat_tokens_equal,
+        is_lora=is_lora,
+    )
+    for note in notes:
+        progress.say(f"note: {note}")
+    return notes
 
 
 def _exported(
@@ -176,6 +209,7 @@ def _exported(
     kind: TypeName,
     checked: Checked,
     base: Path | None,
+    notes: list[str],
 ) -> Exported:
     return Exported(
         file=request.output.name,
@@ -186,6 +220,7 @@ def _exported(
         n_bytes=request.output.stat().st_size,
         metadata_from=base.name if base else None,
         check=checked,
+        notes=notes or None,
         merged_adapter_sha256=merged_adapter_sha256(Path(loaded.name)),
     )
 

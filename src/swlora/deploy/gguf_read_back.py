@@ -10,24 +10,23 @@ from typing import Any
 
 import torch
 
-from swlora.deploy.agreement import Agreement, compare_logits
+from swlora.deploy.agreement import Agreement, chat_texts, compare_logits
 from swlora.deploy.gguf_check import (
     KL_LIMITS,
     TIE_NATS,
     Checked,
     check_special_tokens,
-    compared_texts,
     continued,
     gap_of,
-    token_ids,
 )
 from swlora.deploy.gguf_hyperparameters import context_tokens
+from swlora.deploy.gguf_texts import compared_texts, token_ids
 from swlora.deploy.llama_cpp import INSTALL
 from swlora.errors import RunFailedError, UserError
 from swlora.models.gguf_file import load_gguf
 from swlora.models.gguf_header import read_gguf_table
 from swlora.models.gguf_rope import head_dim
-from swlora.models.gguf_tokenizer import adds_bos
+from swlora.models.gguf_tokenizer import adds_bos, puts_space
 
 _ROUNDING = 1e-6  # relative: numbers of a file are float32
 _SETTINGS = (
@@ -58,11 +57,21 @@ def check_by_reading(path: Path, model: Any, tokenizer: Any, name: str) -> Check
     header = read_gguf_table(path)
     bos, eos = (header.facts.get(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos"))
     check_special_tokens(tokenizer, bos, eos, adds_bos(header), name)
-    texts = compared_texts(tokenizer, its_tokenizer)
-    own, found = (token_ids(t, texts) for t in (tokenizer, its_tokenizer))
+    both = (tokenizer, its_tokenizer)
+    texts, chats = compared_texts(*both, has_space=puts_space(header)), chat_texts(tokenizer)
+    own, found = (token_ids(t, texts) for t in both)
+    own_chats, found_chats = (token_ids(t, chats) for t in both)
     total, gap = _compared(model, back.eval(), tokenizer)
     by = f"transformers {transformers.__version__}, by which it was read back; not run in llama.cpp"
-    return Checked(by, total, KL_LIMITS["f32"], gap, TIE_NATS["f32"], tokens_equal=own == found)
+    return Checked(
+        by,
+        total,
+        KL_LIMITS["f32"],
+        gap,
+        TIE_NATS["f32"],
+        tokens_equal=own == found,
+        chat_tokens_equal=own_chats == found_chats if chats else None,
+    )
 
 
 def differing_settings(model: Any, other: Any) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swlora.deploy.gguf_texts import wants_space
 from swlora.errors import UserError
 from swlora.models.gguf_cuts import GPT2, GPT4O, LLAMA3, QWEN2, TEKKEN
 from swlora.models.gguf_tokenizer import SPACE
@@ -47,10 +48,10 @@ class GgufTokens:
     add_space_prefix: bool
 
 
-def read_tokens(tokenizer: Any, n_embeddings: int) -> GgufTokens:
+def read_tokens(tokenizer: Any, n_embeddings: int, *, for_chats: bool = True) -> GgufTokens:
     """Return a fast tokenizer's tokens, one for each embedding of a model.
 
-    Raises UserError for one that llama.cpp has no name for.
+    for_chats: see `wants_space`. Raises UserError for one that llama.cpp has no name for.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -66,7 +67,7 @@ def read_tokens(tokenizer: Any, n_embeddings: int) -> GgufTokens:
     names = _names(tokenizer, n_embeddings)
     types = _types(tokenizer, names, facts["added_tokens"])
     if _is_sentencepiece(facts):
-        prefixed = tokenizer.tokenize("x")[0].startswith(SPACE)
+        prefixed = wants_space(tokenizer, for_chats=for_chats)
         scores = _scores(names, merges)
         return GgufTokens("llama", "default", names, types, [], scores, prefixed)
     pre = PRE_TOKENIZERS.get((_cuts(facts["pre_tokenizer"]), bool(model.get("ignore_merges"))))
@@ -79,12 +80,14 @@ def read_tokens(tokenizer: Any, n_embeddings: int) -> GgufTokens:
     return GgufTokens("gpt2", pre, names, types, joined, [], add_space_prefix=False)
 
 
-def write_tokenizer(writer: Any, tokenizer: Any, n_embeddings: int, ends: Sequence[int]) -> None:
+def write_tokenizer(
+    writer: Any, tokenizer: Any, n_embeddings: int, ends: Sequence[int], *, for_chats: bool
+) -> None:
     """Add a tokenizer to a `gguf.GGUFWriter`: tokens, special ones, the chat template.
 
-    ends: the ids of all tokens that end a text.
+    ends: the ids of all tokens that end a text. for_chats: see `wants_space`.
     """
-    tokens = read_tokens(tokenizer, n_embeddings)
+    tokens = read_tokens(tokenizer, n_embeddings, for_chats=for_chats)
     writer.add_tokenizer_model(tokens.model)
     writer.add_tokenizer_pre(tokens.pre)
     writer.add_token_list(tokens.tokens)

@@ -12,6 +12,7 @@ from torch import Tensor
 from swlora.deploy.export_request import TypeName
 from swlora.deploy.gguf_hyperparameters import extra_tensors, write_hyperparameters
 from swlora.deploy.gguf_layout import GgufLayout, Place
+from swlora.deploy.gguf_texts import name_in_file
 from swlora.deploy.gguf_tokenizer import write_tokenizer
 from swlora.deploy.gguf_types import FILE_TYPES, encoded, tensor_type
 from swlora.errors import UserError
@@ -31,7 +32,8 @@ QUANTIZATION_VERSION = 2
 class ModelParts:
     """What a GGUF file is made of: configuration and tokenizer of transformers, and weights.
 
-    `base` is a GGUF file whose metadata is taken as it is; without one it is made.
+    `base` is a GGUF file whose metadata is taken as it is; without one it is made. `for_chats` says
+    whether the model is given chats, where its tokenizer has a template.
     """
 
     config: Any
@@ -39,6 +41,7 @@ class ModelParts:
     weights: WeightSource
     generation_config: Any = None
     base: Path | None = None
+    for_chats: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,17 @@ def _n_bytes(shape: tuple[int, ...], kind: TypeName) -> int:
 
 def _write_metadata(writer: Any, parts: ModelParts, name: str) -> None:
     writer.add_type("model")
+    name = name_in_file(parts.tokenizer, name)
     writer.add_name(name.capitalize() if name == MISREAD_NAME else name)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     write_hyperparameters(writer, parts.config)
-    write_tokenizer(writer, parts.tokenizer, parts.config.vocab_size, _end_tokens(parts))
+    write_tokenizer(
+        writer,
+        parts.tokenizer,
+        parts.config.vocab_size,
+        _end_tokens(parts),
+        for_chats=parts.for_chats,
+    )
 
 
 def _end_tokens(parts: ModelParts) -> tuple[int, ...]:

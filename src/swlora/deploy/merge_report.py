@@ -1,10 +1,13 @@
 """Where the reports of merges and exports lie, and of which adapter a merged model was made."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swlora.bounded_read import UnreadableError, read_json_object
 from swlora.errors import UserError
+
+if TYPE_CHECKING:
+    from swlora.models.load import LoadedModel
 
 MERGE_REPORT = "swlora-merge.json"
 
@@ -37,3 +40,12 @@ def merged_adapter_sha256(model: Path) -> str | None:
     except UserError:
         return None
     return noted if isinstance(noted, str) else None
+
+
+def was_trained_on_chats(loaded: "LoadedModel") -> bool:
+    """Say whether a merged model's adapter was trained on chats; True for any other model."""
+    from swlora.models.local_files import local_file
+
+    report = local_file(loaded, MERGE_REPORT)
+    adapter = read_report(report).get("adapter") if report else None
+    return bool(adapter.get("is_chat", True)) if isinstance(adapter, dict) else True

@@ -14,15 +14,13 @@ from typing import Any
 
 from swlora.config import ModelSpec
 from swlora.deploy.go_template import GoTemplate, translate
-from swlora.deploy.merge_report import MERGE_REPORT, read_report
+from swlora.deploy.merge_report import was_trained_on_chats
 from swlora.deploy.new_folder import check_new, new_folder
 from swlora.deploy.ollama_files import check_same_model, has_other_template, read_files
 from swlora.errors import UserError
 from swlora.files import write_text
 from swlora.models.gguf_header import GgufHeader
 from swlora.models.gguf_tokenizer import adds_bos
-from swlora.models.load import LoadedModel
-from swlora.models.local_files import local_file
 
 MODELFILE = "Modelfile"
 PLAIN_TEMPLATE = "{{ .Prompt }}"
@@ -89,7 +87,7 @@ def package(
     check_same_model(gguf, header, loaded, ends)
     is_chat = settings.is_chat
     if is_chat is None:
-        is_chat = bool(loaded.tokenizer.chat_template) and _was_trained_on_chats(loaded)
+        is_chat = bool(loaded.tokenizer.chat_template) and was_trained_on_chats(loaded)
     if settings.system and not is_chat and settings.template is None:
         raise UserError(_why_no_system(settings, loaded.tokenizer))
     template, notes = _template(loaded.tokenizer, header, settings, is_chat=is_chat)
@@ -218,13 +216,6 @@ def _context(header: GgufHeader, most: int, asked: int | None) -> tuple[int, lis
             "short texts, too, with the factors for long ones"
         ]
     return chosen, []
-
-
-def _was_trained_on_chats(loaded: LoadedModel) -> bool:
-    """Say whether a merged model's adapter was trained on chats; True for any other model."""
-    report = local_file(loaded, MERGE_REPORT)
-    adapter = read_report(report).get("adapter") if report else None
-    return bool(adapter.get("is_chat", True)) if isinstance(adapter, dict) else True
 
 
 def _stops(tokenizer: Any, token_ids: set[int]) -> tuple[list[str], list[str]]:

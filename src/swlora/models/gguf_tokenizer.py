@@ -1,14 +1,15 @@
 """The tokenizer of a .gguf file, which makes of a text what llama.cpp makes of it.
 
 transformers' tables (5.23) know the cuts of some names in `tokenizer.ggml.pre` and take GPT-2's for
-all others, never pass over merges for a word that is a token, put a space before each text whether
-the file says so or not, and BOS only where a byte-level file says it. All four are set here.
+all others, never pass over merges for a word that is a token, put a space before a whole text alone
+whether the file says so or not, and BOS only where a byte-level file says it, and know nothing of
+special tokens that take the white space behind them. All five are set here.
 """
 
 from pathlib import Path
 from typing import Any
 
-from tokenizers import decoders, normalizers
+from tokenizers import AddedToken, decoders, normalizers
 
 from swlora.errors import UserError, panic_named
 from swlora.library_noise import quiet_libraries
@@ -22,6 +23,11 @@ SPACE = "\u2581"  # SentencePiece's
 _BOS_BY_KIND = ("llama", "bert")
 _BYTE_LEVEL = ("gpt2", "hybriddna", "whitespace")
 _BOS_BY_CUT = WHOLE_WORDS | {"chameleon"}
+# llama.cpp has special tokens take the white space behind them where general.name holds one of
+# these, in any letters; all but three. Such a file is not loaded where it lacks one of four tokens.
+PHI3_NAMES = ("phi-3", "phi3")
+PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")  # the white space behind them
+PHI3_TOKENS = ("</s>", *PHI3_KEEPS)
 _BOS_ALWAYS = ("gemma4", "granite-embed-multi-311m")  # also where the file says no
 
 
@@ -38,11 +44,20 @@ def read_gguf_tokenizer(path: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if header.facts.get("tokenizer.ggml.model") == "gpt2":
         _set_cut(path, tokenizer, header.facts.get("tokenizer.ggml.pre"))
-    elif header.facts.get("tokenizer.ggml.add_space_prefix") is False:
+    elif not puts_space(header):
         _set_no_prefix(tokenizer.backend_tokenizer)
+    elif header.facts.get("tokenizer.ggml.model") == "llama":
+        _set_prefix(tokenizer.backend_tokenizer)
+    if is_named_phi3(str(header.facts.get("general.name", ""))):
+        _strip_behind_special_tokens(tokenizer.backend_tokenizer)
     if tokenizer.bos_token is not None and tokenizer.add_bos_token != adds_bos(header):
         tokenizer.add_bos_token = adds_bos(header)
     return tokenizer
+
+
+def puts_space(header: GgufHeader) -> bool:
+    """Say whether llama.cpp puts SentencePiece's space before a text, as it does by default."""
+    return header.facts.get("tokenizer.ggml.add_space_prefix") is not False
 
 
 def adds_bos(header: GgufHeader) -> bool:
@@ -68,6 +83,26 @@ def _set_cut(path: Path, tokenizer: Any, name: str | None) -> None:
         ) from error
     if name in WHOLE_WORDS:
         tokenizer.backend_tokenizer.model.ignore_merges = True
+
+
+def is_named_phi3(name: str) -> bool:
+    """Say whether llama.cpp takes a model of this name for a Phi-3 as it reads its tokenizer."""
+    return any(part in name.lower() for part in PHI3_NAMES)
+
+
+def _strip_behind_special_tokens(backend: Any) -> None:
+    for token in backend.get_added_tokens_decoder().values():
+        strips = token.content not in PHI3_KEEPS
+        like = {"special": token.special, "normalized": token.normalized}
+        backend.add_special_tokens([AddedToken(token.content, rstrip=strips, **like)])
+
+
+def _set_prefix(backend: Any) -> None:
+    """Put a space before a text, and before what stands behind a special token."""
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+    )
+    backend.pre_tokenizer = None
 
 
 def _set_no_prefix(backend: Any) -> None:

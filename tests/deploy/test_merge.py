@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.support.adapters import CASES, adapter_spec, move
 from tests.support.gguf_files import SIZES, write_gguf
-from tests.support.gguf_models import add_old_buffers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swlora.adapters.merged_weights import MergedWeights
@@ -20,8 +19,7 @@ from swlora.adapters.on_base import base_spec
 from swlora.adapters.saved import WEIGHTS, load_adapter, save_adapter
 from swlora.config import ModelSpec, RunSpec
 from swlora.config.yaml_file import dump_yaml
-from swlora.deploy import merged_folder
-from swlora.deploy.merge import TOLERANCE_NATS, Merged, MergeRequest, merge
+from swlora.deploy.merge import Merged, MergeRequest, merge
 from swlora.deploy.merge_report import MERGE_REPORT
 from swlora.errors import RunFailedError, UserError
 from swlora.models.anatomy import Anatomy
@@ -120,28 +118,6 @@ def test_every_shape_of_family_is_read_back_by_plain_transformers(
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("dtype", [None, "float16"])
-def test_buffers_that_nothing_reads_are_not_merged(model_folder, tmp_path, dtype):
-    base = Path(shutil.copytree(model_folder("gpt_neox"), tmp_path / "base"))
-    names = set(load_file(base / "model.safetensors"))
-    add_old_buffers(base)
-    merged_from(base, adapter_of(base, tmp_path / "a"), tmp_path / "m", dtype=dtype)
-    assert set(load_file(tmp_path / "m" / "model.safetensors")) == names
-
-
-def test_only_what_is_rounded_must_fit_into_float16(model_folder, tmp_path):
-    base = Path(shutil.copytree(model_folder("llama"), tmp_path / "base"))
-    adapter = adapter_of(base, tmp_path / "a")
-    tensors = load_file(base / "model.safetensors")
-    tensors["model.norm.weight"][0] = 1e5
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    said = refusal(base, adapter, tmp_path / "m", force=True, dtype="float16")
-    assert "model.norm.weight holds numbers too large" in said
-    own = torch.tensor([float("-inf")]).half()  # as it is in the file, it goes into the other
-    merging = MergedWeights(adapter, load_model(spec_of(base)).model)
-    assert merged_folder._written("model.norm.weight", own, merging, None) is own
-
-
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_a_gguf_base_is_merged_as_it_is_loaded(make_model, tiny_tokenizer, tmp_path, model_type):
     base = tmp_path / "model.gguf"
@@ -183,26 +159,6 @@ def test_weights_are_rounded_once(model_folder, tmp_path):
         exact = change.merged(name, model.get_parameter(name))
         assert torch.equal(found[name], exact.to(torch.bfloat16))
     assert len(change.changed) == 14
-
-
-@pytest.mark.parametrize(
-    ("asked", "written", "wide"),
-    [(None, "bfloat16", torch.float32), ("float16", "float16", torch.float16)],
-)
-def test_a_base_of_several_dtypes_is_rounded_by_those_that_change(
-    model_folder, tmp_path, asked, written, wide
-):
-    base = Path(shutil.copytree(model_folder("llama"), tmp_path / "base"))
-    tensors = load_file(base / "model.safetensors")
-    tensors = {n: t if n == "model.norm.weight" else t.bfloat16() for n, t in tensors.items()}
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    merged = merged_from(base, adapter_of(base, tmp_path / "a"), tmp_path / "m", dtype=asked)
-    assert merged.dtype == written
-    assert merged.tolerance_kl_nats_per_token == TOLERANCE_NATS[written]
-    assert merged.kl_nats_per_token > TOLERANCE_NATS["float32"]
-    found = load_file(tmp_path / "m" / "model.safetensors")
-    assert found["model.layers.0.mlp.up_proj.weight"].dtype == getattr(torch, written)
-    assert found["model.norm.weight"].dtype == wide
 
 
 def test_a_tied_head_whose_embedding_alone_changes_is_untied(make_model, tiny_tokenizer, tmp_path):

@@ -39,8 +39,8 @@ def smollm_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-def write(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    model = tiny_model("llama", vocab_size=max(N_EMBEDDINGS, len(tokenizer)))
+def write(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str = "llama") -> Path:
+    model = tiny_model(family, vocab_size=max(N_EMBEDDINGS, len(tokenizer)))
     model.save_pretrained(folder / "model")
     parts = ModelParts(model.config, tokenizer, open_weights(folder / "model"))
     write_gguf(parts, folder / "x.gguf", "f32", "tiny", Silent())
@@ -123,13 +123,13 @@ BEHIND_SPECIAL_TOKENS = [
 
 
 @pytest.mark.parametrize("name", ["tiny", "Tiny-PHI3"])
-@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize(("prefix", "family"), [(True, "llama"), (False, "llama"), (True, "phi3")])
 def test_texts_behind_special_tokens_are_cut_as_in_llama_cpp(
-    prefix: bool, name: str, tmp_path: Path
+    prefix: bool, family: str, name: str, tmp_path: Path
 ) -> None:
     own = sentencepiece_tokenizer(prefix)
     own.add_special_tokens({"additional_special_tokens": [*CHAT_TOKENS, "<|endoftext|>"]})
-    path = write(tmp_path, own)
+    path = write(tmp_path, own, family)
     change_metadata(path, {"general.name": name})
     read = read_gguf_tokenizer(path)
     found = [read(text, add_special_tokens=False).input_ids for text in BEHIND_SPECIAL_TOKENS]

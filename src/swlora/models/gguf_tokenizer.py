@@ -48,8 +48,8 @@ def read_gguf_tokenizer(path: Path) -> Any:
         _set_no_prefix(tokenizer.backend_tokenizer)
     elif header.facts.get("tokenizer.ggml.model") == "llama":
         _set_prefix(tokenizer.backend_tokenizer)
-    if is_named_phi3(str(header.facts.get("general.name", ""))):
-        _strip_behind_special_tokens(tokenizer.backend_tokenizer)
+    named = is_named_phi3(str(header.facts.get("general.name", "")))
+    _set_white_space(tokenizer.backend_tokenizer, is_taken=named)
     if tokenizer.bos_token is not None and tokenizer.add_bos_token != adds_bos(header):
         tokenizer.add_bos_token = adds_bos(header)
     return tokenizer
@@ -90,11 +90,16 @@ def is_named_phi3(name: str) -> bool:
     return any(part in name.lower() for part in PHI3_NAMES)
 
 
-def _strip_behind_special_tokens(backend: Any) -> None:
+def _set_white_space(backend: Any, *, is_taken: bool) -> None:
+    """Have special tokens take the white space behind them, or leave it there.
+
+    transformers has those of the architecture phi3 take it, whatever the file is called.
+    """
     for token in backend.get_added_tokens_decoder().values():
-        strips = token.content not in PHI3_KEEPS
-        like = {"special": token.special, "normalized": token.normalized}
-        backend.add_special_tokens([AddedToken(token.content, rstrip=strips, **like)])
+        takes = is_taken and token.content not in PHI3_KEEPS
+        if token.rstrip != takes:
+            like = {"special": token.special, "normalized": token.normalized}
+            backend.add_special_tokens([AddedToken(token.content, rstrip=takes, **like)])
 
 
 def _set_prefix(backend: Any) -> None:

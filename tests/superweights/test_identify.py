@@ -274,6 +274,16 @@ def test_a_prompt_without_room_for_an_answer_is_searched_all_the_same(damaged, t
     result = identify(of(model, tiny_tokenizer), spec)
     assert [t["prompt"] for t in result["generations"]["texts"]] == ["short"]
     assert {s["prompt"] for s in result["search"]["settings"]} == {"x" * 250, "short"}
+    alone = identify(of(model, tiny_tokenizer), spec.model_copy(update={"prompt": ["x" * 250]}))
+    assert alone["generations"]["texts"] == [] and alone["candidates"]
+
+
+def test_a_prompt_that_fills_the_context_has_no_room_for_bos(damaged, tiny_tokenizer):
+    model, _ = damaged("gpt2")
+    n_tokens = model.config.max_position_embeddings
+    spec = SMALL.model_copy(update={"prompt": ["x" * n_tokens]})
+    (setting,) = identify(of(model, tiny_tokenizer), spec)["search"]["settings"]
+    assert setting["prompt"] == "x" * n_tokens and not setting["has_bos"]
 
 
 # The real thing

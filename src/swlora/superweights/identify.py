@@ -191,9 +191,11 @@ def _known(loaded: LoadedModel, proved: proof.Proof) -> KnownAgreement | None:
 def _texts(
     loaded: LoadedModel, found: search.Search, lead: WeightAddress, progress: Progress
 ) -> tuple[Generation, ...]:
-    """Continue the prompts that leave room for it, before and after the ablation."""
+    """Continue the prompts that leave room for it, if any, before and after the ablation."""
     room = loaded.context_tokens - NEW_TOKENS
     prompts = list(dict.fromkeys(s.prompt for s in found.settings if len(s.tokens) < room))
+    if not prompts:
+        return ()
     return generations(
         loaded.model,
         loaded.tokenizer,

@@ -18,14 +18,13 @@ from typing import Any, Literal
 import torch
 
 from swlora.errors import UserError
-from swlora.models.anatomy import Anatomy, WeightAddress
+from swlora.models.anatomy import Anatomy, WeightAddress, context_tokens
 from swlora.result_json import FLAT, NO_KEY
 from swlora.superweights.ablate import zeroed
 from swlora.superweights.detect import (
     Candidate,
     Scan,
     Trace,
-    check_length,
     leading_bos,
     prompt_tokens,
     trace,
@@ -219,8 +218,8 @@ def _sequences(
         n_bos = len(leading_bos(tokenizer, own))
         sequences.append((prompt, n_bos > 0, own))
         other = own[n_bos:] if n_bos else [bos, *own]
-        if bos is not None and other:
-            sequences.append((prompt, n_bos == 0, check_length(model, other)))
+        if bos is not None and 0 < len(other) <= context_tokens(model):
+            sequences.append((prompt, n_bos == 0, other))
     return sequences
 
 

@@ -214,8 +214,9 @@ def test_yaml_that_is_no_mapping(text, tmp_path):
         ("model: {tokenizer: ''}", ["model.tokenizer: "]),
         (
             "model: {device: gpu}",
-            ["model.device: must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"],
+            ["model.device: must be auto, cpu, cuda or cuda:N, not 'gpu'"],
         ),
+        ("model: {device: mps}", ["model.device: Apple's GPU has no float64"]),
         ("model: {dtype: float16}", ["model.dtype: ", "'auto', 'float32' or 'bfloat16'"]),
         ("data: {eval_split: train}", ["data.eval_split: "]),
         ("decode: {num_beams: 4, temperature: 1}", ["--num-beams above 1 needs --temperature 0"]),

@@ -77,7 +77,7 @@ def _check_run(found: ConfigCheck, spec: RunSpec) -> None:
         return
     with _noted(found, "model"):
         device = resolve_device(spec.model.device)
-        dtype = str(resolve_dtype(spec.model.dtype, device.type)).removeprefix("torch.")
+        dtype = str(resolve_dtype(spec.model.dtype, device)).removeprefix("torch.")
         job.load_skeleton()
         found.resolved += [("model", job.loaded.source), ("computes", f"in {dtype} on {device}")]
     _check_data(found, job)

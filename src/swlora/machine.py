@@ -64,7 +64,7 @@ def machine_facts(progress: Progress) -> MachineFacts:
     import torch
 
     device = resolve_device("auto")
-    dtype = resolve_dtype("auto", device.type)
+    dtype = resolve_dtype("auto", device)
     with progress.task("measure matrix products"):
         dtypes = dict.fromkeys((dtype, torch.float32))
         peaks = {str(d).removeprefix("torch."): measured_peak(d, device.type) for d in dtypes}

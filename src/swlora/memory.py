@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from swlora.processes import world
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _MADV_DONTNEED = 4  # from sys/mman.h of Linux
@@ -159,15 +160,15 @@ def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, min(available, left))
 
 
-def peak_memory_bytes(device_type: str) -> int:
+def peak_memory_bytes(device: "torch.device | str" = "cpu") -> int:
     """Return the most memory held so far: by torch on CUDA, resident by this process elsewhere.
 
     Linux counts VmHWM anew for every program; getrusage there may tell the parent's instead.
     """
-    if device_type == "cuda":
+    if str(device).startswith("cuda"):
         import torch
 
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text(encoding="ascii").splitlines():

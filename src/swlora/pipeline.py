@@ -110,7 +110,7 @@ def train_prepared(job: Job, prepared: PreparedTraining, layers: list[int]) -> "
         if folder:
             adapter_bytes = attached.save(folder / "adapter", last_losses(metrics))
             draw_loss(metrics, folder / "loss.png")
-        peak_bytes = peak_memory_bytes(adapted.model.device.type)
+        peak_bytes = peak_memory_bytes(adapted.model.device)
         trained = Trained(
             replace(job.loaded, model=adapted.model, adapter_facts=attached.facts),
             method=job.spec.adapter.method,
@@ -146,7 +146,7 @@ def choose_layers(job: Job) -> list[int]:
         verified = job.verified_layers()
         if verified is None:
             verified = VerifiedLayers(*identified_layers(job))
-        cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device.type))
+        cast_parameters(model, resolve_dtype(job.spec.model.dtype, model.device))
     return policy.resolve(Anatomy(model).n_layers, verified)
 
 

@@ -35,7 +35,14 @@ def test_auto_is_bfloat16_where_the_processor_has_it(flags, native, monkeypatch)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     assert bfloat16_is_fast("cpu") is native
     assert resolve_dtype("auto", "cpu") == (torch.bfloat16 if native else torch.float32)
-    assert resolve_dtype("auto", "mps") == torch.float32
+
+
+def test_auto_asks_the_gpu_that_is_named(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: {"cuda:1": (7, 5)}.get(device, (9, 0))
+    )
+    assert resolve_dtype("auto", "cuda:0") == torch.bfloat16
+    assert resolve_dtype("auto", "cuda:1") == torch.float32
 
 
 def test_the_processor_is_asked_in_older_torch_too(monkeypatch):
@@ -64,7 +71,7 @@ def test_named_dtypes_are_taken_as_they_are():
 
 @pytest.mark.parametrize(
     ("n_cuda", "has_mps", "expected"),
-    [(0, False, "cpu"), (2, False, "cuda"), (0, True, "mps"), (1, True, "cuda")],
+    [(0, False, "cpu"), (2, False, "cuda"), (0, True, "cpu"), (1, True, "cuda")],
 )
 def test_devices(n_cuda, has_mps, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
@@ -72,8 +79,8 @@ def test_devices(n_cuda, has_mps, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
     assert resolve_device("auto").type == expected
     assert resolve_device("cpu") == torch.device("cpu")
-    there = ["cpu", *["cuda", "cuda:0", "cuda:1"][: n_cuda + (n_cuda > 0)], *["mps"] * has_mps]
-    for name in ("cpu", "cuda", "cuda:0", "cuda:1", "mps"):
+    there = ["cpu", *["cuda", "cuda:0", "cuda:1"][: n_cuda + (n_cuda > 0)]]
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
         if name in there:
             assert resolve_device(name) == torch.device(name)
         else:

@@ -28,7 +28,7 @@ class _Dtype(TypedDict, total=False):
     """gguf or dequantised; weights of a .gguf file: gguf: as they lie in it, mapped; dequantised
     [default: gguf above 1 GB]"""
     device: str
-    """auto, cpu, cuda, cuda:N or mps [default: auto]"""
+    """auto, cpu, cuda or cuda:N [default: auto]"""
     memory_gb: float | None
     """memory beside the weights: for the steps of a training, which are run in smaller parts where
     they need more, and for copies of weights, which make products faster; 0: no copies [default:

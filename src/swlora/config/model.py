@@ -13,8 +13,10 @@ BUILTIN_MODEL = "builtin"
 
 def checked_device(value: str) -> str:
     """Return the name of a device; ValueError where there is no such kind."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", value, re.ASCII):
-        raise ValueError(f"must be auto, cpu, cuda, cuda:N or mps, not {value!r}")
+    if value == "mps":
+        raise ValueError("Apple's GPU has no float64, in which losses are summed; use cpu")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value, re.ASCII):
+        raise ValueError(f"must be auto, cpu, cuda or cuda:N, not {value!r}")
     return value
 
 
@@ -42,7 +44,7 @@ class ModelSpec(Spec):
         "[default: gguf above 1 GB]",
     )
     device: Annotated[str, AfterValidator(checked_device)] = Field(
-        default="auto", description="auto, cpu, cuda, cuda:N or mps"
+        default="auto", description="auto, cpu, cuda or cuda:N"
     )
     memory_gb: float | None = Field(
         default=None,

@@ -84,7 +84,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
 
     settle_process(spec)
     device = resolve_device(spec.device)
-    torch_dtype = resolve_dtype(dtype or spec.dtype, device.type)
+    torch_dtype = resolve_dtype(dtype or spec.dtype, device)
     place = _find(spec)
     if place.model.endswith(".gguf"):
         from swlora.models.gguf_frozen import load_gguf_model

@@ -21,11 +21,11 @@ _X86_FLAGS = ("avx512_bf16", "amx_bf16")
 _ARM_FLAGS = ("bf16",) if sys.platform == "linux" else ()
 
 
-def bfloat16_is_fast(device_type: str = "cpu") -> bool:
-    """Say whether torch multiplies bfloat16 matrices on `device_type` faster than float32 ones."""
-    if device_type == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
-    if device_type != "cpu" or not torch.backends.mkldnn.is_available():
+def bfloat16_is_fast(device: torch.device | str = "cpu") -> bool:
+    """Say whether torch multiplies bfloat16 matrices on a device faster than float32 ones."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if not torch.backends.mkldnn.is_available():
         return False
     flags = _cpu_flags()
     names = _X86_FLAGS if flags.get("architecture") == "x86_64" else _ARM_FLAGS
@@ -38,25 +38,21 @@ def _is_slower_than_float32(flags: Mapping[str, Any]) -> bool:
     return is_intel and bool(flags.get("avx512_fp16")) and not flags.get("amx_bf16")
 
 
-def resolve_dtype(name: str, device_type: str) -> torch.dtype:
-    """Turn `auto`, `float32` or `bfloat16` into a torch dtype for `device_type`."""
+def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
+    """Turn `auto`, `float32` or `bfloat16` into a torch dtype for a device."""
     if name == "auto":
-        return torch.bfloat16 if bfloat16_is_fast(device_type) else torch.float32
+        return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn `auto` into CUDA, MPS or the CPU, whichever is there.
+    """Turn `auto` into CUDA where it is there, else the CPU.
 
     Raises UserError for a device that this machine does not have.
     """
     if name != "auto":
         return _present(torch.device(name))
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
@@ -70,10 +66,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _present(device: torch.device) -> torch.device:
-    n_devices = {
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }.get(device.type, 1)
+    n_devices = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= n_devices:
         raise UserError(
             f"--device {device}: this machine has {counted(n_devices, f'{device.type} device')}; "

@@ -55,7 +55,7 @@ def load_sharded_model(spec: ModelSpec) -> LoadedModel:
     settle_process(spec)
     keep_freed_memory(KEPT_BELOW_BYTES)
     device = resolve_device(spec.device)
-    dtype = resolve_dtype(spec.dtype, device.type)
+    dtype = resolve_dtype(spec.dtype, device)
     skeleton = load_skeleton(spec)
     _check(skeleton)
     from_main(lambda: str(local_files(skeleton)))  # of the Hub: one process of all fetches first

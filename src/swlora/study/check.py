@@ -130,7 +130,7 @@ def _check_model(checked: Checked, *, may_fetch: bool) -> Any:
         "model_source": loaded.source,
         "model_revision": loaded.revision,
         "n_layers": checked.n_layers,
-        "dtype": str(resolve_dtype(spec.dtype, device.type)).removeprefix("torch."),
+        "dtype": str(resolve_dtype(spec.dtype, device)).removeprefix("torch."),
         "device": str(device),
     }
     return loaded.tokenizer

@@ -85,9 +85,26 @@ def test_a_model_that_was_trained_on_texts_has_them_cut_right(tmp_path: Path) ->
     assert exported.check.tokens_equal and exported.check.chat_tokens_equal is False
     assert facts_of(tmp_path / "x.gguf")["tokenizer.ggml.add_space_prefix"] is True
     (note,) = exported.notes or []
-    assert "it is for texts" in note
+    assert "cuts chats into other tokens than the tokenizer does, at special tokens" in note
     report = json.loads((tmp_path / "x.gguf.report.json").read_text())
     assert report["notes"] == [note]
+
+
+@pytest.mark.parametrize("has_llama_cpp", [True, False])
+def test_chats_that_begin_with_plain_text_and_go_on_behind_special_tokens_are_noted(
+    has_llama_cpp: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TinyLlama's: no file of llama.cpp can have both right, so it is that or none."""
+    if has_llama_cpp:
+        require_llama_cpp()
+    else:
+        monkeypatch.setattr(gguf_export, "find_llama_cpp", lambda _: None)
+    save_model(tmp_path / "model", takes=False, legacy=False)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}so: "
+    (tmp_path / "model/chat_template.jinja").write_text(template)
+    exported = export(tmp_path / "model")
+    assert exported.check.tokens_equal and exported.check.chat_tokens_equal is False
+    assert "at special tokens" in str(exported.notes)
 
 
 def test_a_lora_says_which_file_of_its_base_it_needs(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from swlora.deploy.gguf_hyperparameters import context_tokens
 from swlora.deploy.gguf_layout import GgufLayout, gguf_family
 from swlora.deploy.gguf_lora import lora_refusal, read_pairs, write_lora
 from swlora.deploy.gguf_read_back import check_by_reading
-from swlora.deploy.gguf_texts import notes_on_tokens
+from swlora.deploy.gguf_texts import has_space_at_first_only, notes_on_tokens
 from swlora.deploy.gguf_write import ModelParts, n_tensors, tensor_bytes, write_gguf
 from swlora.deploy.llama_cpp import INSTALL, TESTED_VERSION, LlamaCpp, Question, find_llama_cpp
 from swlora.deploy.merge_report import (
@@ -145,7 +145,7 @@ def _export_model(
                 question = Question(scratch)
                 checked = check_in_llama_cpp(llama_cpp, question, *own, kind, length, name)
         checked = replace(checked, rounding=rounding)
-        require(checked, name, for_chats=parts.for_chats)
+        require(checked, name, for_chats=_must_have_chats(parts))
         notes = _token_notes(loaded, checked, scratch, progress, is_lora=False)
     return _exported(request, loaded, layout, kind, checked, base, notes)
 
@@ -176,7 +176,7 @@ def _export_lora(
             checked = check_in_llama_cpp(llama_cpp, question, *own, kind, length, name)
         by = f"{checked.by}, on the base in float32"
         checked = replace(checked, by=by, adapter_kl_nats_per_token=effect_nats)
-        require(checked, str(request.output), for_chats=parts.for_chats)
+        require(checked, str(request.output), for_chats=_must_have_chats(parts))
         notes = _token_notes(loaded, checked, beside / "base.gguf", progress, is_lora=True)
     return _exported(request, loaded, layout, kind, checked, None, notes)
 
@@ -185,6 +185,11 @@ def _parts(loaded: LoadedModel, path: Path, base: Path | None, *, for_chats: boo
     weights, generation = open_weights(path), _generation(path)
     config = loaded.model.config
     return ModelParts(config, loaded.tokenizer, weights, generation, base, for_chats)
+
+
+def _must_have_chats(parts: ModelParts) -> bool:
+    """Say whether a file that cuts chats otherwise is refused: where none is right, it is noted."""
+    return parts.for_chats and not has_space_at_first_only(parts.tokenizer)
 
 
 def _token_notes(

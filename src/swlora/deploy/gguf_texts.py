@@ -70,8 +70,8 @@ def notes_on_tokens(
     """
     if chats_equal is False:
         return [
-            "llama.cpp cuts chats into other tokens than the tokenizer does: it is for texts, as "
-            "the adapter was trained"
+            "llama.cpp cuts chats into other tokens than the tokenizer does, at special tokens: "
+            "the tokenizer puts a space before a text alone, llama.cpp behind each or nowhere"
         ]
     if has_space or not has_space_at_first_only(tokenizer):
         return []

@@ -109,6 +109,18 @@ def test_a_folder_that_is_not_whole_is_refused_before_anything_is_sent(
     assert stand_in.requests == []
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer_config.json", "x.gguf.report.json"])
+def test_a_link_out_of_the_folder_is_not_followed(stand_in, swlora, merged, tmp_path, name):
+    """It may lead to what nobody wants to publish; the folder may be somebody else's."""
+    (tmp_path / "private.json").write_text('{"secret": 1}')
+    (merged / name).unlink(missing_ok=True)
+    (merged / name).symlink_to(tmp_path / "private.json")
+    assert (
+        "is a link out of its folder" in swlora("push", "--model", merged, "--repo", REPO).mistake
+    )
+    assert stand_in.requests == []
+
+
 def test_other_formats_are_no_weights(stand_in, swlora, merged):
     for path in merged.glob("*.safetensors*"):
         path.unlink()

@@ -91,13 +91,27 @@ def _contents(kind: Kind, folder: Path, weights: Sequence[str]) -> Contents:
         is_ours = path.name in wanted or BESIDE.fullmatch(path.name)
         if path.name == CARD:
             continue
-        if path.is_file() and is_ours and _is_fit(path, contents):
-            continue
+        if path.is_file() and is_ours:
+            _check_own(path)
+            if _is_fit(path, contents):
+                continue
         contents.left_out.append(path.name + ("/" if path.is_dir() else ""))
     for name in contents.n_bytes:
         if name.endswith(".gguf"):
             _check_gguf(folder / name)
     return contents
+
+
+def _check_own(path: Path) -> None:
+    """Refuse a link out of the folder: it may lead to what nobody wants to publish.
+
+    All files of a snapshot in the Hub's cache are links, to the blobs beside it.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    is_snapshot = folder.parent.name == "snapshots"
+    own = [folder, folder.parent.parent / "blobs"] if is_snapshot else [folder]
+    if not any(target.is_relative_to(place) for place in own):
+        raise UserError(f"{path} is a link out of its folder: put the file itself there")
 
 
 def _is_fit(path: Path, contents: Contents) -> bool:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swlora.config import SAMPLE_DATASET, RunSpec
+from swlora.config import SAMPLE_DATASET, ModelSpec, RunSpec
 from swlora.data.dataset import Dataset
 from swlora.data.sources import load_dataset
 from swlora.errors import UserError
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from swlora.trackers import Trackers
     from swlora.training.callbacks import Callback
 
+TOKENIZER_OF_START = "tokenizer_of_start"  # a fact of runs that took it from there
+
 
 @dataclass
 class Job:
@@ -39,24 +41,42 @@ class Job:
     callbacks: Sequence["Callback"] = ()  # told of every step of a training
     trackers: "Trackers | None" = None  # that it reports to just now
     _encoded: dict[tuple[str, int | None], "Encoded"] = field(default_factory=dict)
+    _tokenizer_of: Path | None = None  # the adapter whose tokenizer is taken
 
     def __post_init__(self) -> None:
-        """Take the model on which the adapter to start from was trained, where none is named."""
-        if "name" not in self.spec.model.model_fields_set:  # as it always is where one goes on
-            self.take_base_of(self.spec.adapter.start)
+        """Take model and tokenizer of the adapter that a training starts from."""
+        start, facts = self.spec.adapter.start, self.run.facts
+        if not facts.get("resumed"):
+            self.take_base_of(start)
+        elif start is not None and facts.get(TOKENIZER_OF_START) and start.is_dir():
+            self.take_base_of(start)  # wherever it lies now; older runs have the base's
 
     def take_base_of(self, adapter: Path | None) -> None:
-        """Take the tokenizer of an adapter, and its model where none is named.
+        """Take the tokenizer of an adapter, and its model, each where none is named.
 
+        The tokenizer is no part of `spec`: nobody asked for it, and the adapter may be moved.
         Raises UserError where there is no such folder, or its model is not found.
         """
         if adapter is None:
             return
-        from swlora.adapters.on_base import adapted_spec
+        from swlora.adapters.on_base import base_spec
         from swlora.adapters.saved import adapter_folder
 
-        base = adapted_spec(adapter_folder(adapter), self.spec.model)
+        folder = adapter_folder(adapter)
+        if self.spec.model.tokenizer is None:
+            self._tokenizer_of = folder
+        base = base_spec(folder, self.spec.model)
         self.spec = self.spec.model_copy(update={"model": base})
+
+    def _to_load(self, model: ModelSpec) -> ModelSpec:
+        """Return a model with the tokenizer of the adapter that is at work."""
+        if self._tokenizer_of is None:
+            return model
+        from swlora.adapters.on_base import with_own_tokenizer
+
+        if self.spec.adapter.start is not None:
+            self.run.record(**{TOKENIZER_OF_START: True})
+        return with_own_tokenizer(self._tokenizer_of, model)
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -82,7 +102,7 @@ class Job:
     def load_skeleton(self) -> None:
         """Take the model without its weights: that is enough to encode data, and quick."""
         with self.progress.task("load the tokenizer"):
-            self.loaded = load_skeleton(self.spec.model)
+            self.loaded = load_skeleton(self._to_load(self.spec.model))
         self.progress.say(f"model: {self.loaded.source}")
 
     @cached_property
@@ -98,7 +118,7 @@ class Job:
     def _load(self, dtype: str | None) -> LoadedModel:
         spec = self.spec.trained_model if dtype is None else self.spec.model.searchable
         with self.timed("load_model"), self.progress.task("load the model"):
-            loaded = load_model(spec, dtype=dtype)
+            loaded = load_model(self._to_load(spec), dtype=dtype)
         self._note_model(loaded)
         return loaded
 
@@ -112,7 +132,7 @@ class Job:
         from swlora.models.sharded import load_sharded_model
 
         with self.timed("load_model"), self.progress.task("load this process's part of the model"):
-            self.loaded = load_sharded_model(self.spec.model)
+            self.loaded = load_sharded_model(self._to_load(self.spec.model))
         self._note_model(self.loaded)
 
     def _note_model(self, loaded: LoadedModel) -> None:
@@ -154,6 +174,12 @@ class Job:
             check_model(self.spec.model)  # may be mistyped: before the data, which may be long
         with self.timed("load_data"), self.progress.task("load the data"):
             dataset = load_dataset(self.spec.data)
+        share = self.spec.data.eval_share
+        if not dataset.dev and share is not None and not self.run.facts.get("resumed"):
+            raise UserError(
+                f"{self.spec.data.name} is one document, so none can be held out: leave out "
+                "--eval-share, or give --eval-file"
+            )
         self.progress.say(f"data: {dataset.source}")
         for reason, n in dataset.counts.bad.items():
             self.progress.say(f"bad rows left out: {n:,} ({reason})")

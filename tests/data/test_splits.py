@@ -95,8 +95,6 @@ def test_one_document_is_trained_on_without_a_dev_split(tmp_path: Path) -> None:
     dataset = load_dataset(DataSpec(name=write(tmp_path / "a.txt", b"A text.")))
     assert dataset.train == (Example(text="A text."),) and not dataset.dev
     assert "none is held out" in dataset.source
-    with pytest.raises(UserError, match="is one document, so none can be held out: leave out --ev"):
-        load_dataset(DataSpec(name=str(tmp_path / "a.txt"), eval_share=0.1))
 
 
 def test_a_column_that_no_row_has_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tests.support.small_runs import Heard
 from tests.support.whole_jobs import StopsIn, make_spec, resume, run_in, same_adapters
+from transformers import AutoTokenizer
 
 from swlora import pipeline
 from swlora.adapters.saved import read_facts
@@ -14,7 +15,7 @@ from swlora.config import RunSpec, load_spec
 from swlora.config.rates import RATES
 from swlora.errors import UserError
 from swlora.files import sha256_of
-from swlora.job import Job
+from swlora.job import TOKENIZER_OF_START, Job
 from swlora.progress import Silent
 from swlora.runs import Run, read_run
 
@@ -95,6 +96,44 @@ def test_a_stopped_one_goes_on_and_not_from_another_adapter(model_folder, rows, 
     assert any("adapter.start was" in line for line in heard.lines)
     assert not any("new optimizer" in line for line in heard.lines)
     assert same_adapters(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_it_has_the_tokenizer_of_the_adapter_wherever_that_lies(
+    model_folder, rows, tmp_path, is_named
+):
+    """Nobody asked for it, so the configuration does not name it, nor the place where it lay."""
+    first = first_run(model_folder, rows, tmp_path)
+    own = AutoTokenizer.from_pretrained(first / "adapter")
+    own.chat_template = "{{ messages[0].content }}"
+    own.save_pretrained(first / "adapter")
+    spec = make_spec(model_folder("llama"), rows, train__checkpoint_every_s=1e-9)
+    own_model = {} if is_named else {"model": {"dtype": "float32", "device": "cpu"}}
+    spec, folder = starting(spec, first, **own_model), tmp_path / "second"
+    with pytest.raises(KeyboardInterrupt):
+        train_in(folder, spec, StopsIn("train", 2))
+    assert load_spec(folder / "config.yaml", {}).model.tokenizer is None
+    first.rename(tmp_path / "moved")
+    run, moved = Run.reopen(folder, "train", {"adapter.start": tmp_path / "moved"})
+    with run:
+        trained = pipeline.train(Job(moved, run, Silent()))
+    assert trained.loaded.tokenizer.chat_template == own.chat_template
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_tokenizer_of_its_model(
+    model_folder, rows, tmp_path
+):
+    first = first_run(model_folder, rows, tmp_path)
+    spec = starting(make_spec(model_folder("llama"), rows, train__checkpoint_every_s=1e-9), first)
+    with pytest.raises(KeyboardInterrupt):
+        train_in(tmp_path / "second", spec, StopsIn("train", 2))
+    facts = read_run(tmp_path / "second")
+    del facts[TOKENIZER_OF_START]
+    (tmp_path / "second/run.json").write_text(json.dumps(facts))
+    run, again = Run.reopen(tmp_path / "second", "train")
+    with run:
+        trained = pipeline.train(Job(again, run, Silent()))
+    assert trained.loaded.tokenizer.name_or_path == str(model_folder("llama"))
 
 
 def test_a_run_that_started_from_nothing_takes_no_adapter_later(model_folder, rows, tmp_path):

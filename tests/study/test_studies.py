@@ -176,3 +176,7 @@ def test_a_study_is_stopped_and_goes_on_to_its_report(tiny, tmp_path, capsys):
     assert arms["last-1"]["n_trainable"] * 3 == arms["lora"]["n_trainable"]
     assert {path.name for path in out.glob("*.*")} >= {"results.md", "results.csv", "pareto.svg"}
     assert not (out / ".cache").exists()
+
+    before = json.loads((out / "study.json").read_text())
+    main([*tiny])  # the same again: beam search too is found as it was
+    assert json.loads((out / "study.json").read_text())["runs"] == before["runs"]

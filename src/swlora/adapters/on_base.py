@@ -68,9 +68,14 @@ def adapted_spec(adapter: Path, spec: ModelSpec) -> ModelSpec:
 
     One that `spec` names itself stays. Raises what `base_spec` raises.
     """
-    is_open = spec.tokenizer is None and (adapter / TOKENIZER_CONFIG).is_file()
-    own = {"tokenizer": str(adapter)} if is_open else {}
-    return base_spec(adapter, spec).model_copy(update=own)
+    base = base_spec(adapter, spec)
+    return base if spec.tokenizer is not None else with_own_tokenizer(adapter, base)
+
+
+def with_own_tokenizer(adapter: Path, spec: ModelSpec) -> ModelSpec:
+    """Return `spec` with the tokenizer beside an adapter, where there is one."""
+    has_own = (adapter / TOKENIZER_CONFIG).is_file()
+    return spec.model_copy(update={"tokenizer": str(adapter)}) if has_own else spec
 
 
 def base_spec(adapter: Path, spec: ModelSpec) -> ModelSpec:

@@ -5,7 +5,6 @@ several share one model, as in a server and a chat, they share its tokenizer too
 trained with another would read other tokens. Files are compared, none is given to a library.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,13 @@ def _has_other_template(folder: Path, tokenizer: Any, follow_links: bool) -> boo
 
 
 def _has_other_vocabulary(folder: Path, tokenizer: Any, follow_links: bool) -> bool:
-    """Say whether a token of the adapter's has another id; False where it has no tokenizer.json."""
-    text = _text(folder / TOKENIZER, MAX_FILE_BYTES, follow_links)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not text or backend is None or text == backend.to_str(pretty=True):  # as it is saved
-        return False
-    own = _vocabulary(_parsed(text))
-    return bool(own) and own != _vocabulary(json.loads(backend.to_str()))
+    """Say whether a token of the adapter's has another id; False where it has no tokenizer.json.
+
+    More tokens on one side are no other ones: a .gguf file has one for every spare embedding.
+    """
+    own = _vocabulary(_parsed(_text(folder / TOKENIZER, MAX_FILE_BYTES, follow_links)))
+    known = tokenizer.get_vocab()
+    return any(known.get(token, number) != number for token, number in own.items())
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, Any]:
@@ -63,7 +62,8 @@ def _vocabulary(tokenizer: Any) -> dict[str, Any]:
         return {}
     vocab, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens")
     if isinstance(vocab, list):  # Unigram's: [token, score]
-        vocab = {str(entry[0]): k for k, entry in enumerate(vocab) if isinstance(entry, list)}
+        entries = [entry if isinstance(entry, list) and entry else [None] for entry in vocab]
+        vocab = {str(entry[0]): k for k, entry in enumerate(entries)}
     found = dict(vocab) if isinstance(vocab, dict) else {}
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict):

@@ -193,14 +193,8 @@ def _split_off(train: Rows, spec: DataSpec) -> tuple[Sequence[Example], Sequence
     """Hold out the last distinct prompts; (the others' examples, theirs, what was done)."""
     prompts = number_prompts(train.examples)
     n_prompts = int(prompts.max()) + 1
-    is_document = bool(train.examples[0].text)
-    if n_prompts < 2 and is_document and spec.eval_share is None:
+    if n_prompts < 2 and train.examples[0].text:
         return train.examples, (), "one document, so that none is held out"
-    if n_prompts < 2 and is_document:
-        raise UserError(
-            f"{spec.name} is one document, so none can be held out: leave out --eval-share, or "
-            "give --eval-file"
-        )
     if n_prompts < 2:
         raise UserError(
             f"{spec.name} has one distinct prompt, so none can be held out: give --eval-file"

@@ -54,8 +54,8 @@ def export_request(
     if kind is not None and kind not in TYPES:
         raise UserError(f"--type is {', '.join(TYPES[:-1])} or {TYPES[-1]}, not {kind!r}")
     if adapter is not None:
-        from swlora.adapters.on_base import base_spec
+        from swlora.adapters.on_base import adapted_spec
         from swlora.adapters.saved import adapter_folder
 
-        model = base_spec(adapter_folder(adapter), model)
+        model = adapted_spec(adapter_folder(adapter), model)
     return ExportRequest(model, output, adapter, kind, base_gguf, llama_cpp)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from swlora.caches import ENGLISH, PREFIX
@@ -58,7 +59,8 @@ def fill_cache(cache: Path) -> None:
     """Make a cache folder with everything of the user's but prefixes, as links."""
     shared = cache_dir().resolve()
     cache.mkdir(parents=True, exist_ok=True)
-    (shared / ENGLISH).mkdir(parents=True, exist_ok=True)  # measured by one run, for all
+    with suppress(OSError):  # of one that may only be read
+        (shared / ENGLISH).mkdir(parents=True, exist_ok=True)  # measured by one run, for all
     for entry in sorted(shared.iterdir()) if shared.is_dir() else []:
         link = cache / entry.name
         if entry.name != PREFIX and not entry.name.startswith(".") and not link.exists():

@@ -197,7 +197,7 @@ def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Quality:
     judged = {
         name: _against(name, means, draws, reference)
         for name in JUDGED
-        if name in reference.draws and not is_reference
+        if name in reference.draws and name in draws and not is_reference
     }
     return Quality(
         scores=means,

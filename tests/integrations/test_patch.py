@@ -23,6 +23,7 @@ from tests.training.test_exactness import SHAPES, adapted
 from swlora import patch, tree_loss
 from swlora.adapters.methods import trainable_parameters
 from swlora.errors import UserError
+from swlora.kernels.linear import packed_weight
 
 BATCH = padded(labelled(branching()), "right")
 
@@ -75,6 +76,20 @@ def test_loss_in_training_without_logits(model: Any, layout: str, n_items: Any) 
         assert float(out.loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
         assert_same_gradients(gradients(model, out.loss), expected)
         assert model(**BATCH, output_hidden_states=True).logits is not None
+
+
+def test_copies_of_the_head_last_as_long_as_the_patch(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid_out = []
+    own = packed_weight.laid_out
+    monkeypatch.setattr(packed_weight, "laid_out", lambda w: laid_out.append(w.shape) or own(w))
+    n_vocab, width = model.get_output_embeddings().weight.shape
+    with patch(model):
+        for _ in range(2):
+            model.train()(**BATCH, use_cache=False).loss.backward()
+    of_head = [shape for shape in laid_out if set(shape) == {n_vocab, width}]
+    assert 0 < len(of_head) <= 2  # one for each direction
 
 
 def test_everything_is_undone(model: Any) -> None:

@@ -18,7 +18,7 @@ from swlora.integrations.tree_loss import adapter_state
 from swlora.kernels.forwards import fast_forwards, has_hooks, refresh, uncalled
 from swlora.kernels.head_loss import Targets, head_loss
 from swlora.kernels.linear.backends import MAPS
-from swlora.kernels.linear.frozen import is_frozen
+from swlora.kernels.linear.frozen import FrozenLinear, is_frozen
 from swlora.kernels.lora import FastLora
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.models.anatomy import Anatomy
@@ -75,7 +75,9 @@ class Patch:
         }
         forwards[anatomy.backbone] = _followed(base, anatomy.backbone, fast)
         if has_head_loss:
-            forwards[base] = _with_head_loss(base, anatomy)
+            own_head = fast.get(anatomy.head)
+            frozen = own_head if isinstance(own_head, FrozenLinear) else None
+            forwards[base] = _with_head_loss(base, anatomy, frozen)
         self._undo = ExitStack()
         self._undo.enter_context(
             patched_forwards({m: _Forward(m, forward) for m, forward in forwards.items()})
@@ -159,10 +161,11 @@ def _has_head_loss(base: Any, anatomy: Anatomy) -> bool:
     return is_plain_head and not has_hooks(anatomy.head) and other_loss(base) is None
 
 
-def _with_head_loss(base: Any, anatomy: Anatomy) -> Callable[..., Any]:
+def _with_head_loss(base: Any, anatomy: Anatomy, frozen: FrozenLinear | None) -> Callable[..., Any]:
     """Return the model's forward, with the loss in training made of a few rows of logits at a time.
 
     The model's own forward runs with a head that notes the final states and makes no logits.
+    `frozen` is the fast forward of the head, whose copies of the weight last as long as the patch.
     """
     own, head = base.forward, anatomy.head
 
@@ -185,7 +188,7 @@ def _with_head_loss(base: Any, anatomy: Anatomy) -> Callable[..., Any]:
 
         with patched_forwards({head: noted}):
             output = own(**given)
-        nats = _nats(states[0][:, :-1][wanted], labels[:, 1:][wanted], anatomy)
+        nats = _nats(states[0][:, :-1][wanted], labels[:, 1:][wanted], anatomy, frozen)
         loss = nats / (
             wanted.sum() if n_items is None else torch.as_tensor(n_items).to(nats.device)
         )
@@ -195,10 +198,12 @@ def _with_head_loss(base: Any, anatomy: Anatomy) -> Callable[..., Any]:
     return forward
 
 
-def _nats(hidden: Tensor, token_ids: Tensor, anatomy: Anatomy) -> Tensor:
+def _nats(
+    hidden: Tensor, token_ids: Tensor, anatomy: Anatomy, frozen: FrozenLinear | None
+) -> Tensor:
     """Return the summed loss in nats of final states (N, D) against tokens (N,)."""
     rows = torch.arange(len(hidden), device=hidden.device)
     ones = torch.ones(len(hidden), device=hidden.device)
     head: Any = anatomy.head
     targets = Targets(rows, token_ids.to(hidden.device), ones, ones)
-    return head_loss(hidden, head, targets, cap=anatomy.logit_cap)
+    return head_loss(hidden, head, targets, cap=anatomy.logit_cap, frozen=frozen)

@@ -47,18 +47,25 @@ class Targets:
 
 
 def head_loss(
-    hidden: Tensor, head: nn.Linear, targets: Targets, *, smoothing: float = 0.0, cap: float = 0.0
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Targets,
+    *,
+    smoothing: float = 0.0,
+    cap: float = 0.0,
+    frozen: FrozenLinear | None = None,
 ) -> Tensor:
     """Return the summed loss in nats, a float32 scalar, of hidden states (N, D).
 
     `cap` > 0 is the soft cap that some families put on logits: cap * tanh(z / cap).
     A head that is trained itself, or wrapped by an adapter, goes through an ordinary
-    differentiable pass. Copies of its weight are those of the fast forward in its place; without
-    one, they last for this call.
+    differentiable pass. Copies of its weight are those of `frozen`, or of the fast forward in its
+    place; without one, they last for this call.
     """
     if head.weight.requires_grad or not isinstance(head, nn.Linear):
         return _differentiable(hidden, head, targets, smoothing, cap)
-    frozen = head.forward if isinstance(head.forward, FrozenLinear) else FrozenLinear(head)
+    if frozen is None:
+        frozen = head.forward if isinstance(head.forward, FrozenLinear) else FrozenLinear(head)
     with frozen.held():
         return _frozen_head_loss(hidden, frozen, targets, smoothing, cap)
 

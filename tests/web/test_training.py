@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 
 import psutil
@@ -16,7 +17,7 @@ from tests.support.page_reading import look
 from tests.support.page_training import HTML, estimate, is_gone, press, start, status_of
 from tests.support.servers import until
 
-from swlora.errors import UserError
+from swlora.errors import RunFailedError, UserError
 from swlora.locks import lock
 from swlora.result_json import as_json
 from swlora.web.training.errands import Errands
@@ -314,6 +315,38 @@ def test_what_is_ended_at_once_takes_along_what_it_has_started(tmp_path):
     worker.stop("mine", at_once=True)
     until(lambda: worker.now() is None)
     until(lambda: is_gone(other))
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_second_stop_does_not_end_a_training_without_its_checkpoint(
+    tmp_path, monkeypatch, is_full
+):
+    """It takes the second SIGTERM for "at once"; on a full disk nothing notes the first one."""
+    code = (
+        "import pathlib, signal, sys, time; heard = pathlib.Path(sys.argv[1], 'heard'); "
+        "signal.signal(signal.SIGTERM, lambda *_: heard.open('a').write('x')); "
+        "heard.touch(); time.sleep(60); time.sleep(60)"
+    )
+    worker, heard = Worker(tmp_path), tmp_path / "mine/heard"
+    heard.parent.mkdir()
+    worker.start("train", "mine", [sys.executable, "-c", code, str(heard.parent)])
+    until(heard.exists)
+
+    def full(*_: object) -> None:
+        raise RunFailedError("No space left on device")
+
+    if is_full:
+        monkeypatch.setattr("swlora.web.training.worker.write_json", full)
+    worker.stop("mine", at_once=False)
+    until(lambda: heard.read_text() == "x")
+    for looking in [worker] if is_full else [worker, Worker(tmp_path)]:
+        looking.stop("mine", at_once=False)
+        job = looking.now()
+        assert job and job.is_stopping
+    time.sleep(0.3)  # in which a second signal would arrive
+    assert heard.read_text() == "x"
+    worker.stop("mine", at_once=True)
+    until(lambda: worker.now() is None)
 
 
 def test_a_note_of_another_process_stops_nothing(tmp_path):

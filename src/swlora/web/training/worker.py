@@ -48,6 +48,7 @@ class Worker:
         self._root = root
         self._mutex = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
+        self._told: Job | None = None  # to stop; on a full disk the note does not say so
 
     def now(self) -> Job | None:
         """Return what the child does; None where there is none."""
@@ -89,18 +90,24 @@ class Worker:
             return job
 
     def stop(self, run: str, *, at_once: bool) -> None:
-        """Ask the child to end after its present step, or kill it; UserError for another's run."""
+        """Ask the child to end after its present step, or kill it; UserError for another's run.
+
+        It is asked once: a training takes a second signal for "at once, without a checkpoint".
+        """
         with self._mutex:
             job = self._last() if self._is_at_work() else None
             if job is None or job.run != run:
                 raise UserError("nothing is at work in this run")
             if not self._is_ours(job):
                 raise UserError("its process cannot be found; it may have just ended")
+            if job.is_stopping and not at_once:
+                return
             with suppress(ProcessLookupError):
                 if at_once:  # its session, with what it has started, such as llama.cpp
                     os.killpg(job.pid, signal.SIGKILL)
                 else:
                     os.kill(job.pid, signal.SIGTERM)
+            self._told = job
             with suppress(RunFailedError):  # a full disk: it was told to stop all the same
                 write_json(self._root / NOTE, as_json(replace(job, is_stopping=True)))
 
@@ -111,9 +118,10 @@ class Worker:
 
     def _last(self) -> Job | None:
         try:
-            return from_json(Job, read_json(self._root / NOTE, max_bytes=MAX_NOTE_BYTES))
+            job = from_json(Job, read_json(self._root / NOTE, max_bytes=MAX_NOTE_BYTES))
         except (UserError, KeyError, ValueError, TypeError):
             return None
+        return replace(job, is_stopping=True) if job == self._told else job
 
     def _is_ours(self, job: Job) -> bool:
         """Say whether the process of a note is the one that it was written of."""

@@ -19,8 +19,14 @@ class Progress(Protocol):
     """Something that shows tasks."""
 
     @contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator[Task]:
-        """Show one task while the body runs; `total` None means unknown length."""
+    def task(
+        self, description: str, total: float | None = None, done: float = 0.0
+    ) -> Iterator[Task]:
+        """Show one task while the body runs; `total` None means unknown length.
+
+        `done` of it was done before, such as by a training that goes on: it counts as a part of the
+        whole, but says nothing of the pace.
+        """
         ...
 
     def say(self, message: str) -> None:
@@ -31,7 +37,12 @@ class Silent:
     """Shows nothing; the default of library calls."""
 
     @contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator[Task]:  # noqa: ARG002
+    def task(
+        self,
+        description: str,  # noqa: ARG002
+        total: float | None = None,  # noqa: ARG002
+        done: float = 0.0,  # noqa: ARG002
+    ) -> Iterator[Task]:
         """Run the body without showing anything."""
         yield self
 

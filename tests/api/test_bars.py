@@ -1,6 +1,8 @@
 """What shows progress in Python: bars in a notebook, nothing elsewhere unless asked for."""
 
+import re
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -47,3 +49,12 @@ def test_a_bar_tells_how_far_the_work_is(capsys) -> None:
     assert found.out == "data: rows.csv\n"
     assert "train: 100%" in found.err and "4/4" in found.err and "loss 1.250" in found.err
     assert "load the model (00:00)" in found.err and "it/s]load" not in found.err
+
+
+def test_what_was_done_before_says_nothing_of_the_pace(capsys) -> None:
+    with Bars().task("train", 1000, 900) as task:
+        for _ in range(3):
+            time.sleep(0.2)
+            task.advance(1)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "903/1000" in last and 1 < float(re.findall(r"([\d.]+)it/s", last)[0]) < 6

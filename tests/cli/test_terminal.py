@@ -7,6 +7,7 @@ import time
 import pytest
 from rich.console import Console
 from rich.progress import Task as RichTask
+from rich.text import Text
 
 from swlora.cli import terminal
 from swlora.cli.terminal import Bars, Lines, make_progress
@@ -36,6 +37,20 @@ def test_a_line_when_ten_seconds_are_over_and_ten_seconds_after_that(clock):
     ]
 
 
+def test_what_was_done_before_says_nothing_of_the_pace(clock):
+    console = Console(file=io.StringIO())
+    with Lines(console).task("train", 1000, 900) as task:
+        clock[0] = 20
+        task.advance(0)  # nothing is known yet
+        for _ in range(2):
+            clock[0] += 10
+            task.advance(10)
+    assert written(console) == [
+        "train: 910/1000, 30 s gone, about 4 min left",
+        "train: 920/1000, 40 s gone, about 3 min left",
+    ]
+
+
 def test_a_task_of_unknown_length_and_one_that_stands_still(clock):
     console = Console(file=io.StringIO())
     for total, amount in ((None, 1), (40, 0)):
@@ -60,6 +75,18 @@ def test_bars_show_progress_and_notes():
     assert "loss 3" in output
     assert "load" in output
     assert "[done] as it is" in output  # no markup
+
+
+def test_a_bar_of_what_goes_on_begins_where_it_stopped(monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    seen: list[RichTask] = []
+    monkeypatch.setattr(terminal._Times, "render", lambda _, task: seen.append(task) or Text())
+    with Bars(console).task("train", 1000, 900) as task:
+        for _ in range(3):
+            time.sleep(0.02)
+            task.advance(1)
+        assert seen[-1].completed == 903
+        assert 0 < (seen[-1].speed or 0.0) <= 50
 
 
 def test_a_narrow_terminal_shows_counts_times_and_notes(monkeypatch):

@@ -40,7 +40,7 @@ def test_a_resumed_run_gives_the_same_adapter(
 ):
     """Stopped before the first checkpoint, in training, or after it; with dropout, which is random.
 
-    (The first advance of the bar is one of no steps.)
+    (The first advance is the start of the training.)
     """
     changes = {"adapter__dropout": 0.3, "train__checkpoint_every_s": 1e-9}
     engine, _, order = engine.partition(", ")

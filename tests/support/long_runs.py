@@ -41,8 +41,14 @@ class _Watched(Silent):
         self.held: list[Held] = []
 
     @contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator["_Watched"]:  # noqa: ARG002
+    def task(
+        self,
+        description: str,
+        total: float | None = None,  # noqa: ARG002
+        done: float = 0.0,
+    ) -> Iterator["_Watched"]:
         self._is_training = description == "train"
+        self._step = int(done) if self._is_training else self._step
         yield self
         self._is_training = False
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ DEV = [{"prompt": "name[E], food[x]\n", "completion": f"E {verb} x."} for verb i
 
 
 class Heard(Silent):
-    """Keeps what is said, and the notes beside the bar."""
+    """Keeps what is said, the notes beside the bar, and how much of each task was done before."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.notes: list[str] = []
+        self.done_before: dict[str, float] = {}
+
+    def task(
+        self, description: str, total: float | None = None, done: float = 0.0
+    ) -> AbstractContextManager[Any]:
+        self.done_before[description] = done
+        return super().task(description, total, done)
 
     def say(self, message: str) -> None:
         self.lines.append(message)

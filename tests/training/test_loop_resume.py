@@ -231,6 +231,7 @@ def test_the_checkpoint_before_a_damaged_one_gives_the_same_adapter(tmp_path):
     assert step.n_calls == 3
     assert any("state-4" in line and "an older one is taken" in line for line in heard.lines)
     assert "resuming after step 3" in heard.lines
+    assert heard.done_before["train"] == 3  # which took no time of this process
     assert all(torch.equal(parameters[name], expected[name]) for name in expected)
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
 

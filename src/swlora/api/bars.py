@@ -47,12 +47,16 @@ class Bars:
         self._tqdm.write(message)
 
     @contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator[Task]:
+    def task(
+        self, description: str, total: float | None = None, done: float = 0.0
+    ) -> Iterator[Task]:
         """Show a bar while the body runs; where the length is unknown, one that goes afterwards."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            look = {"bar_format": "{desc} ({elapsed})"} if total is None else {}
-            bar = self._tqdm(desc=description, total=total, leave=total is not None, **look)
+            look: dict[str, Any] = {"leave": total is not None, "initial": _whole(done)}
+            if total is None:
+                look["bar_format"] = "{desc} ({elapsed})"
+            bar = self._tqdm(desc=description, total=total, **look)
         with bar:
             yield _Bar(bar)
 
@@ -65,4 +69,9 @@ class _Bar:
         """Move on; the note stands behind the bar."""
         if note:
             self._bar.set_postfix_str(note, refresh=False)
-        self._bar.update(int(amount) if amount == int(amount) else amount)
+        self._bar.update(_whole(amount))
+
+
+def _whole(amount: float) -> float:
+    """Return a whole amount without a decimal point, which tqdm would show."""
+    return int(amount) if amount == int(amount) else amount

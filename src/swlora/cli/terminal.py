@@ -58,14 +58,16 @@ class Bars:
         self._console.print(message, markup=False)
 
     @contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator[Task]:
+    def task(
+        self, description: str, total: float | None = None, done: float = 0.0
+    ) -> Iterator[Task]:
         """Show a bar (or a spinner, where the length is unknown) while the body runs."""
         columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}")]
         if total is not None:
             columns += [BarColumn(bar_width=20), MofNCompleteColumn()]
         columns.append(_Times())
         with _BarsAndNotes(*columns, console=self._console, transient=False) as bars:
-            task_id = bars.add_task(description, total=total, note="")
+            task_id = bars.add_task(description, total=total, completed=int(done), note="")
 
             class _Bar:
                 def advance(self, amount: float = 1.0, note: str = "") -> None:
@@ -90,26 +92,31 @@ class Lines:
         self._console.print(message, markup=False, soft_wrap=True)
 
     @contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator[Task]:
+    def task(
+        self, description: str, total: float | None = None, done: float = 0.0
+    ) -> Iterator[Task]:
         """Report on the body's work as it goes on."""
-        yield _LineTask(self, description, total)
+        yield _LineTask(self, description, total, done)
 
 
 class _LineTask:
-    def __init__(self, lines: Lines, description: str, total: float | None) -> None:
+    def __init__(
+        self, lines: Lines, description: str, total: float | None, done_before: float
+    ) -> None:
         self._lines, self._description, self._total = lines, description, total
-        self._done = 0.0
+        self._done = self._done_before = done_before
         self._start_s = self._shown_s = time.monotonic()
 
     def advance(self, amount: float = 1.0, note: str = "") -> None:
         """Move on; print where the last line is old enough."""
         self._done += amount
         now_s = time.monotonic()
-        if now_s - self._shown_s < LINE_EVERY_S or not self._total or not self._done:
+        done_here = self._done - self._done_before  # in the time since the start
+        if now_s - self._shown_s < LINE_EVERY_S or not self._total or not done_here:
             return
         self._shown_s = now_s
         gone_s = now_s - self._start_s
-        left_s = gone_s * (self._total - self._done) / self._done
+        left_s = gone_s * (self._total - self._done) / done_here
         self._lines.say(
             f"{self._description}: {self._done:.0f}/{self._total:.0f}, "
             f"{times(gone_s, left_s)}  {note}".rstrip()

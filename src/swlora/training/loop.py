@@ -79,8 +79,7 @@ def train(
     checkpoints = Checkpoints(state, run, spec)
     weight = next(iter(adapted.model.parameters()))
     pace = Pace(step_function, weight, others_share())
-    with progress.task("train", n_steps) as task, stop.heard():
-        task.advance(state.totals.step)
+    with progress.task("train", n_steps, state.totals.step) as task, stop.heard():
         for groups in _ahead(step_function, schedule.steps(state.totals.step)):
             if stop.ends or (watch and watch.is_over(state.held_out)):
                 break

@@ -19,6 +19,7 @@ from swlora.config import DEFAULT_RATE, RunSpec, TrainSpec
 from swlora.config_schema import run_schema
 from swlora.errors import UserError
 from swlora.files import check_writable, write_text
+from swlora.models.load import settled_model
 from swlora.plural import counted
 from swlora.preview import DataPreview, preview_data
 from swlora.progress import Progress
@@ -76,7 +77,7 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
     sized, n_steps = _steps(train.n_sequences)
     epochs, batch = sized.epochs or 1, sized.batch_size
     settings = [
-        Setting("model", "name", spec.model.name, found.model),
+        Setting("model", "name", settled_model(spec.model).name, found.model),
         *(
             Setting("model", name, value, "as it was named")
             for name in ("tokenizer", "revision")

@@ -199,6 +199,15 @@ def test_the_commands_that_init_names_work_where_it_was_called(swlora, model, ro
     assert noted == told and swlora(*shlex.split(told)).code == 0
 
 
+def test_init_names_the_model_that_it_looked_at(swlora, rows, monkeypatch):
+    """Offline the embedded one takes the place of the default, which would be another later."""
+    monkeypatch.setattr("swlora.models.load.cached_file", lambda *_: None)
+    done = swlora("init", "--dataset", rows)
+    assert done.code == 0, done
+    assert "name: builtin" in Path("swlora.yaml").read_text()
+    assert load_spec(Path("swlora.yaml"), {}).model.name == "builtin"
+
+
 def test_init_needs_data(swlora, model):
     assert "--dataset rows.jsonl" in swlora("init", "--model", model).mistake
     assert not Path("swlora.yaml").exists()

@@ -23,6 +23,7 @@ from swlora.models.load import settled_model
 from swlora.plural import counted
 from swlora.preview import DataPreview, preview_data
 from swlora.progress import Progress
+from swlora.result_json import NO_KEY
 
 PATIENCE = 3
 STEP_OF_TOKENS = 16
@@ -42,11 +43,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class StartingConfig:
-    """What was written where; `settings` are what was chosen, by dotted names."""
+    """What was written where; `settings` are what was chosen, by dotted names.
+
+    `command` is the one that it is for.
+    """
 
     file: Path
     schema: Path | None
     settings: dict[str, Any] = field(default_factory=dict)
+    command: str = field(default="train-eval", metadata=NO_KEY)
 
 
 def write_starting_config(
@@ -62,12 +67,14 @@ def write_starting_config(
         if target.exists() and not force:
             raise UserError(f"{target} is there already; --force writes over it")
     check_writable(path.parent, str(path))
-    chosen = chosen_settings(spec, preview_data(spec, 0, progress))
-    write_text(path, as_yaml(chosen, path, schema=schema))
+    found = preview_data(spec, 0, progress)
+    chosen = chosen_settings(spec, found)
+    command = "train-eval" if found.summary.held_out else "train"
+    write_text(path, as_yaml(chosen, path, command, schema=schema))
     if beside:
         write_text(beside, json.dumps(run_schema(), indent=1) + "\n")
     values = {f"{s.section}.{s.name}": s.value for s in chosen if not s.is_hint}
-    return StartingConfig(path, beside, values)
+    return StartingConfig(path, beside, values, command)
 
 
 def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
@@ -171,14 +178,17 @@ def _answer_tokens(found: DataPreview) -> int:
     return int(np.clip(-(-longest // STEP_OF_TOKENS) * STEP_OF_TOKENS, 32, 1024))
 
 
-def as_yaml(settings: Sequence[Setting], path: Path, *, schema: bool = False) -> str:
-    """Write settings by their sections, each with its reason behind it."""
+def as_yaml(
+    settings: Sequence[Setting], path: Path, command: str, *, schema: bool = False
+) -> str:
+    """Write settings of a command by their sections, each with its reason behind it."""
     lines = [f"# yaml-language-server: $schema={SCHEMA}"] if schema else []
     named = shlex.quote(str(path))  # from where it was written, as are the paths in it
+    does = "trains, evaluates" if command == "train-eval" else "trains"
     lines += [
         f"# swlora check {named}: what it comes to, and what is wrong with it",
-        f"# swlora train-eval --config {named}: trains, evaluates; a flag wins over the file",
-        "# What is not here has its default: `swlora train-eval --help` names all of it.",
+        f"# swlora {command} --config {named}: {does}; a flag wins over the file",
+        f"# What is not here has its default: `swlora {command} --help` names all of it.",
     ]
     section = None
     for setting in settings:

@@ -213,6 +213,21 @@ def test_init_needs_data(swlora, model):
     assert not Path("swlora.yaml").exists()
 
 
+def test_init_of_one_document_names_a_command_that_takes_it(swlora, model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A sentence of a text. " * 40)
+    done = swlora("init", "--model", model, "--dataset", text)
+    assert done.code == 0, done
+    (told,) = re.findall("^next: swlora check .*; swlora (.*)", done.out, re.M)
+    assert told == "train --config swlora.yaml"
+    written = Path("swlora.yaml").read_text()
+    assert f"# swlora {told}: trains; " in written and "train-eval" not in written
+    where = ("--device", "cpu", "--output", "run")
+    assert swlora(*told.split(), "--max-steps", 1, *where).code == 0
+    refused = swlora("train-eval", "--config", "swlora.yaml", "--device", "cpu").mistake
+    assert "--eval-file, or only train them (swlora train)" in refused
+
+
 def test_init_sees_bad_and_long_rows(swlora, model, tmp_path):
     long = {"prompt": "x" * 400, "completion": "y" * 400}
     rows = [{"prompt": f"p: {k}", "completion": f"# '{k}': " + "z" * 40} for k in range(9)]

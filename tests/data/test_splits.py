@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,10 @@ def test_one_document_is_trained_on_without_a_dev_split(tmp_path: Path) -> None:
     dataset = load_dataset(DataSpec(name=write(tmp_path / "a.txt", b"A text.")))
     assert dataset.train == (Example(text="A text."),) and not dataset.dev
     assert "none is held out" in dataset.source
+    with pytest.raises(UserError, match=r"no dev split; name rows to evaluate on with --eval-file"):
+        dataset.split("dev")  # and none advises --split train, which is no choice
+    with pytest.raises(UserError, match="no train split; name rows to train on with --dataset"):
+        replace(dataset, train=(), dev=dataset.train).split("train")
 
 
 def test_a_column_that_no_row_has_is_refused(tmp_path: Path) -> None:

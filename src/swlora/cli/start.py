@@ -63,7 +63,7 @@ def init(
     if written.schema:
         print(f"schema: {written.schema}")
     shown = shlex.quote(str(file))
-    print(f"next: swlora check {shown}; swlora train-eval --config {shown}")
+    print(f"next: swlora check {shown}; swlora {written.command} --config {shown}")
     invocation.finish(written)
 
 

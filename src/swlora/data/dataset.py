@@ -65,9 +65,16 @@ class Dataset:
             raise UserError(f"no split is called {name!r}; use train, dev or test")
         found: Sequence[Example] = getattr(self, name)
         if not found:
-            other = next((s for s in ("dev", "test", "train") if getattr(self, s)), "train")
-            raise UserError(f"the data set has no {name} split; use --split {other}")
+            raise UserError(f"the data set has no {name} split; {self._instead_of(name)}")
         return found
+
+    def _instead_of(self, name: str) -> str:
+        """Say what to do where there are no rows of a split."""
+        if name == "train":
+            return "name rows to train on with --dataset"
+        if other := next((s for s in ("dev", "test") if getattr(self, s)), None):
+            return f"use --split {other}"
+        return "name rows to evaluate on with --eval-file, or only train them (swlora train)"
 
     def limited(
         self, train_rows: int | None, train_prompts: int | None, eval_prompts: int | None

@@ -73,18 +73,30 @@ def preview_data(spec: RunSpec, n_rows: int, progress: Progress) -> DataPreview:
     Bad and over-long rows are counted whatever the settings say. Raises what a training raises for
     data and tokenizer otherwise.
     """
-    from swlora.training.schedule import Schedule
+    return preview_of(lenient_job(spec, progress), spec, n_rows)
 
+
+def lenient_job(spec: RunSpec, progress: Progress) -> Job:
+    """Return a job on the data of `spec` that leaves out bad rows and cuts long ones, whatever the
+    settings say; of its model there are no weights.
+    """
     lenient = spec.data.model_copy(update={"skip_bad_rows": True, "truncate": True})
     job = Job(spec.model_copy(update={"data": lenient}), MemoryRecord(), progress)
-    dataset = job.dataset
+    _ = job.dataset
     job.load_skeleton()
-    sequences = job.encoded("train").sequences
+    return job
+
+
+def preview_of(job: Job, spec: RunSpec, n_rows: int) -> DataPreview:
+    """Do what `preview_data` does with the `lenient_job` of `spec`."""
+    from swlora.training.schedule import Schedule
+
+    dataset, sequences = job.dataset, job.encoded("train").sequences
     schedule = Schedule.of(sequences, spec.train, spec.seed)
     split = spec.data.eval_split
     has_held_out = len(dataset.dev if split == "dev" else dataset.test) > 0
     if not has_held_out:
-        progress.say(f"the data set has no {split} split")
+        job.progress.say(f"the data set has no {split} split")
     summary = summarise(job, schedule, held_out=split if has_held_out else None)
     first_rows = np.unique(job.encoded("train").example_ids)[:n_rows].tolist()
     shown = [_shown_row(job, row) for row in first_rows]

@@ -19,14 +19,15 @@ from swlora.config import DEFAULT_RATE, RunSpec, TrainSpec
 from swlora.config_schema import run_schema
 from swlora.errors import UserError
 from swlora.files import check_writable, write_text
+from swlora.job import Job
 from swlora.models.load import settled_model
 from swlora.plural import counted
-from swlora.preview import DataPreview, preview_data
+from swlora.preview import DataPreview, lenient_job, preview_of
 from swlora.progress import Progress
 from swlora.result_json import NO_KEY
 
 PATIENCE = 3
-STEP_OF_TOKENS = 16
+STEP_OF_TOKENS, FEW_TOKENS = 16, 32
 SCHEMA = "swlora.schema.json"
 
 
@@ -67,8 +68,11 @@ def write_starting_config(
         if target.exists() and not force:
             raise UserError(f"{target} is there already; --force writes over it")
     check_writable(path.parent, str(path))
-    found = preview_data(spec, 0, progress)
-    chosen = chosen_settings(spec, found)
+    job = lenient_job(spec, progress)
+    found = preview_of(job, spec, 0)
+    chosen = chosen_settings(
+        spec, found, longest_prompt_tokens(job) if found.summary.held_out else 0
+    )
     command = "train-eval" if found.summary.held_out else "train"
     write_text(path, as_yaml(chosen, path, command, schema=schema))
     if beside:
@@ -77,8 +81,12 @@ def write_starting_config(
     return StartingConfig(path, beside, values, command)
 
 
-def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
-    """Choose values for a model and its data, as they were found."""
+def chosen_settings(spec: RunSpec, found: DataPreview, prompt_tokens: int) -> list[Setting]:
+    """Choose values for a model and its data, as they were found.
+
+    `prompt_tokens` are those of the longest prompt that is generated for; 0 for none.
+    """
+    answers = _answers(found, prompt_tokens)
     train, held_out, steps = found.summary.train, found.summary.held_out, found.summary.steps
     n_rows = train.n_rows
     sized, n_steps = _steps(train.n_sequences)
@@ -94,7 +102,7 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
             "model", "dtype", "auto", "bfloat16 where the processor multiplies it, else float32"
         ),
         Setting("data", "name", spec.data.name, f"{counted(n_rows, 'row')} to train on"),
-        *_data_settings(spec, found),
+        *_data_settings(spec, found, answers),
         Setting("adapter", "method", "lora", "dora, rslora, pissa, lora+, adalora are others"),
         Setting("adapter", "rank", 4, "enough for one task; 16 or more where it is a wide one"),
         Setting(
@@ -117,14 +125,20 @@ def chosen_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
         why = f"rows of a prompt share a step: {steps.ideal_ratio:.1f} times fewer tokens to run"
         settings.append(Setting("train", "order", "prompts", why))
     settings += _watching(held_out is not None, epochs)
-    settings.append(Setting("decode", "max_new_tokens", _answer_tokens(found), _WHY_TOKENS))
+    settings.append(Setting("decode", "max_new_tokens", answers.n_tokens, answers.why))
     return settings
 
 
-_WHY_TOKENS = "of a text in eval: nearly every trained one is that short"
+@dataclass(frozen=True)
+class _Answers:
+    """How many tokens of a generated text there is room for; `cut` says which prompts are cut."""
+
+    n_tokens: int
+    why: str
+    cut: str = ""
 
 
-def _data_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
+def _data_settings(spec: RunSpec, found: DataPreview, answers: _Answers) -> list[Setting]:
     data, summary = spec.data, found.summary
     settings = []
     for name in (setting.removeprefix("data.") for setting in OF_A_FILE[1:]):
@@ -137,6 +151,8 @@ def _data_settings(spec: RunSpec, found: DataPreview) -> list[Setting]:
             f"longer than the context of {summary.train.context_tokens:,}: {counted(n_cut, 'row')}"
         )
         settings.append(Setting("data", "truncate", True, why))
+    elif answers.cut:
+        settings.append(Setting("data", "truncate", True, answers.cut))
     if n_bad := sum(summary.bad_rows.values()):
         why = f"{counted(n_bad, 'row')} cannot be used: {', '.join(list(summary.bad_rows)[:3])}"
         settings.append(Setting("data", "skip_bad_rows", True, why))
@@ -172,15 +188,43 @@ def _watching(has_held_out: bool, epochs: int) -> list[Setting]:
     return [Setting("train", "early_stopping", PATIENCE, why), prompt, board]
 
 
-def _answer_tokens(found: DataPreview) -> int:
-    """Return room for nearly every trained text, in tokens."""
+def _answers(found: DataPreview, prompt_tokens: int) -> _Answers:
+    """Return room for nearly every trained text that the context has beside the prompts.
+
+    The longest prompt is whole, unless it leaves next to nothing, or rows are cut anyway.
+    """
     longest = max(found.trained_p99_tokens, 1)
-    return int(np.clip(-(-longest // STEP_OF_TOKENS) * STEP_OF_TOKENS, 32, 1024))
+    wanted = int(np.clip(-(-longest // STEP_OF_TOKENS) * STEP_OF_TOKENS, FEW_TOKENS, 1024))
+    train, held_out = found.summary.train, found.summary.held_out
+    context, is_cut = train.context_tokens, train.n_cut or (held_out and held_out.n_cut)
+    half, room = max(1, context // 2), context - prompt_tokens
+    if wanted <= (half if is_cut or not prompt_tokens else room):
+        return _Answers(wanted, "of a text in eval: nearly every trained one is that short")
+    if is_cut or not prompt_tokens:
+        return _Answers(half, f"of a text in eval: half of the context of {context:,}")
+    if room >= min(FEW_TOKENS, half):
+        why = f"of a text in eval: the longest prompt leaves no more of the context of {context:,}"
+        return _Answers(room, why)
+    few = min(FEW_TOKENS, half)
+    cut = f"a prompt of {counted(prompt_tokens, 'token')} leaves no room for an answer"
+    return _Answers(few, f"of a text in eval: few, in a context of {context:,}", cut)
 
 
-def as_yaml(
-    settings: Sequence[Setting], path: Path, command: str, *, schema: bool = False
-) -> str:
+def longest_prompt_tokens(job: Job) -> int:
+    """Return the tokens of the longest prompt that an evaluation continues; 0 where none is."""
+    from swlora.data.dataset import group_references
+    from swlora.data.encode import encode_prompts
+    from swlora.data.examples import select
+
+    split, dataset = job.spec.data.eval_split, job.dataset
+    usable = select(dataset.split(split), np.unique(job.encoded(split).example_ids))
+    asked = [example for example, _ in group_references(usable) if not example.text]
+    if not asked:
+        return 0
+    return max(map(len, encode_prompts(asked, dataset.separator, job.loaded.tokenizer)))
+
+
+def as_yaml(settings: Sequence[Setting], path: Path, command: str, *, schema: bool = False) -> str:
     """Write settings of a command by their sections, each with its reason behind it."""
     lines = [f"# yaml-language-server: $schema={SCHEMA}"] if schema else []
     named = shlex.quote(str(path))  # from where it was written, as are the paths in it

@@ -240,6 +240,26 @@ def test_init_sees_bad_and_long_rows(swlora, model, tmp_path):
     assert spec.decode.max_new_tokens >= 48
 
 
+@pytest.mark.parametrize(
+    ("n_prompt", "n_answer", "n_new", "is_cut"),
+    [(180, 90, 76, False), (20, 90, 96, False), (240, 10, 32, True), (300, 90, 96, True)],
+    ids=["beside the prompt", "as trained", "a few", "rows are cut"],
+)
+def test_init_leaves_room_for_answers_that_eval_accepts(
+    swlora, model, tmp_path, n_prompt, n_answer, n_new, is_cut
+):
+    """A byte is a token; the longest prompt is held out of training."""
+    rows = [{"prompt": f"{k:02}: ", "completion": "z" * n_answer} for k in range(39)]
+    rows.append({"prompt": "x" * n_prompt, "completion": "y"})
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    assert swlora("init", "--model", model, "--dataset", path).code == 0
+    spec = load_spec(Path("swlora.yaml"), {})
+    assert (spec.decode.max_new_tokens, spec.data.truncate) == (n_new, is_cut)
+    where = ("--device", "cpu", "--max-steps", 1, "--output", "run")
+    done = swlora("train-eval", "--config", "swlora.yaml", *where)
+    assert done.code == 0, done
+
+
 # Env
 
 

@@ -223,6 +223,28 @@ def test_tensorboard(accelerated, tmp_path):
     assert said.lines == []
 
 
+def test_tensorboard_keeps_the_last_step_where_the_evaluation_alone_goes_on(accelerated, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said, reports = Heard(), [{"step": step, "loss": 1.0 / step} for step in (1, 2)]
+    sent = started(["tensorboard"], tmp_path / "run", said)
+    for report in reports:
+        sent.report(report)
+    sent.close()
+    run, _ = Run.reopen(tmp_path / "run", "train")
+    with run:
+        for report in reports:
+            run.append_metrics(report)
+        again = Trackers(["tensorboard"], run, None, {}, said.say)
+        again.result({"final_loss": 0.25})
+        again.close()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("final/final_loss")] == [(2, 0.25)]
+    assert said.lines == []
+
+
 def test_trackio(accelerated, monkeypatch, tmp_path, capsys):
     pytest.importorskip("trackio")
     for module in ("trackio.utils", "trackio.sqlite_storage"):

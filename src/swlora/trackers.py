@@ -123,7 +123,8 @@ class Trackers:
         for name in list(self._waiting):
             self._waiting.remove(name)
             with self._told(name):
-                self._working[name] = self._begun(name, step)
+                # A result alone is of a training that went before: its last step stays.
+                self._working[name] = self._begun(name, step if only_new else step + 1)
         for name, tracker in list(self._working.items()):
             was_sent = only_new and step <= self._n_sent and name != "tensorboard"
             if values and name not in leave_out and not was_sent:
@@ -145,7 +146,10 @@ class Trackers:
             self._say(f"no more reports to {name}: {detail}; the training goes on")
 
     def _begun(self, name: str, step: int) -> Any:
-        """Return a tracker of Accelerate's that has begun, or goes on before `step`."""
+        """Return a tracker of Accelerate's that has begun, or goes on before `step`.
+
+        What it has of that step and later ones is of a process that was killed, and goes.
+        """
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         tracker = LOGGER_TYPE_TO_CLASS[name](*self._place(name), **self._how(name, step))

@@ -118,7 +118,7 @@ def test_what_is_not_there(swlora, model):
     [
         ({"adapter": {"start": "runs/first"}}, "and --adapter starts from another"),
         ({"adapter": {"method": "pissa"}}, "and not --method pissa"),
-        ({"train": {"learning_rate": 0.01}}, "or learning_rate in the configuration"),
+        ({"train": {"learning_rate": 0.01}}, "and --learning-rate is set already"),
     ],
 )
 def test_a_rate_that_cannot_be_found(swlora, model, rows, section, said):

@@ -58,9 +58,7 @@ class Recorded(Silent):
     def __init__(self) -> None:
         self.amount, self.total, self.notes = 0.0, -1.0, [""]
 
-    def task(
-        self, description: str, total: float | None = None, done: float = 0.0
-    ) -> Any:
+    def task(self, description: str, total: float | None = None, done: float = 0.0) -> Any:
         self.total = -1.0 if total is None else total
         return super().task(description, total, done)
 

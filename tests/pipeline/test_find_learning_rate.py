@@ -120,7 +120,7 @@ def test_a_training_without_a_folder_finds_one_too(model_folder, rows):
 @pytest.mark.parametrize(
     ("model", "changes", "said"),
     [
-        ("llama", {"train__learning_rate": 0.01}, "tries rates, and one is given .--learning-rate"),
+        ("llama", {"train__learning_rate": 0.01}, "tries rates, and --learning-rate is set"),
         ("llama", {"adapter__method": "pissa"}, "and not --method pissa"),
         ("llama", {"adapter__method": "adalora"}, "tries lora, lora[+], rslora, dora, and not"),
         ("falcon", {}, "--find-learning-rate needs prefix trees, which this family cannot run"),

@@ -181,7 +181,7 @@ def open_app(loaded, data, tmp_path, monkeypatch, child) -> Iterator[Callable[..
     def make(policy: Policy | None = None, instead_of: TestClient | None = None) -> TestClient:
         if instead_of is not None:
             end(instead_of)
-        desk = TrainingDesk.of(RunSpec(serve=serve), loaded.name)
+        desk = TrainingDesk.of(RunSpec(serve=serve), loaded)
         app = create_app(make_service(serve, loaded, None, desk), policy or Policy())
         client = TestClient(app, base_url="http://localhost:8000", follow_redirects=False)
         clients.append(client)

@@ -165,6 +165,13 @@ def test_a_run_has_a_plain_name(trainer, child, name, tmp_path):
         ({"layers": "2," * 500}, "300 characters"),
         ({"method": "full"}, "Method: one of"),
         ({"columns": "prompt"}, "Columns: "),
+        (
+            {"find_learning_rate": "1", "learning_rate": "1e-3"},
+            "Find the learning rate tries rates, and Learning rate is set already",
+        ),
+        ({"find_learning_rate": "1", "method": "pissa"}, "dora, and not Method pissa"),
+        ({"layers": "0,99"}, "layer 99 does not exist; this model has layers 0 to "),
+        ({"layers": "last:99"}, "Layers last:99: K must be from 1 to "),
     ],
 )
 def test_wrong_settings_are_named_on_the_form_and_nothing_begins(

@@ -79,8 +79,8 @@ def rate_trial_problem(spec: RunSpec) -> str | None:
         return None
     if train.learning_rate is not None:
         return (
-            "--find-learning-rate tries rates, and one is given (--learning-rate, or learning_rate "
-            "in the configuration): leave one of them out"
+            "--find-learning-rate tries rates, and --learning-rate is set already: leave one of "
+            "them out"
         )
     reason = None
     if adapter.start is not None:

@@ -209,7 +209,7 @@ def load_service(spec: RunSpec, progress: Progress) -> Service:
             dataset = load_dataset(DataSpec(name=spec.serve.dataset))
             references = References.of(dataset)
         progress.say(f"references: {dataset.source}")
-    training = TrainingDesk.of(spec, loaded.name)
+    training = TrainingDesk.of(spec, loaded)
     service = make_service(spec.serve, loaded, references, training)
     first = DecodeRequest(-1, [loaded.tokenizer.eos_token_id], 1)  # lays the weights out
     service.scheduler.submit([Ticket(first, Variant(), deliver=lambda _news: None)])

@@ -20,7 +20,9 @@ from swlora.deploy.merge_report import MERGE_REPORT, gguf_report
 from swlora.errors import UserError
 from swlora.files import make_folder
 from swlora.locks import is_locked
+from swlora.models.anatomy import Anatomy
 from swlora.models.builtin import flag_of, is_named
+from swlora.models.load import LoadedModel
 from swlora.snapshots import has_snapshot
 from swlora.study.one_process import LOG
 from swlora.web.folders import RunEntry, known_run, public_name
@@ -58,10 +60,11 @@ class TrainingDesk:
     model: tuple[str, ...] = field(repr=False)  # flags
     tokenizer: tuple[str, ...] = field(repr=False)  # those of them that a look at data takes
     model_name: str = field(repr=False)
+    n_layers: int
     errands: Errands = field(default_factory=Errands)
 
     @classmethod
-    def of(cls, spec: RunSpec, loaded_name: str) -> "TrainingDesk | None":
+    def of(cls, spec: RunSpec, loaded: LoadedModel) -> "TrainingDesk | None":
         """Return the desk of a server that was started with --allow-training; else None.
 
         What may be wrong with its folders was checked before (`allowed.check_allowed`).
@@ -71,7 +74,7 @@ class TrainingDesk:
             return None
         runs = own.runs.expanduser().resolve()
         make_folder(runs)
-        name = flag_of(loaded_name)
+        name = flag_of(loaded.name)
         return cls(
             DataFolder(own.data_folder.expanduser(), runs),
             runs,
@@ -79,6 +82,7 @@ class TrainingDesk:
             tuple(model_flags(spec.model, name)),
             tuple(model_flags(spec.model, name, TOKENIZER)),
             name,
+            Anatomy(loaded.model).n_layers,
         )
 
     # Errands
@@ -98,7 +102,7 @@ class TrainingDesk:
 
         Raises UserError for wrong settings, and beside other work.
         """
-        own, folder = training_flags(file, values), self._new_folder(values)
+        own, folder = training_flags(file, values, self.n_layers), self._new_folder(values)
         command = [*self._train(folder, [*self.model, *own]), "--dry-run"]
         key = _key(file, own)
         # Measured anew: how much is free changes
@@ -109,7 +113,7 @@ class TrainingDesk:
 
     def start(self, file: DataFile, values: Mapping[str, str]) -> str:
         """Start a training; return the name of its run. UserError where it cannot begin."""
-        own, folder = training_flags(file, values), self._new_folder(values)
+        own, folder = training_flags(file, values, self.n_layers), self._new_folder(values)
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:

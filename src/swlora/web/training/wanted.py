@@ -4,11 +4,13 @@ An empty field takes the default. Everything else keeps the default of the comma
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from swlora.config import ModelSpec, RunSpec, load_spec
+from swlora.config import ModelSpec, RunSpec, load_spec, rate_trial_problem
 from swlora.errors import UserError
+from swlora.idle_settings import check_effects
 from swlora.settings import flag_name
 from swlora.web.training.data_folder import DataFile
 
@@ -48,18 +50,27 @@ def defaults() -> dict[str, str]:
     }
 
 
-def training_flags(file: DataFile, values: Mapping[str, str]) -> list[str]:
-    """Return the flags of `swlora train` for the fields of the form; UserError for wrong ones."""
+def training_flags(file: DataFile, values: Mapping[str, str], n_layers: int) -> list[str]:
+    """Return the flags of `swlora train` for the fields of the form; UserError for wrong ones.
+
+    Whatever the command refuses without weights and data is refused here, beside the form: it has
+    forgotten what was filled in once the training has begun. `n_layers` are the model's.
+    """
     given = _filled(file, values, FIELDS)
     if values.get("method", "lora") not in ("", *METHODS):
         raise UserError(f"Method: one of {', '.join(METHODS)}")
     given |= {setting: True for name, (setting, _) in TICKS.items() if values.get(name)}
-    return _checked_flags(file, given)
+    with _labelled():
+        _check_training(_checked(given), given, n_layers)
+    return flags(_with_data(file, given))
 
 
 def data_flags(file: DataFile, values: Mapping[str, str]) -> list[str]:
     """Return the flags of `swlora data` for a file; UserError for wrong columns."""
-    return _checked_flags(file, _filled(file, values, OF_DATA))
+    given = _filled(file, values, OF_DATA)
+    with _labelled():
+        _checked(given)
+    return flags(_with_data(file, given))
 
 
 def _filled(file: DataFile, values: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
@@ -72,23 +83,39 @@ def _filled(file: DataFile, values: Mapping[str, str], names: Iterable[str]) -> 
     }
 
 
-def _checked_flags(file: DataFile, given: Mapping[str, Any]) -> list[str]:
-    _check(given)
-    return flags({**given, "data.name": str(file.path)})
+def _with_data(file: DataFile, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**given, "data.name": str(file.path)}
 
 
-def _check(given: Mapping[str, Any]) -> None:
+def _checked(given: Mapping[str, Any]) -> RunSpec:
+    """Return the configuration of the fields; UserError for one that cannot be read."""
     if any(isinstance(text, str) and len(text) > MAX_CHARACTERS for text in given.values()):
         raise UserError(f"a field holds more than {MAX_CHARACTERS} characters")
-    try:
-        train = load_spec(None, dict(given)).train
-    except UserError as error:
-        raise UserError(with_labels(str(error))[:400]) from error
+    return load_spec(None, dict(given))
+
+
+def _check_training(spec: RunSpec, given: Collection[str], n_layers: int) -> None:
+    """Raise UserError where fields that can be read do not go together, or with the model."""
+    check_effects("train", spec, given)
+    if problem := rate_trial_problem(spec):
+        raise UserError(problem)
+    if not spec.adapter.layers.needs_search:
+        spec.adapter.layers.resolve(n_layers)
+    train = spec.train
     if (train.epochs or 0) > MAX_EPOCHS or (train.max_steps or 0) > MAX_STEPS:
         raise UserError(
             f"the page takes {MAX_EPOCHS:,} epochs and {MAX_STEPS:,} steps at most; "
             "the command line takes more"
         )
+
+
+@contextmanager
+def _labelled() -> Iterator[None]:
+    """Let a UserError of the body call settings as the page does."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(with_labels(str(error))[:400]) from error
 
 
 def with_labels(message: str) -> str:

@@ -3,14 +3,19 @@
 import io
 import re
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.progress import Task as RichTask
 from rich.text import Text
 
 from swlora.cli import terminal
 from swlora.cli.terminal import Bars, Lines, make_progress
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -100,6 +105,18 @@ def test_a_narrow_terminal_shows_counts_times_and_notes(monkeypatch):
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
     assert re.search(r"train \S+ +30/102 12 s gone, about 30 s left *\n", plain)
     assert f"\n  {note}" in plain
+
+
+def test_a_task_within_another_one_has_a_bar_too():
+    """As the trials of `--layers auto` are; rich refuses that before 14.1, which is not allowed."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, highlight=False)
+    bars = Bars(console)
+    with bars.task("measure the layers"), bars.task("try layers", 2) as task:
+        task.advance(2)
+    assert "2/2" in console.file.getvalue() and "measure" in console.file.getvalue()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (rich,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "rich")
+    assert not rich.specifier.contains("14.0.0") and rich.specifier.contains("14.1.0")
 
 
 def test_a_bar_does_not_hide_a_failure():

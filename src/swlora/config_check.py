@@ -1,6 +1,7 @@
 """A configuration looked at before anything runs: what is wrong with it, and what it comes to.
 
-Of models the configuration and the tokenizer's files are read, never the weights; of data the rows.
+Of models the configuration and the tokenizer's files are read, never the weights; of data the rows,
+which are encoded as for a training.
 """
 
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
 
     spec = job.spec
     try:
-        dataset = load_dataset(spec.data)
+        dataset = job.dataset if "loaded" in vars(job) else load_dataset(spec.data)
     except HubUnreachableError as error:
         found.unchecked.append(f"data: {error}")
         return
@@ -109,10 +110,28 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
     found.resolved += [("data", dataset.source), ("rows", rows)]
     if not n_train:
         return
+    if "loaded" in vars(job):
+        _check_rows(found, job)
     train, n_steps = spec.train, planned_steps(spec.train, n_train)
     epochs = counted(begun_epochs(train, n_train), "epoch")
     rows = counted(sequences_per_step(train, n_train), "row")
     found.resolved.append(("steps", f"about {n_steps:,} of {rows} ({epochs})"))
+
+
+def _check_rows(found: ConfigCheck, job: Any) -> None:
+    """Encode the rows as a training does before it begins, and prompts as an evaluation does."""
+    from swlora.preparation import encode_held_out, planned_schedule, prepare_evaluation
+
+    n_before = len(found.problems)
+    with _noted(found, "data"):
+        sequences = job.encoded("train").sequences
+        _, planned = planned_schedule(job, sequences, job.progress.say)
+        encode_held_out(job, planned)
+    split = job.spec.data.eval_split
+    has_held_out = len(job.dataset.dev if split == "dev" else job.dataset.test) > 0
+    if has_held_out and len(found.problems) == n_before:
+        with _noted(found, "evaluation"):
+            prepare_evaluation(job)
 
 
 def _check_adapter(found: ConfigCheck, job: Any) -> None:

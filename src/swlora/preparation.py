@@ -103,12 +103,7 @@ def prepare_training(job: Job) -> PreparedTraining:
     sequences = job.encoded("train").sequences
     settled = settle(job)
     schedule, planned = planned_schedule(job, sequences, job.progress.say)
-    held_out = encode_held_out(job, planned) if planned else None
-    if held_out is None and job.spec.train.sample_prompts:
-        raise UserError(
-            "--sample-prompts are continued where held-out rows are measured, and there are none: "
-            "leave it out, or name some (--eval-file, --eval-share)"
-        )
+    held_out = encode_held_out(job, planned)
     record_tokens(job, sequences, held_out)
     check_adapter(job, schedule.n_steps)
     job.begin()
@@ -218,8 +213,21 @@ def record_tokens(job: Job, sequences: TokenSequences, held_out: TokenSequences 
     check_alike("data", {name: job.run.facts.get(name) for name in SAME_IN_ALL})
 
 
-def encode_held_out(job: Job, planned: "Measurements") -> TokenSequences | None:
-    """Return what is measured while training; None where there is none and nobody asked for it."""
+def encode_held_out(job: Job, planned: "Measurements | None") -> TokenSequences | None:
+    """Return what is measured while training; None where there is none and nobody asked for it.
+
+    Raises UserError where there is none for what was asked.
+    """
+    found = _encode_measured(job, planned) if planned else None
+    if found is None and job.spec.train.sample_prompts:
+        raise UserError(
+            "--sample-prompts are continued where held-out rows are measured, and there are none: "
+            "leave it out, or name some (--eval-file, --eval-share)"
+        )
+    return found
+
+
+def _encode_measured(job: Job, planned: "Measurements") -> TokenSequences | None:
     split = job.spec.data.eval_split
     if not planned.is_asked and not len(job.dataset.dev if split == "dev" else job.dataset.test):
         job.progress.say(f"the data set has no {split} split, so no held-out loss is measured")

@@ -131,6 +131,34 @@ def test_a_rate_that_cannot_be_found(swlora, model, rows, section, said):
     assert "found by a trial" not in done.out
 
 
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"data": {"eval_share": 0.5}}, "data: rows.jsonl, line 9 has 300 tokens, "),
+        ({"data": {"train_on": "last-turn"}}, "data: --train-on last-turn: no row is a chat"),
+        ({"data": {"name": "text.txt"}, "train": {"early_stopping": 2}}, "data: the data set has"),
+        ({"data": {"name": "text.txt"}, "train": {"sample_prompts": ["x"]}}, "data: --sample-pr"),
+        ({"decode": {"max_new_tokens": 250}}, "evaluation: a prompt of 8 tokens and 250 new ones"),
+    ],
+    ids=["long rows", "no chats", "no early stopping", "no samples", "no room"],
+)
+def test_what_a_training_refuses_without_weights(swlora, model, sections, said):
+    rows = [{"prompt": f"prompt {k}", "completion": "answer"} for k in range(8)]
+    if "line 9" in said:
+        rows.append({"prompt": "p", "completion": "x" * 298})
+    write_rows(Path("rows.jsonl"), rows)
+    Path("text.txt").write_text("One sentence. " * 20)
+    tree = {"model": {"name": model}, **sections}
+    tree["data"] = {"name": "rows.jsonl", **sections.get("data", {})}
+    Path("bad.yaml").write_text(yaml.safe_dump(tree))
+    done = swlora("check", "bad.yaml")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert done.err.startswith(f"bad.yaml: {said}")
+    verb = "train-eval" if said.startswith("evaluation") else "train"
+    refused = swlora(verb, "--config", "bad.yaml", "--device", "cpu")
+    assert refused.code == 2 and done.err.split(": ", 2)[2] in refused.err  # in the same words
+
+
 def test_no_model(swlora, rows):
     Path("bad.yaml").write_text(f"model: {{name: ./nowhere}}\ndata: {{name: '{rows}'}}\n")
     done = swlora("check", "bad.yaml")

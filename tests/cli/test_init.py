@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tests.support.data_files import write_rows
 from tests.support.schemas import validated
 
 from swlora.config import load_spec
+from swlora.models.builtin import unpacked_folder
 
 
 @pytest.fixture
@@ -56,8 +58,10 @@ def test_the_commands_that_init_names_work_where_it_was_called(swlora, model, ro
     assert noted == told and swlora(*shlex.split(told)).code == 0
 
 
-def test_init_names_the_model_that_it_looked_at(swlora, rows, monkeypatch):
+@pytest.mark.usefixtures("fresh_cache")
+def test_init_names_the_model_that_it_looked_at(swlora, model, rows, monkeypatch):
     """Offline the embedded one takes the place of the default, which would be another later."""
+    shutil.copytree(model, unpacked_folder())
     monkeypatch.setattr("swlora.models.load.cached_file", lambda *_: None)
     done = swlora("init", "--dataset", rows)
     assert done.code == 0, done

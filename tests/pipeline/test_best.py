@@ -147,7 +147,7 @@ def test_held_out_loss_is_shown_by_itself(
     last = read_metrics(tmp_path / "run")[-1]
     best = f"{result.course.held_out.best:.3f}"
     assert f"held-out {last['eval_nll']:.3f} (best {best})  " in heard.notes[-1]
-    assert "held-out" not in heard.notes[3]
+    assert "held-out" not in heard.notes[2]
     assert "best_adapter" not in as_json(result)
     assert not (tmp_path / "run" / "best").exists()
     show_training(result)

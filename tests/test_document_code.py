@@ -76,7 +76,7 @@ LAUNCHED = "torchrun --standalone"  # in processes of its own, by a test of its 
 # Blocks that are no code, by their beginning, and what they are. Of "printed" ones, the commands
 # before them on the page have printed every line, but for figures.
 SHOWN = {
-    "== 1 of 3: find super weights": "what `make demo` printed in a quarter of an hour",
+    "== 1 of 3: find super weights": "what `make demo` printed in some minutes",
     "changed weights: ": "printed",
     "largest difference of logits ": "printed",
     "the cat sat ON THE": "a drawing; tests/test_documents.py makes the tree",

@@ -127,9 +127,7 @@ def _check_rows(found: ConfigCheck, job: Any) -> None:
         sequences = job.encoded("train").sequences
         _, planned = planned_schedule(job, sequences, job.progress.say)
         encode_held_out(job, planned)
-    split = job.spec.data.eval_split
-    has_held_out = len(job.dataset.dev if split == "dev" else job.dataset.test) > 0
-    if has_held_out and len(found.problems) == n_before:
+    if job.dataset.has(job.spec.data.eval_split) and len(found.problems) == n_before:
         with _noted(found, "evaluation"):
             prepare_evaluation(job)
 

@@ -175,7 +175,7 @@ class Job:
         with self.timed("load_data"), self.progress.task("load the data"):
             dataset = load_dataset(self.spec.data)
         share = self.spec.data.eval_share
-        if not dataset.dev and share is not None and not self.run.facts.get("resumed"):
+        if share is not None and not dataset.has("dev") and not self.run.facts.get("resumed"):
             raise UserError(
                 f"{self.spec.data.name} is one document, so none can be held out: leave out "
                 "--eval-share, or give --eval-file"

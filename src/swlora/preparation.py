@@ -229,7 +229,7 @@ def encode_held_out(job: Job, planned: "Measurements | None") -> TokenSequences 
 
 def _encode_measured(job: Job, planned: "Measurements") -> TokenSequences | None:
     split = job.spec.data.eval_split
-    if not planned.is_asked and not len(job.dataset.dev if split == "dev" else job.dataset.test):
+    if not (planned.is_asked or job.dataset.has(split)):
         job.progress.say(f"the data set has no {split} split, so no held-out loss is measured")
         return None
     if split == "test" and job.spec.train.early_stopping:

@@ -94,10 +94,9 @@ def preview_of(job: Job, spec: RunSpec, n_rows: int) -> DataPreview:
     dataset, sequences = job.dataset, job.encoded("train").sequences
     schedule = Schedule.of(sequences, spec.train, spec.seed)
     split = spec.data.eval_split
-    has_held_out = len(dataset.dev if split == "dev" else dataset.test) > 0
-    if not has_held_out:
+    if not dataset.has(split):
         job.progress.say(f"the data set has no {split} split")
-    summary = summarise(job, schedule, held_out=split if has_held_out else None)
+    summary = summarise(job, schedule, held_out=split if dataset.has(split) else None)
     first_rows = np.unique(job.encoded("train").example_ids)[:n_rows].tolist()
     shown = [_shown_row(job, row) for row in first_rows]
     p99 = _trained_tokens(sequences, 0.99)

@@ -52,6 +52,17 @@ def rows(tmp_path) -> Path:
 
 
 @pytest.fixture
+def model(model_folder) -> str:
+    return str(model_folder("llama"))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no Hub, whether or not one could be reached."""
+    monkeypatch.setattr("swlora.models.load.hub_reachable", lambda: False)
+
+
+@pytest.fixture
 def small(model_folder, rows) -> list[object]:
     """Flags of a short run."""
     return [

@@ -14,15 +14,7 @@ from tests.support.schemas import validated
 from swlora.config import load_spec
 from swlora.models.builtin import unpacked_folder
 
-
-@pytest.fixture
-def model(model_folder) -> str:
-    return str(model_folder("llama"))
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swlora.models.load.hub_reachable", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 def test_init_writes_what_check_and_train_take(swlora, model, rows):

@@ -16,14 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*ROOT.glob("examples/*.yaml"), *ROOT.glob("studies/*.yaml")])
 
 
-@pytest.fixture
-def model(model_folder) -> str:
-    return str(model_folder("llama"))
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swlora.models.load.hub_reachable", lambda: False)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 # Schema

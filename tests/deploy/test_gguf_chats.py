@@ -58,6 +58,17 @@ def facts_of(path: Path) -> dict[str, Any]:
     return dict(read_gguf_table(path).facts)
 
 
+@pytest.fixture(params=[True, False], ids=["run", "read back"])
+def with_and_without_llama_cpp(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check files in llama.cpp, and where it is not found by reading them back."""
+    if request.param:
+        require_llama_cpp()
+    else:
+        monkeypatch.setattr(gguf_export, "find_llama_cpp", lambda _: None)
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("takes", [True, False])
 def test_chats_are_cut_as_the_tokenizer_cuts_them(
@@ -90,15 +101,11 @@ def test_a_model_that_was_trained_on_texts_has_them_cut_right(tmp_path: Path) ->
     assert report["notes"] == [note]
 
 
-@pytest.mark.parametrize("has_llama_cpp", [True, False])
+@pytest.mark.usefixtures("with_and_without_llama_cpp")
 def test_chats_that_begin_with_plain_text_and_go_on_behind_special_tokens_are_noted(
-    has_llama_cpp: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """As TinyLlama's: no file of llama.cpp can have both right, so it is that or none."""
-    if has_llama_cpp:
-        require_llama_cpp()
-    else:
-        monkeypatch.setattr(gguf_export, "find_llama_cpp", lambda _: None)
     save_model(tmp_path / "model", takes=False, legacy=False)
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}so: "
     (tmp_path / "model/chat_template.jinja").write_text(template)
@@ -119,14 +126,8 @@ def test_a_lora_says_which_file_of_its_base_it_needs(tmp_path: Path) -> None:
     assert "must put no space before texts" in note
 
 
-@pytest.mark.parametrize("has_llama_cpp", [True, False])
-def test_chats_that_no_file_can_have_are_refused(
-    has_llama_cpp: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if has_llama_cpp:
-        require_llama_cpp()
-    else:
-        monkeypatch.setattr(gguf_export, "find_llama_cpp", lambda _: None)
+@pytest.mark.usefixtures("with_and_without_llama_cpp")
+def test_chats_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "model", takes=True, legacy=True, has_all=False)
     refused = r"cuts chats into other tokens .* --tokenizer"
     with pytest.raises(RunFailedError, match=refused) as error:

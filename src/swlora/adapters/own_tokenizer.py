@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.adapters.saved import TOKENIZER_CONFIG
-from swlora.bounded_read import UnreadableError, parse_json, read_bounded
+from swlora.bounded_read import UnreadableError, read_bounded, read_json_object
 from swlora.models.tokenizer_folder import MAX_FILE_BYTES, TOKENIZER
 
 TEMPLATE = "chat_template.jinja"
@@ -38,10 +38,9 @@ def other_tokens(
 
 def _has_other_template(folder: Path, tokenizer: Any, follow_links: bool) -> bool:
     """Say whether the adapter's template is another text; False where one has none, or several."""
-    own: Any = _text(folder / TEMPLATE, MAX_TEMPLATE_BYTES, follow_links)
+    own: Any = _text(folder / TEMPLATE, follow_links)
     if not own:  # older versions of transformers had it here
-        config = _parsed(_text(folder / TOKENIZER_CONFIG, MAX_FILE_BYTES, follow_links))
-        own = config.get("chat_template") if isinstance(config, dict) else None
+        own = _object(folder / TOKENIZER_CONFIG, follow_links).get("chat_template")
     template = getattr(tokenizer, "chat_template", None)
     return isinstance(own, str) and isinstance(template, str) and own.strip() != template.strip()
 
@@ -51,14 +50,14 @@ def _has_other_vocabulary(folder: Path, tokenizer: Any, follow_links: bool) -> b
 
     More tokens on one side are no other ones: a .gguf file has one for every spare embedding.
     """
-    own = _vocabulary(_parsed(_text(folder / TOKENIZER, MAX_FILE_BYTES, follow_links)))
+    own = _vocabulary(_object(folder / TOKENIZER, follow_links))
     known = tokenizer.get_vocab()
     return any(known.get(token, number) != number for token, number in own.items())
 
 
-def _vocabulary(tokenizer: Any) -> dict[str, Any]:
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """Return the ids of a tokenizer's tokens; {} for what is none."""
-    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
+    if not isinstance(tokenizer.get("model"), dict):
         return {}
     vocab, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens")
     if isinstance(vocab, list):  # Unigram's: [token, score]
@@ -71,17 +70,18 @@ def _vocabulary(tokenizer: Any) -> dict[str, Any]:
     return found
 
 
-def _text(path: Path, max_bytes: int, follow_links: bool) -> str:
-    """Return the text of a file; "" where there is none that can be read."""
+def _text(path: Path, follow_links: bool) -> str:
+    """Return the text of a template; "" where there is none that can be read."""
     try:
-        content, is_whole = read_bounded(path, max_bytes, follow_links=follow_links)
+        content, is_whole = read_bounded(path, MAX_TEMPLATE_BYTES, follow_links=follow_links)
     except UnreadableError:
         return ""
     return content.decode("utf-8", "replace") if is_whole else ""
 
 
-def _parsed(text: str) -> Any:
+def _object(path: Path, follow_links: bool) -> dict[str, Any]:
+    """Return the JSON object in a file; {} where there is none: whoever loads it says so."""
     try:
-        return parse_json(text)
+        return read_json_object(path, max_bytes=MAX_FILE_BYTES, follow_links=follow_links)
     except UnreadableError:
-        return None
+        return {}

@@ -31,7 +31,7 @@ from swlora.files import (
     write_text,
 )
 from swlora.models.finite import not_finite
-from swlora.models.model_folder import check_regular_files
+from swlora.models.model_folder import check_regular_files, read_model_json
 from swlora.paths import may_be_path
 
 CONFIG = "adapter_config.json"
@@ -168,10 +168,7 @@ def starts_from_the_weights(folder: Path) -> bool:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return what PEFT's configuration of the adapter in `folder` says; UserError without one."""
-    try:
-        return read_json_object(folder / CONFIG, max_bytes=MAX_JSON_BYTES)
-    except UnreadableError as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from error
+    return read_model_json(folder / CONFIG, max_bytes=MAX_JSON_BYTES)
 
 
 def _unmatched(peft_model: Any, weights: Path) -> tuple[int, int]:

@@ -68,11 +68,15 @@ class Dataset:
             raise UserError(f"the data set has no {name} split; {self._instead_of(name)}")
         return found
 
+    def has(self, name: str) -> bool:
+        """Say whether there are rows of "train", "dev" or "test"."""
+        return len(getattr(self, name)) > 0
+
     def _instead_of(self, name: str) -> str:
         """Say what to do where there are no rows of a split."""
         if name == "train":
             return "name rows to train on with --dataset"
-        if other := next((s for s in ("dev", "test") if getattr(self, s)), None):
+        if other := next(filter(self.has, ("dev", "test")), None):
             return f"use --split {other}"
         return "name rows to evaluate on with --eval-file, or only train them (swlora train)"
 

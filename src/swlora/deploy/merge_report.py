@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.bounded_read import MAX_BYTES
 from swlora.errors import UserError
+from swlora.models.model_folder import read_model_json
 
 if TYPE_CHECKING:
     from swlora.models.load import LoadedModel
@@ -18,16 +19,8 @@ def gguf_report(path: Path) -> Path:
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """Return what a report says, {} where there is none; UserError where it cannot be read.
-
-    Links are followed: it lies in a model's folder, which may be one of the Hub's cache.
-    """
-    if not path.exists():
-        return {}
-    try:
-        return read_json_object(path)
-    except UnreadableError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    """Return what a report says, {} where there is none; UserError where it cannot be read."""
+    return read_model_json(path, max_bytes=MAX_BYTES) if path.exists() else {}
 
 
 def merged_adapter_sha256(model: Path) -> str | None:

@@ -67,13 +67,13 @@ def check_counts(path: Path) -> None:
             raise UserError(f"{path} says {name} is {value!r:.40}; models have {low} to {high:,}")
 
 
-def read_model_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a model's folder, such as config.json; UserError.
+def read_model_json(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file of a model's or adapter's folder; UserError without one.
 
     Links are followed: in the Hub's cache every file is one.
     """
     try:
-        return read_json_object(path, max_bytes=MAX_CONFIG_BYTES)
+        return read_json_object(path, max_bytes=max_bytes)
     except UnreadableError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 

@@ -195,6 +195,22 @@ def test_the_completion_of_a_chat_is_what_the_assistant_says_last() -> None:
         Example.chat([])
 
 
+def test_an_answer_of_weight_0_is_no_completion() -> None:
+    """A chat is asked where the last answer stands that may be learnt from."""
+    asked, good, bad = (
+        Message("user", "hi"),
+        Message("assistant", "hello", trained=1.0),
+        Message("assistant", "go away", trained=0.0),
+    )
+    for turns in ((asked, good, asked, bad), (asked, good, bad), (asked, good)):
+        example = Example.chat(turns)
+        assert (example.completion, example.prompt_messages) == ("hello", (asked,))
+        assert example.messages == turns
+    example = Example.chat([asked, bad, asked, good])
+    assert (example.completion, example.prompt_messages) == ("hello", (asked, bad, asked))
+    assert Example.chat([asked, bad]).prompt_messages == (asked,)  # nothing else to ask for
+
+
 def test_prompts_are_told_apart_by_all_that_is_shown() -> None:
     turn = Message("user", "hi")
     rows = [

@@ -48,9 +48,10 @@ class Message:
 class Example:
     """A prompt and its completion, a chat, or a text of which every token is trained.
 
-    A chat has `messages`, all of its turns, and `tools`, a JSON list or ""; its completion is what
-    the assistant says last (of a call of tools without words, its JSON), "" where the last turn is
-    another's. A text has `text` alone.
+    A chat has `messages`, all of its turns, and `tools`, a JSON list or ""; its completion is the
+    assistant's last answer but for those of weight 0, which are there not to be learnt from (of a
+    call of tools without words, its JSON), and "" where the last turn is another's. A text has
+    `text` alone.
     `source` and `number` say where it came from ("rows.jsonl, line", 7); they are no part of it.
     """
 
@@ -71,15 +72,15 @@ class Example:
         turns = tuple(messages)
         if not turns:
             raise ValueError("a chat has one turn or more")
-        last = turns[-1]
-        said = last.content if last.content.strip() else last.extra
-        return cls("", said if last.role == ASSISTANT else "", turns, tools)
+        if (n := _n_before_answer(turns)) == len(turns):
+            return cls("", "", turns, tools)
+        answer = turns[n]
+        return cls("", answer.content if answer.content.strip() else answer.extra, turns, tools)
 
     @property
     def prompt_messages(self) -> tuple[Message, ...]:
         """The turns of a chat before its completion."""
-        is_answered = self.messages and self.messages[-1].role == ASSISTANT
-        return self.messages[:-1] if is_answered else self.messages
+        return self.messages[: _n_before_answer(self.messages)]
 
     @property
     def prompt_key(self) -> PromptKey:
@@ -114,6 +115,14 @@ class Example:
         texts = [self.prompt, self.tools, self.text, *(m.extra for m in self.messages)]
         texts += [m.content for m in self.messages] or [self.completion]
         return sum(map(len, texts)) + _OBJECT_BYTES * (len(texts) + 1 + len(self.messages))
+
+
+def _n_before_answer(turns: Sequence[Message]) -> int:
+    """Count the turns before the answer that is a chat's completion; all where it has none."""
+    if not turns or turns[-1].role != ASSISTANT:
+        return len(turns)
+    answers = (n for n in reversed(range(len(turns))) if turns[n].role == ASSISTANT)
+    return next((n for n in answers if turns[n].trained != 0), len(turns) - 1)
 
 
 def length_problem(example: Example) -> str | None:

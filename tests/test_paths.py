@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from swlora.adapters.saved import adapter_folder
-from swlora.config import DataSpec, ModelSpec, RunSpec
+from swlora.api.call import path_of
+from swlora.config import DataSpec, ModelSpec, RunSpec, load_spec
 from swlora.data.sources import load_dataset
 from swlora.deploy.hub_places import places_in
 from swlora.deploy.run_notes import command_of
@@ -14,7 +15,7 @@ from swlora.errors import UserError
 from swlora.evaluation.samples import read_prompts
 from swlora.evaluation.user_metrics import load_metric
 from swlora.models.load import load_skeleton
-from swlora.paths import may_be_path
+from swlora.paths import expanded, may_be_path
 
 LONG = "Which river is it, and " * 20
 ONE_WORD = "word" * 100
@@ -60,3 +61,19 @@ def test_a_long_word_of_a_file_is_no_place_of_this_machine() -> None:
 def test_a_long_name_is_one_that_is_not_there(look: Callable[[], object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         look()
+
+
+def test_the_home_folder_of_nobody_is_a_path_that_is_not_there() -> None:
+    assert expanded("~swlora-nobody/rows.jsonl") == Path("~swlora-nobody/rows.jsonl")
+    with pytest.raises(UserError, match="swlora-nobody"):
+        load_dataset(DataSpec(name="~swlora-nobody/rows.jsonl"))
+
+
+def test_a_configuration_may_name_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("adapter: {start: ~/runs/a}\nidentify: {text: ~/a.txt}\n")
+    spec = load_spec(tmp_path / "run.yaml", {})
+    assert spec.adapter.start == tmp_path / "runs/a" and spec.identify.text == tmp_path / "a.txt"
+    assert path_of("~/runs/x") == tmp_path / "runs/x"

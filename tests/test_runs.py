@@ -11,6 +11,7 @@ import torch
 
 from swlora.config import AdapterSpec, RunSpec, load_spec
 from swlora.errors import DivergedError, RunFailedError, UserError
+from swlora.files import check_writable
 from swlora.run_place import default_folder
 from swlora.runs import Run, read_run
 from swlora.snapshots import Snapshot, has_snapshot, save_snapshot
@@ -279,6 +280,22 @@ def test_an_output_that_cannot_be_made(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="may not be written in; choose another --output"):
         start(tmp_path / "a" / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_an_output_behind_a_folder_that_may_not_be_entered(tmp_path, monkeypatch):
+    """`Path.exists` raises there, up to Python 3.13."""
+    exists = Path.exists
+
+    def entered(path: Path) -> bool:
+        if "closed" in path.parent.parts:
+            raise PermissionError(13, "Permission denied")
+        return exists(path)
+
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(Path, "exists", entered)
+    monkeypatch.setattr("os.access", lambda path, _: Path(path).name != "closed")
+    with pytest.raises(UserError, match="closed may not be written in; choose another --output"):
+        check_writable(tmp_path / "closed" / "a" / "run", "--output")
 
 
 # What is there already

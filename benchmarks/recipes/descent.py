@@ -13,7 +13,7 @@ from benchmarks.recipes.recipe import Recipe
 from swlora.adapters.adapted import Adapted
 from swlora.config import TrainSpec
 from swlora.data.token_sequences import TokenSequences
-from swlora.training.loop import rate_groups
+from swlora.training.optimizer import rate_groups
 from swlora.training.schedule import Schedule, Step, learning_rate
 from swlora.training.step import TreeStep
 

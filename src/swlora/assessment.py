@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.job import Job
 from swlora.loss_sum import LossSum
-from swlora.preparation import PreparedEvaluation
+from swlora.prepared_evaluation import PreparedEvaluation
 from swlora.processes import world
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def evaluate(
     split = job.spec.data.eval_split
     with job.timed("loss"):
         sequences = job.encoded(split).sequences
-        losses = dealt_losses(model, sequences, prepared.prompt_of, job.progress)
+        losses = dealt_losses(model, sequences, prepared.asked.group_of, job.progress)
     english = _measure_english(job, model, untouched)
     texts = _score(job, model, prepared, losses) if prepared.prompts else None
     path = texts.write(job.run.folder) if texts and job.run.folder else None
@@ -44,10 +44,10 @@ def evaluate(
     evaluated = Evaluated(
         scores=texts.statistics.scores() if texts else None,
         text_scores=texts.text_scores() if texts else None,
-        has_official=job.dataset.is_e2e or any(len(refs) > 1 for refs in prepared.references),
+        has_official=job.dataset.is_e2e or any(len(refs) > 1 for refs in prepared.asked.references),
         nll=loss.nats_per_token,
-        nll_per_row=loss.sum_nats / prepared.n_rows,
-        n_rows=prepared.n_rows,
+        nll_per_row=loss.sum_nats / prepared.asked.n_rows,
+        n_rows=prepared.asked.n_rows,
         nll_sum_nats=loss.sum_nats,
         n_tokens=loss.n_tokens,
         intervals=texts.segments.intervals() if texts else {},
@@ -94,12 +94,12 @@ def _score(
         texts = dealt_texts(sizes, generate_some)
     if not world().is_main:
         return None
-    own = [losses[group] for group in prepared.groups]
+    own = [losses[group] for group in prepared.asked.groups]
     with job.timed("score"), job.progress.task("score"):
         return score_texts(
             prepared.shown_prompts,
             texts,
-            prepared.references,
+            prepared.asked.references,
             own,
             are_all=len(own) == len(losses),
         )

@@ -120,7 +120,8 @@ def _check_data(found: ConfigCheck, job: Any) -> None:
 
 def _check_rows(found: ConfigCheck, job: Any) -> None:
     """Encode the rows as a training does before it begins, and prompts as an evaluation does."""
-    from swlora.preparation import encode_held_out, planned_schedule, prepare_evaluation
+    from swlora.preparation import encode_held_out, planned_schedule
+    from swlora.prepared_evaluation import prepare_evaluation
 
     n_before = len(found.problems)
     with _noted(found, "data"):

@@ -106,11 +106,27 @@ def remove_scratch(folder: Path) -> None:
 
 def check_writable(folder: Path, flag: str) -> None:
     """Refuse a folder, named by `flag`, that is a file, lies below one or cannot be written in."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    place = next(path for path in (folder, *folder.absolute().parents) if _is_there(path))
     if not place.is_dir():
         raise UserError(f"{place} is a file and no folder; choose another {flag}")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"{place} may not be written in; choose another {flag}")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # the folder above it may not be looked into, which is found next
+        return False
+
+
+def read_text(path: Path, what: str = "") -> str:
+    """Return the text in a person's file, in UTF-8; UserError, with `what` it is, for no such."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or f"it is no UTF-8 text ({error})"
+        raise UserError(f"cannot read {what}{path}: {reason}") from error
 
 
 def write_text(target: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from functools import cache
 from swlora.errors import UserError
 
 # Those of huggingface_hub, transformers and datasets; any of them keeps all of swlora offline.
+TIMEOUT_S = 5.0  # for the Hub to answer that it is there
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
@@ -21,8 +22,8 @@ def offline_variable() -> str | None:
 
 
 @cache
-def hub_reachable(timeout_s: float = 5.0) -> bool:
-    """Say whether the Hub answers within `timeout_s` seconds; False in offline mode.
+def hub_reachable() -> bool:
+    """Say whether the Hub answers within TIMEOUT_S; False in offline mode.
 
     A proxy that refuses the way there (403, 407) counts as no answer.
     """
@@ -31,7 +32,7 @@ def hub_reachable(timeout_s: float = 5.0) -> bool:
     from huggingface_hub import constants, get_session
 
     try:
-        status = get_session().head(constants.ENDPOINT, timeout=timeout_s).status_code
+        status = get_session().head(constants.ENDPOINT, timeout=TIMEOUT_S).status_code
     except Exception:  # any failure of name lookup, proxy, TLS or socket means the same here
         return False
     return status < 500 and status not in (403, 407)

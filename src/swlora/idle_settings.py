@@ -7,12 +7,11 @@ A configuration file may hold settings that a command leaves alone, since one fi
 """
 
 from collections.abc import Callable, Collection
-from pathlib import Path
 
 from swlora.config import OPTIONAL_SETTINGS, RunSpec, settings_of
 from swlora.config.model import KEPT_ABOVE_BYTES, ModelSpec
 from swlora.errors import UserError
-from swlora.paths import may_be_path
+from swlora.paths import expanded, may_be_path
 from swlora.run_place import RESUMABLE
 from swlora.settings import flag_name, setting_names
 
@@ -98,7 +97,7 @@ def _stays_as_it_lies(model: ModelSpec) -> bool:
     """Say whether a model stays in its .gguf file: that was asked for, or the file is large."""
     if model.frozen is not None or not model.name.endswith(".gguf"):
         return model.frozen == "gguf"
-    path = Path(model.name).expanduser()
+    path = expanded(model.name)
     return may_be_path(path) and path.is_file() and path.stat().st_size > KEPT_ABOVE_BYTES
 
 

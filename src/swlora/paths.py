@@ -9,9 +9,17 @@ def cache_dir() -> Path:
     """Return the cache folder: $SWLORA_CACHE, else $XDG_CACHE_HOME/swlora, else ~/.cache/swlora."""
     chosen = os.environ.get("SWLORA_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "swlora"
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a person's path with ~ as a home folder; where no such user is known, as it stands.
+
+    `Path.expanduser` raises RuntimeError there.
+    """
+    return Path(os.path.expanduser(path))
 
 
 def may_be_path(text: str | Path) -> bool:

@@ -22,10 +22,10 @@ from swlora.preparation import (
     PreparedTraining,
     check_reporting,
     check_weights_alike,
-    prepare_evaluation,
     prepare_training,
     replanned,
 )
+from swlora.prepared_evaluation import prepare_evaluation
 from swlora.processes import from_main
 from swlora.reporting import reporting, sampler_of
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from swlora.config import DEFAULT_BATCH_SIZE, EARLIER_BATCH_SIZE, TrainSpec
-from swlora.data.examples import Example
 from swlora.data.prefix_tree import count_group_nodes
 from swlora.data.summary import short_lines
 from swlora.data.token_sequences import Ints, TokenSequences
@@ -24,7 +23,6 @@ from swlora.run_settings import Change, specs_by_step
 
 if TYPE_CHECKING:
     from swlora.evaluation.held_out import Measurements
-    from swlora.evaluation.user_metrics import UserMetric
     from swlora.training.schedule import Schedule
 
 SAME_IN_ALL = ("train_tokens_sha256", "held_out_tokens_sha256", "tokenizer_sha256")  # processes
@@ -50,35 +48,6 @@ class PreparedTraining:
         if self.held_out is None:
             return np.zeros(0, dtype=np.int64)
         return count_group_nodes(self.held_out, trees_at_once(self.held_out))
-
-
-@dataclass(frozen=True)
-class PreparedEvaluation:
-    """The distinct prompts of a split, each with its references and its token ids.
-
-    `prompt_of` (n,) is the group of every sequence of the split: those of one prompt, or of one
-    document; `groups` are those of the prompts, in their order. `n_rows` counts what was encoded.
-    """
-
-    examples: list[Example]
-    references: list[list[str]]
-    prompts: list[list[int]]
-    prompt_of: Ints
-    groups: list[int]
-    n_rows: int
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether some of the prompts are chats."""
-        return any(example.messages for example in self.examples)
-
-    @property
-    def shown_prompts(self) -> list[str]:
-        """The prompts for a person to read: a text, or the turns of a chat."""
-        return [
-            e.prompt or "\n".join(f"{m.role}: {m.content or m.extra}" for m in e.prompt_messages)
-            for e in self.examples
-        ]
 
 
 def check_reporting(spec: TrainSpec, *, has_folder: bool) -> None:
@@ -259,48 +228,6 @@ def check_adapter(job: Job, n_steps: int) -> None:
     # The first layer stands for layers that are not found yet.
     layers = [0] if policy.needs_search else policy.resolve(anatomy.n_layers)
     check_fit(anatomy, spec.adapter, layers, n_steps=n_steps)
-
-
-def prepare_evaluation(job: Job, metric: "UserMetric | None" = None) -> PreparedEvaluation:
-    """Return the prompts to generate for; none where all rows are documents.
-
-    Raises UserError where there are no rows, where the model has no room for an answer, or where
-    there is a `metric` but no prompt.
-    """
-    from swlora.data.dataset import group_references, number_prompts
-    from swlora.data.examples import select
-    from swlora.data.known_tokens import check_prompts
-    from swlora.evaluation.decode import fitting_prompts
-    from swlora.models.anatomy import n_embeddings
-
-    split = job.spec.data.eval_split
-    used, example_of = np.unique(job.encoded(split).example_ids, return_inverse=True)
-    rows = select(job.dataset.split(split), used)  # without those that could not be encoded
-    all_groups = list(enumerate(group_references(rows)))
-    groups = [(number, e, own) for number, (e, own) in all_groups if not e.text]
-    if metric is not None and not groups:
-        raise UserError(
-            f"--metrics {metric.name} needs texts, and documents have no prompts to generate from: "
-            "leave it out, or name rows with prompts"
-        )
-    examples, prompts = [example for _, example, _ in groups], list[list[int]]()
-    if examples:
-        model, tokenizer, truncate = job.loaded.model, job.loaded.tokenizer, job.spec.data.truncate
-        prompts = fitting_prompts(
-            model, tokenizer, examples, job.dataset.separator, job.spec.decode, truncate=truncate
-        )
-        check_prompts(prompts, tokenizer, n_embeddings(model))
-    if world().is_shared:
-        tokens = {f"{split}_tokens_sha256": job.encoded(split).sequences.sha256()}
-        check_alike("data", tokens | {"tokenizer_sha256": tokenizer_sha256(job.loaded.tokenizer)})
-    return PreparedEvaluation(
-        examples,
-        [own for _, _, own in groups],
-        prompts,
-        number_prompts(rows)[example_of],
-        [number for number, _, _ in groups],
-        len(rows),
-    )
 
 
 def check_weights_alike(loaded: LoadedModel, **more: str | None) -> None:

@@ -87,7 +87,7 @@ def recover(run: Path, output: Path, progress: Progress) -> Recovered:
 def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
     from swlora.adapters.card import last_losses
     from swlora.training.checkpoint import LoopState
-    from swlora.training.loop import make_optimizer
+    from swlora.training.optimizer import make_optimizer
 
     spec = load_recorded_spec(run / "config.yaml", {})
     _check_adapter(run, spec)
@@ -97,7 +97,7 @@ def _recover(run: Path, output: Path, progress: Progress) -> Recovered:
     adapted = attached.adapted
     state = LoopState(adapted, make_optimizer(adapted, prepared.schedule.spec))
     if not state.load(run / "checkpoint", progress.say):
-        raise UserError(f"{run} holds no complete checkpoint: no step of it was kept")
+        raise UserError(f"{run} holds no complete checkpoint, no step of it was kept: train again")
     adapted.finish()
     step = state.totals.step
     metrics = [line for line in read_metrics(run) if line["step"] <= step]

@@ -12,7 +12,7 @@ from typing import Any
 from swlora.config import RunSpec, dump_yaml, load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import write_text
-from swlora.run_place import CONFIG
+from swlora.run_place import CHECKPOINT, CONFIG
 from swlora.run_settings import (
     OF_THE_CHECKPOINT,
     Change,
@@ -149,9 +149,31 @@ class Resumption:
         return before.get(name) is None and chosen is not None and value == chosen
 
 
-def check_extendable(folder: Path, result: Mapping[str, Any], flags: Values) -> None:
+def nothing_to_resume(folder: Path) -> str:
+    """Say that a run is done, and how it could go on."""
+    return f"the run in {folder} is done; there is nothing to resume (more --epochs go on with it)"
+
+
+def check_resumable(
+    folder: Path, facts: Mapping[str, Any], result: Mapping[str, Any], command: str, flags: Values
+) -> None:
+    """Raise UserError where a run cannot go on, by its run.json and its result.json."""
+    if facts["status"] == "done":
+        if not flags:
+            raise UserError(nothing_to_resume(folder))
+        _check_extendable(folder, result, flags)
+    if facts["command"] != command:
+        raise UserError(f"{folder} holds a run of {facts['command']}, not of {command}")
+    if not (folder / CONFIG).exists():
+        raise UserError(
+            f"the run in {folder} was stopped before it began; start it again, with its "
+            "settings and without --resume"
+        )
+
+
+def _check_extendable(folder: Path, result: Mapping[str, Any], flags: Values) -> None:
     """Raise UserError where a run that is done cannot be trained on, by its result.json."""
-    if not any((folder / "checkpoint").glob("state-*.safetensors")):
+    if not any((folder / CHECKPOINT).glob("state-*.safetensors")):
         raise UserError(
             f"the run in {folder} is done and holds no checkpoint (older versions kept none, nor "
             f"does --method full); `swlora train --adapter {folder}` starts a new run from its "

@@ -1,14 +1,18 @@
-"""Where a run may begin: a folder that holds no other run, or a fresh one."""
+"""Where a run may begin: a folder without another run, or a fresh one; what is put right there."""
 
+import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from swlora.errors import UserError
-from swlora.files import is_scratch, make_folder
+from swlora.files import is_scratch, make_folder, remove_scratch, restore_folder
 from swlora.work_folder import present_status, read_facts
 
 RUN = "run.json"
+ADAPTERS, CHECKPOINT = ("adapter", "best"), "checkpoint"  # folders there
 CONFIG = "config.yaml"
 DEFAULT_PARENT = Path("runs")
 RESUMABLE = ("train", "train-eval")
@@ -33,6 +37,23 @@ def check_free(folder: Path) -> None:
         f"{folder} already holds a run ({present_status(folder / RUN, facts)}); choose another "
         "--output" + (" or continue it with --resume" if can_resume else "")
     )
+
+
+def tidy(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Remove what a kill left half-written, or half-removed after the end of the run.
+
+    Checkpoints of a training that is done stay, for more epochs; those of `full`, which are three
+    models each, go.
+    """
+    checkpoint = folder / CHECKPOINT
+    remove_scratch(folder)
+    remove_scratch(checkpoint)
+    for name in ADAPTERS:
+        restore_folder(folder / name)
+    method = facts.get("settings", {}).get("adapter.method")
+    may_be_extended = facts["command"] in RESUMABLE and (method != "full" or STOPPED in facts)
+    if facts["status"] == "done" and not may_be_extended:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def default_folder(command: str) -> Path:

@@ -2,7 +2,8 @@
 
     config.yaml     the resolved configuration        metrics.jsonl   one line a report, appended
     run.json        status, seed, versions, facts     result.json     what came out
-    checkpoint/     the newest complete snapshot      adapter/        a standard PEFT adapter
+    checkpoint/     the newest complete snapshots     adapter/, best/ standard PEFT adapters
+    samples.jsonl   texts on the way                  config.original.yaml  settings before changes
 
 Status is running, done, failed (with the reason) or cancelled. Every file but metrics.jsonl is
 replaced atomically. A run has begun when it has both run.json and, written after it, config.yaml.
@@ -12,7 +13,6 @@ is done stay for more epochs, or go. Whoever opens a run puts right what a kill 
 
 import os
 import platform
-import shutil
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -25,8 +25,6 @@ from swlora.files import (
     check_writable,
     read_json,
     remove_files,
-    remove_scratch,
-    restore_folder,
     write_json,
     write_text,
 )
@@ -34,8 +32,10 @@ from swlora.idle_settings import check_effects
 from swlora.locks import lock_folder
 from swlora.metrics_file import append_metrics, read_metrics, sync_metrics, truncate_metrics
 from swlora.result_json import as_json
-from swlora.resumption import Resumption, Told, check_extendable
+from swlora.resumption import Resumption, Told, check_resumable, nothing_to_resume
 from swlora.run_place import (
+    ADAPTERS,
+    CHECKPOINT,
     CONFIG,
     DEFAULT_PARENT,
     NEEDED,
@@ -46,11 +46,12 @@ from swlora.run_place import (
     default_folder,
     made_default_folder,
     make_run_folder,
+    tidy,
 )
 from swlora.run_settings import Change, flat
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
 
-ADAPTERS, RESULT = ("adapter", "best"), "result.json"
+RESULT = "result.json"
 
 
 class Run(WorkFolder):
@@ -120,7 +121,7 @@ class Run(WorkFolder):
         if self._is_entered:
             self._take()
         check_free(self.folder)
-        self._tidy()
+        tidy(self.folder, self.facts)
         # Of a run that came to nothing: not of this one
         remove_files([self.folder / CONFIG], "choose another --output")
         self._spec = spec or self._spec
@@ -196,47 +197,22 @@ class Run(WorkFolder):
         facts = read_run(folder)
         run = cls(folder, facts, RunSpec())
         run.has_begun = True
-        run._tidy()
+        tidy(folder, facts)
         if facts.pop(STOPPED, None) is not None:
             facts["status"] = "running"  # its steps are not all done
-        if facts["status"] == "done":
-            if not flags:
-                raise UserError(_nothing_to_resume(folder))
-            check_extendable(folder, read_result(folder), flags)
-        if facts["command"] != command:
-            raise UserError(f"{folder} holds a run of {facts['command']}, not of {command}")
-        if not (folder / CONFIG).exists():
-            raise UserError(
-                f"the run in {folder} was stopped before it began; start it again, with its "
-                "settings and without --resume"
-            )
+        result = read_result(folder) if facts["status"] == "done" else {}
+        check_resumable(folder, facts, result, command, flags)
         run._resumption = Resumption(folder, facts, flags, forced)
         if facts["status"] == "done" and not run._resumption.leaves_it_done:  # flags as it had them
-            raise UserError(_nothing_to_resume(folder))
+            raise UserError(nothing_to_resume(folder))
         run._spec = run._resumption.spec
         check_effects(command, run._spec, flags)
         return run, run._spec
 
-    def _tidy(self) -> None:
-        """Remove what a kill left half-written, or half-removed after the end of the run."""
-        remove_scratch(self.folder)
-        remove_scratch(self.checkpoint)
-        for name in ADAPTERS:
-            restore_folder(self.folder / name)
-        if self.facts["status"] == "done" and not self._can_be_extended:
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
-
-    @property
-    def _can_be_extended(self) -> bool:
-        """Whether checkpoints stay, for more epochs; those of `full` are three models each."""
-        method = self.facts.get("settings", {}).get("adapter.method")
-        is_small = method != "full" or STOPPED in self.facts
-        return self.facts["command"] in RESUMABLE and is_small
-
     @property
     def checkpoint(self) -> Path:
         """The folder of the snapshot."""
-        return self.folder / "checkpoint"
+        return self.folder / CHECKPOINT
 
     def changes_from(self, n_done: int) -> list[Change]:
         """Return the changes of settings so far, with those that hold from step `n_done` on."""
@@ -304,7 +280,7 @@ class Run(WorkFolder):
                 return self  # until it is known that there is something to do
             try:
                 if is_new and read_run(self.folder)["status"] == "done":  # by another process
-                    raise UserError(_nothing_to_resume(self.folder))
+                    raise UserError(nothing_to_resume(self.folder))
                 self._record_start()
             except BaseException:
                 self._lock.release()
@@ -322,7 +298,7 @@ class Run(WorkFolder):
             self.facts["status"] = "done"
         self.add_timing("total", time.perf_counter() - self._start_s)
         if error is None:  # the disk says so: what is needed to go on may go
-            self._tidy()
+            tidy(self.folder, self.facts)
 
     def _check_whole(self) -> None:
         """Refuse to call a training done whose adapter somebody removed after it was saved."""
@@ -354,7 +330,3 @@ def read_result(folder: Path) -> dict[str, Any]:
     """Read result.json; empty where nothing came out so far."""
     path = folder / RESULT
     return read_json(path) if path.exists() else {}
-
-
-def _nothing_to_resume(folder: Path) -> str:
-    return f"the run in {folder} is done; there is nothing to resume (more --epochs go on with it)"

@@ -212,13 +212,11 @@ def _answers(found: DataPreview, prompt_tokens: int) -> _Answers:
 
 def longest_prompt_tokens(job: Job) -> int:
     """Return the tokens of the longest prompt that an evaluation continues; 0 where none is."""
-    from swlora.data.dataset import group_references
+    from swlora.data.dataset import asked_of
     from swlora.data.encode import encode_prompts
-    from swlora.data.examples import select
 
     split, dataset = job.spec.data.eval_split, job.dataset
-    usable = select(dataset.split(split), np.unique(job.encoded(split).example_ids))
-    asked = [example for example, _ in group_references(usable) if not example.text]
+    asked = asked_of(dataset.split(split), job.encoded(split).example_ids).examples
     if not asked:
         return 0
     return max(map(len, encode_prompts(asked, dataset.separator, job.loaded.tokenizer)))

@@ -13,7 +13,7 @@ ANSWER = {"role": "assistant", "content": "So."}
 AGAIN = {"role": "user", "content": 'And "then"?\nYes.'}
 SYSTEM = {"role": "system", "content": "Be brief."}
 CHATS = ([ASK], [ASK, ANSWER, AGAIN], [ASK, ANSWER, AGAIN, ANSWER, ASK, ANSWER, AGAIN])
-DATED, UNEVEN = ("Llama 3", "SmolLM3"), ("Mistral",)
+UNEVEN = ("Mistral",)
 SYSTEMLESS = ("Gemma 2",)
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from swlora.cli.app import app
 from swlora.config import RunSpec, load_spec
 from swlora.deploy.hub_files import Contents
-from swlora.deploy.run_notes import command_of
+from swlora.deploy.run_notes import command_of, training_sections
 from swlora.deploy.scored import check_scored
 from swlora.errors import UserError
 from swlora.files import write_json
@@ -46,6 +46,20 @@ def test_a_runs_card_has_its_command_timings_and_scores(small, swlora, tmp_path)
     assert "examples/s in training" in card
     assert "Licence of the data: unknown: fill in" in card
     assert ModelCard(card).data.library_name == "peft"
+
+
+def test_a_card_that_is_no_text_is_told(swlora, adapter):
+    (adapter / "README.md").write_bytes(b"\xff\xfe")
+    said = swlora("push", "--adapter", adapter, *REPO, "--dry-run").mistake
+    assert "cannot read" in said and "README.md: it is no UTF-8 text" in said
+
+
+def test_super_weights_that_cannot_be_read_are_told(tmp_path):
+    write_json(tmp_path / "result.json", {"identify": {"candidates": 3}})
+    write_json(tmp_path / "run.json", {"command": "identify", "status": "done"})
+    (tmp_path / "config.yaml").write_text("{}\n")
+    with pytest.raises(UserError, match=r"result\.json holds no readable super weights"):
+        list(training_sections(tmp_path))
 
 
 def test_scores_may_come_from_another_run_and_are_not_those_of_best(

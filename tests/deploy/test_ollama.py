@@ -158,7 +158,7 @@ def test_mistakes_are_one_line_and_leave_no_folder(folder, swlora):
         "taken is in use": ("--output", "taken"),
         "has a context of 256 tokens": ("--num-ctx", 257),
         "leave --template out": ("--no-chat", "--template", "own.gotmpl"),
-        "own.gotmpl cannot be read": ("--template", "own.gotmpl"),
+        "cannot read --template own.gotmpl": ("--template", "own.gotmpl"),
         "a chat: leave out --no-chat": ("--no-chat", "--system", "Be kind."),
         "writes no .System": ("--system", "Be kind.", "--template", "plain.gotmpl"),
     }

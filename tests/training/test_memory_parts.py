@@ -21,7 +21,6 @@ from swlora.models.gguf_frozen import load_gguf_frozen
 from swlora.progress import Silent
 from swlora.training.fitting import fit_into_memory
 from swlora.training.live_bytes import LiveBytes
-from swlora.training.loop import make_optimizer
 from swlora.training.memory_parts import (
     Passes,
     adapted_maps,
@@ -29,6 +28,7 @@ from swlora.training.memory_parts import (
     memory_parts,
     weights_bytes,
 )
+from swlora.training.optimizer import make_optimizer
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
 from swlora.training.step_memory import RESIDENT, measured_without_graph

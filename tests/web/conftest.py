@@ -32,7 +32,6 @@ from swlora.web.training.worker import Worker
 
 BASE = "tiny"
 ZEROED = WeightAddress(1, "mlp.down_proj", 7, 11)
-ZEROED_ID = "1:mlp.down_proj:7:11"
 LARGE = 40.0  # the weight there: without it, the model says something else
 
 

@@ -16,7 +16,7 @@ from swlora.config import BUILTIN_MODEL, ModelSpec, load_spec
 from swlora.errors import UserError
 from swlora.models.identity import weights_sample_sha256
 from swlora.models.load import LoadedModel, load_model
-from swlora.paths import may_be_path
+from swlora.paths import expanded, may_be_path
 
 
 def load_with_adapter(
@@ -99,7 +99,7 @@ def _recorded_base(adapter: Path) -> dict[str, Any]:
     run_settings = adapter.parent / "config.yaml"
     if run_settings.is_file():  # the adapter lies in the folder of its run
         of_run = load_spec(run_settings, {}).model
-        if Path(of_run.name).expanduser().exists():
+        if expanded(of_run.name).exists():
             return {"name": of_run.name, "tokenizer": of_run.tokenizer}
     name = config.get("base_model_name_or_path")
     is_local = isinstance(name, str) and may_be_path(name) and Path(name).exists()

@@ -16,6 +16,7 @@ from swlora.config import RunSpec, load_spec
 from swlora.errors import UserError
 from swlora.idle_settings import check_effects
 from swlora.joint_run import joint_run
+from swlora.paths import expanded
 from swlora.processes import world
 from swlora.progress import Progress, Silent
 from swlora.result_json import as_json
@@ -156,8 +157,8 @@ class Call:
 
 
 def path_of(given: PathLike | None) -> Path | None:
-    """Return a path that was given as such or as a text."""
-    return None if given is None else Path(given)
+    """Return a path that was given as such or as a text, with ~ as a home folder."""
+    return None if given is None else expanded(os.fspath(given))
 
 
 def nearest(name: str, known: Collection[str]) -> str:

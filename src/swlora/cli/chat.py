@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from swlora.config import DecodeSpec, RunSpec
 from swlora.errors import UserError
+from swlora.paths import expanded
 from swlora.progress import Progress
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _obey(conversation: "Conversation", line: str) -> bool:
         conversation.system = rest or None
         _say("the system turn is set" if rest else "there is no system turn")
     elif command == "/adapter" and rest:
-        conversation.use(Path(rest).expanduser())
+        conversation.use(expanded(rest))
         _say(f"answers now come from {conversation.adapter}")
     elif command == "/adapter":
         raise UserError("/adapter needs a folder: /adapter runs/mine")

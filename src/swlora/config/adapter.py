@@ -1,11 +1,10 @@
 """The section `adapter`, and which methods have which of its settings."""
 
-from pathlib import Path
 from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from swlora.config.fields import Layers, NameList, Spec
+from swlora.config.fields import HomePath, Layers, NameList, Spec
 from swlora.layer_policy import parse_policy
 from swlora.settings import flag_name
 
@@ -53,7 +52,7 @@ class AdapterSpec(Spec):
         "random:4:SEED, 2,11",
     )
 
-    start: Path | None = Field(
+    start: HomePath | None = Field(
         default=None,
         description="adapter or run folder to start from: method, size and place are its own, the "
         "model too where --model is not given [default: a new adapter]",

@@ -1,8 +1,10 @@
 """What all sections of a configuration are made of: their base, and types of their values."""
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -14,6 +16,7 @@ from pydantic_core import PydanticKnownError
 
 from swlora.errors import UserError
 from swlora.layer_policy import LayerPolicy, parse_policy
+from swlora.paths import expanded
 
 
 class Spec(BaseModel):
@@ -46,6 +49,7 @@ def join_list(value: object) -> object:
 
 
 NameList = Annotated[list[str], SPLIT]
+HomePath = Annotated[Path, AfterValidator(expanded)]  # a shell expands ~, YAML does not
 
 
 def one_or_many(value: object) -> object:

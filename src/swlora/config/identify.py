@@ -1,10 +1,8 @@
 """The section `identify`."""
 
-from pathlib import Path
-
 from pydantic import Field
 
-from swlora.config.fields import PromptList, Spec
+from swlora.config.fields import HomePath, PromptList, Spec
 
 
 class IdentifySpec(Spec):
@@ -17,7 +15,7 @@ class IdentifySpec(Spec):
     controls: int = Field(
         default=20, ge=1, le=1000, description="other weights zeroed to compare, for each candidate"
     )
-    text: Path | None = Field(
+    text: HomePath | None = Field(
         None, description="plain text for perplexity; default: the shipped one"
     )
     windows: int = Field(

@@ -117,6 +117,35 @@ def group_references(examples: Iterable[Example]) -> list[tuple[Example, list[st
     return list(groups.values())
 
 
+@dataclass(frozen=True)
+class Asked:
+    """The distinct prompts that an evaluation asks of a split, each with all its references.
+
+    `groups` are their numbers among all groups of the split, which are prompts and documents in
+    file order; `group_of` (n,) is the group of every sequence. `n_rows` counts the rows.
+    """
+
+    examples: list[Example]
+    references: list[list[str]]
+    groups: list[int]
+    group_of: NDArray[np.int64]
+    n_rows: int
+
+
+def asked_of(rows: Sequence[Example], example_ids: NDArray[np.int64]) -> Asked:
+    """Return what is asked of a split whose sequences came from `rows`: from which, (n,)."""
+    used, row_of = np.unique(example_ids, return_inverse=True)
+    usable = select(rows, used)  # without those that could not be encoded
+    found = [(k, e, own) for k, (e, own) in enumerate(group_references(usable)) if not e.text]
+    return Asked(
+        [example for _, example, _ in found],
+        [own for _, _, own in found],
+        [number for number, _, _ in found],
+        number_prompts(usable)[row_of],
+        len(usable),
+    )
+
+
 def number_prompts(examples: Sequence[Example]) -> NDArray[np.int64]:
     """Return the number (n,) of each row's distinct prompt, in the order of `group_references`.
 

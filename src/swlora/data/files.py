@@ -11,7 +11,7 @@ from pathlib import Path
 
 from swlora.data.records import READERS, ending
 from swlora.errors import UserError
-from swlora.paths import may_be_path
+from swlora.paths import expanded, may_be_path
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -37,7 +37,7 @@ def data_files(name: str) -> list[Path]:
     Raises UserError for a folder or a pattern without a file that can be read, and where rows are
     packed in a way that is not read: the rest alone would be trained in silence.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not may_be_path(path):
         return []
     if path.is_file():

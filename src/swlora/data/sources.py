@@ -23,7 +23,7 @@ from swlora.data.records import READERS, ending
 from swlora.data.rows import Row, Rows, collect_rows, dataset_of, read_files, recognise
 from swlora.data.sample import make_sample
 from swlora.errors import DataError, UserError
-from swlora.paths import may_be_path
+from swlora.paths import expanded, may_be_path
 from swlora.settings import flag_name
 
 SAMPLE_SOURCE = "the built-in sample (made from a grammar; not E2E)"
@@ -47,7 +47,7 @@ def load_dataset(spec: DataSpec) -> Dataset:
 
 
 def _load(spec: DataSpec) -> Dataset:
-    path = Path(spec.name).expanduser()
+    path = expanded(spec.name)
     if spec.name in (SAMPLE_DATASET, DEFAULT_DATASET):
         _refuse_settings(spec, (*_OF_FILES, *_OF_HUB))
         return _load_sample(SAMPLE_SOURCE) if spec.name == SAMPLE_DATASET else _load_default(spec)
@@ -80,7 +80,7 @@ def _refuse_settings(spec: DataSpec, names: tuple[str, ...]) -> None:
 def _load_default(spec: DataSpec) -> Dataset:
     if folder := os.environ.get(E2E_FOLDER_VARIABLE):
         try:
-            return load_e2e_folder(Path(folder).expanduser(), spec.skip_bad_rows)
+            return load_e2e_folder(expanded(folder), spec.skip_bad_rows)
         except UserError as error:
             raise type(error)(f"{E2E_FOLDER_VARIABLE}: {error}") from error
     try:
@@ -104,7 +104,7 @@ def _load_sample(source: str) -> Dataset:
 
 
 def _load_files(files: list[Path], spec: DataSpec) -> Dataset:
-    by_split = split_files(files, Path(spec.name).expanduser())
+    by_split = split_files(files, expanded(spec.name))
     recogniser = Recogniser(spec.named_columns)
     parts = {
         split: read_files(of_split, recogniser, spec.skip_bad_rows)
@@ -170,7 +170,7 @@ def _with_held_out(
     if spec.eval_file is not None:
         if spec.eval_share is not None:
             raise UserError("--eval-file is evaluated on: leave out --eval-share")
-        path = spec.eval_file.expanduser()
+        path = expanded(spec.eval_file)
         files = data_files(str(path))
         if not files:
             raise UserError(f"the evaluation file {path} must be one of {', '.join(READERS)}")

@@ -17,10 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from swlora.errors import UserError
+
+
+def own_seed(seed: int, number: int) -> int:
+    """Return the seed, of 64 bits, of text `number` of those that one `seed`, 0 or more, is for."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0])
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from swlora.deploy.hub_places import BASE, is_place, places_in, published_text
 from swlora.deploy.merge_report import MERGE_REPORT, gguf_report, read_report
 from swlora.deploy.merged_card import USAGE, merged_card
 from swlora.deploy.peft_card import is_blank_template
-from swlora.deploy.run_notes import read_result, score_sections, training_sections
+from swlora.deploy.run_notes import score_sections, training_sections
 from swlora.deploy.scored import check_scored
 from swlora.errors import UserError, brief
+from swlora.files import read_text
+from swlora.runs import read_result
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def card_for(contents: Contents, asked: Path | None, sources: CardSources) -> Ca
     """
     folder = contents.folder
     path = folder / CARD
-    kept = path.read_text(encoding="utf-8") if path.is_file() else None
+    kept = read_text(path) if path.is_file() else None
     is_template = kept is not None and is_blank_template(kept)
     if kept is not None and not is_template and not is_untouched(kept):
         if sources.licence or sources.scores:

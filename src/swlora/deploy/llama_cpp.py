@@ -23,6 +23,7 @@ from torch import Tensor
 
 from swlora.errors import RunFailedError, UserError
 from swlora.models.gguf_header import read_gguf_table
+from swlora.paths import expanded
 
 PACKAGE = "node-llama-cpp"
 TESTED_VERSION = "3.21.1"
@@ -101,7 +102,7 @@ def find_llama_cpp(named: Path | None = None) -> LlamaCpp | None:
     place = named if named is not None else Path(variable) if variable else None
     node = _node()
     if place is not None:
-        package = _package_in(place.expanduser())
+        package = _package_in(expanded(place))
         flag = "--llama-cpp" if named is not None else VARIABLE
         if package is None:
             raise UserError(f"{flag}: {place} holds no {PACKAGE}; `{INSTALL}` there installs it")
@@ -194,7 +195,8 @@ def _run(llama_cpp: LlamaCpp, request: dict[str, Any], model: Path, timeout_s: f
         )
     except subprocess.TimeoutExpired:
         raise RunFailedError(
-            f"llama.cpp was not done with {model.name} in {timeout_s:.0f} s"
+            f"llama.cpp was not done with {model.name} in {timeout_s:.0f} s; try it again while "
+            "nothing else runs, or with a smaller model"
         ) from None
     except OSError as error:
         raise RunFailedError(f"{llama_cpp.node} cannot be run: {error}") from error

@@ -18,7 +18,7 @@ from swlora.deploy.merge_report import was_trained_on_chats
 from swlora.deploy.new_folder import check_new, new_folder
 from swlora.deploy.ollama_files import check_same_model, has_other_template, read_files
 from swlora.errors import UserError
-from swlora.files import write_text
+from swlora.files import read_text, write_text
 from swlora.models.gguf_header import GgufHeader
 from swlora.models.gguf_tokenizer import adds_bos
 
@@ -127,10 +127,7 @@ def _why_no_system(settings: Settings, tokenizer: Any) -> str:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--template: {path} cannot be read: {error}") from error
+    text = read_text(path, "--template ")
     if '"""' in text:
         raise UserError(f"--template: {path} holds three quotation marks, which end it in Ollama")
     return text

@@ -3,17 +3,18 @@
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from swlora.command_settings import SETTINGS
 from swlora.config import RunSpec, load_recorded_spec
 from swlora.errors import UserError
-from swlora.files import read_json
 from swlora.paths import may_be_path
 from swlora.plural import counted
 from swlora.result_json import from_json
-from swlora.runs import read_run
+from swlora.runs import read_result, read_run
 from swlora.settings import SECRET, flag_name
+
+T = TypeVar("T")
 
 
 def training_sections(run: Path) -> Iterator[str]:
@@ -23,7 +24,7 @@ def training_sections(run: Path) -> Iterator[str]:
     yield f"```\n{command_of(load_recorded_spec(run / 'config.yaml', {}), facts['command'])}\n```"
     yield _timings(facts, result)
     if found := result.get("identify"):
-        yield from _super_weights(found)
+        yield from _super_weights(run, found)
 
 
 def score_sections(run: Path) -> Iterator[str]:
@@ -34,10 +35,7 @@ def score_sections(run: Path) -> Iterator[str]:
     scored = read_result(run).get("eval")
     if scored is None:
         return
-    try:
-        evaluated = from_json(Evaluated, scored, partial=True)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{run / 'result.json'} holds no readable scores: {error}") from error
+    evaluated = _read_back(Evaluated, scored, run, "scores")
     data = _plain(str(load_recorded_spec(run / "config.yaml", {}).data.name))
     yield "## Scores"
     yield (
@@ -47,9 +45,12 @@ def score_sections(run: Path) -> Iterator[str]:
     yield f"```\n{evaluation_table(evaluated)}\n```"
 
 
-def read_result(run: Path) -> dict[str, Any]:
-    """Return what came out of a run; empty where nothing did."""
-    return read_json(run / "result.json") if (run / "result.json").is_file() else {}
+def _read_back(kind: type[T], values: Any, run: Path, what: str) -> T:
+    """Return a part of what came out of a run; UserError, naming `what` it is, where it is none."""
+    try:
+        return from_json(kind, values, partial=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run / 'result.json'} holds no readable {what}: {error}") from error
 
 
 def command_of(spec: RunSpec, command: str) -> str:
@@ -96,11 +97,11 @@ def _timings(facts: dict[str, Any], result: dict[str, Any]) -> str:
     return f"It took: {shown or 'less than a second'}{speed} ({facts.get('machine', 'unknown')})."
 
 
-def _super_weights(found: dict[str, Any]) -> Iterator[str]:
+def _super_weights(run: Path, found: dict[str, Any]) -> Iterator[str]:
     from swlora.superweights.findings import Identified
     from swlora.superweights.report import COLUMNS, answer, rows
 
-    identified = from_json(Identified, found, partial=True)
+    identified = _read_back(Identified, found, run, "super weights")
     yield "## Super weights"
     lines = [COLUMNS, ["-"] * len(COLUMNS), *rows(identified)]
     yield "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import torch
 
 from swlora.adapters.reach import is_covered
@@ -26,7 +25,7 @@ from swlora.data.examples import Example
 from swlora.data.known_tokens import check_prompts
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
 from swlora.decoding.beams import BeamDecoder, BeamSettings
-from swlora.decoding.sampling import OwnDraws, Sampling
+from swlora.decoding.sampling import OwnDraws, Sampling, own_seed
 from swlora.errors import UserError
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
@@ -176,8 +175,7 @@ def _request(i: int, prompt: Sequence[int], spec: DecodeSpec, seed: int) -> Deco
 
 
 def _sampling(i: int, spec: DecodeSpec, seed: int) -> Sampling:
-    own_seed = int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
-    return Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=own_seed)
+    return Sampling(temperature=spec.temperature, top_p=spec.top_p, seed=own_seed(seed, i))
 
 
 def _by_beams(

@@ -9,6 +9,7 @@ from swlora.evaluation.bootstrap import score_intervals
 from swlora.evaluation.evaluated import Scored
 from swlora.evaluation.scores import segment_statistics
 from swlora.evaluation.text_scores import text_rows, text_scores
+from swlora.files import read_text
 from swlora.plural import counted
 
 
@@ -56,9 +57,4 @@ def read_references(path: Path) -> list[list[str]]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    return read_text(path).removeprefix("\ufeff").removesuffix("\n").split("\n")

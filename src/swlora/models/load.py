@@ -25,7 +25,7 @@ from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.skeleton import make_skeleton
 from swlora.models.tokenizer_folder import TOKENIZER, check_added_tokens, check_tokenizer_folder
 from swlora.models.weights_room import bytes_if_quantised, check_weights_fit
-from swlora.paths import may_be_path
+from swlora.paths import expanded, may_be_path
 from swlora.plural import counted
 from swlora.threads import settle_threads
 
@@ -147,7 +147,7 @@ def settled_model(spec: ModelSpec) -> ModelSpec:
 
 
 def _find(spec: ModelSpec) -> _Place:
-    path = Path(spec.name).expanduser()
+    path = expanded(spec.name)
     if spec.frozen is not None and not spec.name.endswith(".gguf"):
         raise UserError(f"--frozen is about .gguf files, and {spec.name} is none; leave it out")
     if (settled := settled_model(spec)) != spec:
@@ -186,7 +186,7 @@ def _find_on_hub(spec: ModelSpec) -> _Place:
 
 
 def _find_tokenizer(name: str) -> str:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if may_be_path(path) and path.is_dir():
         return str(path)
     if cached_file(name, "tokenizer.json") or hub_reachable():
@@ -311,7 +311,10 @@ def _check_tokenizer(model: Any, tokenizer: Any, name: str) -> None:
     if tokenizer.eos_token_id is None:
         eos = getattr(model.config, "eos_token_id", None)
         if not isinstance(eos, int) or eos >= min(n_known, len(tokenizer)):
-            raise UserError("neither tokenizer nor model names the end-of-sequence token")
+            raise UserError(
+                "neither tokenizer nor model names the end-of-sequence token: name one as "
+                "eos_token in its tokenizer_config.json, in a copy of the model's folder"
+            )
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= n_known:
         tokenizer.pad_token = tokenizer.eos_token

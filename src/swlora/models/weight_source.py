@@ -160,7 +160,7 @@ def _weight_map(index: Path) -> dict[str, Any]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise UserError(f"{index} is damaged") from error
+        raise UserError(f"{index} is damaged: fetch the model again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} names no weights")
     return weight_map

@@ -9,14 +9,11 @@ import copy
 import importlib.util
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from swlora.config import BUILTIN_MODEL, DataSpec, ModelSpec, RunSpec
 from swlora.errors import UserError
-from swlora.paths import may_be_path
+from swlora.paths import expanded, may_be_path
 from swlora.study.arms import Arm, arms_of
 from swlora.study.spec import StudySpec
 from swlora.study.study_file import arm_problems
@@ -144,7 +141,7 @@ def _not_at_hand(spec: ModelSpec, may_fetch: bool) -> str | None:
     if spec.name == BUILTIN_MODEL:
         ready = may_fetch or unpacked_folder().is_dir()
         return None if ready else "the model: the embedded one is not unpacked yet"
-    path = Path(spec.name).expanduser()
+    path = expanded(spec.name)
     is_local = spec.name.endswith(".gguf") or spec.name.startswith(("/", ".", "~"))
     is_local = is_local or (may_be_path(path) and path.is_dir())
     if is_local or cached_file(spec.name, "config.json", spec.revision) or hub_reachable():
@@ -183,8 +180,8 @@ def _check_data(checked: Checked, tokenizer: Any) -> None:
 
 def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -> None:
     """Raise UserError where rows or generated text would not fit into the model's context."""
+    from swlora.data.dataset import asked_of
     from swlora.data.encode import encode_examples
-    from swlora.data.examples import select
     from swlora.data.known_tokens import check_sequences
     from swlora.evaluation.decode import fitting_prompts
     from swlora.models.anatomy import context_tokens, n_embeddings
@@ -201,19 +198,16 @@ def _check_lengths(checked: Checked, split: str, dataset: Any, tokenizer: Any) -
     )
     check_sequences(encoded, examples, tokenizer, n_embeddings(checked.model))
     if split == spec.data.eval_split:
-        usable = select(examples, np.unique(encoded.example_ids))
-        asked = [example for example in usable if not example.text]
+        asked = asked_of(examples, encoded.example_ids).examples
         if not asked:
-            raise UserError("documents have no prompts, and a study compares texts")
-        for decode in [spec.decode, spec.beam.decode] if spec.beam.arms else [spec.decode]:
-            fitting_prompts(
-                checked.model,
-                tokenizer,
-                asked,
-                dataset.separator,
-                decode,
-                truncate=spec.data.truncate,
+            raise UserError(
+                "documents have no prompts, and a study compares texts: name rows with prompts"
             )
+        ways = [spec.decode, *([spec.beam.decode] if spec.beam.arms else [])]
+        longest = max(ways, key=lambda way: way.max_new_tokens)  # the other has room where it has
+        fitting_prompts(
+            checked.model, tokenizer, asked, dataset.separator, longest, truncate=spec.data.truncate
+        )
 
 
 def _check_arms(checked: Checked) -> None:

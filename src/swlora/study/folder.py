@@ -14,19 +14,19 @@ reason}, where `same_as` is the arm whose runs are this one's too,
 system's, of the last minute.
 """
 
-import os
 import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import psutil
 from pydantic import ValidationError
 
 from swlora.config import dump_yaml
 from swlora.config.yaml_file import read_mapping
 from swlora.errors import UserError
-from swlora.files import read_json, write_text
+from swlora.files import check_writable, read_json, write_text
 from swlora.matrix_peak import processor
 from swlora.study.spec import StudySpec
 from swlora.work_folder import Status, WorkFolder, facts_of_now, read_facts
@@ -115,8 +115,7 @@ def check_folder(path: Path, spec: StudySpec) -> bool:
 
     Raises UserError where it holds something else; a different study is told by what differs.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; --output names a folder")
+    check_writable(path, "--output")
     if not (path / "study.json").exists():
         if path.exists() and any(path.iterdir()):
             raise UserError(f"{path} is not empty and holds no study; choose another --output")
@@ -167,12 +166,12 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 def machine_facts() -> dict[str, Any]:
     """Return what the timings depend on: processor, cores that may be used, memory, system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    from swlora.threads import n_usable_cores  # torch, which `compare --help` shall not wait for
+
     return {
         "cpu": processor(),
-        "cores": cores,
-        "memory_bytes": memory,
+        "cores": n_usable_cores(),
+        "memory_bytes": int(psutil.virtual_memory().total),
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",
     }

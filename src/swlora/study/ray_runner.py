@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from swlora.config import dump_yaml
 from swlora.files import write_text
 from swlora.metrics_file import METRICS
+from swlora.paths import expanded
 from swlora.study.folder import StudyFolder, remove
 from swlora.study.live import Board, View
 from swlora.study.plan import Task
@@ -124,7 +125,7 @@ class RayRunner(Runner):
         study = self._study.folder
         order = order_of(task, dump_yaml(task.spec), study, self._token, self._cluster.n_cpus)
         names = {"model": task.spec.model.name, "data": task.spec.data.name}
-        order["paths"] = {w: n for w, n in names.items() if Path(n).expanduser().exists()}
+        order["paths"] = {w: n for w, n in names.items() if expanded(n).exists()}
         if task.adapter and not self._all_see:
             order["adapter_files"] = read_files(study / task.adapter)
         return order

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from swlora.errors import UserError
+from swlora.files import read_text
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import Anatomy, WeightAddress
 from swlora.plural import counted
@@ -28,11 +29,7 @@ def text_windows(tokenizer: Any, text: Path | None, n: int, window_tokens: int) 
     if text is None:
         content = resources.files("swlora.superweights").joinpath("english.txt").read_text("utf-8")
     else:
-        try:
-            content = text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read the text {text}: {reason}") from error
+        content = read_text(text, "the text ")
     token_ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
     start = window_start(tokenizer)
     n_needed = n * (window_tokens - len(start))

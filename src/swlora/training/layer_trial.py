@@ -82,7 +82,7 @@ def plan_trial(schedule: Schedule, sequences: TokenSequences, budget: float) -> 
 
 @dataclass(frozen=True)
 class TrialLosses:
-    """Held-out losses in nats a token: before, after `n_early` steps, and after all of them.
+    """Held-out losses in nats a token: before, after the first `plan.n_trial` steps, and after all.
 
     None where the training broke off because its loss or gradient was not finite.
     """

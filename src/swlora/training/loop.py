@@ -28,6 +28,7 @@ from swlora.threads import adapt_threads, adapted_threads, fix_threads, others_s
 from swlora.training.callbacks import Callback, StepReport
 from swlora.training.checkpoint import Checkpoints, LoopState, Totals
 from swlora.training.device_update import decides_on_device, update_where_finite
+from swlora.training.optimizer import make_optimizer
 from swlora.training.pace import SHOWN_BUSY, Pace
 from swlora.training.schedule import Schedule, Step
 from swlora.training.stopping import StopRequest
@@ -295,21 +296,3 @@ def are_usable(adapted: Adapted) -> bool:
 def _usable(adapted: Adapted) -> torch.Tensor:
     weights = [p.detach() for p in adapted.parameters.values()]
     return torch.isfinite(torch.stack(torch._foreach_norm(weights))).all()
-
-
-def make_optimizer(adapted: Adapted, spec: TrainSpec) -> torch.optim.Optimizer:
-    """Return AdamW over all that is trained."""
-    return torch.optim.AdamW(
-        rate_groups(adapted),
-        lr=spec.rate,
-        weight_decay=spec.weight_decay,
-        fused=True,
-    )
-
-
-def rate_groups(adapted: Adapted) -> list[dict[str, Any]]:
-    """Return the parameters in a group for each factor on the learning rate."""
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for name, parameter in adapted.parameters.items():
-        groups.setdefault(adapted.rate(name), []).append(parameter)
-    return [{"params": members, "factor": factor} for factor, members in groups.items()]

@@ -8,10 +8,10 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from swlora.decoding.sampling import own_seed
 from swlora.evaluation.text_stream import prompt_offsets
 from swlora.web.answers import EventStream, client_left, collect, sse
 from swlora.web.generation import Echo, Finish, Generation, TextRequest
@@ -83,8 +83,7 @@ def choices_of(text: TextRequest, n: int) -> list[TextRequest]:
     """
     requests = [text]
     for k in range(1, n):
-        entropy = [text.sampling.seed % 2**64, k]
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+        seed = own_seed(text.sampling.seed % 2**64, k)
         requests.append(replace(text, sampling=replace(text.sampling, seed=seed)))
     return requests
 

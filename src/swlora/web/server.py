@@ -14,6 +14,7 @@ import uvicorn
 
 from swlora.config import RunSpec, ServeSpec
 from swlora.errors import UserError
+from swlora.paths import expanded
 from swlora.progress import Progress
 from swlora.web.connections import BoundedProtocol
 from swlora.web.guard import Policy
@@ -35,7 +36,7 @@ def serve(spec: RunSpec, make_progress: Callable[[], Progress]) -> None:
     key = api_key(own)
     policy = Policy.of(own.host, key, own.allowed_hosts, own.cors_origins)
     check_allowed(own, has_key=key is not None)
-    if own.runs != ServeSpec().runs and not own.runs.expanduser().is_dir():
+    if own.runs != ServeSpec().runs and not expanded(own.runs).is_dir():
         raise UserError(f"there is no folder {own.runs}; --runs names the folder of your runs")
     with closing(listening_socket(own.host, own.port)) as listener:
         from swlora.web.service import load_service  # takes seconds, unlike what is checked above

@@ -19,6 +19,7 @@ from swlora.decoding.sampling import Sampling
 from swlora.errors import UserError
 from swlora.models.anatomy import n_embeddings
 from swlora.models.load import LoadedModel, load_model
+from swlora.paths import expanded
 from swlora.progress import Progress
 from swlora.web.chat_turns import turns_for
 from swlora.web.folders import RunFolders, public_name
@@ -223,7 +224,7 @@ def make_service(
     training: TrainingDesk | None = None,
 ) -> Service:
     """Put a service together; UserError for a model whose texts cannot be decoded together."""
-    folders, metrics = RunFolders(spec.runs.expanduser(), public_name(loaded.name)), Metrics()
+    folders, metrics = RunFolders(expanded(spec.runs), public_name(loaded.name)), Metrics()
     weights = ServedWeights(loaded.model, loaded.name, folders)
     host = ModelHost(loaded, folders, weights, spec.max_rows)
     cache_tokens = int(spec.cache_gb * 1e9 / cache_bytes_per_token(loaded.model))

@@ -3,6 +3,7 @@
 from swlora.config import ServeSpec
 from swlora.errors import UserError
 from swlora.files import check_writable
+from swlora.paths import expanded
 
 
 def check_allowed(spec: ServeSpec, *, has_key: bool) -> None:
@@ -18,10 +19,11 @@ def check_allowed(spec: ServeSpec, *, has_key: bool) -> None:
             "--allow-training with --allowed-hosts or --cors-origins needs a key: set "
             "SWLORA_API_KEY (or --api-key) to a secret that every client must send"
         )
-    if not spec.data_folder.expanduser().is_dir():
+    data, runs = expanded(spec.data_folder), expanded(spec.runs)
+    if not data.is_dir():
         raise UserError(
             f"there is no folder {spec.data_folder}; --data-folder names the folder of your data"
         )
-    if spec.data_folder.expanduser().resolve() == spec.runs.expanduser().resolve():
+    if data.resolve() == runs.resolve():
         raise UserError("--data-folder and --runs are one folder; give the data one of their own")
-    check_writable(spec.runs.expanduser(), "--runs")
+    check_writable(runs, "--runs")

@@ -23,6 +23,7 @@ from swlora.locks import is_locked
 from swlora.models.anatomy import Anatomy
 from swlora.models.builtin import flag_of, is_named
 from swlora.models.load import LoadedModel
+from swlora.paths import expanded
 from swlora.snapshots import has_snapshot
 from swlora.study.one_process import LOG
 from swlora.web.folders import RunEntry, known_run, public_name
@@ -72,11 +73,11 @@ class TrainingDesk:
         own = spec.serve
         if not own.allow_training or own.data_folder is None:
             return None
-        runs = own.runs.expanduser().resolve()
+        runs = expanded(own.runs).resolve()
         make_folder(runs)
         name = flag_of(loaded.name)
         return cls(
-            DataFolder(own.data_folder.expanduser(), runs),
+            DataFolder(expanded(own.data_folder), runs),
             runs,
             Worker(runs),
             tuple(model_flags(spec.model, name)),

@@ -163,4 +163,7 @@ def test_long_prompts_are_cut_where_it_was_asked_for(study, rows):
 def test_documents_have_nothing_to_compare(study, tmp_path):
     path = write_rows(tmp_path / "texts.jsonl", [{"text": f"Text {k}."} for k in range(45)])
     (problem,) = check(study("lora", data={"name": str(path)}), may_fetch=False).problems
-    assert problem == "data: dev split: documents have no prompts, and a study compares texts"
+    assert problem == (
+        "data: dev split: documents have no prompts, and a study compares texts: name rows with "
+        "prompts"
+    )

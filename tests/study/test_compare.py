@@ -198,7 +198,7 @@ def test_other_rows_under_the_same_name_are_refused(compare, request_of, tmp_pat
         compare(request_of(arms=["lora"], beam={}))
 
 
-@pytest.mark.parametrize("name", ["file", "folder", "file above"])
+@pytest.mark.parametrize("name", ["file", "folder"])
 def test_a_folder_of_something_else(name, compare, request_of, tmp_path):
     if name == "folder":
         (tmp_path / "out").mkdir()

@@ -75,3 +75,10 @@ def test_a_folder_of_an_older_version_lacks_settings_that_came_since(tmp_path):
     other = StudySpec.model_validate({"arms": ["lora"], "data": {"train_on": "last-turn"}})
     with pytest.raises(UserError, match=r"holds another study \(data\.train_on: all-turns there"):
         check_folder(tmp_path / "study", other)
+
+
+def test_a_study_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "study"):
+        with pytest.raises(UserError, match="file is a file and no folder; choose another --outp"):
+            check_folder(path, SPEC)

@@ -96,6 +96,10 @@ def test_no_name_leads_out_of_the_folder(make, browse, runs, tmp_path):
                 assert b"SECRET" not in response.content
             body = {"prompt": "Hi", "sides": [{"model": name}]}
             assert 400 <= client.post("/api/generate", json=body).status_code < 500
+        assert client.get("/api/run", params={"name": "mine"}).json()["figures"] == []
+        asked = {"name": "mine", "file": "secret.png"}  # a link in a run that is there
+        linked = client.get("/api/run/figure", params=asked)
+        assert linked.status_code == 404 and b"SECRET" not in linked.content
 
 
 def test_a_folder_that_is_not_there_yet_holds_nothing(make, browse, tmp_path, monkeypatch):

@@ -95,13 +95,17 @@ def test_only_plain_files_of_the_folder_are_listed(trainer, data, tmp_path):
     assert "No data are here yet" in look(trainer, "/train").text
 
 
-def test_the_list_is_bounded_and_leaves_the_runs_out(tmp_path):
-    write_rows(tmp_path / "runs/mine/predictions.jsonl", ROWS)
+def test_the_list_is_bounded(tmp_path):
     for k in range(MAX_FILES + 5):
         (tmp_path / f"{k:04}.txt").write_text("text")
     folder = DataFolder(tmp_path, tmp_path / "runs")
     assert len(folder.files()) == MAX_FILES and not folder.is_whole
-    assert not any(name.startswith("runs/") for name in folder.files())
+
+
+def test_the_runs_are_left_out(tmp_path):
+    for name in ("own.jsonl", "runs/top.jsonl", "runs/mine/predictions.jsonl"):
+        write_rows(tmp_path / name, ROWS)
+    assert list(DataFolder(tmp_path, tmp_path / "runs").files()) == ["own.jsonl"]
 
 
 def test_e2e_data_are_one_choice(tmp_path):

@@ -85,6 +85,10 @@ def changed(request: httpx2.Request) -> Answer:
     return Answer(200, content=b"x" * len(FILES["model.safetensors"]))
 
 
+def altered(request: httpx2.Request) -> Answer:
+    return Answer(200, content=b"x y")  # of the same length
+
+
 GATED = {"X-Error-Code": "GatedRepo"}
 INFO = "^GET /api/models/"
 
@@ -105,6 +109,7 @@ INFO = "^GET /api/models/"
         ("/large/", broken, 1, "the connection to the Hub broke"),
         ("^GET /large/", cut, 1, "run it again"),
         ("^GET /large/", changed, 1, "model.safetensors of mary/model came other than the Hub"),
+        ("^GET /.*/resolve/.*/merges.txt", altered, 1, "merges.txt of mary/model came other than"),
     ],
 )
 def test_what_fails_is_one_line_and_leaves_no_folder(

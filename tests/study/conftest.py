@@ -184,6 +184,17 @@ def study(tmp_path: Path, make_segments: Callable[..., Segments]) -> HandmadeStu
     return HandmadeStudy(tmp_path / "study", make_segments)
 
 
+@pytest.fixture
+def two_arms(study: HandmadeStudy) -> HandmadeStudy:
+    """A baseline, and layers that were found in 12 s: twice as fast a step, as good, and reach."""
+    study.arm("lora", "all")
+    study.arm("super", "super", one_off_s=12.0)
+    for seed in (0, 1):
+        study.run("lora", seed, quality=0.8, nll=1.2 + 0.004 * seed, step_s=2.0)
+        study.run("super", seed, quality=0.8, nll=1.0, step_s=1.0)
+    return study
+
+
 class FakeChildren:
     """Stands for the processes of a study's runs; `acts` says by folder what they do."""
 

@@ -1,11 +1,20 @@
-"""How numbers look, and that a table holds what it was given."""
+"""How numbers look, that a table holds what it was given, and every number its own column."""
 
 import csv
 import io
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from swlora.files import write_json
+from swlora.result_json import as_json
+from swlora.study.collect import collect
+from swlora.study.report import markdown_report
+from swlora.study.results import summarise
 from swlora.study.tables import csv_table, markdown_table, number, span
+from swlora.web.folders import RunFolders
+from swlora.web.pages.study_view import study_tables
 
 
 @pytest.mark.parametrize(
@@ -60,3 +69,52 @@ def test_csv_holds_every_single_value_under_its_name() -> None:
             "status": "failed",
         },
     ]
+
+
+def report_of(folder: Path) -> str:
+    return markdown_report(summarise(collect(folder)))
+
+
+def test_times_stand_in_their_columns(two_arms: Any) -> None:
+    """The numbers are those of `test_times` of test_results.py."""
+    report = report_of(two_arms.save())
+    names = "examples/s | speed-up, % | training, s | to the end, s | time saved, %"
+    names += " | to the baseline's NLL, s | time saved to it, % | choice of its rate, s"
+    assert f"| arm | {names} |" in report
+    baseline = "4.0 | +0.0 | 56.0 | 61.0 | +0.0 | 61.0 | +0.0 | 33.0"
+    assert f"| **lora** (baseline) | {baseline} |" in report
+    assert "| super | 8.0 | +100.0 | 28.0 | 45.0 | +26.2 | 43.0 | +29.5 | 33.0 |" in report
+
+
+def test_the_page_of_a_study_has_the_same_tables(two_arms: Any) -> None:
+    folder = two_arms.save()
+    write_json(folder / "results.json", as_json(summarise(collect(folder))))
+    (entry,) = RunFolders(folder.parent).studies().values()
+    tables = {table.title: table for table in study_tables(entry)}
+    assert list(tables) == [
+        "Quality, against the baseline",
+        "Time",
+        "All scores",
+        "What was trained",
+    ]
+    time = tables["Time"]
+    assert time.baseline == 0
+    assert time.head[:4] == ["arm", "examples/s", "speed-up, %", "training, s"]
+    assert time.rows[1][:6] == ["super", "8.0", "+100.0", "28.0", "45.0", "+26.2"]
+
+
+def test_a_verdict_stands_under_its_own_score(study: Any) -> None:
+    study.settings |= {"seeds": [0], "margin": {"bleu": 2.0, "nll": 0.05}}
+    for name, quality in (("lora", 0.8), ("mixed", 0.6)):
+        study.arm(name, "all", (0,))
+        study.run(name, 0, quality=quality, nll=1.2)
+    rows = report_of(study.save()).splitlines()
+    head, row = (
+        [cell.strip() for cell in next(r for r in rows if r.startswith(f"| {name} |")).split("|")]
+        for name in ("arm", "mixed")
+    )
+    verdicts = {name: cell for name, cell in zip(head, row, strict=True) if "verdict" in name}
+    assert verdicts == {
+        "verdict on BLEU": "inferior (one seed)",
+        "verdict on NLL": "non-inferior (one seed)",
+    }

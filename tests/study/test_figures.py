@@ -136,6 +136,38 @@ def test_bars_are_the_paired_intervals_at_the_baseline(
     assert [bar[2:] for bar in bars[len(arms) :]] == [(nll, nll) for nll in losses]
 
 
+def test_bands_and_curves_lie_where_the_numbers_are(
+    results: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    bands: list[tuple[float, float]] = []
+    panels: list[Axes] = []
+    lines: list[tuple[Any, Any]] = []
+    axhspan, plot = Axes.axhspan, Axes.plot
+
+    def noted_band(self: Axes, low: float, high: float, **style: Any) -> Any:
+        bands.append((low, high))
+        panels.append(self)
+        return axhspan(self, low, high, **style)
+
+    def noted_line(self: Axes, x: Any, y: Any, **style: Any) -> Any:
+        lines.append((x, y))
+        return plot(self, x, y, **style)
+
+    monkeypatch.setattr(Axes, "axhspan", noted_band)
+    draw_pareto(results, tmp_path / "pareto.png")
+    arms, margin = results.finished, results.margin
+    base = next(arm for arm in arms if arm.is_baseline)
+    bleu, nll = (base.scores.measured(score) for score in ("bleu", "nll"))
+    assert bands == [(bleu - margin["bleu"], bleu), (nll, nll + margin["nll"])]
+    assert [panel.yaxis_inverted() for panel in panels] == [False, True], "better is up"
+    monkeypatch.setattr(Axes, "plot", noted_line)
+    draw_curves(results, tmp_path / "curves.png")
+    # Behind them come those that lead from a label to its point.
+    assert lines[: len(arms)] == [(arm.curve.seconds, arm.curve.nll) for arm in arms]
+
+
 def test_without_a_baseline_there_is_no_margin(results: Compared, tmp_path: Path) -> None:
     others = [replace(arm, against_baseline={}) for arm in results.finished if not arm.is_baseline]
     draw_pareto(replace(results, arms=others), tmp_path / "pareto.svg")

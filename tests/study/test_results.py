@@ -23,7 +23,8 @@ def publish(folder: Path) -> dict[str, Any]:
     return found
 
 
-# `study` is an empty HandmadeStudy (conftest): its steps take step_s, the first one 9 * step_s.
+# `study` is an empty HandmadeStudy, `two_arms` a filled one (conftest): their steps take step_s,
+# the first one 9 * step_s.
 FILES = {f"{name}.{ending}" for name in ("pareto", "curves") for ending in ("svg", "png")}
 FILES |= {"results.json", "results.md", "results.csv"}
 
@@ -34,17 +35,6 @@ def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.function is not test_what_is_returned_is_what_is_written:
         for name in ("draw_pareto", "draw_curves"):
             monkeypatch.setattr(study_results, name, lambda *_: None)
-
-
-@pytest.fixture
-def two_arms(study: Any) -> Any:
-    """A baseline, and layers that were found in 12 s: twice as fast a step, as good, and reach."""
-    study.arm("lora", "all")
-    study.arm("super", "super", one_off_s=12.0)
-    for seed in (0, 1):
-        study.run("lora", seed, quality=0.8, nll=1.2 + 0.004 * seed, step_s=2.0)
-        study.run("super", seed, quality=0.8, nll=1.0, step_s=1.0)
-    return study
 
 
 def arms_of(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -238,10 +228,13 @@ def test_a_run_that_says_it_is_done_and_is_not(two_arms: Any) -> None:
     assert "holds no readable segments" in row["reason"]
 
 
-def test_nothing_is_done_yet(study: Any) -> None:
+def test_nothing_is_done_yet(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    for name in ("draw_pareto", "draw_curves"):
+        monkeypatch.setattr(study_results, name, lambda *given: drawn.append(given))
     results = publish(study.save())
     assert [arm["status"] for arm in results["arms"]] == ["missing"]
-    assert not FILES & {p.name for p in study.folder.glob("*.png")}
+    assert drawn == []
     assert "0 of 1 arm has results" in (study.folder / "results.md").read_text()
 
 

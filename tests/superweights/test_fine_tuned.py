@@ -25,7 +25,8 @@ from swlora.superweights.ablate import text_loss, zeroed
 from swlora.superweights.findings import Identified
 from swlora.superweights.fine_tuned import with_fine_tuned
 from swlora.superweights.identify import check, identify
-from swlora.superweights.report import answer, publish
+from swlora.superweights.report import answer, publish, write_report
+from swlora.superweights.rounding import Rounded
 from swlora.superweights.sinks import measure_sinks
 
 SPEC = IdentifySpec(
@@ -165,6 +166,25 @@ def test_the_report_shows_both_side_by_side(loaded, adapter, tmp_path):
     doses = {t.scale: t for t in result.mechanism.dose_texts if t.prompt == "one"}
     assert doses[1.0].same_tokens == doses[1.0].n_tokens
     assert len(result.mechanism.dose_texts) == 20
+
+
+def test_each_ratio_stands_under_its_own_name(loaded, adapter, tmp_path):
+    found = compared(loaded, adapter())
+    of, *others = found.mechanism.weights
+    of = replace(of, mean=replace(of.mean, ratio_everywhere=7.25, ratio_by_size=1.5))
+    rounded = Rounded(bits=4, group="block", ratio=9.0, ratio_held=1.25)
+    mechanism = replace(found.mechanism, weights=(of, *others), rounding=(rounded,))
+    moved = [replace(m, ratio_before=11.0, ratio_after=2.0) for m in found.fine_tuned.weights]
+    tuned = replace(found.fine_tuned, weights=tuple(moved))
+    marked = replace(found, mechanism=mechanism, fine_tuned=tuned)
+    write_report(marked, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    assert "| everywhere | by size |" in text and "| 7.25 | 1.50 |" in text
+    assert "| all rounded | held out |" in text and "| int4 | block | 9.00 | 1.25 |" in text
+    assert "| ratio before | after |" in text and "| 11.00 | 2.00 |" in text
+    said = "\n".join(answer(marked))
+    assert "ratio 7.25 with one mean for all positions, 1.50 with one for those" in said
+    assert "its ratio from 11.00 to 2.00" in said
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,10 @@ def test_sinks_are_counted_over_eager_attention(model_type, make_model, weights_
     assert len(sinks.mass) == len(sinks.sink_heads) == 3
 
 
+def test_a_sink_is_what_the_paper_calls_one():
+    assert SINK_SCORE == 0.3  # arXiv 2410.10781, section 3.2
+
+
 def test_the_model_attends_as_before_after_an_error(make_model, monkeypatch):
     model = make_model("llama")
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda _: 1 / 0)

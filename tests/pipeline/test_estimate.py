@@ -63,6 +63,7 @@ def test_a_dry_run_tells_what_a_run_does(
     assert found.refused is None
     assert (found.n_steps, found.n_trainable) == (len(metrics), train["n_trainable"])
     assert (found.n_epochs, found.method) == (train["epochs"], train["method"])
+    assert train["examples_per_s"] == pytest.approx(train["rows"] / train["train_s"])
     assert found.layers == train["layers"]
     assert sum(found.maps.values()) == 7 * len(found.layers)
     assert found.n_rows == result["data"]["train"]["n_rows"] == 12

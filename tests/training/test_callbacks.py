@@ -18,8 +18,10 @@ def test_every_step_is_told_as_it_is_in_the_metrics(tmp_path):
     lines = read_metrics(run.folder)
     assert [dict(report.metrics) for report in told] == lines
     assert [(r.step, r.n_steps) for r in told] == [(n, 6) for n in range(1, 7)]
-    names = ("loss", "sum_nats", "n_tokens", "grad_norm", "learning_rate", "rows", "elapsed_s")
+    names = ["loss", "sum_nats", "n_tokens", "grad_norm", "learning_rate", "rows", "elapsed_s"]
+    names.append("examples_per_s")
     for report, line in zip(told, lines, strict=True):
+        assert line["examples_per_s"] == pytest.approx(line["rows"] / line["elapsed_s"])
         assert {n: getattr(report, n) for n in names} == {n: line[n] for n in names}
         assert report.held_out_loss is None
 

@@ -1,6 +1,7 @@
 """The time of a training is foreseen by what it runs, and by steps that leave no trace."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests.support.prefix_runs import make_sequences
 from swlora.adapters.methods import adapt, train_mode
 from swlora.config import TrainSpec
 from swlora.kernels.tree_layout import TreeLayout
+from swlora.time_foreseen import work_of
 from swlora.training.forecast import (
     Rates,
     Stopwatch,
@@ -131,7 +133,32 @@ def test_a_held_out_node_takes_half_of_a_step_over_all_layers(make_model: MakeMo
         return Stopwatch(TreeStep(model, make_sequences())).held_out_share
 
     assert share([0, 1, 2]) == pytest.approx(0.5)
-    assert share([2]) > 0.5
+    bare = make_model("llama")
+    block = sum(p.numel() for p in bare.model.layers[0].parameters() if p.dim() > 1)
+    head = bare.lm_head.weight.numel()
+    assert share([2]) == pytest.approx((3 * block + head) / (2 * (block + head)))
+
+
+def test_work_has_the_held_out_nodes_of_every_measurement() -> None:
+    """After steps 4 and 8, and after the last one."""
+
+    class Counted(PlainStep):
+        def __init__(self) -> None:
+            """Take no model."""
+
+        def padded_tokens(self, groups: Any) -> int:
+            return sum(groups)
+
+    prepared: Any = SimpleNamespace(
+        schedule=SimpleNamespace(n_steps=11, epoch=lambda _: [[3], [4]]),
+        measurements=SimpleNamespace(every_steps=4),
+        held_out_nodes=np.array([5, 6]),
+    )
+    kept: Any = SimpleNamespace()
+    work = work_of(prepared, Counted(), kept)
+    assert (work.held_out, work.below, work.n_steps) == (3 * (5 + 6), 0, 11)
+    prepared.measurements = None
+    assert work_of(prepared, Counted(), kept).held_out == 0
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "full"])

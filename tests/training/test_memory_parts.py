@@ -88,8 +88,9 @@ def test_copies_are_those_that_a_step_and_held_out_rows_make(make_model: MakeMod
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "full"])
 def test_an_adapter_has_gradients_moments_and_what_its_method_keeps(
-    make_model: MakeModel, method: str
+    make_model: MakeModel, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("swlora.training.memory_parts.peak_memory_bytes", lambda _device: 0)
     adapted, sequences = adapted_model(make_model, method), random_sequences(4, 30)
     step, spec = TreeStep(adapted.model, sequences), TrainSpec(batch_size=4)
     fitted = fit_into_memory(step, Schedule.of(sequences, spec, 0), 1 << 40, str)
@@ -118,6 +119,8 @@ def test_an_adapter_has_gradients_moments_and_what_its_method_keeps(
     assert (n_scores > 0) == (method == "adalora")
     assert parts.process_bytes == 10_000_000 - parts.weights_bytes - trained
     assert parts.step_bytes == fitted.needed_bytes and parts.step_tokens == 4 * 29
+    always = parts.process_bytes + parts.weights_bytes + parts.copies_bytes + parts.adapter_bytes
+    assert parts.peak_bytes == always + max(n for _, n in parts.in_turns)
 
 
 def test_short_rows_tell_of_long_held_out_ones(make_model: MakeModel) -> None:

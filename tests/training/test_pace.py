@@ -72,6 +72,20 @@ def test_flops_by_hand(make_model):
     assert entry == d * q + 2 * d * kv
 
 
+@pytest.mark.parametrize("prefix_read", [False, True])
+def test_flops_of_three_blocks_by_hand(make_model, prefix_read):
+    """The second is the lowest adapted one: below it forward alone, above it both ways."""
+    d, inner, q, kv, vocabulary, n_nodes, n_scored = 24, 40, 4 * 8, 2 * 8, 264, 10, 3
+    entry, rest = d * q + 2 * d * kv, q * d + 3 * d * inner
+    below = 0 if prefix_read else 2 * (entry + rest) * n_nodes
+    lowest = 2 * (entry + rest) * n_nodes + 2 * rest * n_nodes
+    last = 4 * (2 * d * kv * n_nodes + (d * q + rest) * n_scored)
+    by_hand = below + lowest + last + 4 * d * vocabulary * n_scored
+    anatomy = Anatomy(make_model("llama"))
+    assert necessary_flops(anatomy, 1, n_nodes, n_scored, prefix_read=prefix_read) == by_hand
+    assert FlopCounter(anatomy, 1)(n_nodes, n_scored, prefix_read=prefix_read) == by_hand
+
+
 def test_experts_are_not_counted(make_model):
     assert FlopCounter(Anatomy(make_model("mixtral")), 0)(10, 3, prefix_read=False) is None
 

@@ -64,6 +64,28 @@ def test_a_full_queue_refuses_and_loses_nothing(host, make_scheduler, until):
     submit(scheduler, Client())  # there is room again
 
 
+def test_a_refusal_says_when_a_place_will_be_free(make_scheduler):
+    scheduler = make_scheduler(max_slots=2, queue=3)  # not started: all five wait
+    scheduler._service_s = 7.0
+    submit(scheduler, *(Client(1) for _ in range(5)))
+    with pytest.raises(QueueFullError) as refused:
+        submit(scheduler, Client(1))
+    assert refused.value.retry_after_s == 21  # (5 + 1) / 2 rounds of 7 s
+    scheduler._service_s = 1000.0
+    with pytest.raises(QueueFullError) as refused:
+        submit(scheduler, Client(1))
+    assert refused.value.retry_after_s == 60
+
+
+def test_the_time_that_texts_take_is_learnt(make_scheduler, until):
+    scheduler = make_scheduler()
+    scheduler._service_s = 100.0
+    scheduler.start()
+    submit(scheduler, Client(1))
+    until(lambda: scheduler._service_s != 100.0)
+    assert scheduler._service_s == pytest.approx(90.0, abs=2)  # a tenth of the way to nearly none
+
+
 def test_texts_beside_each_other_come_together_or_not_at_all(host, make_scheduler):
     scheduler = make_scheduler(max_slots=1, queue=2)
     submit(scheduler, Client(), Client())

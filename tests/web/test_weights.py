@@ -114,6 +114,19 @@ def test_published_weights_are_offered_where_the_model_has_them(make_model, tmp_
     assert (offered.address, offered.source, offered.ratio) == (address, "a paper", None)
 
 
+def test_the_finding_in_the_embedded_model_is_offered_for_it_alone(
+    make_model, tmp_path, monkeypatch
+):
+    model, address = make_model("llama"), WeightAddress(1, "mlp.down_proj", 5, 7)
+    value = float(served(model, tmp_path).weight_view(address))
+    finding = {**vars(address), "weight": value}
+    monkeypatch.setattr("swlora.web.weights.BUILTIN_FINDING", finding)
+    monkeypatch.setattr("swlora.web.weights.unpacked_folder", lambda: tmp_path / "builtin")
+    (found,) = served(model, tmp_path, str(tmp_path / "builtin")).offered().values()
+    assert (found.address, found.source) == (address, "swlora identify --model builtin")
+    assert served(model, tmp_path, "another/model").offered() == {}
+
+
 def test_the_finding_in_the_embedded_model_is_there(builtin_dir, tmp_path):
     from safetensors import safe_open
 

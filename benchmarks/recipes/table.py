@@ -15,7 +15,7 @@ from benchmarks.recipes.recipe import Recipe
 from benchmarks.recipes.results import Case
 from swlora.errors import UserError
 from swlora.evaluation.bootstrap import Draws, Interval, interval, prompt_weights
-from swlora.study.statistics import Point, seconds_to, seed_weights
+from swlora.study.statistics import Point, differences, seconds_to
 
 MARGIN_NATS = 0.01
 # What a recipe may set and still be plain LoRA with AdamW in all layers
@@ -115,15 +115,15 @@ def difference(own: list[Case], base: list[Case]) -> tuple[float, Interval] | No
     if not seeds:
         return None
     mean = float(np.mean([ours[seed]["nll"] - theirs[seed]["nll"] for seed in seeds]))
-    draws = [_draws([of[seed] for seed in seeds], seeds) for of in (ours, theirs)]
-    return mean, interval(draws[0] - draws[1])
+    return mean, interval(
+        differences(*({s: _draws(of[s]) for s in seeds} for of in (ours, theirs)))
+    )
 
 
-def _draws(losses: list[dict[str, Any]], seeds: list[int]) -> Draws:
-    """Return the draws (R,) of the mean over seeds of the NLL."""
-    weights = prompt_weights(len(losses[0]["nats"]))
-    by_seed = [(weights @ one["nats"]) / (weights @ one["tokens"]) for one in losses]
-    draws: Draws = (seed_weights(seeds) * np.stack(by_seed, axis=1)).sum(axis=1)
+def _draws(losses: dict[str, Any]) -> Draws:
+    """Return the draws (R,) of the NLL of a case."""
+    weights = prompt_weights(len(losses["nats"]))
+    draws: Draws = (weights @ losses["nats"]) / (weights @ losses["tokens"])
     return draws
 
 

@@ -146,12 +146,13 @@ def test_verdicts_come_from_paired_intervals(study: Any, make_segments: Any) -> 
     found = arms_of(publish(study.save()))
     assert found["lora"]["against_baseline"] == {}
     like, bad = found["like"]["against_baseline"], found["bad"]["against_baseline"]
-    assert like["bleu"] == {"difference": 0, "interval": [0, 0], "verdict": "non-inferior"}
+    level = {"difference": 0, "interval": [0, 0], "verdict": "non-inferior", "seeds": [0]}
+    assert like["bleu"] == level
     assert like["nll"]["verdict"] == "non-inferior"
     assert (bad["bleu"]["verdict"], bad["nll"]["verdict"]) == ("inferior", "inferior")
-    draws = [stats.bootstrap({0: make_segments(q, n)}) for q, n in ((0.6, 1.4), (0.8, 1.2))]
+    draws = [stats.seed_draws({0: make_segments(q, n)}) for q, n in ((0.6, 1.4), (0.8, 1.2))]
     for name, official, factor in (("bleu", "BLEU", 100), ("nll", "NLL", 1)):
-        expected = bootstrap.interval(factor * (draws[0][official] - draws[1][official]))
+        expected = bootstrap.interval(factor * (draws[0][official][0] - draws[1][official][0]))
         assert bad[name]["interval"] == pytest.approx(list(expected))
         assert bad[name]["difference"] == pytest.approx(found["bad"][name] - found["lora"][name])
 

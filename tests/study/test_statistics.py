@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from swlora.evaluation import bootstrap
-from swlora.evaluation.bootstrap import Interval
+from swlora.evaluation.bootstrap import Draws, Interval
 from swlora.evaluation.scores import SegmentStatistics
 from swlora.evaluation.segments import Segments
 from swlora.result_json import as_json
@@ -19,44 +19,57 @@ MakeSegments = Callable[..., Segments]
 # Bootstrap
 
 
+def bootstrapped(segments: dict[int, Segments], name: str = "NLL", n_draws: int = 1000) -> Draws:
+    return stats.over_seeds(stats.seed_draws(segments, n_draws)[name])
+
+
 def test_draws_equal_scoring_every_resample_again(make_segments: MakeSegments) -> None:
-    """The obvious loop: repeat the drawn prompts, score them, average over the drawn seeds."""
+    """The obvious loop: repeat the drawn prompts and score them, run by run."""
     segments = {s: make_segments(0.6 + 0.05 * s, 1.2 + 0.1 * s, s, n=13) for s in (2, 0, 5)}
     n_draws = 25
-    found = stats.bootstrap(segments, n_draws)
+    found = stats.seed_draws(segments, n_draws)
     prompts = bootstrap.prompt_weights(13, n_draws).astype(int)
-    shares = stats.seed_weights([0, 2, 5], n_draws)
     assert set(found) == {"BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "NLL"}
+    assert all(list(by_seed) == [0, 2, 5] for by_seed in found.values())
     for k in range(n_draws):
         chosen = np.repeat(np.arange(13), prompts[k])
-        expected = dict.fromkeys(found, 0.0)
-        for share, seed in zip(shares[k], (0, 2, 5), strict=True):
-            scores = segments[seed].statistics.corpus(chosen)
-            nats, tokens = segments[seed].sum_nats[chosen], segments[seed].n_tokens[chosen]
+        for seed, of_run in segments.items():
+            scores = of_run.statistics.corpus(chosen)
+            nats, tokens = of_run.sum_nats[chosen], of_run.n_tokens[chosen]
             scores["NLL"] = float(nats.sum() / tokens.sum())
-            for name in expected:
-                expected[name] += share * scores[name]
-        assert {name: draws[k] for name, draws in found.items()} == pytest.approx(expected)
+            drawn = {name: by_seed[seed][k] for name, by_seed in found.items()}
+            assert drawn == pytest.approx({name: scores[name] for name in found})
 
 
-def test_a_draw_holds_as_many_prompts_as_there_are_and_one_seed_less() -> None:
+def test_a_draw_holds_as_many_prompts_as_there_are() -> None:
     weights = bootstrap.prompt_weights(7, 50)
     assert weights.shape == (50, 7)
     assert (weights.sum(axis=1) == 7).all()
     assert (weights != weights[0]).any()
-    drawn = stats.seed_weights([3, 1, 4], 50) * 2
-    assert (drawn == drawn.round()).all()
-    assert (drawn.sum(axis=1) == 2).all()
-    assert (stats.seed_weights([9], 50) == 1).all()
+
+
+# Of Student's distribution, two-sided 95 %, from a table
+@pytest.mark.parametrize(("n_seeds", "student"), [(2, 12.706), (3, 4.303), (5, 2.776), (9, 2.306)])
+def test_the_interval_of_few_seeds_is_as_wide_as_students(n_seeds: int, student: float) -> None:
+    values = np.random.default_rng(n_seeds).normal(size=n_seeds)
+    draws = stats.over_seeds({seed: np.full(1000, v) for seed, v in enumerate(values)})
+    half = student * values.std(ddof=1) / np.sqrt(n_seeds)
+    low, high = bootstrap.interval(draws)
+    assert low == pytest.approx(values.mean() - half, abs=0.04 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.04 * half)
+    assert (stats.over_seeds({7: draws}) == draws).all()
 
 
 @pytest.mark.parametrize("n_seeds", [2, 3, 5])
-def test_drawn_seeds_vary_like_the_mean_of_the_seeds(n_seeds: int) -> None:
-    """The variance of a mean is s^2 / S; drawing S of S would give (S - 1) / S of that."""
-    values = np.random.default_rng(n_seeds).normal(size=n_seeds)
-    draws = stats.seed_weights(range(n_seeds), 40_000) @ values
-    assert draws.var() == pytest.approx(values.var(ddof=1) / n_seeds, rel=0.04)
-    assert draws.mean() == pytest.approx(values.mean(), abs=0.02)
+def test_intervals_over_seeds_hold_the_true_mean_as_often_as_they_say(n_seeds: int) -> None:
+    """Losses of 60 prompts, drawn anew, and a shift of each seed's own; the truth is 1."""
+    rng, n_times, hits = np.random.default_rng(n_seeds), 200, 0
+    for _ in range(n_times):
+        prompts = rng.normal(1, 0.3, 60)
+        runs = {s: losses_only(prompts + rng.normal(0, 0.1)) for s in range(n_seeds)}
+        low, high = bootstrap.interval(bootstrapped(runs, n_draws=300))
+        hits += low < 1 < high
+    assert hits / n_times > 0.91  # 3 sd of the count is 0.046; drawn seeds: 0.6 and 0.8 for 2 and 3
 
 
 def losses_only(nats: np.ndarray) -> Segments:
@@ -73,7 +86,7 @@ def test_intervals_cover_what_they_promise() -> None:
     rng = np.random.default_rng(0)
     n_times, hits = 400, 0
     for _ in range(n_times):
-        draws = stats.bootstrap({0: losses_only(rng.exponential(size=60))}, n_draws=300)["NLL"]
+        draws = bootstrapped({0: losses_only(rng.exponential(size=60))}, n_draws=300)
         low, high = bootstrap.interval(draws)
         hits += low < 1 < high
     # Percentile intervals of a skewed sample of 60 fall a little short; 3 sd of the count is 0.033
@@ -82,7 +95,7 @@ def test_intervals_cover_what_they_promise() -> None:
 
 def test_an_interval_of_a_normal_sample_has_the_known_width() -> None:
     values = np.random.default_rng(1).normal(5.0, 2.0, size=2000)
-    low, high = bootstrap.interval(stats.bootstrap({0: losses_only(values)})["NLL"])
+    low, high = bootstrap.interval(bootstrapped({0: losses_only(values)}))
     half = 1.96 * values.std(ddof=1) / np.sqrt(2000)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
 
@@ -93,17 +106,29 @@ def test_paired_differences_forget_what_prompts_have_in_common() -> None:
     prompts = rng.normal(20, 10, size=100)
     base = {s: losses_only(prompts + rng.normal(0, 0.01, 100)) for s in (0, 1)}
     worse = {s: losses_only(b.sum_nats + 0.1) for s, b in base.items()}
-    draws, base_draws = stats.bootstrap(worse)["NLL"], stats.bootstrap(base)["NLL"]
-    own = bootstrap.interval(draws)
+    own = bootstrap.interval(bootstrapped(worse))
     assert own.high - own.low > 3
-    assert bootstrap.interval(draws - base_draws) == pytest.approx((0.1, 0.1))
+    of_worse, of_base = (stats.seed_draws(runs)["NLL"] for runs in (worse, base))
+    assert bootstrap.interval(stats.differences(of_worse, of_base)) == pytest.approx((0.1, 0.1))
+
+
+def test_a_difference_is_of_the_seeds_that_both_have() -> None:
+    """The baseline's third seed says nothing of an arm that has none; nor do other seeds pair."""
+    rng = np.random.default_rng(3)
+    base = {s: rng.normal(s, 0.1, 50) for s in (0, 1, 2)}
+    arm = {s: base[s] + 0.5 for s in (0, 1)}
+    assert stats.differences(arm, base) == pytest.approx(0.5)
+    assert stats.differences({1: base[1]}, base) == pytest.approx(0)
+    others = {7: base[0], 8: base[1]}
+    unpaired = stats.differences(others, base)
+    assert (unpaired == stats.over_seeds(others) - stats.over_seeds(base)).all()
 
 
 def test_a_score_that_one_seed_lacks_is_left_out(make_segments: MakeSegments) -> None:
     mixed = {0: make_segments(0.7, 1.3, 0), 1: make_segments(0.7, 1.3, 1, meteor=False)}
-    assert "METEOR" not in stats.bootstrap(mixed, 5)
+    assert "METEOR" not in stats.seed_draws(mixed, 5)
     with pytest.raises(ValueError, match=r"\[9, 41\] prompts"):
-        stats.bootstrap({0: make_segments(0.7, 1.3), 1: make_segments(0.7, 1.3, n=9)}, 5)
+        stats.seed_draws({0: make_segments(0.7, 1.3), 1: make_segments(0.7, 1.3, n=9)}, 5)
 
 
 # Verdicts
@@ -164,11 +189,12 @@ def test_seconds_to_a_loss(target: float, seconds: float | None) -> None:
     assert stats.seconds_to(target, []) is None
 
 
-def test_the_mean_curve_has_the_steps_that_all_seeds_have() -> None:
-    other = [Point(20, 12.0, 2.4), Point(40, 27.0, 1.2), Point(50, 30.0, 1.0)]
+def test_the_mean_curve_has_the_steps_that_all_seeds_have_until_they_end() -> None:
+    other = [Point(20, 12.0, 2.4), Point(40, 27.0, 1.2), Point(50, 30.0, 0.6)]
     assert stats.mean_curve([CURVE, other]) == [
         pytest.approx((20, 11.0, 2.2)),
         pytest.approx((40, 26.0, 1.1)),
+        pytest.approx((50, 27.5, 0.8)),  # the first ended at 40, at 1.0
     ]
     assert stats.mean_curve([CURVE]) == CURVE
     assert stats.mean_curve([]) == stats.mean_curve([CURVE, []]) == []

@@ -46,11 +46,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm's score minus the baseline's, with its interval [low, high], and what that means."""
+    """An arm's score minus the baseline's, with its interval [low, high], and what that means.
+
+    It is made of the `seeds` that both have; of all, unpaired, where they have none in common.
+    """
 
     difference: float
     interval: list[float]
     verdict: str
+    seeds: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,6 +143,19 @@ _ORIGINAL = (
 )
 
 
+_SCORED_TOO = (
+    " Those rows are among the ones that are scored here, which flatters arms that had several "
+    "rates to choose from."
+)
+
+
+def _chose_on_scored_rows(results: Compared) -> bool:
+    """Whether rates were chosen on rows of dev that the scores are of as well."""
+    data = results.setting["data"]
+    has_chosen = any(arm.rate_choice is not None for arm in results.arms)
+    return has_chosen and (data["eval_split"] == "dev" or data.get("eval_file") is not None)
+
+
 def _explanation(results: Compared) -> str:
     margin, draws = results.margin, results.bootstrap.draws
     baseline = results.baseline
@@ -151,10 +164,11 @@ def _explanation(results: Compared) -> str:
             f"- Every number of an arm is the mean over its seeds. {OF_100}; NLL is in nats a "
             "completion token, of all references, the end of the text included.",
             f"- Intervals hold the middle 95 % of {draws} bootstrap draws. A draw takes prompts "
-            "(MRs) with replacement, the same for every arm, and one seed fewer than the arm has, "
-            "with replacement; differences are paired in both. An arm with one seed has an "
-            "interval for the choice of prompts only: how far another seed would move it is not "
-            "in there.",
+            "(MRs) with replacement, the same for every arm, and moves the mean over an arm's "
+            "seeds by as many of its standard errors as Student's distribution draws for so few "
+            "seeds; differences are paired in both, by the seeds that both arms have. With one "
+            "seed there is an interval for the choice of prompts only: how far another seed would "
+            "move it is not in there.",
             f"- A verdict compares with {baseline} by a margin set before: {margin['bleu']:g} "
             f"BLEU, {margin['nll']:g} NLL. Non-inferior: the whole interval of the difference is "
             "better than the margin allows. Inferior: all of it is worse. Undecided: neither.",
@@ -170,6 +184,7 @@ def _explanation(results: Compared) -> str:
             "- English perplexity is that of English text that ships with swlora, before training "
             "and with the adapter on: what it gained was forgotten.",
             "- Learning rates were chosen for each arm on held-out rows with a seed that no run "
-            "here has; what that cost is shown apart and is in no total.",
+            "here has; what that cost is shown apart and is in no total."
+            + (_SCORED_TOO if _chose_on_scored_rows(results) else ""),
         ]
     )

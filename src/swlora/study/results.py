@@ -5,10 +5,10 @@ scales that papers use: BLEU, METEOR and ROUGE-L of 100, NIST and CIDEr unbounde
 a token. Every number of an arm is the mean over its finished seeds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -100,15 +100,37 @@ def _setting(study: StudyRecord) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class _Seeds:
+    """The finished runs of an arm by one way of decoding: scores, and draws of them, by seed."""
+
+    scores: dict[int, Scores]
+    draws: dict[str, dict[int, Draws]]
+
+    @classmethod
+    def of(cls, runs: Sequence[ArmRun]) -> Self:
+        """Take the scores of runs."""
+        draws = stats.seed_draws({run.seed: run.segments for run in runs}) if runs else {}
+        scaled = {
+            name: {seed: factor * values for seed, values in draws[official].items()}
+            for name, (official, factor) in SCORES.items()
+            if official in draws
+        }
+        return cls({run.seed: _run_scores(run) for run in runs}, scaled)
+
+    def mean(self, name: str, seeds: Iterable[int] | None = None) -> float | None:
+        """Return the mean of a score over seeds, all where none are named."""
+        return _mean([self.scores[seed][name] for seed in seeds or self.scores])
+
+
+@dataclass(frozen=True)
 class _Reference:
-    """The baseline's scores and draws by one way of decoding, and what may be lost of each score.
+    """The baseline by one way of decoding, and what may be lost of each score.
 
     `folders` are its own runs', which are not compared with themselves.
     """
 
     folders: list[Path]
-    scores: Scores
-    draws: dict[str, Draws]
+    seeds: _Seeds
     margins: dict[str, float]
 
 
@@ -121,7 +143,7 @@ class _Yardstick:
         runs = _done(baseline.runs) if baseline else []
         beam = _done(baseline.beam) if baseline else []
         self.greedy, self.beam = (
-            _Reference([run.folder for run in some], _means(some), _draws(some), margins)
+            _Reference([run.folder for run in some], _Seeds.of(some), margins)
             for some in (runs, beam)
         )
         self.pace = Pace.of(runs) if runs else None
@@ -191,32 +213,36 @@ def _description(runs: Sequence[ArmRun]) -> Description:
 
 def _quality(runs: Sequence[ArmRun], reference: _Reference) -> Quality:
     """Scores with intervals and spread, and what they say against the baseline."""
-    means, draws = _means(runs), _draws(runs)
-    by_run = [_run_scores(run) for run in runs]
+    own = _Seeds.of(runs)
+    means = Scores(**{name: own.mean(name) for name in SCORES})
     is_reference = runs[0].folder in reference.folders
-    judged = {
-        name: _against(name, means, draws, reference)
-        for name in JUDGED
-        if name in reference.draws and name in draws and not is_reference
-    }
     return Quality(
         scores=means,
-        intervals={name: list(bootstrap.interval(values)) for name, values in draws.items()},
+        intervals={
+            name: list(bootstrap.interval(stats.over_seeds(draws)))
+            for name, draws in own.draws.items()
+        },
         spread={
-            n: stats.spread([scores.measured(n) for scores in by_run])
+            n: stats.spread([scores.measured(n) for scores in own.scores.values()])
             for n in SCORES
             if means[n] is not None
         },
-        against_baseline=judged,
+        against_baseline={
+            name: _against(name, own, reference)
+            for name in JUDGED
+            if name in reference.seeds.draws and name in own.draws and not is_reference
+        },
     )
 
 
-def _against(
-    name: str, means: Scores, draws: dict[str, Draws], reference: _Reference
-) -> Difference:
-    found = bootstrap.interval(draws[name] - reference.draws[name])
+def _against(name: str, own: _Seeds, reference: _Reference) -> Difference:
+    base = reference.seeds
+    common = sorted(own.scores.keys() & base.scores.keys())
+    mean, of_baseline = own.mean(name, common), base.mean(name, common)
+    assert mean is not None and of_baseline is not None, name  # a score with draws is measured
+    found = bootstrap.interval(stats.differences(own.draws[name], base.draws[name]))
     judged = stats.verdict(found, reference.margins[name], larger_is_better=higher_is_better(name))
-    return Difference(means.measured(name) - reference.scores.measured(name), list(found), judged)
+    return Difference(mean - of_baseline, list(found), judged, common)
 
 
 def _run_result(run: ArmRun) -> RunResult:
@@ -229,22 +255,6 @@ def _run_scores(run: ArmRun) -> Scores:
     values = {"NLL": evaluated["nll"], **evaluated}
     raw = {name: values.get(official) for name, (official, _) in SCORES.items()}
     return Scores(**{n: None if v is None else SCORES[n][1] * v for n, v in raw.items()})
-
-
-def _means(runs: Sequence[ArmRun]) -> Scores:
-    by_run = [_run_scores(run) for run in runs]
-    return Scores(**{name: _mean([scores[name] for scores in by_run]) for name in SCORES})
-
-
-def _draws(runs: Sequence[ArmRun]) -> dict[str, Draws]:
-    if not runs:
-        return {}
-    draws = stats.bootstrap({run.seed: run.segments for run in runs})
-    return {
-        name: factor * draws[official]
-        for name, (official, factor) in SCORES.items()
-        if official in draws
-    }
 
 
 def _english(runs: Sequence[ArmRun], name: str) -> float | None:

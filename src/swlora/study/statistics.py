@@ -1,17 +1,20 @@
 """How sure a comparison is, and how much faster: intervals, paired differences, verdicts, rates.
 
 A draw of the bootstrap takes n of the n prompts (MRs) with replacement, the same ones for every
-arm, and S - 1 of an arm's S seeds with replacement; an arm's score in a draw is the mean over its
-drawn seeds of the corpus score of the drawn prompts. S - 1, because the mean of S draws would vary
-too little: (S - 1)/S of the unbiased variance (Rao and Wu 1988). Arms with the same seeds draw the
-same ones, so a difference of two arms is paired in prompts and seeds. An arm with one seed has an
-interval for the choice of prompts alone.
+arm and seed, and scores them anew. Seeds are too few to be drawn (two of them would give an
+interval that holds the true mean half of the time), so a draw is, over an arm's S seeds,
+
+    mean of the seeds' scores + t * sd of them / sqrt(S),    t of Student's distribution, S - 1
+
+A difference of two arms is made seed by seed before that, of the seeds that both have: it is paired
+in prompts and seeds. An arm with one seed has an interval for the choice of prompts alone.
 
     time saved % = 100 (1 - t / t_baseline)      speed-up % = 100 (rate / rate_baseline - 1)
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +31,7 @@ from swlora.study.compared import Spread
 
 Verdict = Literal["non-inferior", "inferior", "undecided"]
 
+_FINER = 101
 WARM_UP_SHARE = 0.05  # of the steps, at least one: caches fill, memory is first touched
 
 
@@ -39,34 +43,56 @@ class Point(NamedTuple):
     nll: float
 
 
-def seed_weights(seeds: Sequence[int], n_draws: int = N_DRAWS) -> Draws:
-    """Return each seed's share of each draw, (R, S), rows of sum 1; equal for equal seeds."""
-    if len(seeds) == 1:
-        return np.ones((n_draws, 1))
-    n_drawn = len(seeds) - 1
-    rng = np.random.default_rng([BOOTSTRAP_SEED, *seeds])
-    shares = np.full(len(seeds), 1 / len(seeds))
-    return rng.multinomial(n_drawn, shares, size=n_draws) / n_drawn
-
-
-def bootstrap(segments: Mapping[int, Segments], n_draws: int = N_DRAWS) -> dict[str, Draws]:
-    """Return the draws (R,) of every score and of "NLL" of an arm, from its runs by seed.
+def seed_draws(
+    segments: Mapping[int, Segments], n_draws: int = N_DRAWS
+) -> dict[str, dict[int, Draws]]:
+    """Return the draws (R,) of every score and of "NLL", by the seeds of an arm's runs.
 
     A score that a run lacks (METEOR without Java) is left out. Raises ValueError where the runs
     have unequal numbers of prompts.
     """
-    seeds = sorted(segments)
-    sizes = {len(segments[seed]) for seed in seeds}
+    sizes = {len(segments[seed]) for seed in segments}
     if len(sizes) != 1:
         raise ValueError(f"runs of {sorted(sizes)} prompts cannot be compared")
     weights = prompt_weights(sizes.pop(), n_draws)
-    by_seed = [segments[seed].resampled(weights) for seed in seeds]
-    shares = seed_weights(seeds, n_draws)
-    names = [name for name in by_seed[0] if all(name in scores for scores in by_seed)]
+    found = {seed: segments[seed].resampled(weights) for seed in sorted(segments)}
+    first, *others = found.values()
     return {
-        name: (shares * np.stack([scores[name] for scores in by_seed], axis=1)).sum(axis=1)
-        for name in names
+        name: {seed: scores[name] for seed, scores in found.items()}
+        for name in first
+        if all(name in scores for scores in others)
     }
+
+
+def over_seeds(draws: Mapping[int, Draws]) -> Draws:
+    """Return draws (R,) of the mean over seeds, as wide as so few seeds leave it."""
+    seeds = tuple(sorted(draws))
+    values = np.stack([draws[seed] for seed in seeds])
+    mean: Draws = values.mean(axis=0)
+    if len(seeds) == 1:
+        return mean
+    return mean + _student(seeds, len(mean)) * values.std(axis=0, ddof=1) / math.sqrt(len(seeds))
+
+
+def differences(draws: Mapping[int, Draws], of_baseline: Mapping[int, Draws]) -> Draws:
+    """Return draws (R,) of an arm's score less the baseline's, by the seeds that both have.
+
+    Where they have none in common it is that of their means.
+    """
+    if common := draws.keys() & of_baseline.keys():
+        return over_seeds({seed: draws[seed] - of_baseline[seed] for seed in common})
+    return over_seeds(draws) - over_seeds(of_baseline)
+
+
+@cache
+def _student(seeds: tuple[int, ...], n_draws: int) -> Draws:
+    """Return draws (R,) of Student's t for as many seeds; the same for the same seeds.
+
+    Of many draws every so many-th is taken, so that the ends are where they belong.
+    """
+    rng = np.random.default_rng([BOOTSTRAP_SEED, *seeds])
+    many = np.sort(rng.standard_t(len(seeds) - 1, size=n_draws * _FINER))
+    return rng.permutation(many[_FINER // 2 :: _FINER])
 
 
 def verdict(difference: Interval, margin: float, *, larger_is_better: bool) -> Verdict:
@@ -109,17 +135,24 @@ def held_out_points(metrics: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
-    """Return the mean over seeds of loss and time, at the steps that all of them have."""
-    by_step = [{point.step: point for point in curve} for curve in curves]
-    common = sorted(set.intersection(*map(set, by_step))) if by_step else []
-    return [
-        Point(
-            step,
-            float(np.mean([points[step].elapsed_s for points in by_step])),
-            float(np.mean([points[step].nll for points in by_step])),
-        )
-        for step in common
-    ]
+    """Return the mean over seeds of loss and time, at the steps that all of them measured.
+
+    One that ended early keeps its last loss and time at the steps after it.
+    """
+    found = []
+    for step in sorted({point.step for curve in curves for point in curve}):
+        at = [point for curve in curves if (point := _at(step, curve))]
+        if len(at) == len(curves):
+            elapsed_s = float(np.mean([point.elapsed_s for point in at]))
+            found.append(Point(step, elapsed_s, float(np.mean([point.nll for point in at]))))
+    return found
+
+
+def _at(step: int, curve: Sequence[Point]) -> Point | None:
+    """Return the point of a curve at a step; from its end on the last one."""
+    if curve and step >= curve[-1].step:
+        return curve[-1]
+    return next((point for point in curve if point.step == step), None)
 
 
 def seconds_to(target: float, curve: Sequence[Point]) -> float | None:

@@ -115,9 +115,14 @@ def _verdict(name: str) -> Callable[[Judged], str]:
         found = arm.against_baseline.get(name)
         if found is None:
             return ""
-        return found.verdict + (" (one seed)" if len(arm.seeds) == 1 else "")
+        return found.verdict + _how_sure(arm.seeds if found.seeds is None else found.seeds)
 
     return cell
+
+
+def _how_sure(seeds: Sequence[int]) -> str:
+    """Say where a difference knows little of seeds; older versions noted none that are common."""
+    return {0: " (other seeds)", 1: " (one seed)"}.get(len(seeds), "")
 
 
 def verdict_columns(names: Sequence[str]) -> list[Column[Judged]]:

@@ -118,3 +118,40 @@ def test_a_verdict_stands_under_its_own_score(study: Any) -> None:
         "verdict on BLEU": "inferior (one seed)",
         "verdict on NLL": "non-inferior (one seed)",
     }
+
+
+def test_an_arm_is_compared_by_the_seeds_that_the_baseline_has_too(study: Any) -> None:
+    """The baseline's third seed is unlucky, which says nothing of an arm that lacks it."""
+    study.settings |= {"seeds": [0, 1, 2], "margin": {"bleu": 0.5, "nll": 0.01}}
+    study.arm("lora", "all", (0, 1, 2))
+    for name, seeds in (("less", (0, 1)), ("first", (0,)), ("others", (7, 8))):
+        study.arm(name, "all", seeds)
+    for seed, nll in enumerate((1.2, 1.21, 1.3)):
+        study.run("lora", seed, nll=nll)
+    for name, seed, nll in (("less", 0, 1.2), ("less", 1, 1.21), ("first", 0, 1.2)):
+        study.run(name, seed, nll=nll)
+    for seed in (7, 8):
+        study.run("others", seed, nll=1.2)
+    results = summarise(collect(study.save()))
+    found = {
+        arm.name: arm.against_baseline["nll"] for arm in results.finished if arm.name != "lora"
+    }
+    assert [found[name].seeds for name in ("less", "first", "others")] == [[0, 1], [0], []]
+    for name in ("less", "first"):
+        assert found[name].difference == 0 and found[name].interval == [0, 0]
+    lora, others = (next(a for a in results.finished if a.name == n) for n in ("lora", "others"))
+    mean = others.scores.measured("nll") - lora.scores.measured("nll")
+    assert found["others"].difference == pytest.approx(mean)
+    rows = markdown_report(results).splitlines()
+    shown = {name: next(r for r in rows if r.startswith(f"| {name} |")) for name in found}
+    assert shown["less"].endswith("| non-inferior |")
+    assert shown["first"].endswith("| non-inferior (one seed) |")
+    assert shown["others"].endswith(" (other seeds) |")
+
+
+@pytest.mark.parametrize(("split", "is_told"), [("dev", True), ("test", False)])
+def test_a_report_tells_of_rates_that_were_chosen_on_scored_rows(
+    two_arms: Any, split: str, is_told: bool
+) -> None:
+    two_arms.settings["data"] = {"eval_split": split}
+    assert ("Those rows are among the ones" in report_of(two_arms.save())) == is_told

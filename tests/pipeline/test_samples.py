@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from swlora import pipeline
 from swlora.adapters.on_base import with_adapter
 from swlora.config import RunSpec
 from swlora.errors import UserError
+from swlora.evaluation.held_out import Measurements, watch_of
 from swlora.evaluation.samples import MAX_FILE_BYTES, MAX_PROMPTS, read_prompts, shown
 from swlora.job import Job
+from swlora.loss_sum import LossSum
 from swlora.models.load import load_model
 from swlora.runs import Run
 from swlora.samples_file import SAMPLES, Sample, add_samples, read_samples
@@ -51,6 +54,24 @@ def test_they_are_what_the_adapter_says(model_folder, tiny_tokenizer, data, tmp_
     with torch.no_grad():
         expected = [naive_text(model, tiny_tokenizer, prompt) for prompt in PROMPTS]
     assert [" ".join(text.split()) for text in said] == expected
+
+
+def test_their_time_is_that_of_the_measurement(monkeypatch):
+    """And so no more of the training's, whose seconds a study compares."""
+    now_s = [0.0]
+
+    def slow_loss(*_arguments):
+        now_s[0] += 3.0
+        return (LossSum(2.0, 1),)
+
+    def slow_sampler(_model, _step, _measurement):
+        now_s[0] += 200.0
+
+    monkeypatch.setattr("swlora.evaluation.held_out.dealt_losses", slow_loss)
+    monkeypatch.setattr("time.perf_counter", lambda: now_s[0])
+    adapted, planned = SimpleNamespace(model=torch.nn.Linear(1, 1)), Measurements(2, None, False)
+    watch = watch_of(adapted, [0], planned, print, None, slow_sampler)
+    assert watch.measure(2)["eval_s"] == 203
 
 
 def test_at_every_other_measurement(model_folder, data, tmp_path):

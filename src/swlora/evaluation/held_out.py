@@ -71,14 +71,18 @@ def watch_of(
 
     `save(folder, losses_nats, step=...)` saves the model as it is; it is called while `adapted` is
     as it would be in the end. Several processes measure together, each a share of the sequences;
-    where they share the model's weights, all measure the same. `sampler` generates beside it.
+    where they share the model's weights, all measure the same. `sampler` generates beside it, and
+    its seconds count with those of the loss.
     """
     observe_loss = held_out_observer(adapted.model, sequences)
 
     def observe(step: int) -> dict[str, Any]:
         found = observe_loss(step)
         if sampler is not None:
+            start_s = time.perf_counter()
             sampler(adapted.model, step, -(-step // planned.every_steps))
+            # Off the training's clock, as the loss is.
+            found["eval_s"] += time.perf_counter() - start_s
         return found
 
     def measure(step: int) -> dict[str, Any]:

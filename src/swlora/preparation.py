@@ -201,16 +201,31 @@ def _encode_measured(job: Job, planned: "Measurements") -> TokenSequences | None
     if not (planned.is_asked or job.dataset.has(split)):
         job.progress.say(f"the data set has no {split} split, so no held-out loss is measured")
         return None
-    if split == "test" and job.spec.train.early_stopping:
-        job.progress.say(
-            "early stopping looks at the test rows, so that scores on them will flatter; "
-            "--split dev leaves them unseen"
-        )
+    if line := _chosen_by_test_rows(job, planned):
+        job.progress.say(line)
     if planned.is_asked and job.run.folder is None:
         job.progress.say(
             "the adapter with the lowest held-out loss is not kept: that needs a run folder"
         )
     return job.encoded(split, planned.n_rows).sequences
+
+
+def _chosen_by_test_rows(job: Job, planned: "Measurements") -> str | None:
+    """Say what is chosen by the rows on which a person will score it; None where nothing is."""
+    data, stops = job.spec.data, planned.patience is not None
+    choices = {
+        "when to stop": stops,
+        "which adapter is best": planned.is_asked and job.run.folder is not None,
+    }
+    chosen = " and ".join(what for what, is_chosen in choices.items() if is_chosen)
+    has_file = data.eval_file is not None  # its rows are dev and test at once
+    if not chosen or not (has_file or data.eval_split == "test"):
+        return None
+    rows = "rows of --eval-file" if has_file else "test rows"
+    scores = "scores" if stops else "its scores"  # without stopping, adapter/ is as it would be
+    has_other_dev = job.dataset.has("dev") and not has_file
+    instead = "--split dev leaves them unseen" if has_other_dev else "evaluate on other rows"
+    return f"the {rows} say {chosen}, so that {scores} on them will flatter; {instead}"
 
 
 def check_adapter(job: Job, n_steps: int) -> None:

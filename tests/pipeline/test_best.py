@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 from tests.support import small_runs
+from tests.support.data_files import write_rows
 from tests.support.models import ModelFolder
 from tests.support.small_runs import Heard, same_weights, signal_in_step
 
@@ -20,8 +21,10 @@ from swlora.evaluation.loss import dataset_loss
 from swlora.job import Job
 from swlora.metrics_file import read_metrics
 from swlora.models.load import load_model
+from swlora.preparation import encode_held_out
 from swlora.progress import Silent
 from swlora.result_json import as_json
+from swlora.run_record import MemoryRecord
 from swlora.runs import Run
 from swlora.training.trained import Trained
 from swlora.web.folders import RunFolders
@@ -165,6 +168,65 @@ def test_data_without_held_out_rows_train_all_the_same(
     spec = make_spec(model_folder("llama"), data, **changes)
     assert "held_out" not in as_json(train_in(tmp_path / "run", spec, heard))
     assert "the data set has no test split, so no held-out loss is measured" in heard.lines
+
+
+@pytest.mark.parametrize(
+    ("data_of", "changes", "expected"),
+    [
+        (
+            *("file", {"data__eval_split": "test", "train__early_stopping": 2}),
+            "the rows of --eval-file say when to stop and which adapter is best, so that scores on "
+            "them will flatter; evaluate on other rows",
+        ),
+        (
+            *("file", {"train__eval_every_steps": 4}),
+            "the rows of --eval-file say which adapter is best, so that its scores on them will "
+            "flatter; evaluate on other rows",
+        ),
+        (
+            *("splits", {"data__eval_split": "test", "train__eval_every_steps": 4}),
+            "the test rows say which adapter is best, so that its scores on them will flatter; "
+            "--split dev leaves them unseen",
+        ),
+        (
+            *("splits", {"data__eval_split": "test", "train__early_stopping": 2}),
+            "the test rows say when to stop and which adapter is best, so that scores on them will "
+            "flatter; --split dev leaves them unseen",
+        ),
+        ("splits", {"train__early_stopping": 2}, None),
+        ("splits", {"data__eval_split": "test"}, None),
+        ("file", {}, None),
+    ],
+)
+def test_what_the_test_rows_choose_is_said(
+    model_folder: ModelFolder,
+    data: dict[str, str],
+    tmp_path: Path,
+    data_of: str,
+    changes: dict[str, Any],
+    expected: str | None,
+) -> None:
+    """Where nothing is chosen by them, nothing is said; --eval-file is dev and test at once."""
+    if data_of == "splits":
+        for name in ("train", "dev", "test"):
+            write_rows(tmp_path / "rows" / f"{name}.jsonl", small_runs.ROWS)
+        data = {"data.name": str(tmp_path / "rows")}
+    heard, spec = Heard(), make_spec(model_folder("llama"), data, **changes)
+    planned = planned_measurements(spec.train, n_steps=16, n_sequences=48)
+    with Run.create(tmp_path / "run", spec, "train") as run:
+        assert encode_held_out(Job(spec, run, heard), planned) is not None
+    assert [line for line in heard.lines if "flatter" in line] == ([expected] if expected else [])
+
+
+def test_without_a_run_folder_no_adapter_is_chosen(
+    model_folder: ModelFolder, data: dict[str, str]
+) -> None:
+    for changes, n_said in (({"train__eval_every_steps": 4}, 0), ({"train__early_stopping": 2}, 1)):
+        heard, spec = Heard(), make_spec(model_folder("llama"), data, **changes)
+        planned = planned_measurements(spec.train, n_steps=16, n_sequences=48)
+        encode_held_out(Job(spec, MemoryRecord(), heard), planned)
+        said = [line for line in heard.lines if "flatter" in line]
+        assert len(said) == n_said and not any("which adapter" in line for line in said)
 
 
 def test_few_rows_get_small_steps_and_are_told(

@@ -1,5 +1,6 @@
 """Published coordinates: the data file is whole, and only exact ids find anything in it."""
 
+import math
 from importlib import resources
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from swlora.models.anatomy import FAMILIES, MOE_FAMILIES, WeightAddress
 from swlora.superweights.known import compare, describe, known_weights
+from swlora.superweights.proof import verdict
 
 LLAMA_7B = WeightAddress(2, "mlp.down_proj", 3968, 7003)
 OLMO_1B = [
@@ -105,10 +107,17 @@ def test_every_fate_of_a_published_coordinate():
     assert agreement.extra == [ELSEWHERE]
     assert len(agreement.sources) == 2
     said = describe(agreement)
-    assert f"verified here: {OLMO_1B[0]}; a candidate, but harmless" in said
+    assert f"verified here: {OLMO_1B[0]}; a candidate, but not proved" in said
     assert f"verified here and not published: {ELSEWHERE}" in said
     assert "no candidate here" not in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_candidate_that_is_not_proved_is_not_called_harmless():
+    """Without it perplexity is 8 times what it was; without a random weight 1.57 times."""
+    found = verdict(8.0, math.log(8.0), math.log(1.57))
+    said = describe(compare("huggyllama/llama-7b", [(LLAMA_7B, found)]))
+    assert said.endswith(f": a candidate, but not proved when zeroed alone: {LLAMA_7B}")
 
 
 def test_a_coordinate_that_the_search_missed_is_said():

@@ -77,11 +77,18 @@ def test_no_super_weight_is_the_first_thing_said(found, tmp_path):
     assert "all 2 candidates zeroed together: ratio " in text
 
 
-def test_a_ratio_that_controls_reach_too_is_no_super_weight(found):
+@pytest.mark.parametrize("factor", [5.0, 4.75])
+def test_a_ratio_that_controls_come_near_is_no_super_weight(found, factor):
+    """What the candidate does is more than the control does, by less than the factor."""
     first, second = found.candidates
-    first = judged(first, ratio=3.0, largest_control=2.0)
-    said = answer(replace(found, candidates=(first, second)))[0]
-    assert said == "no super weight: what the candidates do, random weights of like size do as well"
+    first = judged(first, ratio=8.0, largest_control=1.57)  # 2.08 and 0.45 nats
+    thresholds = replace(found.setup.thresholds, control_factor=factor)
+    setup = replace(found.setup, thresholds=thresholds)
+    said = answer(replace(found, candidates=(first, second), setup=setup))[0]
+    assert said == (
+        "no super weight: what the candidates do, in nats a token, is not more than "
+        f"{factor:g} times what random weights of like size do"
+    )
 
 
 def test_super_weights_are_the_first_thing_said(proved, tmp_path):

@@ -32,8 +32,8 @@ class KnownWeight:
 class Agreement:
     """Published coordinates against verified ones, each a list of addresses in their order.
 
-    `harmless` ones were candidates whose ablation proved nothing, `extra` ones are verified here
-    and published nowhere.
+    `harmless` ones, which result.json calls so, were candidates whose ablation proved nothing: it
+    may have done much. `extra` ones are verified here and published nowhere.
     """
 
     verified: list[WeightAddress]
@@ -69,7 +69,7 @@ def describe(agreement: Agreement) -> str:
     """Say in one line how the published coordinates fared."""
     fates = {
         "verified here": agreement.verified,
-        "a candidate, but harmless when zeroed alone": agreement.harmless,
+        "a candidate, but not proved when zeroed alone": agreement.harmless,
         "no candidate here": agreement.not_found,
         "verified here and not published": agreement.extra,
     }

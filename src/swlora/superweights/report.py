@@ -87,10 +87,12 @@ def answer(result: Identified) -> list[str]:
         layers = ", ".join(map(str, result.layers))
         said = [f"layers with a verified super weight: {layers}"]
     else:
+        limits = result.setup.thresholds
         said = [
             "no super weight: setting any one candidate to zero barely matters in this model"
-            if max(c.proof.ratio for c in result.candidates) <= result.setup.thresholds.strong
-            else "no super weight: what the candidates do, random weights of like size do as well"
+            if max(c.proof.ratio for c in result.candidates) <= limits.strong
+            else "no super weight: what the candidates do, in nats a token, is not more than "
+            f"{limits.control_factor:g} times what random weights of like size do"
         ]
     removal = ", ".join(map(str, result.removal_layers))
     if removal:

@@ -101,6 +101,15 @@ def test_every_number_against_plain_passes(make_model):
     assert len(planted.controls) == len(proof.joint.control_effects_nats) == 6
 
 
+def test_the_ratio_of_the_largest_control_is_one_that_a_control_has(make_model, monkeypatch):
+    """Its effect counts by size; zeroing a control may make the text more likely."""
+    controls = "swlora.superweights.proof._Judge._control_effects"
+    monkeypatch.setattr(controls, lambda *_: (-0.2, 0.01))
+    planted = planted_proof(make_model)[2].addresses[0]
+    assert planted.largest_control == pytest.approx(math.exp(-0.2))
+    assert (planted.largest_control_effect, planted.verdict) == (0.2, "super")
+
+
 def test_weights_that_stand_in_for_one_another_are_super_only_together(make_model):
     """As in Phi-3: two inputs that are always equal, each with half of the weight."""
     model = sharp(make_model("llama"))

@@ -106,8 +106,10 @@ def test_several_verified_ones_are_also_judged_together(proved):
 
 
 def test_the_table_of_candidates(proved, tmp_path):
-    head, _, first, second = tables(report(proved, tmp_path))[0]
+    text = report(proved, tmp_path)
+    head, _, first, second = tables(text)[0]
     assert tuple(head) == COLUMNS
+    assert "`control` the ratio of the one that matters most of 3 random weights of the" in text
     assert first[:5] == ["0", "mlp.c_proj", "17", "5", "300.000"]
     assert first[5:] == ["2.5e+07", "2.0e+07 to 3.1e+08", "1.04", "4/4", "super"]
     assert (second[7], second[9]) == ("-", "none")

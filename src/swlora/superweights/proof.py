@@ -44,7 +44,7 @@ class Effect:
     `interval` is that of the ratio. `effect_nats` and `control_effects_nats` are the rise in nats a
     token on the control windows, of the ablation and of every control; the former None and the
     latter empty where the ratio alone decides. `largest_control` is the ratio of the control with
-    the largest effect, None where none was measured.
+    the largest |effect|, below 1 where its ablation helps, None where none was measured.
     """
 
     perplexity: float
@@ -228,14 +228,14 @@ class _Judge:
             return effect
         rise = self._control_window_effect(addresses)
         control_rises = self._control_effects(addresses, name)
-        largest = max(map(abs, control_rises))
+        largest = max(control_rises, key=abs)
         return replace(
             effect,
             effect_nats=rise,
             control_effects_nats=control_rises,
             largest_control=exp(largest),
-            largest_control_effect=largest,
-            verdict=verdict(ratio, rise, largest),
+            largest_control_effect=abs(largest),
+            verdict=verdict(ratio, rise, abs(largest)),
         )
 
     def _control_effects(self, addresses: Sequence[WeightAddress], name: str) -> tuple[float, ...]:

@@ -151,13 +151,13 @@ def _candidates(result: Identified) -> Iterable[str]:
     yield table(COLUMNS, rows(result))
     yield (
         f"Perplexity of the intact model: {result.perplexity:.3f}. `ratio` is the perplexity "
-        "with the weight at zero over that, `95 %` its bootstrap interval, `control` the largest "
-        f"ratio among {setup.n_controls} random weights of the same matrix and of like size "
-        f"(where the ratio exceeds {limits.strong:g}, on the first {result.control_windows} "
-        f"of {counted(setup.n_windows, 'window')}), `agree` in how many settings the candidate was "
-        "seen. In nats a token, on the same windows, a verified candidate's effect is more than "
-        f"{limits.control_factor:g} times that of any control: `super` above a ratio of "
-        f"{limits.super:g}, `strong` above {limits.strong:g}."
+        "with the weight at zero over that, `95 %` its bootstrap interval, `control` the ratio of "
+        f"the one that matters most of {setup.n_controls} random weights of the same matrix and of "
+        f"like size (where the ratio exceeds {limits.strong:g}, on the first "
+        f"{result.control_windows} of {counted(setup.n_windows, 'window')}), `agree` in how many "
+        "settings the candidate was seen. In nats a token, on the same windows, a verified "
+        f"candidate's effect is more than {limits.control_factor:g} times that of any control: "
+        f"`super` above a ratio of {limits.super:g}, `strong` above {limits.strong:g}."
     )
     yield table(
         ("candidate", "all but this one zeroed"),

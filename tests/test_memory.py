@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from tests.support.control_groups import lay_groups
 
 from swlora import memory
-from swlora.memory import KERNELS_KEPT, available_bytes, keep_few_kernels
+from swlora.memory import KERNELS_KEPT, available_bytes, free_swap_bytes, keep_few_kernels
 
 PROGRAM = """
 import resource, sys
@@ -112,16 +115,32 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["LRU_CACHE_CAPACITY"] == str(KERNELS_KEPT)
 
 
-def test_what_is_free_in_a_container(tmp_path: Path) -> None:
-    on_the_machine = available_bytes(tmp_path)
-    assert on_the_machine > 0
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert available_bytes(tmp_path) == 300
-    (tmp_path / "memory.max").write_text("600\n")
-    assert available_bytes(tmp_path) == 0
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(tmp_path) > 300
+def test_what_is_free_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lay_groups(monkeypatch, tmp_path, "", {})
+    assert available_bytes() > 0  # on the machine
+    files = {"memory.current": "700", "memory.max": "1000"}
+    lay_groups(monkeypatch, tmp_path, "", files)
+    assert available_bytes() == 300
+    kept = {"memory.stat": "inactive_file 300\nactive_file 100"}
+    lay_groups(monkeypatch, tmp_path, "", kept)
+    assert available_bytes() == 700
+    lay_groups(monkeypatch, tmp_path, "0::/job", {"job/memory.current": "1", "job/memory.max": "5"})
+    assert available_bytes() == 4
+    lay_groups(monkeypatch, tmp_path, "", {"memory.max": "max"})
+    assert available_bytes() > 1000
+
+
+def test_the_swap_that_is_free_in_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=800))
+    lay_groups(monkeypatch, tmp_path, "", {})
+    assert free_swap_bytes() == 800
+    files = {"memory.swap.current": "200", "memory.swap.max": "500"}
+    lay_groups(monkeypatch, tmp_path, "", files)
+    assert free_swap_bytes() == 300
+    lay_groups(monkeypatch, tmp_path, "", {"memory.swap.max": "5000"})
+    assert free_swap_bytes() == 800
 
 
 def test_the_limit_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:

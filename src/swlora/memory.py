@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from swlora.cgroup import memory_left_bytes, swap_left_bytes
 from swlora.processes import world
 
 if TYPE_CHECKING:
@@ -143,21 +144,23 @@ def kept_for_steps(n_bytes: int | None, *, copies_bytes: int | None = None) -> I
         _steps_bytes, _worth_bytes = before
 
 
-def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def available_bytes() -> int:
     """Return what programs can still take: of the machine, or of the container where that is less.
 
-    `cgroup` is where Linux says what the container may take and does (cgroup v2).
+    Memory in which the system keeps files counts as free in both.
     """
     import psutil
 
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
-        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
-        left = int(limit) - used  # "max": no limit
-    except (OSError, ValueError):
-        return available
-    return max(0, min(available, left))
+    available, left = int(psutil.virtual_memory().available), memory_left_bytes()
+    return available if left is None else min(available, left)
+
+
+def free_swap_bytes() -> int:
+    """Return the swap that is free: of the machine, or of the container where that is less."""
+    import psutil
+
+    free, left = int(psutil.swap_memory().free), swap_left_bytes()
+    return free if left is None else min(free, left)
 
 
 def peak_memory_bytes(device: "torch.device | str" = "cpu") -> int:

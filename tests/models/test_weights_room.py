@@ -9,7 +9,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.support.control_groups import lay_groups
 
+from swlora import memory
 from swlora.errors import UserError
 from swlora.models import load, weights_room
 from swlora.models.weights_room import GGUF_BYTES, check_weights_fit
@@ -21,7 +23,7 @@ BILLION = 1_000_000_000
 def free(monkeypatch):
     def make(n_bytes: int) -> None:
         monkeypatch.setattr(weights_room, "available_bytes", lambda: n_bytes)
-        monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=0))
+        monkeypatch.setattr(weights_room, "free_swap_bytes", lambda: 0)
 
     return make
 
@@ -42,6 +44,18 @@ def test_what_would_fit_is_named(free) -> None:
         check_weights_fit("m", 3 * BILLION, torch.float32)
     with pytest.raises(UserError, match="not even 4 bits a weight would fit"):
         check_weights_fit("m", 70 * BILLION, torch.bfloat16)
+
+
+def test_swap_that_the_container_may_not_use_is_no_room(free, tmp_path, monkeypatch) -> None:
+    free(BILLION)
+    monkeypatch.setattr(weights_room, "free_swap_bytes", memory.free_swap_bytes)
+    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=8 * BILLION))
+    lay_groups(monkeypatch, tmp_path, "", {})
+    check_weights_fit("m", 4 * BILLION, torch.bfloat16)
+    limits = {"memory.swap.max": "0", "memory.swap.current": "0"}
+    lay_groups(monkeypatch, tmp_path, "", limits)
+    with pytest.raises(UserError, match=r"1\.0 GB of memory are free"):
+        check_weights_fit("m", 4 * BILLION, torch.bfloat16)
 
 
 def test_quantised_weights_are_as_large_as_their_files(free) -> None:

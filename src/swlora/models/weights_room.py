@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers.quantizers import AutoHfQuantizer
 
 from swlora.disk_space import size
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
-from swlora.memory import available_bytes
+from swlora.memory import available_bytes, free_swap_bytes
 from swlora.models.weight_source import weight_files
 
 # Bytes of a number in blocks of 32 and of 256 (llama.cpp's ggml-common.h)
@@ -24,7 +23,7 @@ def check_weights_fit(
 
     `packed_bytes` are those of weights that stay quantised.
     """
-    free = available_bytes() + psutil.swap_memory().free
+    free = available_bytes() + free_swap_bytes()
     needed, form = n_numbers * dtype.itemsize, f"in {str(dtype).removeprefix('torch.')}"
     if packed_bytes is not None:
         needed, form = packed_bytes, "as they lie in their files"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tests.support.control_groups import lay_groups
 
 from swlora import threads
 from swlora.threads import (
@@ -108,7 +109,7 @@ def test_the_clocks_of_this_machine_move_as_this_process_works():
 
 def test_the_number_follows_the_machine_and_is_put_back(untouched, machine, monkeypatch):
     monkeypatch.setattr(threads, "read_clock", machine.read)
-    monkeypatch.setattr(threads, "_allowed", lambda _n: {0, 1})
+    monkeypatch.setattr(threads, "allowed_cores", lambda: {0, 1})
     monkeypatch.setattr(threads.time, "monotonic", lambda: machine.now.wall_s)
     with adapted_threads():
         machine.run(own=1.0, others=1.0, seconds=WINDOW_S / 2)
@@ -161,6 +162,45 @@ def test_a_number_holds_until_a_setting_names_none(untouched, machine, monkeypat
     with adapted_threads():
         adapt_threads()
         assert torch.get_num_threads() == 2
+
+
+def test_threads_are_as_many_as_the_container_has_cpu_time_for(
+    untouched, machine, tmp_path, monkeypatch
+):
+    """Eight cores of which two are paid for: what others use of the rest takes none of these."""
+    monkeypatch.setattr(threads, "read_clock", machine.read)
+    monkeypatch.setattr(threads, "allowed_cores", lambda: set(range(8)))
+    monkeypatch.setattr(threads.time, "monotonic", lambda: machine.now.wall_s)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    lay_groups(monkeypatch, tmp_path, "0::/pod", {"pod/cpu.max": "150000 100000"})
+    torch.set_num_threads(8)
+    settle_threads(None)
+    assert torch.get_num_threads() == 2
+    with adapted_threads():
+        machine.run(own=2.0, others=5.0)
+        adapt_threads()
+        assert torch.get_num_threads() == 2
+    others = threads.others_share()
+    assert others is not None
+    machine.run(own=2.0, others=4.0)
+    assert others.look() == 0.5
+    settle_threads(3)  # who names a number gets it
+    assert torch.get_num_threads() == 3
+    settle_threads(None)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("quota", "asked"), [("max 100000", None), ("100000 100000", "5")])
+def test_without_a_limit_or_with_a_number_of_ones_own_nothing_changes(
+    quota, asked, untouched, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    lay_groups(monkeypatch, tmp_path, "", {"cpu.max": quota})
+    torch.set_num_threads(5)
+    settle_threads(None)
+    assert torch.get_num_threads() == 5
 
 
 def test_a_machine_that_tells_nothing_keeps_its_threads(untouched, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from swlora import caches
 from swlora.config.train import TRACKERS
+from swlora.cores import n_usable_cores
 from swlora.disk_space import free_bytes, size
 from swlora.errors import UserError
 from swlora.matrix_peak import measured_peak, processor
@@ -15,7 +16,7 @@ from swlora.models.precision import bfloat16_is_fast, resolve_device, resolve_dt
 from swlora.paths import cache_dir
 from swlora.plural import counted
 from swlora.progress import Progress
-from swlora.threads import n_usable_cores
+from swlora.threads import settle_threads
 from swlora.versions import installed_version, package_versions
 
 MORE_PACKAGES = ("datasets", "numpy", "ray", *TRACKERS)
@@ -63,6 +64,7 @@ def machine_facts(progress: Progress) -> MachineFacts:
     import psutil
     import torch
 
+    settle_threads(None)  # as a training that names no number
     device = resolve_device("auto")
     dtype = resolve_dtype("auto", device)
     with progress.task("measure matrix products"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from swlora.bounded_read import UnreadableError, read_json_object
+from swlora.cores import n_usable_cores
 from swlora.errors import RunFailedError
 from swlora.files import write_json
 from swlora.paths import cache_dir
@@ -74,8 +75,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _key(dtype: Any, device: str) -> str:
     import torch
-
-    from swlora.threads import n_usable_cores
 
     name, cores = processor(), n_usable_cores()
     if torch.device(device).type == "cuda":

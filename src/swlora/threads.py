@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from swlora.cgroup import quota_cores
+from swlora.cores import allowed_cores, n_usable_cores
 from swlora.processes import world
 
 WINDOW_S = 0.5
@@ -100,7 +102,7 @@ def others_share() -> OthersShare | None:
     None where the machine does not tell how busy it is.
     """
     with suppress(OSError, NotImplementedError, RuntimeError):
-        return OthersShare(read_clock, n_usable_cores())
+        return OthersShare(read_clock, len(allowed_cores()))
     return None
 
 
@@ -110,22 +112,11 @@ def read_clock() -> CpuClock:
     Time in which a core waits for the disk, or that a hypervisor took, counts as free.
     """
     cores = psutil.cpu_times(percpu=True)
-    allowed = _allowed(len(cores))
+    allowed = allowed_cores()
     ours = [times for number, times in enumerate(cores) if number in allowed]
     kinds = ("user", "nice", "system", "irq", "softirq")
     all_s = sum(getattr(times, kind, 0.0) for times in ours for kind in kinds)
     return CpuClock(time.monotonic(), time.process_time(), all_s)
-
-
-def n_usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(_allowed(os.cpu_count() or 1))
-
-
-def _allowed(n_cores: int) -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(n_cores))
 
 
 @dataclass
@@ -142,14 +133,19 @@ _process = _Process()
 
 
 def share_cores() -> None:
-    """Compute with this process's share of the cores, where a launcher started several here.
+    """Compute with this process's share of the cores, where a launcher started several here, and
+    with no more threads than its container has CPU time for, of which torch knows nothing.
 
     torchrun gives each a single thread where OMP_NUM_THREADS was not set; two or more threads there
     are the user's, and stay.
     """
-    n_here = world().local_size
-    if n_here > 1 and not _process.is_fixed and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    if _process.is_fixed:
+        return
+    n_here, asked = world().local_size, os.environ.get("OMP_NUM_THREADS")
+    if n_here > 1 and asked in (None, "1"):
         torch.set_num_threads(max(1, n_usable_cores() // n_here))
+    elif n_here == 1 and asked is None and (quota := quota_cores()) is not None:
+        torch.set_num_threads(min(torch.get_num_threads(), quota))
 
 
 def fix_threads(n: int) -> None:
@@ -180,8 +176,8 @@ def adapted_threads() -> Iterator[None]:
     most = torch.get_num_threads()
     if _process.choice is None and most > 1 and not _process.is_fixed:
         with suppress(OSError, NotImplementedError, RuntimeError):
-            n_cores = len(_allowed(os.cpu_count() or most))
-            _process.choice = ThreadChoice(most, n_cores, read_clock)
+            # Not those of a quota: what others use of all cores takes nothing from it.
+            _process.choice = ThreadChoice(most, len(allowed_cores()), read_clock)
     choice = _process.choice
     if choice is not None and not _process.is_fixed and choice.age_s < FRESH_S:
         torch.set_num_threads(choice.n)

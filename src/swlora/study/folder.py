@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from swlora.config import dump_yaml
 from swlora.config.yaml_file import read_mapping
+from swlora.cores import n_usable_cores
 from swlora.errors import UserError
 from swlora.files import check_writable, read_json, write_text
 from swlora.matrix_peak import processor
@@ -166,8 +167,6 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 def machine_facts() -> dict[str, Any]:
     """Return what the timings depend on: processor, cores that may be used, memory, system."""
-    from swlora.threads import n_usable_cores  # torch, which `compare --help` shall not wait for
-
     return {
         "cpu": processor(),
         "cores": n_usable_cores(),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from swlora.training.callbacks import Callback
 
 TOKENIZER_OF_START = "tokenizer_of_start"  # a fact of runs that took it from there
+COMPUTES = "computes"  # a fact of trainings: in what
 
 
 @dataclass
@@ -92,6 +93,20 @@ class Job:
         """Return the layers that an identification of this run found; None before there is one."""
         found = self.run.read_result().get("identify")
         return VerifiedLayers(found["layers"], found["removal_layers"]) if found else None
+
+    def note_computing(self) -> None:
+        """Record the kind of device and the dtype that a training computes in, "cuda, bfloat16".
+
+        Raises UserError where a run that goes on began with others, as `auto` may find them on
+        another machine. Runs of older versions have noted none. The dtype is the one that is asked
+        for: a search before the training may have the model in float32.
+        """
+        from swlora.models.precision import resolve_dtype
+
+        device = self.loaded.model.device
+        dtype = resolve_dtype(self.spec.model.dtype, device)
+        computes = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+        self.run.record_source(**{COMPUTES: computes})
 
     def loaded_in_float32(self) -> LoadedModel:
         """Return the model in float32, whatever was asked for: its weights are to be measured."""

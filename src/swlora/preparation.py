@@ -74,6 +74,7 @@ def prepare_training(job: Job) -> PreparedTraining:
     schedule, planned = planned_schedule(job, sequences, job.progress.say)
     held_out = encode_held_out(job, planned)
     record_tokens(job, sequences, held_out)
+    job.note_computing()
     check_adapter(job, schedule.n_steps)
     job.begin()
     summary = summarise(job, schedule)

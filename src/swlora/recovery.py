@@ -12,7 +12,7 @@ from swlora.attachment import attach
 from swlora.config import RunSpec, load_recorded_spec
 from swlora.errors import UserError
 from swlora.files import check_writable
-from swlora.job import Job
+from swlora.job import COMPUTES, Job
 from swlora.locks import lock_folder
 from swlora.metrics_file import read_metrics
 from swlora.pipeline import choose_layers
@@ -53,7 +53,11 @@ class _Reading(MemoryRecord):
         self.facts = read_run(folder) | {"resumed": 1}
 
     def record_source(self, **facts: Any) -> None:
-        """Compare what is worked on with what the run began with; UserError where it differs."""
+        """Compare what is worked on with what the run began with; UserError where it differs.
+
+        In what is computed makes no difference: the weights of the checkpoint stay as they are.
+        """
+        facts.pop(COMPUTES, None)
         if difference := other_source(self.facts, facts):
             raise UserError(f"the checkpoint in {self._noted} is of other work: {difference}")
 

@@ -32,6 +32,10 @@ _REMEDIES = {
     "weights_sha256": "put the model's file back",
     "tokenizer_sha256": "put back the tokenizer and the chat template in the model's folder",
     "start_adapter_sha256": "put back the adapter that it started from",
+    "computes": (
+        "go on where it computes as before (CUDA_VISIBLE_DEVICES= hides a GPU), or add "
+        "--force-resume"
+    ),
     "data_sha256": "its rows are others: put back the data",
     "train_tokens_sha256": _OTHER_TOKENS,
     "held_out_tokens_sha256": _OTHER_TOKENS,

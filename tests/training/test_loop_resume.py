@@ -106,6 +106,28 @@ def test_dropout_on_a_gpu_goes_on_where_it_stopped(tmp_path):
     assert all(torch.equal(parameters[name], expected[name]) for name in expected)
 
 
+def test_a_checkpoint_of_a_cpu_is_read_on_a_gpu(tmp_path, monkeypatch):
+    """It holds no state of the GPU's random generator, which keeps its own."""
+
+    def state() -> LoopState:
+        parameters = fresh_parameters()
+        return LoopState(adapted(parameters), torch.optim.AdamW(parameters.values()))
+
+    heard: list[tuple[torch.Tensor, torch.device]] = []
+    saved = state()
+    saved.totals.step = 3
+    saved.save(tmp_path)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(LoopState, "_device", cuda)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *given: heard.append(given))
+    read = state()
+    assert read.load(tmp_path, print)
+    assert (read.totals.step, heard) == (3, [])
+    of_gpu = torch.zeros(16, dtype=torch.uint8)
+    read.set_random_state({"rng": torch.get_rng_state(), "rng_cuda": of_gpu})
+    assert [(id(given), device) for given, device in heard] == [(id(of_gpu), cuda)]
+
+
 def test_stopping_again_and_again(tmp_path):
     train_spec = spec()
     torch.manual_seed(5)

@@ -71,12 +71,12 @@ def train(
 
     `output` is the run folder; without one nothing is saved, and there is no checkpoint to go on
     from. `resume` continues the run that lies there, with settings that change it from here on;
-    `force_resume` also where weights, data or versions are others; `verify` hashes the model's
-    files whole. `callbacks` are called with a `StepReport` after each step, in the first of several
-    processes; its `stop()` ends the training, with the adapter saved. What a callback raises ends
-    the training too, behind a checkpoint. Of the result, `course` has the losses, in nats a trained
-    token, and `loaded` is the model for `generate`. Gradients are those of transformers with PEFT
-    (docs/one-step.md says how); LoRA is arXiv 2106.09685.
+    `force_resume` also where weights, data, versions, device or dtype are others; `verify` hashes
+    the model's files whole. `callbacks` are called with a `StepReport` after each step, in the
+    first of several processes; its `stop()` ends the training, with the adapter saved. What a
+    callback raises ends the training too, behind a checkpoint. Of the result, `course` has the
+    losses, in nats a trained token, and `loaded` is the model for `generate`. Gradients are those
+    of transformers with PEFT (docs/one-step.md says how); LoRA is arXiv 2106.09685.
 
     Raises UserError for what cannot be trained, RunFailedError where it cannot be finished, and
     DivergedError where the loss is no number any more.

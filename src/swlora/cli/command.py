@@ -51,8 +51,8 @@ RESUME = {
         bool,
         typer.Option(
             "--force-resume",
-            help="--resume, also where weights, data, tokenizer, settings or versions are others "
-            "than before; says which",
+            help="--resume, also where weights, data, tokenizer, settings, versions, device or "
+            "dtype are others than before; says which",
         ),
     ],
     "verify": Annotated[

@@ -58,7 +58,7 @@ class LoopState:
     def set_random_state(self, tensors: dict[str, Tensor]) -> None:
         """Put the random generators back to where `random_state` found them."""
         torch.set_rng_state(tensors["rng"].cpu())
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and "rng_cuda" in tensors:  # none where it began on a CPU
             torch.cuda.set_rng_state(tensors["rng_cuda"].cpu(), self._device)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""On a GPU: training that is stopped and goes on, and generation."""
+"""On a GPU: training that is stopped and goes on, evaluation, and generation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.gpu.test_exactness import WIDE_LLAMA
 from tests.gpu.test_exactness import adapted as adapted_model
 from tests.support.decoding import EOS
 from tests.support.models import MakeModel
@@ -16,10 +17,12 @@ from swlora.adapters.methods import trainable_parameters
 from swlora.config import AdapterSpec, RunSpec, TrainSpec
 from swlora.data.token_sequences import TokenSequences
 from swlora.decoding.batch import BatchDecoder, DecodeRequest
-from swlora.kernels import torch_attention, tree_walk
+from swlora.evaluation.loss import dataset_loss
+from swlora.kernels import cuda_attention, torch_attention, tree_walk
 from swlora.progress import Silent
 from swlora.runs import Run
 from swlora.training.loop import train
+from swlora.training.plain import pad, weighted_loss
 from swlora.training.schedule import Schedule
 from swlora.training.step import TreeStep
 
@@ -69,6 +72,18 @@ def test_a_resumed_training_is_the_whole_one_bit_for_bit(
     resumed, _ = Run.reopen(tmp_path / "stopped", "train")
     found = trained(make_model, device, resumed)
     assert all(torch.equal(found[name], expected) for name, expected in whole.items())
+
+
+def test_an_evaluation_may_come_before_any_training(make_model: MakeModel, device: str) -> None:
+    model, sequences = make_model("llama", **WIDE_LLAMA), TokenSequences.from_lists(branching())
+    model = model.to(device)
+    found = dataset_loss(model, sequences, Silent())
+    with torch.no_grad():
+        batch = pad(sequences, np.arange(len(sequences)), model.device)
+        expected, n_tokens = weighted_loss(model, batch)
+    assert found.n_tokens == n_tokens
+    assert found.sum_nats == pytest.approx(float(expected), rel=1e-5)
+    assert bool(cuda_attention.chosen()) == (device == "cuda")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mistral"])

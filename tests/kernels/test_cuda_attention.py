@@ -10,9 +10,12 @@ from tests.kernels.test_tree_attention import Shape, make_inputs, relative_error
 from tests.kernels.test_tree_walk import MODEL_TYPES, make_tree
 from tests.kernels.trees import random_tree
 from tests.support.models import MakeModel
+from tests.support.sequences import branching
 from torch import Tensor
 
+from swlora.data.token_sequences import TokenSequences
 from swlora.errors import RunFailedError
+from swlora.evaluation.loss import dataset_loss
 from swlora.kernels import cuda_attention, tree_walk
 from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.cuda_attention import attend, chosen, news, prefer
@@ -20,6 +23,7 @@ from swlora.kernels.torch_attention import CompiledTooOftenError
 from swlora.kernels.tree_attention import chunk_attention
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
+from swlora.progress import Silent
 
 KIND = "4/2 heads of 8, float32"
 
@@ -141,3 +145,17 @@ def test_every_family_has_the_states_and_gradients_of_the_chunks(
     assert max(relative_errors(run(), expected)) < 1e-11
     names = {("chunks" if "soft cap" in kind else "dense") for kind in chosen()}
     assert names == set(chosen().values())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_an_evaluation_may_be_the_first_that_attends(
+    make_model: MakeModel, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs in inference mode, and the trial computes gradients."""
+    model, sequences = make_model(model_type), TokenSequences.from_lists(branching())
+    expected = dataset_loss(model, sequences, Silent())
+    monkeypatch.setattr(tree_walk, "tree_attention", as_on_cuda)
+    found = dataset_loss(model, sequences, Silent())
+    assert found.sum_nats == pytest.approx(expected.sum_nats, rel=1e-5)
+    assert found.n_tokens == expected.n_tokens
+    assert set(chosen().values()) == {"dense" if model_type == "llama" else "chunks"}

@@ -105,18 +105,24 @@ def _first_line(error: Exception) -> str:
 def _seconds(
     way: Way, layout: TreeLayout, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
 ) -> float:
-    """Return the least seconds of forward and backward, without the first call, which compiles."""
-    query, key, value = inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+    """Return the least seconds of forward and backward, without the first call, which compiles.
+
+    An evaluation runs in inference mode, in which nothing has a gradient and whose tensors can be
+    kept for none: the trial leaves it, with copies.
+    """
     least = float("inf")
-    for call in range(1 + TIMED_CALLS):
-        _wait(query.device)
-        start_s = time.perf_counter()
-        with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        query, key, value = inputs = [
+            x.detach().clone().requires_grad_() for x in (query, key, value)
+        ]
+        for call in range(1 + TIMED_CALLS):
+            _wait(query.device)
+            start_s = time.perf_counter()
             out = way(layout, query, key, value, scoring)
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
-        _wait(query.device)
-        if call:
-            least = min(least, time.perf_counter() - start_s)
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+            _wait(query.device)
+            if call:
+                least = min(least, time.perf_counter() - start_s)
     return least
 
 

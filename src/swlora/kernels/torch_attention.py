@@ -121,6 +121,7 @@ def seen_blocks(tree: PrefixTree, window: int | None) -> Blocks:
     return Blocks(some & ~full, some & full)
 
 
+@torch.inference_mode(False)  # an evaluation's masks serve the trial of kernels, with its gradients
 def block_mask(layout: TreeLayout, window: int | None) -> Any:
     """Return flex_attention's mask of all nodes, padded; made once a window."""
     from torch.nn.attention.flex_attention import BlockMask
@@ -168,6 +169,7 @@ def _table(by_row: Bools, device: torch.device) -> tuple[Tensor, Tensor]:
     return on_device(counts, device)[None, None], on_device(order, device)[None, None]
 
 
+@torch.inference_mode(False)
 def _dense_mask(layout: TreeLayout, window: int | None, dtype: torch.dtype) -> Tensor:
     masks = _MASKS.setdefault(layout, _Masks())
     if (window, dtype) not in masks.dense:

@@ -24,7 +24,8 @@ from swlora.adapters.pissa import Pissa
 from swlora.adapters.site import Site
 from swlora.config import AdapterSpec
 from swlora.errors import UserError
-from swlora.models.anatomy import Anatomy, weight_out_in
+from swlora.models.anatomy import Anatomy
+from swlora.models.linear_maps import is_linear_map, shape_out_in
 from swlora.models.quantised_weight import is_quantised
 
 __all__ = [
@@ -132,9 +133,16 @@ def problems_of_fit(spec: AdapterSpec, anatomy: Anatomy, layers: Sequence[int]) 
             f"{spec.method} changes the model's own weights, and they stay as they lie in the "
             ".gguf file; give --frozen dequantised"
         )
+    packed = {type(m).__name__ for m in modules.values() if not is_linear_map(m)}
+    if method.changes_weights and packed:
+        problems.append(
+            f"{spec.method} changes the model's own weights, and this model has them in "
+            f"{', '.join(sorted(packed))}, a form of another library; choose lora, or a model that "
+            "is not quantised"
+        )
     if method.first_rank is not None:
         rank = method.first_rank(spec)
-        sides = {name: min(weight_out_in(module).shape) for name, module in modules.items()}
+        sides = {name: min(shape_out_in(module)) for name, module in modules.items()}
         narrow = min(sides, key=lambda name: sides[name])
         if rank > sides[narrow]:
             problems.append(

@@ -17,11 +17,11 @@ from swlora.integrations.exactness import base_of, in_weights_dtype, other_loss,
 from swlora.integrations.tree_loss import adapter_state
 from swlora.kernels.forwards import fast_forwards, has_hooks, refresh, uncalled
 from swlora.kernels.head_loss import Targets, head_loss
-from swlora.kernels.linear.backends import MAPS
 from swlora.kernels.linear.frozen import FrozenLinear, is_frozen
 from swlora.kernels.lora import FastLora
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.models.anatomy import Anatomy
+from swlora.models.linear_maps import MAPS, is_linear_map
 
 # Arguments with which a forward of transformers gives a loss and logits, and nothing else
 _PLAIN_ARGUMENTS = {
@@ -157,7 +157,7 @@ def _followed(base: Any, backbone: nn.Module, fast: Any) -> Callable[..., Any]:
 
 
 def _has_head_loss(base: Any, anatomy: Anatomy) -> bool:
-    is_plain_head = isinstance(anatomy.head, nn.Linear) and is_frozen(anatomy.head)
+    is_plain_head = is_linear_map(anatomy.head) and is_frozen(anatomy.head)
     return is_plain_head and not has_hooks(anatomy.head) and other_loss(base) is None
 
 

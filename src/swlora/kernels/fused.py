@@ -20,6 +20,7 @@ from swlora.kernels.linear.frozen import is_frozen
 from swlora.kernels.recomputed import made_by
 from swlora.kernels.wide import wide, wide_dtype
 from swlora.models.anatomy import SwigluMaps, rms_norm_epsilon, swiglu_maps
+from swlora.models.linear_maps import is_linear_map
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -128,6 +129,6 @@ def fused_forwards(model: Any) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
         elif maps := swiglu_maps(module):
             forwards[module] = _FastSwiglu(maps)
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear):  # not an adapter around it
+    if is_linear_map(head):  # not an adapter around it
         forwards[head] = _ContiguousLinear(head)
     return forwards

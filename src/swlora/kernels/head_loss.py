@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from swlora.kernels.first_order import first_order
 from swlora.kernels.linear.frozen import FrozenLinear
 from swlora.kernels.wide import wide, wide_dtype
+from swlora.models.linear_maps import is_linear_map
 
 CHUNK_ROWS = 128
 WIDE_ROWS = 16  # rows in float32 at a time: they stay in the cache
@@ -58,11 +59,11 @@ def head_loss(
     """Return the summed loss in nats, a float32 scalar, of hidden states (N, D).
 
     `cap` > 0 is the soft cap that some families put on logits: cap * tanh(z / cap).
-    A head that is trained itself, or wrapped by an adapter, goes through an ordinary
-    differentiable pass. Copies of its weight are those of `frozen`, or of the fast forward in its
-    place; without one, they last for this call.
+    A head that is trained itself, wrapped by an adapter or of another kind goes through an
+    ordinary differentiable pass. Copies of its weight are those of `frozen`, or of the fast forward
+    in its place; without one, they last for this call.
     """
-    if head.weight.requires_grad or not isinstance(head, nn.Linear):
+    if head.weight.requires_grad or not is_linear_map(head):
         return _differentiable(hidden, head, targets, smoothing, cap)
     if frozen is None:
         frozen = head.forward if isinstance(head.forward, FrozenLinear) else FrozenLinear(head)

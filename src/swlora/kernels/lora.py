@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from swlora.adapters.methods import adapted_modules
 from swlora.kernels.first_order import first_order
 from swlora.kernels.linear.frozen import FrozenLinear, frozen_forwards, reshaped
+from swlora.models.linear_maps import is_linear_map
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -184,8 +184,8 @@ def _fast_kind(layer: Any) -> type[FastLora] | None:
     name = layer.active_adapters[0]
     if layer.merged or layer.disable_adapters or name not in layer.lora_A:
         return None
-    if not isinstance(layer.base_layer, nn.Linear | Conv1D):
-        return None
+    if not is_linear_map(layer.base_layer):
+        return None  # weights that another library packed, which its own forward knows to read
     if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):
         return None  # the fast backward has no gradient for them
     if isinstance(layer.lora_A, nn.ParameterDict):

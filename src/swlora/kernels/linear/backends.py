@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from swlora.kernels.linear.packed_weight import (
     PackedWeight,
@@ -24,10 +23,9 @@ from swlora.kernels.linear.packed_weight import (
     serves,
 )
 from swlora.models.anatomy import weight_out_in
+from swlora.models.linear_maps import MAPS, has_own_weight, is_linear_map
 from swlora.models.quantised_weight import is_quantised, numbers
 from swlora.models.sharded_weight import is_sharded, whole
-
-MAPS = (nn.Linear, Conv1D)  # exactly these: a subclass may compute something else
 
 
 class TorchProducts:
@@ -42,7 +40,7 @@ class TorchProducts:
     @classmethod
     def takes(cls, module: Any) -> bool:
         """Say whether this backend computes the map that a module is, in its present state."""
-        return isinstance(module, MAPS)
+        return is_linear_map(module)
 
     @property
     def weight(self) -> Tensor:
@@ -87,7 +85,7 @@ class OneDnnProducts(TorchProducts):
     @classmethod
     def takes(cls, module: Any) -> bool:
         """Say whether the module is a linear map in float32 on a CPU, and oneDNN is there."""
-        if type(module) not in MAPS or is_quantised(module) or not _has_onednn:
+        if not (_has_onednn and _is_plain(module)):
             return False
         weight: Tensor = module.weight
         return weight.dtype == torch.float32 and weight.device.type == "cpu"
@@ -114,7 +112,7 @@ class PackedProducts(TorchProducts):
     @classmethod
     def takes(cls, module: Any) -> bool:
         """Say whether the kernels take the weight and bias of a module."""
-        if type(module) not in MAPS or is_quantised(module):
+        if not _is_plain(module):
             return False
         weight, bias = module.weight, module.bias
         if weight.device.type != "cpu" or (bias is not None and bias.dtype != weight.dtype):
@@ -227,6 +225,10 @@ class ShardedProducts(QuantisedProducts):
 
     def _whole(self, weight: Tensor) -> Tensor:
         return whole(weight)
+
+
+def _is_plain(module: Any) -> bool:
+    return type(module) in MAPS and not is_quantised(module) and has_own_weight(module)
 
 
 _has_onednn = torch.backends.mkldnn.is_available() and hasattr(

@@ -1,5 +1,5 @@
 """The process's memory: kept instead of handed back after every tensor, few kernels, its peak, and
-what the steps of a training and copies of weights may take of it.
+what the steps of a training and copies of weights may take of it, and whether it ran out.
 
 glibc maps and unmaps allocations of a few megabytes anew each time; a training step makes
 thousands of them, and the page faults can cost more than the arithmetic. Two settings of its
@@ -161,6 +161,16 @@ def free_swap_bytes() -> int:
 
     free, left = int(psutil.swap_memory().free), swap_left_bytes()
     return free if left is None else min(free, left)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether memory ran out; torch has a type for that on an accelerator, and not for all of
+    what CUDA says, nor on a CPU: its words are read.
+    """
+    import torch
+
+    said = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def peak_memory_bytes(device: "torch.device | str" = "cpu") -> int:

@@ -126,6 +126,15 @@ def test_where_nothing_works_the_reasons_are_named(monkeypatch: pytest.MonkeyPat
         attend(*call(), last=refusing(ZeroDivisionError()))
 
 
+def test_where_the_last_way_has_no_memory_whoever_calls_may_cut_the_tree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda_attention, "flex", refusing(NotImplementedError("no triton")))
+    monkeypatch.setattr(cuda_attention, "dense", refusing(torch.OutOfMemoryError("of memory")))
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        attend(*call(), last=refusing(torch.OutOfMemoryError("no memory left")))
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_family_has_the_states_and_gradients_of_the_chunks(
     make_model: MakeModel, model_type: str, monkeypatch: pytest.MonkeyPatch

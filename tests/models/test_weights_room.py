@@ -96,6 +96,30 @@ class Loading:
         raise OSError("it is loaded now")
 
 
+@pytest.mark.parametrize("free_bytes", [3_000, None])
+def test_a_device_without_room_is_named_with_what_helps(free_bytes, model_folder, monkeypatch):
+    """None: not even what is free there can be asked for."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def asked(_device: object) -> tuple[int, int]:
+        return (free_bytes, 1 << 30) if free_bytes else fail()
+
+    folder = str(model_folder("llama"))
+    monkeypatch.setattr(load, "resolve_device", lambda _name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
+    monkeypatch.setattr("transformers.LlamaForCausalLM.to", fail)
+    with pytest.raises(UserError) as refused:
+        load.load_model(load.ModelSpec(name=folder, dtype="float32"))
+    there = "cuda, and 3.0 KB are free there; " if free_bytes else "cuda; "
+    assert re.fullmatch(
+        rf"the weights of .* take \d+ KB and find no room on {there}give --device cpu or "
+        "--dtype bfloat16, or see to it that other programs leave it more",
+        str(refused.value),
+    )
+
+
 def test_a_folder_is_refused_before_it_is_read(free, model_folder, monkeypatch) -> None:
     free(1000)
     folder = str(model_folder("llama"))

@@ -18,6 +18,7 @@ from swlora.errors import RunFailedError, UserError
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.training.frozen_prefix import PrefixCache
 from swlora.training.plain import PlainStep
+from swlora.training.short_training import _held_out_loss
 from swlora.training.step import TreeStep, make_step
 
 
@@ -91,6 +92,41 @@ def test_trees_are_halved_until_they_fit(
     # What was learnt is kept: the next step does not fail again.
     measure(step, trainable_parameters(peft_model), groups)
     assert memory.n_failed == halvings
+
+
+def test_attention_is_tried_on_a_tree_that_fits(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages: list[str] = []
+    step = TreeStep(adapted(make_model), make_sequences(8), say=messages.append)
+    whole, tried = step.walk.whole, list[int]()
+
+    def with_little_memory(layout: TreeLayout) -> Tensor:
+        tried.append(layout.tree.n_sequences)
+        if tried[-1] > 4:
+            raise OUT_OF_MEMORY[0]
+        return whole(layout)
+
+    monkeypatch.setattr(step.walk, "whole", with_little_memory)
+    step.try_attention([np.arange(8), np.arange(2)])
+    assert (tried, step._n_parts) == ([8, 4], 2)
+    assert messages == ["memory ran out: what runs at once is cut into 2 parts from here on"]
+
+
+def test_the_held_out_loss_of_a_trial_is_halved_too(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TreeStep(adapted(make_model), make_sequences(8), say=lambda _: None)
+    steps = [[np.arange(8)], [np.arange(2), np.arange(3, 7)]]
+    expected, whole = _held_out_loss(step, steps), step.walk.whole
+
+    def with_little_memory(layout: TreeLayout) -> Tensor:
+        if layout.tree.n_sequences > 3:
+            raise OUT_OF_MEMORY[1]
+        return whole(layout)
+
+    monkeypatch.setattr(step.walk, "whole", with_little_memory)
+    assert _held_out_loss(step, steps) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_single_sequence_that_does_not_fit_is_an_error(make_model: MakeModel) -> None:

@@ -14,6 +14,7 @@ from swlora.errors import RunFailedError
 from swlora.kernels.attention_interface import Scoring
 from swlora.kernels.torch_attention import CompiledTooOftenError, dense, flex
 from swlora.kernels.tree_layout import TreeLayout
+from swlora.memory import is_out_of_memory
 
 Way = Callable[[TreeLayout, Tensor, Tensor, Tensor, Scoring], Tensor]
 TIMED_CALLS = 3
@@ -78,7 +79,10 @@ def _kind(query: Tensor, key: Tensor, scoring: Scoring) -> str:
 def _tried(
     kind: str, ways: Mapping[str, Way], call: tuple[TreeLayout, Tensor, Tensor, Tensor, Scoring]
 ) -> str:
-    """Return the name of the fastest way that works; RunFailedError where none does."""
+    """Return the name of the fastest way that works.
+
+    Raises RunFailedError where none does, and what torch raises where the last has no memory.
+    """
     seconds: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, way in ways.items():
@@ -87,6 +91,8 @@ def _tried(
         try:
             seconds[name] = _seconds(way, *call)
         except Exception as error:  # whatever a compiler or a kernel raises
+            if name == "chunks" and not seconds and is_out_of_memory(error):
+                raise  # whoever called cuts the tree
             failed[name] = _first_line(error)
     if not seconds:
         raise RunFailedError(f"no way of attention works ({kind}): {failed}")

@@ -24,7 +24,7 @@ from swlora.models.model_folder import check_counts, check_model_folder
 from swlora.models.precision import resolve_device, resolve_dtype
 from swlora.models.skeleton import make_skeleton
 from swlora.models.tokenizer_folder import TOKENIZER, check_added_tokens, check_tokenizer_folder
-from swlora.models.weights_room import bytes_if_quantised, check_weights_fit
+from swlora.models.weights_room import bytes_if_quantised, check_weights_fit, moved
 from swlora.paths import expanded, may_be_path
 from swlora.plural import counted
 from swlora.threads import settle_threads
@@ -78,7 +78,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     """Load what `spec` names, in eval mode, with frozen weights and no decoding habits of its own.
 
     `dtype` replaces `spec.dtype` where a caller needs a certain precision.
-    Raises UserError (not found, not safetensors) and UnknownFamilyError.
+    Raises UserError (not found, not safetensors, no room) and UnknownFamilyError.
     """
     from transformers import GenerationConfig
 
@@ -100,7 +100,7 @@ def load_model(spec: ModelSpec, *, dtype: str | None = None) -> LoadedModel:
     ends = find_end_tokens(model, tokenizer, model.generation_config)
     model.generation_config = GenerationConfig()  # DecodeSpec alone says how text is generated
     revision = commit_of(place.model, spec.revision)
-    model = model.to(device).eval()
+    model = moved(model, place.model, device).eval()
     return LoadedModel(model, tokenizer, place.model, revision, place.source, ends)
 
 

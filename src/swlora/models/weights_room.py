@@ -1,4 +1,5 @@
-"""Whether memory has room for the weights of a model, known from the headers of its files."""
+"""Whether memory has room for the weights of a model, known from the headers of its files, and
+whether a device has."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from transformers.quantizers import AutoHfQuantizer
 from swlora.disk_space import size
 from swlora.errors import UserError
 from swlora.library_noise import quiet_libraries
-from swlora.memory import available_bytes, free_swap_bytes
+from swlora.memory import available_bytes, free_swap_bytes, is_out_of_memory
 from swlora.models.weight_source import weight_files
 
 # Bytes of a number in blocks of 32 and of 256 (llama.cpp's ggml-common.h)
@@ -36,6 +37,25 @@ def check_weights_fit(
     raise UserError(
         f"the weights of {name} take {size(needed)} {form}, and {size(free)} of memory are free; "
         + (f"what would fit: {' or '.join(fits)}" if fits else "not even 4 bits a weight would fit")
+    )
+
+
+def moved(model: Any, name: str, device: torch.device) -> Any:
+    """Return a model on a device; UserError where its weights find no room there."""
+    free = None
+    try:
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+        return model.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    needed = size(sum(parameter.nbytes for parameter in model.parameters()))
+    there = "" if free is None else f", and {size(free)} are free there"
+    smaller = " or --dtype bfloat16" if model.dtype == torch.float32 else ""
+    raise UserError(
+        f"the weights of {name} take {needed} and find no room on {device}{there}; give --device "
+        f"cpu{smaller}, or see to it that other programs leave it more"
     )
 
 

@@ -5,6 +5,7 @@ Every one with the same seed begins with the same weights, examples and random n
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,12 +81,19 @@ def _held_out_loss(step: TreeStep, steps: Sequence[Step]) -> float:
     total = LossSum()
     step.peft_model.eval()
     with patched_forwards(fast_forwards(step.peft_model)):
-        for ids in (ids for groups in steps for ids in step.parts(groups)):
-            tree = build_tree(step.sequences, ids)
-            hidden = step.walk.whole(TreeLayout(tree, step.base_model.device))
-            total += LossSum(float(tree_nats(step.walk, tree, hidden)), tree.n_target_tokens)
+        for groups in steps:
+            total += step.fitted(groups, partial(_loss_of, step, groups))
     train_mode(step.peft_model)
     return total.nats_per_token
+
+
+def _loss_of(step: TreeStep, groups: Step) -> LossSum:
+    total = LossSum()
+    for ids in step.parts(groups):
+        tree = build_tree(step.sequences, ids)
+        hidden = step.walk.whole(TreeLayout(tree, step.base_model.device))
+        total += LossSum(float(tree_nats(step.walk, tree, hidden)), tree.n_target_tokens)
+    return total
 
 
 def finite_or_none(loss: float) -> float | None:

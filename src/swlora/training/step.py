@@ -7,7 +7,7 @@ tree -> hidden state at the lowest adapted block (no graph, cached) -> the block
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from swlora.kernels.recomputed import recomputing
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
+from swlora.memory import is_out_of_memory
 from swlora.models.sharded_weight import has_sharded
 from swlora.training.device_update import DeviceLoss
 from swlora.training.frozen_prefix import PrefixCache
@@ -38,6 +39,7 @@ from swlora.training.plain import PlainStep
 from swlora.training.schedule import Step
 
 PrefixSource = Callable[[PrefixTree, TreeLayout], Tensor | None]
+R = TypeVar("R")
 _LaidOut = tuple[PrefixTree, TreeLayout]
 _LEAST = TokenSequences.from_lists([([0], [0])])  # the tree that is run for nothing
 
@@ -116,11 +118,18 @@ class TreeStep:
         `n_trees` are run at least, the missing ones for nothing: processes that share weights must
         run as many as each other.
         """
+        return self.fitted(groups, lambda: self._run(self._trees(groups), n_trees))
+
+    def fitted(self, groups: Sequence[np.ndarray], run: Callable[[], R]) -> R:
+        """Return what `run` makes of the parts of groups, which are more where memory runs out.
+
+        Raises RunFailedError where it has no room for a single sequence.
+        """
         while True:
             try:
-                return self._run(self._trees(groups), n_trees)
+                return run()
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve(groups)
 
@@ -174,8 +183,12 @@ class TreeStep:
     @torch.no_grad()
     def try_attention(self, groups: Sequence[np.ndarray]) -> None:
         """Have every block's kernel of attention chosen, on the first tree of a step."""
-        _, layout = self._laid_out(self.sequences, self.parts(groups)[0])
-        self.walk.whole(layout)
+
+        def run() -> None:
+            _, layout = self._laid_out(self.sequences, self.parts(groups)[0])
+            self.walk.whole(layout)
+
+        self.fitted(groups, run)
         self._say_attention()
 
     def _say_attention(self) -> None:
@@ -279,8 +292,3 @@ def scored_targets(tree: PrefixTree, device: torch.device) -> tuple[Tensor, Targ
         host_rows=rows,
     )
     return on_device(scored, device), targets
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether memory ran out; torch has no type for that on a CPU, so its words are read."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -12,12 +12,16 @@ from tests.support.models import MakeModel
 from swlora.adapters.methods import METHODS, adapt
 from swlora.config import AdapterSpec
 from swlora.data.token_sequences import TokenSequences
+from swlora.errors import RunFailedError
+from swlora.evaluation import loss as loss_module
 from swlora.evaluation.english import N_WINDOWS, english_loss
 from swlora.evaluation.loss import (
     SEQUENCES_AT_ONCE,
     dataset_loss,
     grouped_losses,
 )
+from swlora.kernels.tree_layout import TreeLayout
+from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
 from swlora.models.anatomy import FAMILIES
 from swlora.progress import Silent
@@ -230,3 +234,78 @@ def test_groups_that_do_not_fit(make_model: MakeModel, group_of: Any) -> None:
     sequences = TokenSequences.from_lists([([1], [2])] * 3)
     with pytest.raises(ValueError, match="group_of"):
         grouped_losses(make_model("llama"), sequences, group_of, Silent())
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["accelerator", "driver", "cpu"])
+def test_trees_that_do_not_fit_are_halved(
+    make_model: MakeModel, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sequences = adapted(make_model("llama")), make_sequences(2 * SEQUENCES_AT_ONCE + 5)
+    group_of, sizes, failed = np.arange(len(sequences)) % 3, list[int](), list[int]()
+    expected = grouped_losses(model, sequences, group_of, Silent())
+    whole = TreeWalk.whole
+
+    def with_little_memory(walk: TreeWalk, layout: TreeLayout) -> torch.Tensor:
+        if layout.n_nodes > 60:
+            failed.append(layout.n_nodes)
+            raise error
+        sizes.append(layout.n_nodes)
+        return whole(walk, layout)
+
+    monkeypatch.setattr(TreeWalk, "whole", with_little_memory)
+    progress = Recorded()
+    found = grouped_losses(model, sequences, group_of, progress)
+    assert failed and len(failed) < len(sizes)  # what did not fit is not tried for every tree
+    for loss, own in zip(found, expected, strict=True):
+        assert loss.n_tokens == own.n_tokens
+        assert loss.sum_nats == pytest.approx(own.sum_nats, rel=1e-6)
+    assert progress.amount == progress.total == len(sequences)
+
+
+def test_padded_batches_that_do_not_fit_are_halved(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sequences = make_model("falcon"), make_sequences(11)
+    expected = dataset_loss(model, sequences, Silent())
+
+    def with_little_memory(model: Any, batch: Any) -> Any:
+        if len(batch.token_ids) > 3:
+            raise OUT_OF_MEMORY[0]
+        return weighted_loss(model, batch)
+
+    monkeypatch.setattr(loss_module, "weighted_loss", with_little_memory)
+    found = dataset_loss(model, sequences, Silent())
+    assert found.n_tokens == expected.n_tokens
+    assert found.sum_nats == pytest.approx(expected.sum_nats, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_sharded", "raised", "message"),
+    [
+        (OUT_OF_MEMORY[0], False, RunFailedError, "a single sequence does not fit .*--truncate it"),
+        (OUT_OF_MEMORY[0], True, RunFailedError, "memory ran out .*start more processes"),
+        (RuntimeError("mat1 and mat2 shapes"), False, RuntimeError, "mat1 and mat2"),
+    ],
+)
+def test_what_halving_does_not_help(
+    make_model: MakeModel,
+    error: Exception,
+    is_sharded: bool,
+    raised: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(TreeWalk, "whole", fail)
+    monkeypatch.setattr(loss_module, "has_sharded", lambda _model: is_sharded)
+    with pytest.raises(raised, match=message):
+        dataset_loss(make_model("llama"), make_sequences(9), Silent())

@@ -89,8 +89,14 @@ def test_equals_cross_entropy_in_float64(n_rows: int, smoothing: float, cap: flo
 def test_one_chunk_for_all_rows_as_on_a_gpu(
     smoothing: float, cap: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_rows_at_once", lambda _hidden: (DEVICE_ROWS, DEVICE_ROWS))
+    monkeypatch.setattr(module, "_rows_at_once", lambda *_: (DEVICE_ROWS, DEVICE_ROWS))
     assert_equal(make(3 * CHUNK_ROWS + 17, dtype=torch.float64), smoothing, cap, 1e-12)
+
+
+@pytest.mark.parametrize(("n_tokens", "n_rows"), [(49_152, 4096), (262_144, 1024), (1 << 24, 128)])
+def test_logits_on_a_device_are_limited_in_bytes(n_tokens: int, n_rows: int) -> None:
+    on_device = torch.empty(9, 2, device="meta")
+    assert module._rows_at_once(on_device, n_tokens) == (n_rows, n_rows)
 
 
 @pytest.mark.parametrize("bias", [False, True])

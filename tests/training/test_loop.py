@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.support.toy_loop import (
     spec,
     start,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from swlora.adapters.adapted import Adapted
 from swlora.config import AdapterSpec
@@ -182,6 +183,30 @@ def test_a_step_so_large_that_its_weights_are_useless_is_no_result(tmp_path):
     with pytest.raises(DivergedError, match="step 1 made weights"), run:
         train(ToyStep(parameters), schedule(one_step), adapted(parameters), run, Silent())
     assert run.facts["status"] == "failed" and not list(run.folder.glob("checkpoint/*"))
+
+
+class OnFullDevice(Tensor):
+    """A tensor on a device that has no room for another one."""
+
+    def clone(self, **_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_checkpoint_needs_no_room_on_the_device(tmp_path, monkeypatch):
+    parameters = fresh_parameters()
+    parameters["a"].data += 1
+    state = LoopState(adapted(parameters), torch.optim.AdamW(parameters.values()))
+    tensors = LoopState._tensors
+    monkeypatch.setattr(
+        LoopState,
+        "_tensors",
+        lambda state: {n: t.as_subclass(OnFullDevice) for n, t in tensors(state).items()},
+    )
+    state.save(tmp_path)
+    monkeypatch.undo()
+    saved = fresh_parameters()
+    assert LoopState(adapted(saved), torch.optim.AdamW(saved.values())).load(tmp_path, print)
+    assert all(torch.equal(saved[name], p) for name, p in parameters.items())
 
 
 def test_a_checkpoint_of_other_parameters_is_not_used(tmp_path):

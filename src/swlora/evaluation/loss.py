@@ -5,10 +5,11 @@ can resample prompts. Every row of the data is still run once, in the trees of t
 that groups share are shared, and each group is scored at its own targets.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,17 +19,20 @@ from swlora.adapters.reach import is_covered
 from swlora.data.prefix_tree import PrefixTree, build_tree, number_nodes
 from swlora.data.steps import plan_steps
 from swlora.data.token_sequences import Ints, TokenSequences
+from swlora.errors import RunFailedError
 from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.kernels.tree_walk import TreeWalk
 from swlora.loss_sum import LossSum
+from swlora.memory import is_out_of_memory
 from swlora.models.sharded_weight import has_sharded
 from swlora.progress import Progress
 from swlora.threads import adapted_threads
 from swlora.training.plain import pad, weighted_loss
 from swlora.training.step import tree_nats
 
+R = TypeVar("R")
 SEQUENCES_AT_ONCE = 64
 PADDED_AT_ONCE = 8
 
@@ -48,7 +52,8 @@ def grouped_losses(
     group_of: (n,) int64, the group of each sequence; groups are numbered from 0 without gaps.
     `model` is a causal language model or a PeftModel around one; prefix trees are used where the
     family can run them and the adapter is one of the blocks' projections, else padded batches.
-    Raises ValueError where group_of does not fit.
+    Where memory runs out, fewer sequences are run at once. Raises ValueError where group_of does
+    not fit, and RunFailedError where memory has no room for a single sequence.
     """
     if group_of.shape != (len(sequences),) or not np.bincount(group_of).all():
         raise ValueError("group_of must number the group of every sequence, from 0 without gaps")
@@ -61,20 +66,64 @@ def grouped_losses(
     has_trees = is_fast and walk.anatomy.family.has_attention_interface
     forwards = patched_forwards(fast_forwards(model)) if is_fast else nullcontext()
     no_graph = without_graph(base_model)
+
+    def losses_of(ids: Ints) -> list[tuple[int, LossSum]]:
+        if has_trees:
+            return _tree_losses(walk, sequences, ids, group_of, node_numbers)
+        own = ((group, ids[group_of[ids] == group]) for group in np.unique(group_of[ids]))
+        return [(int(group), _padded_loss(model, sequences, of_group)) for group, of_group in own]
+
     with progress.task("loss", len(sequences)) as task, forwards, no_graph:
         trees = trees_at_once(sequences)
-        for ids in (part for tree in trees for part in walk.rotary.sides(tree, sequences.lengths)):
-            if has_trees:
-                tree = build_tree(sequences, ids)
-                hidden = walk.whole(TreeLayout(tree, base_model.device))
-                for group, part in _split_targets(sequences, tree, group_of, node_numbers):
-                    loss = tree_nats(walk, part, hidden)
-                    totals[group] += LossSum(float(loss), part.n_target_tokens)
-            else:
-                for group in np.unique(group_of[ids]):
-                    totals[group] += _padded_loss(model, sequences, ids[group_of[ids] == group])
-            task.advance(len(ids))
+        together = (part for ids in trees for part in walk.rotary.sides(ids, sequences.lengths))
+        for n_run, losses in _as_memory_allows(together, losses_of, has_sharded(base_model)):
+            for group, loss in losses:
+                totals[group] += loss
+            task.advance(n_run)
     return totals
+
+
+def _as_memory_allows(
+    together: Iterable[Ints], run: Callable[[Ints], R], is_sharded: bool
+) -> Iterator[tuple[int, R]]:
+    """Yield (sequences, what `run` makes of them), in twice as many parts where memory runs out.
+
+    Raises RunFailedError where that cannot help.
+    """
+    n_parts = 1  # of each of them, from where memory ran out on
+    for ids in together:
+        start = 0
+        while start < len(ids):
+            part = ids[start : start + math.ceil(len(ids) / n_parts)]
+            try:
+                found = run(part)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                start += len(part)
+                yield len(part), found
+                continue
+            if is_sharded:  # other processes wait in the middle of the tree
+                raise RunFailedError("memory ran out in an evaluation; start more processes")
+            if len(part) == 1:
+                raise RunFailedError(
+                    "a single sequence does not fit into memory; --truncate it, or take another "
+                    "--device"
+                )
+            n_parts *= 2
+
+
+def _tree_losses(
+    walk: TreeWalk, sequences: TokenSequences, ids: Ints, group_of: Ints, node_numbers: Ints
+) -> list[tuple[int, LossSum]]:
+    """Return the losses of sequences by their groups, from the tree of all."""
+    tree = build_tree(sequences, ids)
+    hidden = walk.whole(TreeLayout(tree, walk.base_model.device))
+    return [
+        (group, LossSum(float(tree_nats(walk, part, hidden)), part.n_target_tokens))
+        for group, part in _split_targets(sequences, tree, group_of, node_numbers)
+    ]
 
 
 def trees_at_once(sequences: TokenSequences) -> list[Ints]:

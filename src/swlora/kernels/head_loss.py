@@ -25,8 +25,8 @@ from swlora.models.linear_maps import is_linear_map
 
 CHUNK_ROWS = 128
 WIDE_ROWS = 16  # rows in float32 at a time: they stay in the cache
-# Elsewhere a few large kernels are what fills the device: 2 GB of float32 at 128,256 tokens.
-DEVICE_ROWS = 4096
+# Elsewhere a few large kernels are what fills the device; three arrays of so many logits live.
+DEVICE_ROWS, DEVICE_LOGITS = 4096, 1 << 28  # at most: 1 GB in float32
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        chunk_rows, wide_rows = _rows_at_once(hidden)
+        chunk_rows, wide_rows = _rows_at_once(hidden, head.n_out)
         work = _wide_rows(hidden, wide_rows, head.n_out)
         edges = np.arange(0, len(hidden) + chunk_rows, chunk_rows)
         bounds = np.searchsorted(targets.rows_on_host(), edges).tolist()
@@ -115,9 +115,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
 _frozen_head_loss: Callable[..., Tensor] = _FrozenHeadLoss.apply
 
 
-def _rows_at_once(hidden: Tensor) -> tuple[int, int]:
+def _rows_at_once(hidden: Tensor, n_tokens: int) -> tuple[int, int]:
     """Return the rows of logits that are alive together, and those of them in float32."""
-    return (CHUNK_ROWS, WIDE_ROWS) if hidden.device.type == "cpu" else (DEVICE_ROWS, DEVICE_ROWS)
+    if hidden.device.type == "cpu":
+        return CHUNK_ROWS, WIDE_ROWS
+    n_rows = max(CHUNK_ROWS, min(DEVICE_ROWS, DEVICE_LOGITS // n_tokens))
+    return n_rows, n_rows
 
 
 def _wide_rows(hidden: Tensor, n_rows: int, n_tokens: int) -> Tensor:

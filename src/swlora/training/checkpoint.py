@@ -72,7 +72,10 @@ class LoopState:
 
     def save(self, folder: Path, keep: int = 1) -> None:
         """Save this state in `folder`; the `keep` - 1 that were saved before it stay."""
-        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        # Copied where they are not, since a device that trains has no room for a second of each.
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors().items()
+        }
         save_snapshot(folder, Snapshot(self.number + 1, tensors, self._values()), keep)
         self.number, self.saved_step = self.number + 1, self.totals.step
 

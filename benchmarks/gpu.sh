@@ -6,7 +6,7 @@
 #   bash benchmarks/gpu.sh --dry-run    the same lines on a CPU with tiny models
 #
 # WHEELS (default .gpu): the folder that --prepare fills; take it along. OUT (default runs/gpu):
-# where gpu.json and the logs go. PYTHON (default python3): it has torch, transformers and peft.
+# where gpu.json and the logs go. PYTHON (default python3): it has torch and transformers.
 set -uo pipefail
 case "${1:-}" in
     "" | --prepare | --dry-run) ;;

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_prepare FOLDER [--python 3.12]
 
-torch, transformers, accelerate, numpy, safetensors, psutil, pytest and hypothesis are taken to be
-there.
-The embedded model is too large to go along (98 MB): the benchmark draws weights of its shape.
+What is in THERE is taken to be on the machine. pyarrow and pandas, which the peer TRL needs, are
+large (60 MB); where they are missing, its arm says so and the others run. The embedded model is too
+large to go along, too (98 MB): the benchmark draws weights of its shape.
 """
 
 import argparse
@@ -12,9 +12,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Imported by a training, and by the peer TRL; they take the place of what the machine has.
-PACKAGES = ("pydantic", "pydantic-core", "annotated-types", "gguf", "peft")
-PEER_PACKAGES = ("trl==1.16.0", "datasets", "multiprocess", "dill")
+# Imported by a training, and by the peer TRL; they take the place of what the machine has. Nothing
+# is resolved there: what they need in turn is here or in THERE.
+PACKAGES = (
+    *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
+    *("gguf", "peft"),
+)
+PEER_PACKAGES = ("trl==1.16.0", "datasets", "multiprocess", "dill", "xxhash")
+THERE = (
+    *("torch", "transformers", "accelerate", "numpy", "safetensors", "psutil"),
+    *("pytest", "hypothesis"),
+    *("huggingface-hub", "packaging", "pyyaml", "tqdm", "filelock", "fsspec", "jinja2", "requests"),
+    *("pyarrow", "pandas"),
+)
+# Of swlora's own needs: no test on a GPU and no arm imports them.
+NOT_IMPORTED = (
+    *("fastapi", "prometheus-client", "python-multipart", "starlette", "uvicorn"),
+    *("matplotlib", "pycocoevalcap", "rich", "sacrebleu", "typer"),
+)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 POOL_ROWS = 512 * 12
 

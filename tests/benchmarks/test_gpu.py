@@ -1,24 +1,96 @@
 """The GPU benchmark, as far as it goes on a CPU."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import textwrap
+import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from benchmarks.token_rows import IGNORED, TokenRows
+from packaging.requirements import Requirement
 
-from benchmarks import gpu, gpu_models, gpu_peers
+from benchmarks import gpu, gpu_models, gpu_peers, gpu_prepare
 
 ROOT = Path(__file__).resolve().parents[2]
+CARRIED = {
+    requirement.partition("==")[0]
+    for requirement in (*gpu_prepare.PACKAGES, *gpu_prepare.PEER_PACKAGES)
+}
 
 
 def test_tests_and_our_own_arm_come_first() -> None:
     for dry in (True, False):
         names = [part.name for part in gpu.parts(dry, Path("x"))]
         assert names[:2] == ["tests", "ours"] and len(set(names)) == len(names)
+
+
+def names(requirements: Iterable[str]) -> set[str]:
+    """What is required where no extra is asked for, by names as they are written in a list."""
+    parsed = map(Requirement, requirements)
+    needed = [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return {r.name.lower().replace("_", "-") for r in needed}
+
+
+@pytest.mark.parametrize("package", sorted(CARRIED))
+def test_what_a_carried_package_needs_is_carried_or_there(package: str) -> None:
+    """Nothing is resolved on a machine without a network."""
+    try:
+        needed = names(importlib.metadata.requires(package) or [])
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed here")
+    assert needed <= CARRIED.union(gpu_prepare.THERE)
+
+
+def test_what_swlora_needs_is_carried_or_there_or_not_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = CARRIED.union(gpu_prepare.THERE, gpu_prepare.NOT_IMPORTED)
+    assert names(project["dependencies"]) <= known
+
+
+@pytest.mark.slow
+def test_tests_and_arm_run_without_what_they_are_said_not_to_import(tmp_path: Path) -> None:
+    needed = {*CARRIED, *gpu_prepare.THERE}
+    modules = importlib.metadata.packages_distributions()
+    refused = [
+        module
+        for module, packages in modules.items()
+        for own in [{name.lower().replace("_", "-") for name in packages}]
+        if own.intersection(gpu_prepare.NOT_IMPORTED) and not own & needed
+    ]
+    assert len(refused) >= len(gpu_prepare.NOT_IMPORTED)
+    code = f"""
+        import sys
+        sys.modules |= dict.fromkeys({refused!r})  # to import one is an ImportError
+        from benchmarks import gpu_arm
+        import tests.gpu.test_exactness, tests.gpu.test_work, tests.gpu.test_device_clock
+        import tests.training.test_loop_resume
+        gpu_arm.main()
+    """
+    options = "ours --device cpu --shape tiny --row-tokens 512 --rows 12 --steps 4 --json"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *options.split(), str(tmp_path / "arm.json")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "arm.json").read_text())["examples_per_s"] > 0
+
+
+def test_every_test_on_a_gpu_is_marked_as_one() -> None:
+    """`gpu.py` runs those that are marked."""
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    assert len(files) >= 3
+    unmarked = [f.name for f in files if "\npytestmark = pytest.mark.gpu\n" not in f.read_text()]
+    assert not unmarked
 
 
 def test_a_part_ends_at_its_limit_or_says_why_it_failed(

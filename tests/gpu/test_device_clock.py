@@ -2,9 +2,12 @@
 
 import time
 
+import pytest
 import torch
 
 from swlora.kernels.device_clock import DeviceClock
+
+pytestmark = pytest.mark.gpu
 
 
 def test_it_agrees_with_a_stopwatch_that_waits(device: str) -> None:

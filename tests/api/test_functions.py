@@ -17,6 +17,7 @@ from tests.support.small_runs import Heard, weights
 import swlora
 from swlora.adapters.methods import trainable_parameters
 from swlora.command_settings import SETTINGS, keyword
+from swlora.deploy import merge as merging
 from swlora.errors import UserError
 from swlora.evaluation.user_metrics import MetricError
 from swlora.metrics_file import read_metrics
@@ -199,6 +200,17 @@ def test_a_study_without_a_folder_is_temporary(monkeypatch, tmp_path) -> None:
     assert (seen[0].only, seen[0].overrides) == (["lora"], {"controls": False})
     assert (seen[1].output, seen[1].overrides) == (Path("kept"), {"controls": None})
     assert os.listdir() == ["kept"]
+
+
+def test_paths_may_begin_at_the_home_folder(monkeypatch, tmp_path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(study, "compare", asked.append)
+    monkeypatch.setattr(merging, "merge", lambda request, _progress: asked.append(request))
+    swlora.compare("~/study.yaml", output="~/study")
+    swlora.merge("~/adapter", "~/merged", model="builtin")
+    assert (asked[0].path, asked[0].output) == (tmp_path / "study.yaml", tmp_path / "study")
+    assert (asked[1].adapter, asked[1].output) == (tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_what_a_study_without_a_folder_came_to_outlives_a_failed_run(monkeypatch) -> None:

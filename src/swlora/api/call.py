@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from swlora.api.at_hand import spec_at_hand
 from swlora.api.bars import shown
@@ -154,6 +154,14 @@ class Call:
                 "resume=True continues with the settings in the run's config.yaml; leave out "
                 "config, and give what shall change as keyword arguments"
             )
+
+
+@overload
+def path_of(given: PathLike) -> Path: ...
+
+
+@overload
+def path_of(given: PathLike | None) -> Path | None: ...
 
 
 def path_of(given: PathLike | None) -> Path | None:

@@ -194,7 +194,7 @@ def compare(
         folder = path_of(output) or Path(scratch) / "study"
         names = None if only is None else list(only)
         try:
-            return compare(Request(Path(config), folder, names, {"controls": controls}))
+            return compare(Request(path_of(config), folder, names, {"controls": controls}))
         except NotDoneError as error:
             if output is not None:
                 raise

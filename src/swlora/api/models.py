@@ -1,6 +1,5 @@
 """Models at hand: load, generate, and make files of them for other programs."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from swlora.api.at_hand import model_at_hand
@@ -164,7 +163,8 @@ def merge(
 
     check_processes("merge")
     model = Call.of("merge", config, settings).spec().model
-    request = merge_request(Path(adapter), Path(output), model, dtype, shard_gb, force=force)
+    folders = path_of(adapter), path_of(output)
+    request = merge_request(*folders, model, dtype, shard_gb, force=force)
     return merge_adapter(request, shown(progress))
 
 

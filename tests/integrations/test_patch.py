@@ -117,6 +117,22 @@ def test_everything_is_undone(model: Any) -> None:
     assert own_forwards(model) == before
 
 
+def test_what_others_have_wrapped_stays(model: Any) -> None:
+    """Such as TRL does it to a model of its trainer."""
+    base = model.get_base_model()
+    expected = plain_loss(model, BATCH)
+    patched = patch(model)
+    inner = base.forward
+    base.forward = outer = lambda *args, **kwargs: inner(*args, **kwargs)
+    patched.undo()
+    assert vars(base)["forward"] is outer
+    output = model.train()(**BATCH, use_cache=False)
+    assert output.logits is not None and torch.equal(output.loss, expected)
+    with patch(model):
+        assert model(**BATCH, use_cache=False).logits is None
+    assert vars(base)["forward"] is outer
+
+
 def test_it_follows_the_adapter(model: Any) -> None:
     """Between steps, and where the adapter is switched off, merged, or another one."""
 

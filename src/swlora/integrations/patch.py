@@ -56,7 +56,8 @@ class Patch:
         if why := unreadable_weights(base):
             raise UserError(f"patch: {why}; the model runs as it is, unpatched")
         anatomy = Anatomy(base)
-        if isinstance(vars(anatomy.backbone).get("forward"), _Forward):
+        before = vars(anatomy.backbone).get("forward")
+        if isinstance(before, _Forward) and not before.has_ended:
             raise UserError("patch: the model is patched already; undo that first")
         fast = fast_forwards(model)
         if not is_frozen(anatomy.head):
@@ -78,14 +79,18 @@ class Patch:
             own_head = fast.get(anatomy.head)
             frozen = own_head if isinstance(own_head, FrozenLinear) else None
             forwards[base] = _with_head_loss(base, anatomy, frozen)
+        self._forwards = {m: _Forward(m, forward) for m, forward in forwards.items()}
         self._undo = ExitStack()
-        self._undo.enter_context(
-            patched_forwards({m: _Forward(m, forward) for m, forward in forwards.items()})
-        )
+        self._undo.enter_context(patched_forwards(self._forwards))
 
     def undo(self) -> None:
-        """Give every module the forward that it had; a second time does nothing."""
+        """Give every module the forward that it had; a second time does nothing.
+
+        A forward that somebody has wrapped meanwhile stays wrapped, and is the module's own again.
+        """
         self._undo.close()
+        for forward in self._forwards.values():
+            forward.end()
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +108,13 @@ class _Forward:
     def __init__(self, module: nn.Module, compute: Callable[..., Any]) -> None:
         self._module, self._compute = module, compute
         self._own = vars(module).get("forward")
+        self.has_ended = False
         self.__signature__ = inspect.signature(compute)
+
+    def end(self) -> None:
+        """From now on compute as the module does without this."""
+        self._compute = self._own or MethodType(type(self._module).forward, self._module)
+        self.has_ended = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._compute(*args, **kwargs)

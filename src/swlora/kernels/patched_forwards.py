@@ -11,7 +11,8 @@ from torch import nn
 def patched_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Replace the forward of every given module while the body runs.
 
-    Afterwards each module has the forward it had, its class's or one of its own.
+    Afterwards each module has the forward it had, its class's or one of its own; what somebody
+    else has put in the place of the replacement stays.
     """
     previous = {module: vars(module).get("forward") for module in replacements}
     try:
@@ -20,6 +21,8 @@ def patched_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> It
         yield
     finally:
         for module, own in previous.items():
-            vars(module).pop("forward", None)
+            if vars(module).get("forward") is not replacements[module]:
+                continue
+            del vars(module)["forward"]
             if own is not None:
                 vars(module)["forward"] = own

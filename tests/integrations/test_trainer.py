@@ -221,10 +221,14 @@ CHATS = [
     for word in WORDS
     for k in range(2)
 ]
+# Of which nothing is left but the beginning of the prompt, which is not scored
+CUT = [TEXTS[0], {"prompt": "Say " + "again and " * 30, "completion": "no"}, *TEXTS[1:]]
+ONE_BY_ONE = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "eval_steps": 9}
 TRL: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "completions": (TEXTS, {}),
     "assistants": (CHATS, {"assistant_only_loss": True, "gradient_accumulation_steps": 2}),
     "packed": (TEXTS, {"packing": True, "max_length": 96}),
+    "packed, cut": (CUT, {"packing": True, "max_length": 60, "num_train_epochs": 1, **ONE_BY_ONE}),
     "padding-free": (CHATS, {"padding_free": True, "max_length": None}),
 }
 
@@ -254,9 +258,12 @@ def test_trainer_of_trl(new_model: Any, tiny_tokenizer: Any, tmp_path: Path, kin
                 eval_dataset=Dataset.from_list(rows[:5]),
                 processing_class=tokenizer,
             )
-        batch = next(iter(trainer.get_train_dataloader()))
-        assert ("position_ids" in batch) == (kind in ("packed", "padding-free"))
-        assert (batch["labels"] == IGNORED).any()
+        batches = list(trainer.get_train_dataloader())
+        has_positions = kind.startswith("packed") or kind == "padding-free"
+        assert ("position_ids" in batches[0]) == has_positions
+        assert (batches[0]["labels"] == IGNORED).any()
+        are_bare = [bool((batch["labels"] == IGNORED).all()) for batch in batches]
+        assert any(are_bare) == (kind == "packed, cut")
         curves.append(curve(trainer))
     assert_same_curves(curves[1], curves[0])
 

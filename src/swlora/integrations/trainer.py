@@ -14,7 +14,8 @@ from swlora.integrations.prefix_sampler import PrefixSampler
 from swlora.integrations.tree_loss import release, tree_loss
 from swlora.loss_sum import LossSum
 
-_OWN_LOSSES = ("transformers.trainer.Trainer", "trl.trainer.sft_trainer.SFTTrainer")
+_TRL = "trl.trainer.sft_trainer.SFTTrainer"
+_OWN_LOSSES = ("transformers.trainer.Trainer", _TRL)
 # Arguments whose effect on the loss or the model trees do not have, and what they must be
 _MUST_BE: dict[str, Any] = {
     "gradient_checkpointing": False,
@@ -34,7 +35,8 @@ class TreeTrainerMixin:
     optimizer, checkpoints, evaluation. What needs logits (`compute_metrics`) is computed by the
     trainer's own forward. An evaluation says `eval_loss_per_token`, too: the mean over all tokens,
     where the trainer's `eval_loss` is a mean over batches, which changes with their size. TRL's
-    entropy, token accuracy and token count need the logits, and are left out.
+    entropy, token accuracy and token count need the logits, and are left out. The loss of a batch
+    without any label is 0 in SFTTrainer, as TRL has it; a Trainer ends there with UserError.
 
     `prefix_order`: which rows come into a batch together, as of `PrefixSampler` ("prompts",
     "neighbours", "pairs" or "iid"); None leaves that to the trainer. Raises UserError when it is
@@ -76,6 +78,11 @@ class TreeTrainerMixin:
         if return_outputs or inputs.get("labels") is None:
             plain: Any = super()
             return plain.compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if _next_with(type(self), "compute_loss") == _TRL:
+            if num_items_in_batch is None:
+                num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum()
+            # A batch without labels, such as a long prompt that was cut, has a loss of 0 there.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         unwrapped = self._own.accelerator.unwrap_model(model)
         return tree_loss(unwrapped, **inputs, num_items_in_batch=num_items_in_batch)
 

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -31,11 +32,13 @@ def data(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def accelerated() -> None:
-    """Accelerate's classes write to its log, which wants a state."""
-    from accelerate import Accelerator
+def not_accelerated() -> Iterator[None]:
+    """No state of Accelerate's, which the logs of its classes want; none is there afterwards."""
+    from accelerate.state import AcceleratorState, PartialState
 
-    Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    assert not PartialState._shared_state
 
 
 class FakeRun:
@@ -128,7 +131,7 @@ def started(names: list[str], folder: Path, said: Heard, project: str | None = N
 
 
 def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
-    fake_wandb, accelerated, tmp_path
+    fake_wandb, not_accelerated, tmp_path
 ):
     said = Heard()
     fake_wandb.fails_after = 1
@@ -142,7 +145,7 @@ def test_a_tracker_that_fails_is_told_of_once_and_the_others_go_on(
 
 
 def test_a_tracker_that_asks_for_a_key_does_not_wait(
-    fake_wandb, accelerated, monkeypatch, tmp_path
+    fake_wandb, not_accelerated, monkeypatch, tmp_path
 ):
     def init(**_how: Any) -> FakeRun:
         assert not sys.stdin.isatty(), "this would wait for an answer"
@@ -157,7 +160,7 @@ def test_a_tracker_that_asks_for_a_key_does_not_wait(
     assert sys.stdin is terminal
 
 
-def test_what_is_sent(fake_wandb, accelerated, tmp_path):
+def test_what_is_sent(fake_wandb, not_accelerated, tmp_path):
     sent = started(["wandb"], tmp_path / "run", Heard(), "my project")
     report = {"step": 3, "loss": 1.5, "eval_nll": 2.0, "rows": 12, "sum_nats": 9.0}
     sent.report({**report, "grad_norm": float("inf")})
@@ -202,7 +205,7 @@ def test_a_training_is_the_same_with_and_without(fake_wandb, model_folder, data,
     assert same_weights(tmp_path / "with" / "adapter", tmp_path / "without" / "adapter")
 
 
-def test_tensorboard(accelerated, tmp_path):
+def test_tensorboard(not_accelerated, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -223,7 +226,9 @@ def test_tensorboard(accelerated, tmp_path):
     assert said.lines == []
 
 
-def test_tensorboard_keeps_the_last_step_where_the_evaluation_alone_goes_on(accelerated, tmp_path):
+def test_tensorboard_keeps_the_last_step_where_the_evaluation_alone_goes_on(
+    not_accelerated, tmp_path
+):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -245,7 +250,7 @@ def test_tensorboard_keeps_the_last_step_where_the_evaluation_alone_goes_on(acce
     assert said.lines == []
 
 
-def test_trackio(accelerated, monkeypatch, tmp_path, capsys):
+def test_trackio(not_accelerated, monkeypatch, tmp_path, capsys):
     pytest.importorskip("trackio")
     for module in ("trackio.utils", "trackio.sqlite_storage"):
         monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")

@@ -81,8 +81,6 @@ def fit_steps(
 
 def _loaded_bytes(*, draws: bool) -> int:
     """Return what the process holds, with the libraries that a training is going to load."""
-    import accelerate  # noqa: F401
-
     from swlora.training.memory_parts import resident_bytes
 
     if draws:

@@ -138,7 +138,7 @@ class Trackers:
         What trackers print is no result of the command, and would tear its bars.
         """
         try:
-            with redirect_stdout(io.StringIO()), _nobody_to_ask():
+            with redirect_stdout(io.StringIO()), _nobody_to_ask(), _state_for_logs():
                 yield
         except Exception as error:  # of many libraries
             self._working.pop(name, None)
@@ -199,6 +199,23 @@ def _nobody_to_ask() -> Iterator[None]:
         yield
     finally:
         sys.stdin = before
+
+
+@contextmanager
+def _state_for_logs() -> Iterator[None]:
+    """Have the state that the logs of Accelerate's classes want, and leave none that was not there.
+
+    It is the whole process's: an Accelerator that somebody makes later would take its device.
+    """
+    from accelerate.state import PartialState
+
+    was_there = bool(PartialState._shared_state)
+    PartialState(cpu=True)
+    try:
+        yield
+    finally:
+        if not was_there:
+            PartialState._reset_state()
 
 
 def _finish(name: str, tracker: Any) -> None:

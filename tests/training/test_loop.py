@@ -2,13 +2,14 @@
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from tests.support.toy_loop import (
     ToyStep,
     adapted,
@@ -243,14 +244,37 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_checkpoint(tmp_
     assert state.totals.step == 2
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Nothing of accelerate, which keeps its choices for all of a process, is chosen yet."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_what_a_trainer_in_the_same_process_has_chosen_changes_nothing(tmp_path):
     torch.manual_seed(5)
     expected, _ = run_loop(start(tmp_path / "alone"), spec())
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        Accelerator(mixed_precision="bf16", cpu=True)
-        torch.manual_seed(5)
-        found, _ = run_loop(start(tmp_path / "beside"), spec())
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(mixed_precision="bf16", cpu=True)
+    torch.manual_seed(5)
+    found, _ = run_loop(start(tmp_path / "beside"), spec())
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_an_accelerator_may_be_made_after_a_training(tmp_path):
+    run_loop(start(tmp_path / "run"), spec())
+    Accelerator(mixed_precision="bf16", cpu=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_an_accelerator_that_was_there_goes_on_accumulating(tmp_path):
+    mine = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    run_loop(start(tmp_path / "run"), spec())
+    assert mine.gradient_accumulation_steps == 4

@@ -66,7 +66,7 @@ def train(
     gradient could reach the weights, or weights that cannot be used a checkpoint.
     """
     spec = schedule.spec
-    accelerator, state = _begin(adapted, spec)
+    state = _begin(adapted, spec)
     folder, n_steps, stop = run.checkpoint, schedule.n_steps, stop or StopRequest()
     is_resumed = folder is not None and state.load(folder, progress.say)
     state.share()
@@ -87,7 +87,7 @@ def train(
             random_state, before_s = state.random_state(), state.totals.elapsed_s
             pace.begin()
             try:  # the step alone: what fails after it finds weights that have changed
-                report = _one_step(step_function, groups, state, accelerator, schedule)
+                report = _one_step(step_function, groups, state, schedule)
             except RunFailedError as error:
                 if isinstance(error, DivergedError):
                     error.sequence_ids = np.concatenate(groups).tolist()
@@ -159,9 +159,9 @@ def reports(
 
     Raises RunFailedError before a non-finite loss or gradient could reach the weights.
     """
-    accelerator, state = _begin(adapted, schedule.spec)
+    state = _begin(adapted, schedule.spec)
     for groups in schedule.steps():
-        yield _one_step(step_function, groups, state, accelerator, schedule)
+        yield _one_step(step_function, groups, state, schedule)
 
 
 def _ahead(step_function: StepFunction, steps: Iterator[Step]) -> Iterator[Step]:
@@ -170,21 +170,12 @@ def _ahead(step_function: StepFunction, steps: Iterator[Step]) -> Iterator[Step]
     return ahead(steps)
 
 
-def _begin(adapted: Adapted, spec: TrainSpec) -> tuple[Any, LoopState]:
-    from accelerate import Accelerator
-    from accelerate.state import is_initialized
-
+def _begin(adapted: Adapted, spec: TrainSpec) -> LoopState:
     if not adapted.parameters:
         raise RunFailedError("no parameter is trainable")
-    device = next(iter(adapted.parameters.values())).device
-    # A Trainer in the same process has chosen for all of it. Only the optimizer is prepared here,
-    # on which that has no effect.
-    chosen = {} if is_initialized() else {"mixed_precision": "no", "cpu": device.type == "cpu"}
-    accelerator = Accelerator(**chosen)
-    if device.type == "cuda":
+    if next(iter(adapted.parameters.values())).device.type == "cuda":
         fix_threads(torch.get_num_threads())  # the CPU computes next to nothing then
-    optimizer = accelerator.prepare(make_optimizer(adapted, spec))
-    return accelerator, LoopState(adapted, optimizer.optimizer)
+    return LoopState(adapted, make_optimizer(adapted, spec))
 
 
 def _note(report: dict[str, Any], held_out: HeldOutState) -> str:
@@ -200,11 +191,7 @@ def _note(report: dict[str, Any], held_out: HeldOutState) -> str:
 
 
 def _one_step(
-    step_function: StepFunction,
-    groups: Step,
-    state: LoopState,
-    accelerator: Any,
-    schedule: Schedule,
+    step_function: StepFunction, groups: Step, state: LoopState, schedule: Schedule
 ) -> dict[str, Any]:
     adapt_threads()
     start_s = time.perf_counter()
@@ -218,7 +205,8 @@ def _one_step(
     penalty = adapted.penalty()
     if penalty is not None:
         torch.autograd.backward(penalty)
-    loss, norm = _update(state, loss, accelerator.clip_grad_norm_(parameters, spec.max_grad_norm))
+    norm_before = torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
+    loss, norm = _update(state, loss, norm_before)
     is_finite = _are_finite(loss, norm)
     if not is_finite:
         if totals.skipped >= spec.skippable_steps:

@@ -91,8 +91,7 @@ def run_steps(
 
     Raises UserError before the first one where memory or disk have no room for them.
     """
-    import torch
-
+    from swlora.random_numbers import drawing_by
     from swlora.training.dealt_step import DealtStep
     from swlora.training.loop import train as run_loop
     from swlora.training.step import TreeStep, make_step
@@ -120,11 +119,11 @@ def run_steps(
         stop = StopRequest()
         job.run.record(processes=world().size)
         run_step = DealtStep(step, adapted, stop) if world().is_shared else step
-        torch.manual_seed(job.spec.seed)  # dropout
         start_s = time.perf_counter()
         try:
             with (
                 job.timed("train"),
+                drawing_by(job.spec.seed, job.loaded.model.device),  # dropout
                 kept_for_steps(fit.step_bytes, copies_bytes=fit.copies_bytes),
             ):
                 state = run_loop(

@@ -228,6 +228,12 @@ def test_what_a_study_without_a_folder_came_to_outlives_a_failed_run(monkeypatch
         swlora.compare("study.yaml", output="kept")
 
 
+def test_random_numbers_of_the_caller_go_on(settings) -> None:
+    before = torch.get_rng_state()
+    swlora.train(**settings, **TRAINING)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_what_a_program_imports_at_first_is_light() -> None:
     code = (
         "import sys, swlora\n"

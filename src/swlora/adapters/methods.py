@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from swlora.adapters import adalora, full
@@ -27,6 +26,7 @@ from swlora.errors import UserError
 from swlora.models.anatomy import Anatomy
 from swlora.models.linear_maps import is_linear_map, shape_out_in
 from swlora.models.quantised_weight import is_quantised
+from swlora.random_numbers import drawing_by
 
 __all__ = [
     "METHODS",
@@ -78,8 +78,7 @@ def adapt(
 
     method = METHODS[spec.method]
     site, config = check_fit(Anatomy(model), spec, layers, n_steps=n_steps)
-    with torch.random.fork_rng(devices=[]), quiet_peft():
-        torch.manual_seed(seed)
+    with drawing_by(seed, model.device), quiet_peft():
         adapted = method.adapted(get_peft_model(model, config), spec)
     n_expected, n_adapted = len(site.modules), len(adapted_modules(adapted.model))
     if n_adapted != n_expected:

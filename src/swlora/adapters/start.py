@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from swlora.adapters.adapted import Adapted
@@ -27,6 +26,7 @@ from swlora.errors import UserError
 from swlora.files import sha256_of
 from swlora.layer_policy import parse_policy
 from swlora.models.anatomy import Anatomy
+from swlora.random_numbers import drawing_by
 from swlora.settings import flag_name, problem_lines
 
 PREFIX = "base_model.model."  # of PEFT's names
@@ -65,8 +65,7 @@ def start_from(model: Any, spec: AdapterSpec, *, seed: int) -> Adapted:
     """
     assert spec.start is not None
     folder = adapter_folder(spec.start)
-    with torch.random.fork_rng(devices=[]), quiet_peft():
-        torch.manual_seed(seed)  # of the values that the saved ones replace
+    with drawing_by(seed, model.device), quiet_peft():  # the values that the saved ones replace
         dropout = {"lora_dropout": spec.dropout} if "dropout" in settings_of(spec.method) else {}
         peft_model = load_trainable(model, folder, dropout)
     if not is_covered(peft_model):

@@ -26,6 +26,7 @@ from swlora.loss_sum import LossSum, as_count
 from swlora.processes import check_peers, interruptible, world
 from swlora.processes.joining import failing_together
 from swlora.processes.tensors import summed
+from swlora.random_numbers import drawing_by
 from swlora.training.device_update import DeviceLoss, nats_on
 from swlora.training.plain import PlainStep
 from swlora.training.schedule import Step
@@ -154,7 +155,5 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
     that of all.
     """
     drawn = int(torch.randint(1 << 62, ()))
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus, device_type="cuda"):
-        torch.manual_seed(drawn + world().rank)
+    with drawing_by(drawn + world().rank, device):
         yield

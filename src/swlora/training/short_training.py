@@ -20,6 +20,7 @@ from swlora.kernels.forwards import fast_forwards
 from swlora.kernels.patched_forwards import patched_forwards
 from swlora.kernels.tree_layout import TreeLayout
 from swlora.loss_sum import LossSum
+from swlora.random_numbers import drawing_by
 from swlora.training.fitting import fit_trial
 from swlora.training.layer_profile import temporary_adapters
 from swlora.training.loop import reports
@@ -56,20 +57,20 @@ def train_shortly(
     losses: dict[int, float | None] = {}
     with (
         temporary_adapters(model, spec.adapter, layers, spec.seed) as adapted,
-        torch.random.fork_rng(devices=[]),
+        drawing_by(spec.seed, device := model.device),
     ):
         step = TreeStep(
             adapted.model, sequences, label_smoothing=spec.train.label_smoothing, say=_say_nothing
         )
         fit_trial(step, schedule, _say_nothing)
-        torch.manual_seed(spec.seed)  # dropout
-        if 0 in measured_at:
-            losses[0] = _held_out_loss(step, held_out)
         try:
-            for report in reports(step, schedule, adapted):
-                advance()
-                if report["step"] in measured_at:
-                    losses[report["step"]] = finite_or_none(_held_out_loss(step, held_out))
+            with drawing_by(spec.seed, device):  # dropout, whatever was drawn until here
+                if 0 in measured_at:
+                    losses[0] = _held_out_loss(step, held_out)
+                for report in reports(step, schedule, adapted):
+                    advance()
+                    if report["step"] in measured_at:
+                        losses[report["step"]] = finite_or_none(_held_out_loss(step, held_out))
         except DivergedError:
             losses |= {n: None for n in measured_at if n not in losses}
     return losses

@@ -16,7 +16,7 @@ from tests.support.collated import (
     padded,
     plain_loss,
 )
-from tests.support.models import MakeModel
+from tests.support.models import MakeModel, add_to_loss
 from tests.support.sequences import branching
 from tests.training.test_exactness import SHAPES, adapted
 
@@ -232,6 +232,15 @@ def test_generation(model: Any) -> None:
     expected = model.generate(ids, **settings)
     with patch(model):
         assert torch.equal(model.generate(ids, **settings), expected)
+
+
+def test_a_forward_that_adds_to_the_loss_runs(model: Any) -> None:
+    add_to_loss(model.get_base_model())
+    loss = plain_loss(model, BATCH)
+    with patch(model.train()) as patched:
+        found = model(**BATCH, use_cache=False).loss
+    assert "loss of the head" not in patched.replaced and patched.replaced["adapters"] > 0
+    assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
 
 
 def test_weights_that_begin_to_be_trained(model: Any) -> None:

@@ -1,15 +1,17 @@
 """What tree_loss refuses in a line: batches and models whose loss trees would not reproduce."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from tests.integrations.test_tree_loss import ROWS, assert_same
 from tests.support.adapters import attach
 from tests.support.collated import IGNORED, LAYOUTS, Batch, padded
-from tests.support.models import MakeModel
+from tests.support.models import MakeModel, add_to_loss
+from torch import distributed
 
 from swlora import tree_loss
 from swlora.adapters.methods import train_mode
@@ -109,6 +111,20 @@ def _own_loss(model: Any) -> Any:
     return model
 
 
+def _decorated(model: Any) -> Any:
+    """Give a model a class whose forward says that it is the one it decorates."""
+    own = type(model).forward
+    forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+    model.__class__ = type("Decorated", (type(model),), {"forward": forward})
+    return model
+
+
+def _with_regulariser(model: Any) -> Any:
+    schedule = {"total_step": 10, "tinit": 1, "tfinal": 5}
+    config = AdaLoraConfig(init_r=4, target_r=2, target_modules=["q_proj"], **schedule)
+    return get_peft_model(model, config)
+
+
 def _noisy(model: Any) -> Any:
     model.get_input_embeddings().neftune_noise_alpha = 5.0
     return model.train()
@@ -140,6 +156,15 @@ BAD_MODELS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any], str]] = {
     "everything trained": ("llama", {}, lambda m: m.requires_grad_(True), "embed_tokens.*trained"),
     "checkpointing": ("llama", {}, _checkpointing, "gradient checkpointing is on"),
     "a loss of its own": ("llama", {}, _own_loss, "loss function of its own"),
+    "a forward of its own": ("llama", {}, add_to_loss, "the model has a forward of its own"),
+    "a decorated forward": ("llama", {}, _decorated, "the model has a forward of its own"),
+    "a regulariser of PEFT's": ("llama", {}, _with_regulariser, "AdaLoraModel has a forward"),
+    "noise of the routers": (
+        "mixtral",
+        {"router_jitter_noise": 0.1},
+        lambda m: m.train(),
+        "drops at random",
+    ),
     "routers' loss": ("mixtral", {"output_router_logits": True}, lambda m: m, "routers"),
     "noise": ("llama", {}, _noisy, "NEFTune"),
     "prompt learning": (
@@ -190,3 +215,16 @@ def test_dynamic_angles_beyond_the_context_are_refused(make_model: MakeModel) ->
     train_mode(peft_model)
     with pytest.raises(UserError, match="more than the model's context of 12"):
         tree_loss(peft_model, **padded(ROWS, "right"))
+
+
+def test_gradients_that_nobody_would_average_are_refused(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = padded(ROWS, "right")
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match="several processes are at work") as raised:
+        tree_loss(model, **batch)
+    assert "\n" not in str(raised.value)
+    with torch.no_grad():
+        assert torch.isfinite(tree_loss(model, **batch))

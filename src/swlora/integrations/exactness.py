@@ -5,15 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from swlora.errors import UnknownFamilyError, UserError
 from swlora.integrations.batch_rows import refuse
 from swlora.models.anatomy import Anatomy, context_tokens
 from swlora.models.sharded_weight import has_sharded
 
-# Modules that keep a probability as a number and drop in their forward (OPT, Phi-3, Llama)
-_PROBABILITIES = ("dropout", "attention_dropout", "activation_dropout", "layerdrop")
+# What modules keep as a number and draw by in their forward (OPT, Phi-3, Llama; Mixtral's routers)
+_RANDOM = ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "jitter_noise")
 
 
 def base_of(model: Any) -> Any:
@@ -27,8 +28,19 @@ def base_of(model: Any) -> Any:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
         name = type(model).__name__
-        raise UserError(f"a model of transformers or PEFT is needed, not a {name}; unwrap it first")
+        raise UserError(
+            f"a model of transformers or PEFT is needed, not a {name}; {_instead_of(model)}"
+        )
     return base
+
+
+def _instead_of(model: Any) -> str:
+    """Say what to do with an object that is none of the models that are taken."""
+    if isinstance(model, DistributedDataParallel):
+        return "patch the model before it is wrapped; tree_loss works inside its forward alone"
+    if isinstance(model, DataParallel):
+        return "the drop-ins work on one device, where it is not needed"
+    return "unwrap it first"
 
 
 def anatomy_of(base: Any) -> Anatomy:
@@ -44,6 +56,9 @@ def anatomy_of(base: Any) -> Anatomy:
 
 def check_model(model: Any) -> None:
     """Raise UserError for a model whose loss is not what a prefix tree computes."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
     base = base_of(model)
     anatomy = anatomy_of(base)
     if why := unreadable_weights(base):
@@ -51,6 +66,10 @@ def check_model(model: Any) -> None:
     for name, config in getattr(model, "peft_config", {}).items():
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
             refuse(f"adapter {name!r} ({config.peft_type.value}) depends on where a token stands")
+    if isinstance(model, PeftModel) and type(model.base_model).forward is not BaseTuner.forward:
+        # AdaLoRA's adds to the loss how far its matrices are from orthogonal ones.
+        tuner = type(model.base_model).__name__
+        refuse(f"PEFT's {tuner} has a forward of its own, which may add to the loss")
     attention = anatomy.family.attention_out.rpartition(".")[0]
     if any(block.get_submodule(attention).config is not base.config for block in anatomy.blocks):
         refuse("a block has a configuration of its own, as PEFT's layer_replication gives it, and "
@@ -80,11 +99,40 @@ def other_loss(base: Any) -> str | None:
     """Say what else than the mean of -log p the loss of a model is; None if it is that."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
+    if not _is_of_transformers(type(base).forward):
+        return "the model has a forward of its own, which may add to the loss"
     if base.loss_function is not ForCausalLMLoss:
         return "the model has a loss function of its own"
     if getattr(base.config, "output_router_logits", False):
         return "output_router_logits (TRL: router_aux_loss_coef) adds a loss of the routers"
     return None
+
+
+def _is_of_transformers(forward: Any) -> bool:
+    """Say whether a method comes from transformers, with all that decorates it.
+
+    A decorator names the module of what it decorates as its own; its globals do not.
+    """
+    while forward is not None:
+        module = getattr(forward, "__globals__", {}).get("__name__", "")
+        if module.partition(".")[0] != "transformers":
+            return False
+        forward = getattr(forward, "__wrapped__", None)
+    return True
+
+
+def check_processes(base: Any) -> None:
+    """Raise UserError where gradients would differ between processes: nobody averages them.
+
+    In the forward of DistributedDataParallel, such as that of a Lightning module, it does.
+    """
+    is_alone = not (distributed.is_available() and distributed.is_initialized())
+    if is_alone or distributed.get_world_size() == 1 or not torch.is_grad_enabled():
+        return
+    around = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if around is None or all(module is not base for module in around.modules()):
+        refuse("several processes are at work, and their gradients are averaged in the forward of "
+               "what DistributedDataParallel wraps alone; call it there")  # fmt: skip
 
 
 def check_mode(model: Any, base: Any) -> None:
@@ -103,7 +151,7 @@ def check_mode(model: Any, base: Any) -> None:
 def _drops(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
-    values = (vars(module).get(name) for name in _PROBABILITIES)
+    values = (vars(module).get(name) for name in _RANDOM)
     return any(isinstance(value, float) and value > 0 for value in values)
 
 

@@ -20,6 +20,7 @@ from swlora.integrations.exactness import (
     check_length,
     check_mode,
     check_model,
+    check_processes,
     in_weights_dtype,
 )
 from swlora.kernels.forwards import fast_forwards, has_hooks, refresh, uncalled
@@ -57,13 +58,14 @@ def tree_loss(
     Raises UserError, which names the plain way, for what would not be the same: an unknown family,
     dropout, a mask that is no padding, labels that are other tokens, another loss, gradient
     checkpointing, weights that are trained outside the decoder's blocks, hooks on modules that a
-    tree does not call.
+    tree does not call, several processes outside DistributedDataParallel's forward.
 
         loss = swlora.tree_loss(model, **batch)
         loss.backward()
     """
     base = base_of(model)
     _check_others(others, position_ids)
+    check_processes(base)
     check_mode(model, base)
     engine = _engine_of(model, base)
     model_type = base.config.model_type

@@ -68,10 +68,11 @@ def over_seeds(draws: Mapping[int, Draws]) -> Draws:
     """Return draws (R,) of the mean over seeds, as wide as so few seeds leave it."""
     seeds = tuple(sorted(draws))
     values = np.stack([draws[seed] for seed in seeds])
-    mean: Draws = values.mean(axis=0)
-    if len(seeds) == 1:
-        return mean
-    return mean + _student(seeds, len(mean)) * values.std(axis=0, ddof=1) / math.sqrt(len(seeds))
+    found: Draws = values.mean(axis=0)
+    if len(seeds) > 1:
+        error = values.std(axis=0, ddof=1) / math.sqrt(len(seeds))
+        found = found + _student(seeds, len(found)) * error
+    return found
 
 
 def differences(draws: Mapping[int, Draws], of_baseline: Mapping[int, Draws]) -> Draws:

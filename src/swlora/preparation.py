@@ -202,13 +202,14 @@ def _encode_measured(job: Job, planned: "Measurements") -> TokenSequences | None
     if not (planned.is_asked or job.dataset.has(split)):
         job.progress.say(f"the data set has no {split} split, so no held-out loss is measured")
         return None
+    sequences = job.encoded(split, planned.n_rows).sequences
     if line := _chosen_by_test_rows(job, planned):
         job.progress.say(line)
     if planned.is_asked and job.run.folder is None:
         job.progress.say(
             "the adapter with the lowest held-out loss is not kept: that needs a run folder"
         )
-    return job.encoded(split, planned.n_rows).sequences
+    return sequences
 
 
 def _chosen_by_test_rows(job: Job, planned: "Measurements") -> str | None:

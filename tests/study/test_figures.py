@@ -118,13 +118,12 @@ def test_bars_are_the_paired_intervals_at_the_baseline(
     for score in ("bleu", "nll"):
         for arm in arms:
             spread = arm.time_spread.total_s
-            low = high = arm.scores.measured(score)
+            low = y = high = arm.scores.measured(score)
             if arm is not base:
-                low, high = (
-                    base.scores.measured(score) + bound
-                    for bound in arm.against_baseline[score].interval
-                )
-            expected.append((spread.min, spread.max, min(low, arm.scores.measured(score)), high))
+                found, of_base = arm.against_baseline[score], base.scores.measured(score)
+                low, high = (of_base + bound for bound in found.interval)
+                y = of_base + found.difference
+            expected.append((spread.min, spread.max, min(low, y), max(high, y)))
     assert bars == [pytest.approx(bar) for bar in expected]
     bars.clear()
     for arm in arms:  # as where documents stand beside the prompts

@@ -8,7 +8,7 @@ Settings that all the same functions take are one class, and those of a function
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from swlora.api.call import TAKEN
 from swlora.cli.flags import described
@@ -94,7 +94,7 @@ def _type(path: str) -> str:
         kinds = [kind]
     if get_origin(kind) is list:
         return "str | Sequence[str]"
-    (kind,) = kinds
+    (kind,) = (get_args(each)[0] if get_origin(each) is Annotated else each for each in kinds)
     if path in MAY_BE_PATHS or kind is Path:
         return f"str | PathLike[str]{optional}"
     if kind is LayerPolicy:

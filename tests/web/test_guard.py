@@ -250,11 +250,11 @@ def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch):
 # The start
 
 
-OPEN = {name: name for name in ("0.0.0.0", "192.168.1.5", "example.org")}
-OPEN |= {"::": "[::]", "2001:db8::7": "[2001:db8::7]"}
+NETWORK_HOSTS = {name: name for name in ("0.0.0.0", "192.168.1.5", "example.org")}
+NETWORK_HOSTS |= {"::": "[::]", "2001:db8::7": "[2001:db8::7]"}
 
 
-@pytest.mark.parametrize(("host", "asked_for"), OPEN.items())
+@pytest.mark.parametrize(("host", "asked_for"), NETWORK_HOSTS.items())
 def test_no_server_is_open_to_the_network_without_a_key(host, asked_for):
     with pytest.raises(UserError, match="SWLORA_API_KEY"):
         Policy.of(host, None)

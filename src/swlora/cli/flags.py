@@ -71,4 +71,6 @@ def _type(field: FieldInfo) -> Any:
     if arguments and all(isinstance(a, str) for a in arguments):
         return str
     plain = arguments[0] if arguments else annotation
+    if get_origin(plain) is Annotated:
+        plain = get_args(plain)[0]
     return plain if plain in (int, float, bool, Path) else str

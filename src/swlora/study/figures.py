@@ -126,10 +126,11 @@ def _draw_arm(panel: Any, arm: FinishedArm, score: str, baseline: FinishedArm | 
     x, y = arm.total_s, arm.scores.measured(score)
     low, high = arm.intervals.get(score, (y, y))
     if baseline:
-        found = arm.against_baseline.get(score)  # none for the baseline itself
-        bounds = found.interval if found else (0.0, 0.0)
-        origin = baseline.scores.measured(score) if found else y
-        low, high = (origin + bound for bound in bounds)
+        low, high = y, y
+        if found := arm.against_baseline.get(score):  # none for the baseline itself
+            origin = baseline.scores.measured(score)
+            y = origin + found.difference  # of the seeds that both have
+            low, high = (origin + bound for bound in found.interval)
     panel.errorbar(
         x,
         y,

@@ -76,6 +76,9 @@ def _read(kind: Any, tree: Any, partial: bool) -> Any:
     if get_origin(kind) in (list, tuple) and is_dataclass(options[0]):
         items = TypeAdapter(list[Any]).validate_python(tree)
         return get_origin(kind)(_read(options[0], item, partial) for item in items)
+    if partial and get_origin(kind) is dict and is_dataclass(options[-1]):
+        entries = TypeAdapter(dict[str, Any]).validate_python(tree)
+        return {name: _read(options[-1], entry, partial) for name, entry in entries.items()}
     if is_dataclass(kind):
         return _read_fields(kind, TypeAdapter(dict[str, Any]).validate_python(tree), partial)
     return TypeAdapter(kind).validate_python(tree)

@@ -158,6 +158,22 @@ def test_a_prompt_to_generate_for_loses_its_oldest_turns_too(family: str, system
     assert short == [*rest[:n_head], *rest[n_head + 5 :]]
 
 
+def test_a_cut_prompt_asks_what_its_completion_answers() -> None:
+    """An answer of weight 0 behind it, and the question to that, are no part of the prompt."""
+    tokenizer = chat_tokenizer(FAMILIES["ChatML"])
+    asked = chat(3, system=False)
+    disliked = (Message("user", "And then?"), Message("assistant", "No.", trained=0.0))
+    whole = Example.chat((*asked.messages, *disliked))
+    assert whole.completion == asked.completion
+    (uncut,) = encode_prompts([asked], "", tokenizer)
+    for most_tokens in (len(uncut), len(uncut) // 2, 20):  # of the last, only a question fits
+        prompts = [
+            encode_prompts([example], "", tokenizer, most_tokens=most_tokens)
+            for example in (whole, asked)
+        ]
+        assert prompts[0] == prompts[1]
+
+
 def test_a_plain_prompt_to_generate_for_loses_its_middle() -> None:
     examples = [Example("abcdefghijk", "x"), Example("abc", "x")]
     found = encode_prompts(examples, "\n", byte_tokenizer(), most_tokens=5)

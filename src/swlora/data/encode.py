@@ -12,7 +12,7 @@ of which every token is trained (see `documents`).
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -170,7 +170,9 @@ def encode_prompts(
 
     for i, example in enumerate(prompts):
         if len(found[i]) > most_tokens:
-            (kept,) = _shortened(example, [_as_sequence(found[i])], encode, most_tokens)
+            # Turns behind the answer that is asked for would be the newest, which are kept.
+            asked = replace(example, messages=example.messages[: len(example.prompt_messages) + 1])
+            (kept,) = _shortened(asked, [_as_sequence(found[i])], encode, most_tokens)
             found[i] = kept[0]
     return found
 

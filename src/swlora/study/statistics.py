@@ -140,20 +140,18 @@ def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
 
     One that ended early keeps its last loss and time at the steps after it.
     """
+    by_step = [{point.step: point for point in curve} for curve in curves]
     found = []
-    for step in sorted({point.step for curve in curves for point in curve}):
-        at = [point for curve in curves if (point := _at(step, curve))]
-        if len(at) == len(curves):
-            elapsed_s = float(np.mean([point.elapsed_s for point in at]))
-            found.append(Point(step, elapsed_s, float(np.mean([point.nll for point in at]))))
+    for step in sorted({step for points in by_step for step in points}):
+        at = [
+            curve[-1] if curve and step >= curve[-1].step else points.get(step)
+            for curve, points in zip(curves, by_step, strict=True)
+        ]
+        known = [point for point in at if point is not None]
+        if len(known) == len(curves):
+            elapsed_s = float(np.mean([point.elapsed_s for point in known]))
+            found.append(Point(step, elapsed_s, float(np.mean([point.nll for point in known]))))
     return found
-
-
-def _at(step: int, curve: Sequence[Point]) -> Point | None:
-    """Return the point of a curve at a step; from its end on the last one."""
-    if curve and step >= curve[-1].step:
-        return curve[-1]
-    return next((point for point in curve if point.step == step), None)
 
 
 def seconds_to(target: float, curve: Sequence[Point]) -> float | None:

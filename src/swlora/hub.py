@@ -8,8 +8,8 @@ from functools import cache
 
 from swlora.errors import UserError
 
-# Those of huggingface_hub, transformers and datasets; any of them keeps all of swlora offline.
 TIMEOUT_S = 5.0  # for the Hub to answer that it is there
+# Those of huggingface_hub, transformers and datasets; any of them keeps all of swlora offline.
 OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.support.collated import Batch, gradients, labelled, padded
 from tests.support.sequences import branching
 from torch import distributed, multiprocessing, nn
@@ -37,12 +38,11 @@ def _rank(rank: int, folder: Path, model: Any, batches: list[Batch]) -> None:
     with pytest.raises(UserError, match="not a DistributedDataParallel; patch the model before"):
         tree_loss(DistributedDataParallel(model), **batches[rank])
     around = DistributedDataParallel(Around(model))
-    found = []
-    for _ in range(2):
+    for step in range(2):
         around(batches[rank]).backward()
-        found.append({name: p.grad.clone() for name, p in trainable_parameters(model).items()})
+        found = {name: p.grad for name, p in trainable_parameters(model).items()}
+        save_file(found, folder / f"{rank}-{step}.safetensors")
         model.zero_grad()
-    torch.save(found, folder / f"{rank}.pt")
     distributed.barrier()
     os._exit(0)  # to let go of DistributedDataParallel and of the group after it may wait for ever
 
@@ -54,8 +54,9 @@ def test_gradients_are_averaged_in_the_forward_of_ddp(model: Any, tmp_path: Path
     ranks = multiprocessing.spawn(_rank, (tmp_path, model, batches), **how)
     assert any(ranks.join(60) for _ in batches)  # it returns with each that ends
     own = [gradients(model, tree_loss(model, **batch)) for batch in batches]
-    for rank in range(len(batches)):
-        for found in torch.load(tmp_path / f"{rank}.pt"):
-            for name, gradient in found.items():
-                expected = (own[0][name] + own[1][name]) / 2
-                torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+    found = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    assert len(found) == 2 * len(batches)
+    for of_step in found:
+        for name, gradient in of_step.items():
+            expected = (own[0][name] + own[1][name]) / 2
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
